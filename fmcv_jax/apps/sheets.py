@@ -1,0 +1,104 @@
+"""Pictures a person can judge a model by: a loss curve, a zero-shot sheet, a text-to-image retrieval sheet."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.train import metrics
+
+
+def _pyplot():
+  try:
+    import matplotlib
+  except ImportError as error:
+    raise UserError('drawing sheets needs matplotlib; pip install fmcv-jax[demo]') from error
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  return plt
+
+
+def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
+  """Training loss over steps, with the evaluators' figures above the same axis, from a metrics.jsonl."""
+  plt = _pyplot()
+  rows = metrics.read(metrics_file)
+  evaluated = sorted({name for row in rows for name in row if '/' in name and not name.startswith('train/')})
+  figure, axes = plt.subplots(1, 2 if evaluated else 1, figsize=(11 if evaluated else 6, 4), squeeze=False)
+  train = [(row['step'], row['train/loss']) for row in rows if row.get('train/loss') is not None]
+  axes[0, 0].plot(*zip(*train, strict=True))
+  axes[0, 0].set(xlabel='step', ylabel='training loss')
+  for name in evaluated:
+    points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
+    axes[0, 1].plot(*zip(*points, strict=True), marker='.', label=name)
+  if evaluated:
+    axes[0, 1].set(xlabel='step', ylabel='figure', ylim=(0, None))
+    axes[0, 1].legend(fontsize=7)
+  for axis in axes.flat:
+    axis.grid(alpha=0.3)
+  _save(figure, path)
+
+
+def zero_shot_sheet(
+  images: np.ndarray,
+  names: Sequence[str],
+  labels: Sequence[int],
+  scores: np.ndarray,
+  path: pathlib.Path,
+  *,
+  title: str,
+  columns: int = 6,
+  best: int = 5,
+) -> None:
+  """Each image (uint8 [N, H, W, 3]) above its `best` most likely names by scores [N, names]; the right one is bold."""
+  plt = _pyplot()
+  rows = -(-len(images) // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.5 * rows), squeeze=False)
+  for axis in axes.flat:
+    axis.axis('off')
+  for axis, image, label, row in zip(axes.flat, images, labels, scores):
+    axis.imshow(image)
+    for place, index in enumerate(np.argsort(-row)[:best]):
+      right = index == label
+      style = dict(color='#0a7d2c', weight='bold') if right else dict(color='#444444')
+      axis.text(0.5, -0.06 - 0.115 * place, _short(names[index]), transform=axis.transAxes, ha='center', va='top',
+                fontsize=7.5, **style)  # fmt: skip
+  figure.suptitle(title, fontsize=10)
+  figure.subplots_adjust(hspace=0.72, top=0.93, bottom=0.1, left=0.02, right=0.98)
+  _save(figure, path)
+
+
+def retrieval_sheet(
+  queries: Sequence[str],
+  images: Sequence[np.ndarray],
+  marks: Sequence[Sequence[bool]],
+  path: pathlib.Path,
+  *,
+  title: str,
+) -> None:
+  """A row a query: its text, then the images found (uint8 [k, H, W, 3] each), best first; a green frame marks a right one."""
+  plt = _pyplot()
+  best = len(images[0])
+  figure, axes = plt.subplots(len(queries), best + 1, figsize=(1.25 * (best + 2.2), 1.3 * len(queries)), squeeze=False,
+                              width_ratios=[2.2] + [1] * best)  # fmt: skip
+  for row, query, found, right in zip(axes, queries, images, marks, strict=True):
+    row[0].axis('off')
+    row[0].text(0.98, 0.5, _short(query, 34), transform=row[0].transAxes, ha='right', va='center', fontsize=9)
+    for axis, image, mark in zip(row[1:], found, right, strict=True):
+      axis.imshow(image)
+      axis.set(xticks=[], yticks=[])
+      for spine in axis.spines.values():
+        spine.set(color='#0a7d2c' if mark else '#dddddd', linewidth=2.5 if mark else 0.8)
+  figure.suptitle(title, fontsize=10)
+  figure.tight_layout()
+  _save(figure, path)
+
+
+def _short(text: str, limit: int = 26) -> str:
+  return text if len(text) <= limit else text[: limit - 1] + '…'
+
+
+def _save(figure, path: pathlib.Path) -> None:
+  figure.savefig(path, dpi=110)
+  _pyplot().close(figure)

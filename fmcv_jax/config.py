@@ -1,0 +1,244 @@
+"""Config files, overrides, and the objects they describe.
+
+A config is plain data that describes a tree of constructors. The constructors' own signatures are the schema:
+a field that no constructor takes, a value of the wrong type or a missing field is a `UserError` that names the
+field's path. A parameter annotated with a *kind* (a type listed in the `kinds` table) is described by a dict whose
+`name` picks the constructor, either a name of the table or `package.module:attribute` for code outside this package.
+"""
+
+import ast
+import collections.abc
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import ml_collections
+
+from fmcv_jax.errors import UserError, nearest
+
+Kinds = Mapping[type, Mapping[str, Callable[..., Any]]]
+
+
+def load_file(spec: str) -> dict[str, Any]:
+  """Runs `get_config(arg)` of the python file in `spec`, 'path/to/config.py' or 'path/to/config.py:arg'."""
+  path, _, arg = spec.partition(':')
+  file = pathlib.Path(path)
+  if not file.is_file():
+    near = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
+    raise UserError(f'--config: no file {path!r}; {nearest(path, near)}')
+  module_spec = importlib.util.spec_from_file_location(f'fmcv_config_{file.stem}', file)
+  assert module_spec and module_spec.loader
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+      raise UserError(f'{path}: defines no get_config()')
+    takes_arg = bool(inspect.signature(module.get_config).parameters)
+    if arg and not takes_arg:
+      raise UserError(f'{path}: get_config() takes no argument, but {arg!r} was given after the colon')
+    config = module.get_config(arg) if arg else module.get_config()
+  except UserError:
+    raise
+  except Exception as error:  # a config is the user's own code: whatever it raises is reported at its own line
+    raise UserError(f'{path}:{_line_in(error, str(file))}: {type(error).__name__}: {error}') from error
+  return plain(config)
+
+
+def _line_in(error: BaseException, file: str) -> int:
+  if isinstance(error, SyntaxError):
+    return error.lineno or 0
+  lines, trace = [0], error.__traceback__
+  while trace:
+    if trace.tb_frame.f_code.co_filename.endswith(file):
+      lines.append(trace.tb_lineno)
+    trace = trace.tb_next
+  return lines[-1]
+
+
+def plain(value: Any) -> Any:
+  """A ConfigDict (or any mapping, list, tuple) as plain dicts and tuples, in the order it was written."""
+  if isinstance(value, ml_collections.ConfigDict):
+    value = value.to_dict()
+  if isinstance(value, collections.abc.Mapping):
+    return {key: plain(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return tuple(plain(item) for item in value)
+  return value
+
+
+def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+  """Returns `config` with each 'a.b.c=value' applied; values are Python literals, anything else is a string."""
+  for assignment in assignments:
+    path, equals, text = assignment.partition('=')
+    if not equals or not path:
+      raise UserError(f'--config.{assignment}: write --config.path.to.field=value')
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+      value = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+    config = _assign(config, path.split('.'), plain(value), path)
+  return config
+
+
+def _assign(tree: Any, keys: list[str], value: Any, path: str) -> Any:
+  if not keys:
+    return value
+  key, rest = keys[0], keys[1:]
+  if isinstance(tree, tuple):
+    if not key.isdigit() or int(key) >= len(tree):
+      raise UserError(f'--config.{path}: {key!r} is no index into a list of {len(tree)}')
+    at = int(key)
+    return tree[:at] + (_assign(tree[at], rest, value, path),) + tree[at + 1 :]
+  if tree is None:
+    tree = {}
+  if not isinstance(tree, dict):
+    raise UserError(f'--config.{path}: there is no field {key!r} inside the value {tree!r}')
+  return {**tree, key: _assign(tree.get(key), rest, value, path)}
+
+
+def resolve(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> Any:
+  """Checks plain data against an annotation and fills in every default; the result describes the run completely."""
+  return _visit(annotation, value, kinds, path, lambda name, constructor, fields, path: {**name, **fields})
+
+
+def build(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> Any:
+  """Constructs what plain data describes. A ValueError of a constructor is reported with the field's path."""
+
+  def construct(name, constructor, fields, path):
+    try:
+      return constructor(**fields)
+    except ValueError as error:
+      raise UserError(f'{path}: {error}') from error
+
+  return _visit(annotation, value, kinds, path, construct)
+
+
+def _visit(annotation: Any, value: Any, kinds: Kinds, path: str, make: Callable[..., Any]) -> Any:
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+
+  if annotation in kinds:
+    return _visit_spec(kinds[annotation], value, kinds, path, make)
+  if annotation is Any or annotation is inspect.Parameter.empty:
+    return value
+  if origin in (typing.Union, types.UnionType):
+    return _visit_union(args, value, kinds, path, make)
+  if origin is Literal:
+    if value not in args:
+      raise UserError(f'{path}: {value!r} is not one of {", ".join(map(repr, args))}; {nearest(value, args)}')
+    return value
+  if origin in (collections.abc.Mapping, dict):
+    if not isinstance(value, dict):
+      raise UserError(f'{path}: expected a dict, got {value!r}')
+    named = args[1] in kinds
+    items = {key: {'name': key, **item} if named and isinstance(item, dict) else item for key, item in value.items()}
+    return {key: _visit(args[1], item, kinds, f'{path}.{key}', make) for key, item in items.items()}
+  if origin is tuple:
+    if not isinstance(value, tuple):
+      raise UserError(f'{path}: expected a list, got {value!r}')
+    each = (args[0],) * len(value) if args[1:] == (...,) else args
+    if len(each) != len(value):
+      raise UserError(f'{path}: expected {len(each)} values, got {len(value)}: {value!r}')
+    return tuple(_visit(a, v, kinds, f'{path}.{i}', make) for i, (a, v) in enumerate(zip(each, value, strict=True)))
+  if dataclasses.is_dataclass(annotation):
+    if not isinstance(value, dict):
+      raise UserError(f'{path}: expected a dict of {", ".join(_parameters(annotation))}, got {value!r}')
+    return _visit_call({}, annotation, value, kinds, path, make)
+  if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if annotation is type(None):
+    annotation = types.NoneType
+  if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
+    raise UserError(f'{path}: expected {annotation.__name__}, got {type(value).__name__} {value!r}')
+  return value
+
+
+def _visit_union(args, value, kinds, path, make):
+  if value is None and types.NoneType in args:
+    return None
+  options = [option for option in args if option is not types.NoneType]
+  errors = []
+  for option in options:
+    try:
+      return _visit(option, value, kinds, path, make)
+    except UserError as error:
+      errors.append(error)
+  raise errors[0] if len(options) == 1 else UserError(f'{path}: got {value!r}; ' + '; or '.join(map(str, errors)))
+
+
+def _visit_spec(table, value, kinds, path, make):
+  if isinstance(value, str):  # a name alone stands for the name with every default
+    value = {'name': value}
+  if not isinstance(value, dict) or 'name' not in value:
+    raise UserError(f'{path}: expected a dict with a name; known names: {", ".join(sorted(table))}; got {value!r}')
+  name = value['name']
+  constructor = _import(name, path) if ':' in str(name) else table.get(name)
+  if constructor is None:
+    raise UserError(f'{path}.name: unknown {name!r}; {nearest(name, table)}')
+  fields = {key: item for key, item in value.items() if key != 'name'}
+  return _visit_call({'name': name}, constructor, fields, kinds, path, make)
+
+
+def _visit_call(name, constructor, fields, kinds, path, make):
+  parameters = _parameters(constructor)
+  for key in fields:
+    if key not in parameters:
+      raise UserError(f'{path}.{key}: unknown field; {nearest(key, parameters)}')
+  built = {}
+  for key, (annotation, default) in parameters.items():
+    default = _described(default, kinds)
+    if key in fields:
+      given = fields[key]
+      if isinstance(given, dict) and 'name' not in given and isinstance(default, dict) and 'name' in default:
+        given = {**default, **given}  # overriding one field of a default spec keeps the rest of it
+      built[key] = _visit(annotation, given, kinds, f'{path}.{key}', make)
+    elif default is inspect.Parameter.empty:
+      raise UserError(f'{path}.{key}: missing; it has no default')
+    else:
+      built[key] = _visit(annotation, default, kinds, f'{path}.{key}', make)
+  return make(name, constructor, built, path)
+
+
+def _described(default: Any, kinds: Kinds) -> Any:
+  """A default that is an object, such as `rule: Rule = AdamW()`, as the plain data that describes it."""
+  if dataclasses.is_dataclass(default) and not isinstance(default, type):
+    names = {constructor: name for table in kinds.values() for name, constructor in table.items()}
+    name = {'name': names[type(default)]} if type(default) in names else {}
+    return name | {f.name: _described(getattr(default, f.name), kinds) for f in dataclasses.fields(default) if f.init}
+  return plain(default)
+
+
+def _parameters(constructor) -> dict[str, tuple[Any, Any]]:
+  """Parameter name -> (annotation, default). Dataclass defaults that are made by a factory are made here."""
+  if dataclasses.is_dataclass(constructor):
+    hints = typing.get_type_hints(constructor)
+    return {
+      field.name: (
+        hints[field.name],
+        field.default
+        if field.default is not dataclasses.MISSING
+        else field.default_factory()
+        if field.default_factory is not dataclasses.MISSING
+        else inspect.Parameter.empty,
+      )
+      for field in dataclasses.fields(constructor)
+      if field.init
+    }
+  hints = typing.get_type_hints(constructor)
+  return {
+    name: (hints.get(name, Any), parameter.default)
+    for name, parameter in inspect.signature(constructor).parameters.items()
+  }
+
+
+def _import(name: str, path: str):
+  module_name, _, attribute = name.partition(':')
+  try:
+    return getattr(importlib.import_module(module_name), attribute)
+  except (ImportError, AttributeError) as error:
+    raise UserError(f'{path}.name: cannot import {name!r}: {error}') from error

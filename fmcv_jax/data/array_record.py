@@ -1,0 +1,171 @@
+"""Our own records in ArrayRecord files: random access, a checksum on every record, few large files.
+
+A data set is a folder of shards `data-00000-of-00016.array_record` and an `info.json`. A record is a msgpack map of the
+fields of an example; nothing in it is ever executed.
+"""
+
+import bisect
+import concurrent.futures
+import dataclasses
+import functools
+import glob
+import io
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import msgpack
+import numpy as np
+from PIL import Image
+
+from fmcv_jax.data.source import BadRecord, Example, Source
+from fmcv_jax.errors import UserError
+
+FIELDS = ('image', 'label', 'text', 'texts', 'key')
+INFO = 'info.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecord(Source):
+  """What `write_array_record` wrote: `path` is its folder, or a glob pattern of shards (which has no class names)."""
+
+  path: str
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return tuple(self._info.get('names', ()))
+
+  def __len__(self) -> int:
+    return self._shards.ends[-1]
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{index} of {len(self)}')
+    example = decode_record(self._shards.read(index))
+    return {'key': self.key_of(index), **example}
+
+  def key_of(self, index: int) -> str:
+    shard, row = self._shards.locate(index)
+    return f'{self._shards.paths[shard]}[{row}]'
+
+  @functools.cached_property
+  def _info(self) -> dict[str, Any]:
+    file = pathlib.Path(self.path).expanduser() / INFO
+    try:
+      return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+    except ValueError as error:
+      raise UserError(f'array record: {str(file)!r} is damaged: {error}; write the data set again') from error
+
+  @functools.cached_property
+  def _shards(self) -> '_Shards':
+    path = os.path.expanduser(self.path)
+    paths = sorted(glob.glob(os.path.join(glob.escape(path), '*.array_record') if os.path.isdir(path) else path))
+    if not paths:
+      raise UserError(f'array record: no shards at {self.path!r} (seen from {os.getcwd()}); give a folder or a pattern')
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+      counts = list(pool.map(_count, paths))
+    if sum(counts) != self._info.get('records', sum(counts)):
+      raise UserError(
+        f'array record: {len(paths)} shards at {self.path!r} hold {sum(counts)} records, but {INFO} counts '
+        f'{self._info["records"]} in {self._info["shards"]}; copy the folder again'
+      )
+    return _Shards(paths, list(itertools.accumulate(counts)))
+
+
+@dataclasses.dataclass
+class _Shards:
+  """Paths and the running count of records; every process opens its own readers, each when it is first used."""
+
+  paths: list[str]
+  ends: list[int]
+  readers: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+  def locate(self, index: int) -> tuple[int, int]:
+    shard = bisect.bisect_right(self.ends, index)
+    return shard, index - (self.ends[shard - 1] if shard else 0)
+
+  def read(self, index: int) -> bytes:
+    shard, row = self.locate(index)
+    if shard not in self.readers:
+      self.readers[shard] = _reader(self.paths[shard])
+    try:
+      return self.readers[shard].read([row])[0]
+    except RuntimeError as error:  # its checksum does not hold
+      raise BadRecord(' '.join(str(error).split())) from error
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, 'readers': {}}
+
+
+def _reader(path: str) -> Any:
+  from array_record.python import array_record_module  # a few hundred milliseconds
+
+  # Without read-ahead: neighbours in a file are not neighbours in a shuffled order.
+  return array_record_module.ArrayRecordReader(path, 'readahead_buffer_size:0', file_reader_buffer_size=32768)
+
+
+def _count(path: str) -> int:
+  reader = _reader(path)
+  count, ok = reader.num_records(), reader.ok()
+  reader.close()
+  if not ok:  # it says so only here, and counts none
+    raise UserError(f'array record: {path!r} cannot be read: it is truncated, damaged or no ArrayRecord file')
+  return count
+
+
+def encode_record(example: Example) -> bytes:
+  """An example as bytes. Arrays uint8 [H, W, 3 or 4] are stored as PNG; other values as they are."""
+  if unknown := set(example) - set(FIELDS):
+    raise ValueError(f'fields {sorted(unknown)} of an example are not of {FIELDS}')
+  fields = dict(example)
+  if isinstance(fields.get('image'), np.ndarray):
+    file = io.BytesIO()
+    Image.fromarray(fields['image']).save(file, 'PNG')
+    fields['image'] = file.getvalue()
+  if 'label' in fields:
+    fields['label'] = int(fields['label'])
+  return msgpack.packb(fields)
+
+
+def decode_record(data: bytes) -> Example:
+  """The example of `encode_record`, its image as encoded bytes. Raises BadRecord for anything else."""
+  try:
+    example = msgpack.unpackb(data)
+  except Exception as error:  # msgpack has its own hierarchy, beside ValueError
+    raise BadRecord(f'no msgpack: {type(error).__name__}: {error}') from error
+  if not isinstance(example, dict) or set(example) - set(FIELDS):
+    raise BadRecord(f'no example: {str(example)[:60]!r}')
+  if 'texts' in example:
+    example['texts'] = tuple(example['texts'])
+  return example
+
+
+def write_array_record(source: Source, path: str, shards: int = 1) -> None:
+  """Writes every record of `source` in order to the new folder `path`, which appears only when it is complete."""
+  from array_record.python import array_record_module
+
+  target = pathlib.Path(path).expanduser()
+  if shards < 1:
+    raise UserError(f'array record: shards must be at least 1, got {shards}')
+  if target.exists():
+    raise UserError(f'array record: {path!r} exists already; choose another path or remove it')
+  partial = target.with_name(f'.{target.name}.{os.getpid()}.partial')
+  partial.mkdir(parents=True)
+  try:
+    bounds = [len(source) * shard // shards for shard in range(shards + 1)]
+    for shard in range(shards):
+      name = f'data-{shard:05d}-of-{shards:05d}.array_record'
+      # Images are compressed already; groups of one make each record a separate read.
+      writer = array_record_module.ArrayRecordWriter(str(partial / name), 'group_size:1,uncompressed')
+      for index in range(bounds[shard], bounds[shard + 1]):
+        writer.write(encode_record(source[index]))
+      writer.close()
+    info = {'records': len(source), 'shards': shards, 'names': list(source.names)}
+    (partial / INFO).write_text(json.dumps(info, indent=1), encoding='utf-8')
+    partial.rename(target)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise

@@ -1,0 +1,45 @@
+"""What every data set looks like from above: a random-access sequence of example dicts."""
+
+import abc
+from typing import Any
+
+Example = dict[str, Any]
+
+
+class BadRecord(Exception):
+  """This record cannot be used; the message is one line that says why. The loader skips, counts and reports it."""
+
+
+class Source(abc.ABC):
+  """A data set with random access: frozen, picklable, cheap to construct, opened lazily.
+
+  An example holds some of
+    image   encoded bytes (JPEG, PNG, WebP, ...) or a uint8 array [height, width, 3]
+    label   int, an index into `names`
+    text    str: the caption or the name
+    texts   tuple of str: every caption; transforms pick one
+    key     str that names the record in messages (a path, a record number)
+
+  A record that cannot be read raises `BadRecord`, `OSError` or `ValueError` from `__getitem__`; the loader skips,
+  counts and reports it by `key_of`. Any other exception is a bug and stops the run.
+  """
+
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
+
+  @abc.abstractmethod
+  def __getitem__(self, index: int) -> Example: ...
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Names of the classes by label; empty where the source has none."""
+    return ()
+
+  def key_of(self, index: int) -> str:
+    """A name for record `index` that is known even where the record itself cannot be read."""
+    return f'{type(self).__name__.lower()}[{index}]'
+
+  def texts_of(self, index: int) -> tuple[str, ...]:
+    """Every text of record `index`. A source overrides this where it can answer without reading the image."""
+    example = self[index]
+    return tuple(example.get('texts') or ((example['text'],) if 'text' in example else ()))

@@ -1,0 +1,196 @@
+"""Texts to ids: CLIP's published vocabulary, or a byte-pair vocabulary trained on the data set's own captions.
+
+All agree on this: rows are zero-padded, start with one id and end with another, and the end id is the largest of the
+vocabulary, so that a text tower may pool at `tokens.argmax(-1)`, as CLIP's does.
+"""
+
+import abc
+import dataclasses
+import functools
+import html
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fmcv_jax.data.source import BadRecord, Source
+from fmcv_jax.errors import UserError
+
+
+class Tokenizer(abc.ABC):
+  """A frozen, picklable function of texts. `length` is that of a row; ids lie in [0, vocab_size)."""
+
+  length: int
+  vocab_size: int
+
+  @abc.abstractmethod
+  def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    """N texts -> int32 [N, length]: start, ids, end, zeros. A long text is cut; its end id stays last."""
+
+  @abc.abstractmethod
+  def decode(self, tokens: np.ndarray) -> list[str]:
+    """int [N, length] -> N texts, up to the end id; case and white space as the tokenizer left them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipBpe(Tokenizer):
+  """The vocabulary of CLIP (Radford et al. 2021) and of nearly all that followed: 49,408 ids, lower case.
+
+  HTML entities are resolved as in the original. Its repair of wrongly decoded UTF-8 (ftfy) is left out.
+  """
+
+  length: int = 77
+
+  def __post_init__(self) -> None:
+    _check_length(self.length)
+
+  @property
+  def vocab_size(self) -> int:  # type: ignore[override]
+    return 49_408
+
+  def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    cleaned = [_encodable(html.unescape(html.unescape(text))) for text in texts]
+    if not cleaned:
+      return np.zeros((0, self.length), np.int32)
+    return _clip().tokenize_batch(cleaned, context_length=self.length).astype(np.int32)
+
+  def decode(self, tokens: np.ndarray) -> list[str]:
+    return [_clip().decode(row).strip() for row in _bodies(tokens, self.vocab_size - 1)]
+
+
+@functools.cache
+def _clip() -> Any:
+  import instant_clip_tokenizer
+
+  return instant_clip_tokenizer.Tokenizer()  # cannot be pickled: one for each process
+
+
+@dataclasses.dataclass(frozen=True)
+class Bpe(Tokenizer):
+  """Byte-pair encoding (Sennrich et al. 2016) over bytes, so that no text is unknown.
+
+  It is trained on the texts of `corpus` when it is first used, to the same vocabulary every time, or read from `file`,
+  which `save` wrote; exactly one of the two is given. A small corpus may not fill the vocabulary: the ids left over are
+  never produced, and `vocab_size` holds.
+
+  vocab_size   the embedding table's size: 256 bytes, padding, start and end, and what is learnt
+  lowercase    whether case is dropped; a `file` keeps the choice it was trained with
+  """
+
+  vocab_size: int
+  length: int
+  corpus: Source | None = None
+  file: str | None = None
+  lowercase: bool = True
+
+  def __post_init__(self) -> None:
+    _check_length(self.length)
+    if self.vocab_size < 259:
+      raise ValueError(f'vocab_size: expected at least 259 (256 bytes, padding, start, end), got {self.vocab_size}')
+    if (self.corpus is None) == (self.file is None):
+      raise ValueError('give exactly one of corpus and file')
+
+  def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    rows = np.zeros((len(texts), self.length), np.int32)
+    encoded = self._bpe.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
+    for row, encoding in zip(rows, encoded):
+      ids = [1, *encoding.ids[: self.length - 2], self.vocab_size - 1]
+      row[: len(ids)] = ids
+    return rows
+
+  def decode(self, tokens: np.ndarray) -> list[str]:
+    return [self._bpe.decode(row).strip() for row in _bodies(tokens, self.vocab_size - 1)]
+
+  def save(self, path: str) -> None:
+    """Writes a file for `file=`, in the format of Hugging Face's `tokenizers`."""
+    target = pathlib.Path(path)
+    partial = target.with_name(f'.{target.name}.{os.getpid()}.partial')
+    partial.write_text(self._json, encoding='utf-8')
+    partial.replace(target)
+
+  @property
+  def _bpe(self) -> Any:
+    return _open(self._json)
+
+  @functools.cached_property
+  def _json(self) -> str:
+    """The whole tokenizer; once made it travels with the instance, so that other processes need not train it again."""
+    if self.file is None:
+      return _train(self._texts(), self.vocab_size, self.lowercase)
+    if not os.path.isfile(self.file):
+      raise UserError(f'tokenizer: no file {self.file!r} (seen from {os.getcwd()}); give the path that save() wrote')
+    text = pathlib.Path(self.file).read_text(encoding='utf-8', errors='replace')
+    try:
+      size = _open(text).get_vocab_size()
+    except Exception as error:  # the package raises bare Exceptions
+      raise UserError(f'tokenizer: {self.file!r} is no tokenizer file: {error}') from error
+    if size != self.vocab_size:
+      raise UserError(f'tokenizer: {self.file!r} has {size} ids, but vocab_size is {self.vocab_size}')
+    return text
+
+  def _texts(self) -> Iterator[str]:
+    assert self.corpus is not None
+    found = False
+    for index in range(len(self.corpus)):
+      try:
+        texts = self.corpus.texts_of(index)
+      except (BadRecord, OSError, ValueError):  # the loader counts and reports it
+        continue
+      for text in texts:
+        found = True
+        yield _encodable(text)
+    if not found:
+      raise UserError(f'tokenizer: the corpus {type(self.corpus).__name__} has no texts to learn a vocabulary from')
+
+
+@functools.cache
+def _open(text: str) -> Any:
+  import tokenizers
+
+  bpe = tokenizers.Tokenizer.from_str(text)
+  bpe.encode_special_tokens = True  # '<end>' in a caption is text; this switch is not part of the file
+  return bpe
+
+
+def _train(texts: Iterator[str], vocab_size: int, lowercase: bool) -> str:
+  import tokenizers
+  from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+  bpe = tokenizers.Tokenizer(models.BPE())
+  clean = [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r'\s+'), ' '), normalizers.Strip()]
+  bpe.normalizer = normalizers.Sequence(clean + ([normalizers.Lowercase()] if lowercase else []))
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is the same word at the start
+  bpe.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size - 1,
+    special_tokens=['<pad>', '<start>'],  # ids 0 and 1
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  bpe.train_from_iterator(texts, trainer)
+  unused = range(bpe.get_vocab_size(), vocab_size - 1)
+  bpe.add_special_tokens([*(f'<unused{i}>' for i in unused), '<end>'])
+  return bpe.to_str(pretty=True)
+
+
+def _bodies(tokens: np.ndarray, end: int) -> list[list[int]]:
+  """What lies between the start id and the first end id of each row."""
+  rows = []
+  for row in np.asarray(tokens):
+    ends = np.flatnonzero(row == end)
+    rows.append([int(i) for i in row[1 : ends[0] if len(ends) else None]])
+  return rows
+
+
+def _encodable(text: str) -> str:
+  return text.encode('utf-8', 'replace').decode()  # half an emoji, as broken JSON has them, is no Unicode
+
+
+def _check_length(length: int) -> None:
+  if length < 3:
+    raise ValueError(f'length: expected at least 3 (start, one id, end), got {length}')
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {'clip_bpe': ClipBpe, 'bpe': Bpe}

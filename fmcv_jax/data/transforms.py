@@ -1,0 +1,152 @@
+"""Crops and resizes on the host: one image of any size in, uint8 [size, size, 3] out.
+
+Colour, flips, noise and mixing happen on the device, in `augment.py`: the host does only what shrinks the data.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from fmcv_jax.data.decode import decode_pil
+from fmcv_jax.data.source import BadRecord
+
+Interpolation = Literal['bicubic', 'bilinear', 'lanczos']  # all with antialiasing
+_FILTERS = {
+  'bicubic': Image.Resampling.BICUBIC,
+  'bilinear': Image.Resampling.BILINEAR,
+  'lanczos': Image.Resampling.LANCZOS,
+}
+
+
+class ImageTransform(abc.ABC):
+  """One image to a square of a fixed `size`. Frozen and picklable; all chance comes from the generator given."""
+
+  size: int
+
+  @abc.abstractmethod
+  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Encoded bytes or uint8 [H, W, 3] -> uint8 [size, size, 3]; an array that needs no change is returned as it is.
+
+    Raises BadRecord for an image that cannot be decoded.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop(ImageTransform):
+  """The Inception crop (Szegedy et al. 2015, section 6): a box of random area and aspect ratio, resized.
+
+  scale: bounds of the box's share of the area, drawn uniformly
+  ratio: bounds of width / height, drawn uniformly in the logarithm
+  """
+
+  size: int
+  scale: tuple[float, float] = (0.08, 1.0)
+  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  interpolation: Interpolation = 'bicubic'
+
+  def __post_init__(self) -> None:
+    _check(self.size, self.interpolation)
+    if not 0 < self.scale[0] <= self.scale[1] <= 1:
+      raise ValueError(f'scale: expected 0 < low <= high <= 1, got {self.scale}')
+    if not 0 < self.ratio[0] <= self.ratio[1]:
+      raise ValueError(f'ratio: expected 0 < low <= high, got {self.ratio}')
+
+  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    picture = _picture(image)
+    left, top, width, height = sample_box(picture.height, picture.width, self.scale, self.ratio, rng)
+    return _resize(picture, self.size, self.interpolation, (left, top, left + width, top + height))
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeCrop(ImageTransform):
+  """The usual evaluation: the short side to round(size / crop), then the square of `size` in the centre."""
+
+  size: int
+  crop: float = 0.875
+  interpolation: Interpolation = 'bicubic'
+
+  def __post_init__(self) -> None:
+    _check(self.size, self.interpolation)
+    if not 0 < self.crop <= 1:
+      raise ValueError(f'crop: expected 0 < crop <= 1, got {self.crop}')
+
+  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    short = round(self.size / self.crop)
+    if short == self.size and _fits(image, self.size):
+      return image
+    picture = _picture(image)
+    # Whole pixels as torchvision counts them, by which published networks were scored.
+    width, height = (int(short * side / min(picture.size)) for side in picture.size)
+    left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+    # One resize out of a box of the original gives the same pixels as resizing everything and cropping.
+    x, y = picture.width / width, picture.height / height
+    right, bottom = min((left + self.size) * x, picture.width), min((top + self.size) * y, picture.height)
+    box = (left * x, top * y, right, bottom)
+    return _resize(picture, self.size, self.interpolation, box)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize(ImageTransform):
+  """The whole image to a square; its aspect ratio is lost."""
+
+  size: int
+  interpolation: Interpolation = 'bicubic'
+
+  def __post_init__(self) -> None:
+    _check(self.size, self.interpolation)
+
+  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    if _fits(image, self.size):
+      return image
+    return _resize(_picture(image), self.size, self.interpolation)
+
+
+def sample_box(height, width, scale, ratio, rng: np.random.Generator) -> tuple[int, int, int, int]:
+  """(left, top, width, height) of a random box inside the image, of an area and an aspect ratio within the bounds.
+
+  A box that sticks out is drawn again. After ten of them (a long strip has few good ones) it is the largest box in the
+  centre whose ratio is within the bounds.
+  """
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+    if w <= width and h <= height:
+      return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+  w = max(1, min(width, round(height * ratio[1])))
+  h = max(1, min(height, round(width / ratio[0])))
+  return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _check(size: int, interpolation: str) -> None:
+  if size < 1:
+    raise ValueError(f'size: expected at least 1, got {size}')
+  if interpolation not in _FILTERS:
+    raise ValueError(f'interpolation: {interpolation!r} is not one of {", ".join(_FILTERS)}')
+
+
+def _fits(image: bytes | np.ndarray, size: int) -> bool:
+  return isinstance(image, np.ndarray) and image.shape == (size, size, 3) and image.dtype == np.uint8
+
+
+def _picture(image: bytes | np.ndarray) -> Image.Image:
+  if not isinstance(image, np.ndarray):
+    return decode_pil(image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+    raise BadRecord(f'expected an image uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
+  return Image.fromarray(image)
+
+
+def _resize(picture: Image.Image, size: int, interpolation: str, box=None) -> np.ndarray:
+  return np.asarray(picture.resize((size, size), _FILTERS[interpolation], box=box))
+
+
+IMAGE_TRANSFORMS: dict[str, type[ImageTransform]] = {
+  'random_resized_crop': RandomResizedCrop,
+  'resize_crop': ResizeCrop,
+  'resize': Resize,
+}

@@ -1,0 +1,19 @@
+"""Top-1 and top-5 accuracy of a classifier."""
+
+import dataclasses
+
+from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.evaluate.base import Evaluator, topk_hits
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy(Evaluator):
+  """Share of images whose label is the best, or among the five best, logits."""
+
+  data: Pipeline
+  batch: int = 256
+  every: int = 0
+
+  def __call__(self, subject):
+    logits, _, labels = subject.over('logits', self.data, self.batch)
+    return {'top1': topk_hits(logits, labels, 1), 'top5': topk_hits(logits, labels, 5)}

@@ -1,0 +1,108 @@
+"""What an evaluator is given and what it gives back."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fmcv_jax.data.loader import Pipeline, evaluation_batches
+from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.errors import UserError
+from fmcv_jax.parallel.rules import Placement
+
+Figures = dict[str, float]
+
+
+class Outputs(NamedTuple):
+  """What a function made of images: values [N, ...], their records in the source int [N], labels int [N] or None."""
+
+  values: np.ndarray
+  index: np.ndarray
+  labels: np.ndarray | None
+
+
+@dataclasses.dataclass
+class Subject:
+  """A model under evaluation: its functions, jitted over the mesh once, and the parameters of the moment."""
+
+  functions: Mapping[str, Callable[..., jax.Array]]
+  placement: Placement
+  tokenizer: Tokenizer | None = None
+  params: Any = None
+  extra: Any = None
+
+  def __post_init__(self):
+    self._jitted: dict[str, Callable[..., Any]] = {}
+
+  def over(self, name: str, pipeline: Pipeline, batch: int) -> 'Outputs':
+    """Runs function `name` over every readable image of a pipeline, in the source's order.
+
+    Each process reads and computes its share; all of them return everything.
+    """
+    fields = ('image', 'label') if pipeline.source.names else ('image',)
+    batches = evaluation_batches(
+      pipeline, batch=batch, fields=fields, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    values, index, mask, *labels = map(np.concatenate, zip(*(self._run(name, local) for local in batches)))
+    return Outputs(values[mask], index[mask], labels[0][mask] if labels else None)
+
+  def over_texts(self, texts: Sequence[str], batch: int) -> np.ndarray:
+    """Embeds texts, float32 [N, E], in their order."""
+    if self.tokenizer is None:
+      raise UserError('config.tokenizer: an evaluator embeds texts, but no tokenizer is configured')
+    tokens = self.tokenizer(texts)
+    outputs = []
+    for start in range(0, len(tokens), batch):
+      piece = tokens[start : start + batch]
+      padded = np.concatenate([piece, np.repeat(piece[-1:], batch - len(piece), axis=0)])
+      rows = len(padded) // jax.process_count()
+      local = padded[jax.process_index() * rows : (jax.process_index() + 1) * rows]
+      outputs.append(self._run('embed_text', {'tokens': local})[0][: len(piece)])
+    return np.concatenate(outputs)
+
+  def _run(self, name: str, local: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """One global batch from this process' rows: the outputs, then index, mask and label where the batch has them."""
+    if name not in self.functions:
+      raise UserError(f'an evaluator needs {name!r}, which this objective does not offer; it has: '
+                      f'{", ".join(self.functions) or "nothing"}')  # fmt: skip
+    if name not in self._jitted:
+      function = self.functions[name]
+
+      def both(params, extra, batch):
+        with self.placement.active():
+          return [function(params, extra, batch)] + [batch[k] for k in ('index', 'mask', 'label') if k in batch]
+
+      self._jitted[name] = jax.jit(both, out_shardings=self.placement.replicated())
+    batch = to_devices(local, self.placement)
+    return jax.device_get(self._jitted[name](self.params, self.extra, batch))
+
+
+def to_devices(local: Mapping[str, np.ndarray], placement: Placement) -> dict[str, jax.Array]:
+  """The global batch, sharded over the mesh, of which this process holds the rows `local`."""
+  processes = jax.process_count()
+  shapes = {k: jax.ShapeDtypeStruct((len(v) * processes, *v.shape[1:]), v.dtype) for k, v in local.items()}
+  shardings = placement.batch(shapes)
+  return {k: jax.make_array_from_process_local_data(shardings[k], v, shapes[k].shape) for k, v in local.items()}
+
+
+class Evaluator(abc.ABC):
+  """A measurement of a model, as a frozen dataclass; `every` is in training steps, 0 for at the end only."""
+
+  every: int
+
+  @abc.abstractmethod
+  def __call__(self, subject: Subject) -> Figures: ...
+
+
+def topk_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+  """Share of rows of scores [N, C] whose label is among the k best."""
+  best = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k]
+  return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def chunks(n: int, size: int) -> Iterator[slice]:
+  """Slices that cover range(n) in pieces of `size`."""
+  return (slice(start, min(start + size, n)) for start in range(0, n, size))

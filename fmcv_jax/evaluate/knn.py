@@ -1,0 +1,41 @@
+"""k-nearest-neighbour classification of frozen features (Wu et al. 2018, as in DINO, Caron et al. 2021)."""
+
+import dataclasses
+
+import numpy as np
+
+from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.evaluate.base import Evaluator, chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Knn(Evaluator):
+  """Accuracy of the vote of the k most similar images of `bank`, weighted by exp(cosine / temperature)."""
+
+  data: Pipeline
+  bank: Pipeline
+  ks: tuple[int, ...] = (10, 20)
+  temperature: float = 0.07
+  batch: int = 256
+  every: int = 0
+
+  def __call__(self, subject):
+    queries, _, labels = subject.over('features', self.data, self.batch)
+    bank, _, bank_labels = subject.over('features', self.bank, self.batch)
+    return {f'k{k}_top1': knn_accuracy(queries, labels, bank, bank_labels, k, self.temperature) for k in self.ks}
+
+
+def knn_accuracy(queries, labels, bank, bank_labels, k: int, temperature: float) -> float:
+  """Features [N, D] and [M, D] with labels [N] and [M] -> share of queries whose weighted vote is right."""
+  queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+  bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+  k, classes = min(k, len(bank)), int(max(labels.max(), bank_labels.max())) + 1
+  right = 0
+  for piece in chunks(len(queries), 1024):
+    similarity = queries[piece] @ bank.T
+    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / temperature)
+    votes = np.zeros((len(nearest), classes))
+    np.add.at(votes, (np.arange(len(nearest))[:, None], bank_labels[nearest]), weights)
+    right += int((votes.argmax(axis=1) == labels[piece]).sum())
+  return right / len(queries)

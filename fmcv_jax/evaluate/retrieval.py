@@ -1,0 +1,60 @@
+"""Image-text retrieval: recall at 1, 5 and 10, both ways (Karpathy & Fei-Fei 2015)."""
+
+import dataclasses
+
+import numpy as np
+
+from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.source import Source
+from fmcv_jax.evaluate.base import Evaluator, chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(Evaluator):
+  """Share of queries with a right answer among the k nearest.
+
+  An image may have several captions and several images may share one: any of them is a right answer. canonical: only
+  the first caption (the name) of each image takes part, not its further ones.
+  """
+
+  data: Pipeline
+  canonical: bool = False
+  batch: int = 256
+  every: int = 0
+
+  def __call__(self, subject):
+    images, index, _ = subject.over('embed_image', self.data, self.batch)
+    texts, truth = captions_of(self.data.source, canonical=self.canonical)
+    embeddings = subject.over_texts(texts, self.batch)
+    return recalls(images, embeddings, [truth[i] for i in index])
+
+
+def captions_of(source: Source, *, canonical: bool = False) -> tuple[list[str], list[tuple[int, ...]]]:
+  """(the distinct captions of a source, for each image the indices of its own); canonical: only its `text`."""
+  ids: dict[str, int] = {}
+  truth = []
+  for index in range(len(source)):
+    example = source[index]
+    own = (example['text'],) if canonical or not example.get('texts') else example['texts']
+    truth.append(tuple(ids.setdefault(text, len(ids)) for text in own))
+  return list(ids), truth
+
+
+def recalls(images: np.ndarray, texts: np.ndarray, truth: list[tuple[int, ...]], ks=(1, 5, 10)) -> dict[str, float]:
+  """Recall figures from unit embeddings images [N, E], texts [M, E], and the texts that are right for each image."""
+  right = np.zeros((len(images), len(texts)), bool)
+  for image, own in enumerate(truth):
+    right[image, list(own)] = True
+  figures = {}
+  for name, queries, answers, correct in (
+    ('image_to_text', images, texts, right),
+    ('text_to_image', texts, images, right.T),
+  ):
+    hits = {k: 0 for k in ks}
+    for piece in chunks(len(queries), 1024):
+      order = np.argsort(-(queries[piece] @ answers.T), axis=1, kind='stable')[:, : max(ks)]
+      found = np.take_along_axis(correct[piece], order, axis=1)
+      for k in ks:
+        hits[k] += int(found[:, :k].any(axis=1).sum())
+    figures.update({f'{name}_r{k}': hits[k] / len(queries) for k in ks})
+  return figures

@@ -1,0 +1,451 @@
+"""From a config to a run: the one room that knows all the others.
+
+`Experiment` is the root of every config: its fields, and those of what they name, are the whole schema.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from rich.console import Console
+
+import fmcv_jax
+from fmcv_jax import config as config_lib
+from fmcv_jax.data.array_record import ArrayRecord
+from fmcv_jax.data.augment import AUGMENTS, Augment
+from fmcv_jax.data.digits import Digits
+from fmcv_jax.data.emoji import Emoji
+from fmcv_jax.data.folder import ImageFolder
+from fmcv_jax.data.loader import Pipeline, TrainLoader, resume
+from fmcv_jax.data.source import Source
+from fmcv_jax.data.tfds import Tfds
+from fmcv_jax.data.tokenizers import Bpe, ClipBpe, Tokenizer
+from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, ResizeCrop
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.accuracy import Accuracy
+from fmcv_jax.evaluate.base import Evaluator, Subject, to_devices
+from fmcv_jax.evaluate.knn import Knn
+from fmcv_jax.evaluate.retrieval import Retrieval
+from fmcv_jax.evaluate.zero_shot import ZeroShot
+from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
+from fmcv_jax.models.text import text_transformer
+from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.classification import Classification
+from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.parallel.distributed import is_main
+from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules, path_of
+from fmcv_jax.train import loop
+from fmcv_jax.train.checkpoint import Checkpointing, Store, write_json
+from fmcv_jax.train.flops import matmul_flops
+from fmcv_jax.train.metrics import Log, Writer, peak_of
+from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Linear, Lion, Muon, Optimizer, Rsqrt, Rule, Schedule
+from fmcv_jax.train.state import TrainState, init_state, state_shardings
+from fmcv_jax.train.step import StepFn, make_train_step
+
+# What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
+KINDS: config_lib.Kinds = {
+  Objective: {'classification': Classification, 'contrastive': Contrastive},
+  nn.Module: {
+    'clip': clip,
+    'dual_encoder': dual_encoder,
+    'siglip': siglip,
+    'text_transformer': text_transformer,
+    'vit': vit,
+  },
+  Source: {'array_record': ArrayRecord, 'digits': Digits, 'emoji': Emoji, 'image_folder': ImageFolder, 'tfds': Tfds},
+  ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
+  Tokenizer: {'bpe': Bpe, 'clip_bpe': ClipBpe},
+  Augment: AUGMENTS,
+  Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},
+  Rule: {'adafactor': Adafactor, 'adamw': AdamW, 'lion': Lion, 'muon': Muon},
+  Evaluator: {'accuracy': Accuracy, 'knn': Knn, 'retrieval': Retrieval, 'zero_shot': ZeroShot},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """steps of a global batch each, cut into microbatches where it does not fit; `ema` is the decay of a moving average.
+
+  max_streak: how many steps in a row may have a loss or gradient that is not finite before the run stops.
+  """
+
+  steps: int
+  batch: int
+  microbatches: int = 1
+  ema: float | None = None
+  max_streak: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+  """Parameters to begin with: those of another run's workdir, but for the paths that match `skip`."""
+
+  workdir: str
+  skip: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Debug:
+  """nans: stop at the first operation that makes a NaN and show where it stands (slow)."""
+
+  nans: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything that defines a run. `topology` names the pod that the config is meant for, such as 'v5e:16x16'."""
+
+  objective: Objective
+  data: Pipeline
+  optimizer: Optimizer
+  train: Training
+  tokenizer: Tokenizer | None = None
+  mesh: MeshShape = MeshShape()
+  rules: Rules = Rules()
+  evaluators: Mapping[str, Evaluator] = dataclasses.field(default_factory=dict)
+  checkpoint: Checkpointing = Checkpointing()
+  log: Log = Log()
+  init_from: WarmStart | None = None
+  seed: int = 0
+  topology: str | None = None
+  debug: Debug = Debug()
+
+
+# What a run may change between a stop and its resumption: where and how it runs, not what it computes.
+RESUMABLE = ('mesh', 'rules', 'evaluators', 'checkpoint', 'log', 'topology', 'debug', 'data.workers', 'data.max_bad')
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+  """The resolved config of a file ('configs/x.py' or 'configs/x.py:arg') with 'a.b=value' overrides: plain data."""
+  return resolve(config_lib.override(config_lib.load_file(spec), overrides))
+
+
+def resolve(config: dict[str, Any]) -> dict[str, Any]:
+  """Checks a config's every field and fills in the defaults."""
+  return config_lib.resolve(Experiment, config, KINDS)
+
+
+class Run:
+  """A config made real on the devices of this process group: what train, evaluate and the apps all begin with."""
+
+  def __init__(self, config: dict[str, Any], workdir: str | pathlib.Path | None = None):
+    self.config = config
+    self.workdir = pathlib.Path(workdir) if workdir is not None else None
+    self.experiment: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self.workdir), KINDS)
+    e = self.experiment
+    self.placement = Placement(make_mesh(e.mesh), e.rules)
+    self.tx = e.optimizer.make(e.train.steps)
+    self._check_batches()
+
+  @classmethod
+  def reopen(cls, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> 'Run':
+    """The run that a workdir holds; by default on all devices as replicas, whatever mesh it was trained on."""
+    path = pathlib.Path(workdir) / 'config.json'
+    if not path.is_file():
+      raise UserError(f'{workdir}: no run here (no config.json); give the --workdir of a training run')
+    saved = json.loads(path.read_text())
+    saved['mesh'] = {}
+    return cls(resolve(config_lib.override(config_lib.plain(saved), overrides)), workdir)
+
+  def init(self) -> TrainState:
+    e = self.experiment
+    return init_state(e.objective, self.tx, e.seed, ema=e.train.ema is not None)
+
+  @functools.cached_property
+  def abstract_state(self) -> TrainState:
+    """Shapes and dtypes of the state; nothing is allocated."""
+    return jax.eval_shape(self.init)
+
+  @functools.cached_property
+  def shardings(self) -> TrainState:
+    return state_shardings(self.abstract_state, self.placement)
+
+  @property
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global training batch."""
+    e = self.experiment
+    return {
+      name: jax.ShapeDtypeStruct((e.train.batch, *x.shape), x.dtype) for name, x in e.objective.example_batch.items()
+    }
+
+  def train_step(self) -> StepFn:
+    e = self.experiment
+    return make_train_step(
+      e.objective,
+      self.tx,
+      e.optimizer.schedule(e.train.steps),
+      self.placement,
+      self.shardings,
+      self.placement.batch(self.batch_shapes),
+      microbatches=e.train.microbatches,
+      ema=e.train.ema,
+    )
+
+  def subject(self) -> Subject:
+    return Subject(self.experiment.objective.functions(), self.placement, self.experiment.tokenizer)
+
+  def restored_subject(self, step: int | None = None) -> tuple[Subject, int]:
+    """The trained model of this run's workdir at `step` (default: the newest), and that step."""
+    assert self.workdir is not None
+    store = Store(self.workdir, self.experiment.checkpoint, create=False)
+    step = store.latest() if step is None else step
+    abstract, subject = self.abstract_state, self.subject()
+    target, extra = (
+      jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+      for tree, shardings in ((abstract.params, self.shardings.params), (abstract.extra, self.shardings.extra))
+    )
+    subject.params, subject.extra = store.restore_params(target, step, extra=extra)
+    store.close()
+    return subject, step
+
+  def step_flops(self) -> float:
+    """Model FLOPs of one step: three times the forward pass' matrix products, recomputation not counted."""
+    e = self.experiment
+    return 3.0 * matmul_flops(
+      lambda params, batch, extra: e.objective.loss(params, batch, jax.random.key(0), extra)[0],
+      self.abstract_state.params,
+      self.batch_shapes,
+      self.abstract_state.extra,
+    )
+
+  def _check_batches(self) -> None:
+    e, mesh = self.experiment, self.placement.mesh
+    axes = {**AXIS_RULES, **e.rules.axes}['batch']
+    ways = int(np.prod([mesh.shape[axis] for axis in axes]))
+    for path, batch, pieces in [
+      ('train.batch', e.train.batch, e.train.microbatches),
+      *((f'evaluators.{name}.batch', evaluator.batch, 1) for name, evaluator in e.evaluators.items()),
+    ]:
+      if batch % (ways * pieces):
+        parts = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes if mesh.shape[axis] > 1) or '1 device'
+        more = f' times {pieces} microbatches' if pieces > 1 else ''
+        raise UserError(f'config.{path}: {batch} does not divide over {parts}{more}; use a multiple of {ways * pieces}')
+
+
+def with_own_tokenizer(config: dict[str, Any], workdir: pathlib.Path | None) -> dict[str, Any]:
+  """The config with a tokenizer that was trained by this run replaced by the file that the run keeps of it."""
+  spec = config.get('tokenizer')
+  kept = workdir / 'tokenizer.json' if workdir else None
+  if not spec or spec['name'] != 'bpe' or kept is None or not kept.exists():
+    return config
+  return {**config, 'tokenizer': {**spec, 'corpus': None, 'file': str(kept)}}
+
+
+def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console | None = None) -> TrainState:
+  """Runs a resolved config in a workdir, from where it stands there; returns the final state."""
+  console = console or Console()
+  run = Run(config, workdir)
+  e, main = run.experiment, is_main()
+  jax.config.update('jax_debug_nans', e.debug.nans)
+  _open_workdir(run, console)
+
+  store = Store(run.workdir, e.checkpoint)
+  start = store.latest()
+  if start is not None:
+    state, kept = store.restore(run.abstract_state, run.shardings, start)
+    position = kept['data']
+  else:
+    state = jax.jit(run.init, out_shardings=run.shardings)()
+    position = None
+    if e.init_from:
+      state = warm_start(state, run, e.init_from)
+
+  fields = tuple(run.batch_shapes)
+  loader = TrainLoader(
+    e.data,
+    batch=e.train.batch,
+    seed=e.seed,
+    fields=fields,
+    tokenizer=e.tokenizer,
+    start=resume(position, e.data, e.seed) if position else 0,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  writer = (
+    Writer(run.workdir, total=e.train.steps, start=start or 0, tensorboard=e.log.tensorboard, console=console)
+    if main
+    else None
+  )
+  subject = run.subject()
+  last = e.train.steps
+
+  def due(step: int, evaluator: Evaluator) -> bool:
+    return step == last or bool(evaluator.every and step % evaluator.every == 0)
+
+  def evaluate_at(state: TrainState, step: int) -> dict[str, float]:
+    subject.params, subject.extra = state.eval_params, state.extra
+    names = [name for name, evaluator in e.evaluators.items() if due(step, evaluator)]
+    return evaluate(subject, {name: e.evaluators[name] for name in names})
+
+  if main:
+    _announce(run, console, start)
+  peak = e.log.peak_flops or peak_of(jax.devices()[0].device_kind)
+  try:
+    return loop.run(
+      run.train_step(),
+      state,
+      _device_batches(loader, run),
+      loop.Plan(
+        steps=last,
+        log_every=e.log.every,
+        save_every=e.checkpoint.every,
+        evaluate_every=lambda step: any(due(step, evaluator) for evaluator in e.evaluators.values()),
+        max_streak=e.train.max_streak,
+      ),
+      batch_size=e.train.batch,
+      step_flops=run.step_flops() if peak else 0.0,
+      peak_flops=peak and peak * jax.device_count(),
+      evaluate=evaluate_at,
+      position=loader.state,
+      store=store,
+      writer=writer,
+    )
+  finally:
+    if writer:
+      writer.close()
+    loader.close()
+    store.close()
+
+
+def evaluate(subject: Subject, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
+  """Figures of a model as {'evaluator/figure': value}."""
+  figures = {}
+  for name, evaluator in evaluators.items():
+    figures.update({f'{name}/{figure}': value for figure, value in evaluator(subject).items()})
+  return figures
+
+
+def warm_start(state: TrainState, run: Run, source: WarmStart) -> TrainState:
+  """The state with the parameters (and their average) of another run; what `skip` matches stays as it was born."""
+  other = Run.reopen(source.workdir)
+  subject, _ = other.restored_subject()
+  loaded = {path_of(k): v for k, v in jax.tree_util.tree_flatten_with_path(subject.params)[0]}
+
+  def pick(key_path, own):
+    path = path_of(key_path)
+    if any(re.fullmatch(pattern, path) for pattern in source.skip):
+      return own
+    if path not in loaded or loaded[path].shape != own.shape:
+      found = loaded[path].shape if path in loaded else 'missing'
+      raise UserError(
+        f'config.init_from: {path} is {found} in {source.workdir} and {own.shape} here; '
+        f'add a pattern for it to config.init_from.skip to train it anew'
+      )
+    return jax.device_put(loaded[path], own.sharding)
+
+  params = jax.tree_util.tree_map_with_path(pick, state.params)
+  average = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+  return state.replace(params=params, ema=average)
+
+
+def _device_batches(loader: TrainLoader, run: Run) -> Iterator[Any]:
+  """The loader's batches on the devices; the first is compared with what the objective expects."""
+  expected = run.experiment.objective.example_batch
+  for count, local in enumerate(loader):
+    if count == 0:
+      for name, want in expected.items():
+        if local[name].shape[1:] != want.shape:
+          raise UserError(
+            f'config.data gives {name} of shape {local[name].shape[1:]}, but the objective expects {want.shape}; '
+            f'make the size of config.data.image and image_size of the network (or the token lengths) agree'
+          )
+    yield to_devices(local, run.placement)
+
+
+def _open_workdir(run: Run, console: Console) -> None:
+  """Creates the workdir, or checks that it belongs to this very experiment; writes what identifies the run."""
+  workdir, config = run.workdir, run.config
+  path = workdir / 'config.json'
+  if path.exists():
+    saved = resolve(config_lib.plain(json.loads(path.read_text())))
+    difference = first_difference(saved, config)
+    if difference:
+      field, old, new = difference
+      raise UserError(
+        f'{workdir}: belongs to another experiment: config.{field} is {old!r} there and {new!r} here; use a new '
+        f'--workdir (with --config.init_from.workdir={workdir} to begin with its weights)'
+      )
+  if not is_main():
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+    write_json(workdir / 'run.json', identity(run))
+  except OSError as error:
+    raise UserError(f'--workdir {workdir}: cannot be written ({error.strerror})') from error
+  tokenizer, kept = run.experiment.tokenizer, workdir / 'tokenizer.json'
+  if isinstance(tokenizer, Bpe) and not kept.exists():
+    tokenizer.save(kept)
+
+
+def first_difference(saved: Any, config: Any, path: str = '') -> tuple[str, Any, Any] | None:
+  """The first field, outside RESUMABLE, in which two resolved configs differ: (path, old value, new value)."""
+  if path in RESUMABLE or saved == config:
+    return None
+  if isinstance(saved, dict) and isinstance(config, dict):
+    for key in [*saved, *(key for key in config if key not in saved)]:
+      found = first_difference(saved.get(key), config.get(key), f'{path}.{key}' if path else key)
+      if found:
+        return found
+    return None
+  return path, saved, config
+
+
+def identity(run: Run) -> dict[str, Any]:
+  """What one needs to know to repeat a run: versions, machine, mesh, command."""
+  devices = jax.devices()
+  return {
+    'command': sys.argv,
+    'started': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+    'versions': {
+      'fmcv_jax': fmcv_jax.__version__,
+      'python': platform.python_version(),
+      **{
+        package: importlib.metadata.version(package)
+        for package in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+      },
+    },
+    'git': git_commit(),
+    'devices': {'kind': devices[0].device_kind, 'count': len(devices), 'processes': jax.process_count()},
+    'mesh': dict(run.placement.mesh.shape),
+    'parameters': parameter_count(run.abstract_state.params),
+  }
+
+
+def git_commit() -> str | None:
+  """The commit of the checkout that this package runs from, with '+' where it has changes; None outside of one."""
+  here = pathlib.Path(__file__).parent
+  try:
+    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True, check=True)
+    dirty = subprocess.run(['git', 'status', '--porcelain', '-uno'], cwd=here, capture_output=True, text=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return commit.stdout.strip() + ('+' if dirty.stdout.strip() else '')
+
+
+def parameter_count(params: Any) -> int:
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def _announce(run: Run, console: Console, start: int | None) -> None:
+  mesh = ' x '.join(f'{axis} {size}' for axis, size in run.placement.mesh.shape.items() if size > 1) or '1 device'
+  count = parameter_count(run.abstract_state.params)
+  begin = f'resumes at step {start}' if start is not None else 'starts'
+  console.print(
+    f'{begin}: {count / 1e6:.2f} M parameters on {jax.devices()[0].device_kind} ({mesh}), workdir {run.workdir}',
+    highlight=False,
+  )

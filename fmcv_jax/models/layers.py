@@ -1,0 +1,168 @@
+"""The one attention, MLP, block and scanned stack of blocks that every transformer here is made of.
+
+Letters in shapes: B batch, T tokens, D width, H heads, K head dimension, L depth.
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.models.attention import ATTENTION
+from fmcv_jax.models.positions import rotate
+from fmcv_jax.parallel.rules import constrain
+
+Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu']
+Remat = Literal['none', 'dots', 'full']
+Dtype = Literal['float32', 'bfloat16']
+
+ACTIVATIONS = {
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+  'silu': jax.nn.silu,
+  'relu': jax.nn.relu,
+}
+
+# What the backward pass finds saved instead of computing it again; 'none' recomputes nothing.
+REMAT_POLICIES = {
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+  """What the blocks of one stack have in common.
+
+  eps is that of LayerNorm; layer_scale the initial value of LayerScale (Touvron et al. 2021), None for none; gated
+  makes the MLP a GLU (Shazeer 2020); `dropout` acts on both residual branches; `dtype` is that of the matmuls
+  (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
+  """
+
+  heads: int
+  mlp_dim: int
+  activation: Activation = 'gelu'
+  gated: bool = False
+  eps: float = 1e-6
+  layer_scale: float | None = None
+  dropout: float = 0.0
+  causal: bool = False
+  attention: str = 'xla'
+  dtype: Dtype = 'float32'
+
+
+def dense(
+  features: int, dtype: str, name: str, *, bias: bool = True, init=nn.initializers.xavier_uniform()
+) -> nn.Dense:
+  return nn.Dense(features, use_bias=bias, dtype=jnp.dtype(dtype), kernel_init=init, name=name)
+
+
+def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
+
+
+class Attention(nn.Module):
+  """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D]."""
+
+  config: BlockConfig
+
+  @nn.compact
+  def __call__(self, x, context=None, *, angles=None, mask=None):
+    c, width = self.config, x.shape[-1]
+    if width % c.heads:
+      raise ValueError(f'a width of {width} does not divide into {c.heads} heads')
+    context = x if context is None else context
+
+    def project(inputs, name):
+      y = dense(width, c.dtype, name)(inputs)
+      return constrain(y.reshape(*y.shape[:2], c.heads, -1), 'batch', 'tokens', 'heads', None)
+
+    query, key, value = project(x, 'query'), project(context, 'key'), project(context, 'value')
+    if angles is not None:
+      query, key = rotate(query, angles), rotate(key, angles)
+    y = ATTENTION[c.attention](query, key, value, causal=c.causal, mask=mask)
+    return dense(width, c.dtype, 'out')(y.reshape(*x.shape[:2], width))
+
+
+class Mlp(nn.Module):
+  """Two-layer perceptron on the last axis of x [B, T, D] -> [B, T, D]."""
+
+  config: BlockConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    y = ACTIVATIONS[c.activation](dense(c.mlp_dim, c.dtype, 'gate' if c.gated else 'up')(x))
+    if c.gated:
+      y = y * dense(c.mlp_dim, c.dtype, 'up')(x)
+    y = constrain(y, 'batch', 'tokens', 'mlp')
+    return dense(x.shape[-1], c.dtype, 'down')(y)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block, x [B, T, D] -> [B, T, D], in the (carry, input) -> (carry, output) form of a scan."""
+
+  config: BlockConfig
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x, drop_path=None, angles=None, mask=None):
+    """drop_path: share of examples that skip a branch (Huang et al. 2016); needs the rng 'dropout'."""
+    c = self.config
+    # The scan's body must return what it takes, so the residual stream has one dtype throughout.
+    x = constrain(x, 'batch', 'tokens', 'width')
+    y = layer_norm(c.eps, c.dtype, 'norm1')(x)
+    y = Attention(c, name='attention')(y, angles=angles, mask=mask)
+    x = x + self._branch(y, 'scale1', drop_path).astype(x.dtype)
+    y = layer_norm(c.eps, c.dtype, 'norm2')(x)
+    y = Mlp(c, name='mlp')(y)
+    x = x + self._branch(y, 'scale2', drop_path).astype(x.dtype)
+    return constrain(x, 'batch', 'tokens', 'width'), None
+
+  def _branch(self, y, scale, drop_path):
+    if self.config.layer_scale is not None:
+      init = nn.initializers.constant(self.config.layer_scale)
+      y = y * self.param(scale, init, (y.shape[-1],)).astype(y.dtype)
+    if self.train and self.config.dropout:
+      y = nn.Dropout(self.config.dropout, deterministic=False)(y)
+    if drop_path is not None:
+      keep = 1.0 - drop_path
+      kept = jax.random.bernoulli(self.make_rng('dropout'), keep, (y.shape[0], 1, 1))
+      y = jnp.where(kept, y / keep, 0).astype(y.dtype)
+    return y
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """A stack of `depth` blocks; parameters carry a leading axis of that length.
+
+  drop_path rises linearly from 0 in the first block to its full value in the last. `unroll` blocks are laid out side
+  by side in the scan's body: depth gives the fastest program and the longest compile, 1 the reverse; parameters and
+  results are the same.
+  """
+
+  depth: int
+  block: BlockConfig
+  drop_path: float = 0.0
+  remat: Remat = 'none'
+  unroll: int = 1
+
+  def __call__(self, x, *, angles=None, mask=None, train: bool = False):
+    """Runs x [B, T, D] through the blocks; to be called in the compact method that owns the scope `blocks`."""
+    block: type[nn.Module] = Block
+    if self.remat != 'none':
+      block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    drop = bool(train and self.drop_path)
+    blocks = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=(0 if drop else nn.broadcast, nn.broadcast, nn.broadcast),
+      length=self.depth,
+      unroll=min(self.unroll, self.depth),
+    )(self.block, train, name='blocks')
+    rates = jnp.linspace(0, self.drop_path, self.depth) if drop else None
+    return blocks(x, rates, angles, mask)[0]

@@ -1,0 +1,221 @@
+"""Vision transformer (Dosovitskiy et al. 2021) with the options of its successors, and its table of sizes."""
+
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.layers import (
+  Activation,
+  Attention,
+  BlockConfig,
+  Dtype,
+  Mlp,
+  Remat,
+  Stack,
+  dense,
+  layer_norm,
+)
+from fmcv_jax.models.positions import resize_grid, rope_2d, sincos_2d
+from fmcv_jax.parallel.rules import constrain
+
+Pool = Literal['cls', 'gap', 'map']
+Positions = Literal['learned', 'sincos2d', 'rope2d']
+
+
+class Features(NamedTuple):
+  """What a network makes of an input: `output` [B, out] (the head's, or `pooled`), `pooled` [B, D], `tokens` [B, T, D]."""
+
+  output: jax.Array
+  pooled: jax.Array
+  tokens: jax.Array
+
+
+class AttentionPool(nn.Module):
+  """One learned query gathers the tokens x [B, T, D] -> [B, D] (MAP head: Lee et al. 2019; Zhai et al. 2022)."""
+
+  config: BlockConfig
+
+  @nn.compact
+  def __call__(self, x):
+    probe = self.param('probe', nn.initializers.xavier_uniform(), (1, x.shape[-1]))
+    query = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], *probe.shape))
+    y = Attention(self.config, name='attention')(query, x)
+    z = layer_norm(self.config.eps, self.config.dtype, 'norm')(y)
+    return (y + Mlp(self.config, name='mlp')(z))[:, 0]
+
+
+class ViT(nn.Module):
+  """Images [B, height, width, 3], normalized, in multiples of `patch` -> Features.
+
+  Tokens are the class token (if pool is 'cls'), `registers` (Darcet et al. 2024), then the patches row by row. At
+  another resolution than image_size x image_size a learned table is interpolated; the others are computed for it.
+  `outputs` units of a linear head act on the pooled features; 0 leaves them as they are.
+  """
+
+  patch: int
+  width: int
+  stack: Stack
+  image_size: int = 224
+  pool: Pool = 'cls'
+  positions: Positions = 'learned'
+  registers: int = 0
+  place_class_token: bool = True
+  pre_norm: bool = False
+  patch_bias: bool = True
+  outputs: int = 0
+  outputs_bias: bool = True
+
+  @nn.compact
+  def __call__(self, images, *, keep=None, train: bool = False) -> Features:
+    """keep: int32 [B, N], the patches that are looked at (FLIP, Li et al. 2023; MAE); None for all."""
+    block, batch = self.stack.block, images.shape[0]
+    x, grid = patches_of(images, self.patch)
+    x = dense(self.width, block.dtype, 'patch', bias=self.patch_bias)(x)
+    prefix = int(self.pool == 'cls') + self.registers
+    has_place = self.pool == 'cls' and self.place_class_token
+
+    class_place, angles = None, None
+    if self.positions == 'learned':
+      side = self.image_size // self.patch
+      shape = (int(has_place) + side * side, self.width)
+      table = self.param('position', nn.initializers.normal(self.width**-0.5), shape)
+      class_place, places = table[: int(has_place)], resize_grid(table[int(has_place) :], (side, side), grid)
+      x = x + places.astype(x.dtype)
+    elif self.positions == 'sincos2d':
+      x = x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)
+    else:
+      angles = jnp.asarray(rope_2d(*grid, self.width // block.heads, prefix))
+
+    if keep is not None:
+      x = jnp.take_along_axis(x, keep[..., None], axis=1)
+      if angles is not None:
+        first = jnp.broadcast_to(jnp.arange(prefix), (batch, prefix))
+        angles = angles[jnp.concatenate([first, keep + prefix], axis=1)]
+    if self.registers:
+      registers = self.param('registers', nn.initializers.normal(1e-6), (self.registers, self.width))
+      x = jnp.concatenate([jnp.broadcast_to(registers.astype(x.dtype), (batch, *registers.shape)), x], axis=1)
+    if self.pool == 'cls':
+      token = self.param('class_token', nn.initializers.normal(1e-6), (1, self.width))
+      if class_place is not None and has_place:
+        token = token + class_place
+      x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (batch, *token.shape)), x], axis=1)
+
+    x = constrain(x, 'batch', 'tokens', 'width')
+    if self.pre_norm:
+      x = layer_norm(block.eps, block.dtype, 'pre_norm')(x)
+    x = self.stack(x, angles=angles, train=train)
+    x = layer_norm(block.eps, block.dtype, 'norm')(x)
+
+    if self.pool == 'cls':
+      pooled = x[:, 0]
+    elif self.pool == 'gap':
+      pooled = jnp.mean(x[:, prefix:], axis=1, dtype=jnp.float32).astype(x.dtype)
+    else:
+      pooled = AttentionPool(block, name='map_pool')(x[:, prefix:])
+    output = linear_head(self.outputs, self.outputs_bias, block.dtype)(pooled) if self.outputs else pooled
+    return Features(output, pooled, x)
+
+
+def patches_of(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:
+  """Cuts images [B, H, W, C] into patches [B, rows * columns, patch * patch * C]; also returns (rows, columns)."""
+  batch, height, width, channels = images.shape
+  if height % patch or width % patch:
+    raise ValueError(f'images of {height} x {width} pixels do not divide into patches of {patch}')
+  rows, columns = height // patch, width // patch
+  x = images.reshape(batch, rows, patch, columns, patch, channels).swapaxes(2, 3)
+  return x.reshape(batch, rows * columns, -1), (rows, columns)
+
+
+def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.Array:
+  """Indices int32 [B, N] of a random subset of the patches of each image, without repeats; N = round(share * patches)."""
+  noise = jax.random.uniform(rng, (batch, patches))
+  return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
+
+
+def linear_head(outputs: int, bias: bool, dtype: str) -> nn.Dense:
+  """The head on pooled features: with bias a classifier, born zero; without, a projection into an embedding space."""
+  init = nn.initializers.zeros if bias else nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+  return dense(outputs, dtype, 'head', bias=bias, init=init)
+
+
+# width, depth, heads, hidden width of the MLP. Ti, S: Touvron et al. 2021; B, L, H: Dosovitskiy et al. 2021; g, G: Zhai
+# et al. 2022; So400m: Alabdulmohsin et al. 2023; 22B: Dehghani et al. 2023; mu is for tests.
+SIZES: dict[str, tuple[int, int, int, int]] = {
+  'mu': (32, 2, 2, 64),
+  'Ti': (192, 12, 3, 768),
+  'S': (384, 12, 6, 1536),
+  'M': (512, 12, 8, 2048),
+  'B': (768, 12, 12, 3072),
+  'L': (1024, 24, 16, 4096),
+  'So400m': (1152, 27, 16, 4304),
+  'H': (1280, 32, 16, 5120),
+  'g': (1408, 40, 16, 6144),
+  'G': (1664, 48, 16, 8192),
+  '22B': (6144, 48, 48, 24576),
+}
+
+
+def vit(
+  variant: str = 'B/16',
+  *,
+  image_size: int = 224,
+  outputs: int = 0,
+  pool: Pool = 'cls',
+  positions: Positions = 'learned',
+  registers: int = 0,
+  place_class_token: bool = True,
+  pre_norm: bool = False,
+  patch_bias: bool = True,
+  outputs_bias: bool = True,
+  width: int | None = None,
+  depth: int | None = None,
+  heads: int | None = None,
+  mlp_dim: int | None = None,
+  activation: Activation = 'gelu',
+  gated: bool = False,
+  eps: float = 1e-6,
+  layer_scale: float | None = None,
+  dropout: float = 0.0,
+  drop_path: float = 0.0,
+  attention: str = 'xla',
+  remat: Remat = 'none',
+  unroll: int = 1,
+  dtype: Dtype = 'float32',
+) -> ViT:
+  """A named ViT, 'size/patch' as in 'B/16'; width, depth, heads and mlp_dim override the size's."""
+  size, _, patch = variant.partition('/')
+  if size not in SIZES or not patch.isdigit():
+    known = [f'{name}/{p}' for name in SIZES for p in (8, 14, 16, 32)]
+    raise ValueError(f'unknown ViT variant {variant!r}; {nearest(variant, known)}')
+  if image_size % int(patch):
+    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  defaults = SIZES[size]
+  width, depth = width or defaults[0], depth or defaults[1]
+  block = BlockConfig(
+    heads=heads or defaults[2],
+    mlp_dim=mlp_dim or defaults[3],
+    activation=activation,
+    gated=gated,
+    eps=eps,
+    layer_scale=layer_scale,
+    dropout=dropout,
+    attention=attention,
+    dtype=dtype,
+  )
+  return ViT(
+    patch=int(patch),
+    width=width,
+    stack=Stack(depth, block, drop_path, remat, unroll),
+    image_size=image_size,
+    pool=pool,
+    positions=positions,
+    registers=registers,
+    place_class_token=place_class_token,
+    pre_norm=pre_norm,
+    patch_bias=patch_bias,
+    outputs=outputs,
+    outputs_bias=outputs_bias,
+  )

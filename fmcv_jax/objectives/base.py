@@ -1,0 +1,63 @@
+"""What is learnt: the contract between a loss and the one train step.
+
+`params` is whatever the gradient trains, `extra` whatever is carried along without a gradient (EMA teachers, centres,
+queues). Everything is a pure function of its arguments, so one step, one loop and one checkpoint serve all objectives.
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Outcome = tuple[jax.Array, tuple[Metrics, Any]]
+
+
+class Objective(abc.ABC):
+  """A loss family as a frozen dataclass whose fields are networks and numbers."""
+
+  @property
+  @abc.abstractmethod
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of one example, field by field, without the batch axis."""
+
+  @abc.abstractmethod
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
+    """(params, extra), float32; traced under eval_shape and jit, so that arrays are born sharded."""
+
+  @abc.abstractmethod
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Outcome:
+    """(loss, (metrics, aux)): means over the batch, float32 scalars in `metrics`; `aux` goes to update_extra."""
+
+  def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
+    """The next `extra`, from the already updated `params`."""
+    return extra
+
+  def functions(self) -> Mapping[str, Callable[[Params, Any, Batch], jax.Array]]:
+    """What a trained model offers to evaluators and apps: name -> fn(params, extra, batch) -> [B, ...].
+
+    Names: 'logits' [B, classes], 'features' [B, D], 'embed_image' and 'embed_text' (unit length) [B, E].
+    """
+    return {}
+
+
+class CoupledObjective(Objective):
+  """A loss that couples the examples of a batch, such as a contrastive one.
+
+  Split in two so that gradient accumulation is exact: `embed` treats examples alone and can run in small pieces,
+  `couple` sees the embeddings of the whole batch (GradCache, Gao et al. 2021).
+  """
+
+  @abc.abstractmethod
+  def embed(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Any:
+    """A tree of float arrays [B, ...]."""
+
+  @abc.abstractmethod
+  def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Outcome:
+    """The loss of the whole batch from its embeddings; `params` for scalars such as the temperature."""
+
+  def loss(self, params, batch, rng, extra):
+    return self.couple(params, self.embed(params, batch, rng, extra), batch, extra)

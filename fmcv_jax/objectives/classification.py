@@ -1,0 +1,95 @@
+"""Supervised classification: softmax or sigmoid cross-entropy, label smoothing, mixup and cutmix on the device."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmcv_jax.data.augment import Augment, Normalize, augmented
+from fmcv_jax.objectives.base import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Objective):
+  """Learns labels from images; the network's `outputs` is the number of classes.
+
+  loss        'softmax' (one class an image) or 'sigmoid' (each class for itself, summed over classes; Beyer et al. 2020)
+  mixup       alpha of the Beta distribution of the mixing weight (Zhang et al. 2018), 0 for none
+  cutmix      the same for pasted boxes (Yun et al. 2019); where both are set each batch draws one of them
+  """
+
+  network: nn.Module
+  loss_name: Literal['softmax', 'sigmoid'] = 'softmax'
+  label_smoothing: float = 0.0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+  augment: tuple[Augment, ...] = ()
+  normalize: Normalize = Normalize()
+
+  def __post_init__(self):
+    if not getattr(self.network, 'outputs', 0):
+      raise ValueError('classification needs a network with outputs=<number of classes>')
+
+  @property
+  def example_batch(self):
+    size = self.network.image_size
+    return {
+      'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
+      'label': jax.ShapeDtypeStruct((), jnp.int32),
+    }
+
+  def init(self, rng):
+    size = self.network.image_size
+    return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
+
+  def loss(self, params, batch, rng, extra):
+    augment_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
+    targets = jax.nn.one_hot(batch['label'], self.network.outputs)
+    images = augmented(batch['image'], self.augment, augment_rng)
+    images, targets = mix(images, targets, mix_rng, mixup=self.mixup, cutmix=self.cutmix)
+    smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / self.network.outputs
+    features = self.network.apply({'params': params}, self.normalize(images), train=True, rngs={'dropout': dropout_rng})
+    logits = features.output.astype(jnp.float32)
+    if self.loss_name == 'softmax':
+      losses = optax.softmax_cross_entropy(logits, smooth)
+    else:
+      losses = optax.sigmoid_binary_cross_entropy(logits, smooth).sum(-1)
+    accuracy = jnp.mean(logits.argmax(-1) == targets.argmax(-1), dtype=jnp.float32)
+    return losses.mean(), ({'accuracy': accuracy}, {})
+
+  def functions(self):
+    def forward(params, batch):
+      return self.network.apply({'params': params}, self.normalize(batch['image'].astype(jnp.float32) / 255))
+
+    return {
+      'logits': lambda params, extra, batch: forward(params, batch).output.astype(jnp.float32),
+      'features': lambda params, extra, batch: forward(params, batch).pooled.astype(jnp.float32),
+    }
+
+
+def mix(images, targets, rng, *, mixup: float, cutmix: float):
+  """Mixes each example with its mirror in the batch: images [B, H, W, C], targets [B, classes].
+
+  One weight a batch, as in the authors' code. For cutmix the weight of a label is the share of pixels that it kept.
+  """
+  if not mixup and not cutmix:
+    return images, targets
+  choice_rng, weight_rng, box_rng = jax.random.split(rng, 3)
+  height, width = images.shape[1:3]
+  use_cutmix = jax.random.bernoulli(choice_rng) if mixup and cutmix else jnp.asarray(bool(cutmix))
+  alpha = jnp.where(use_cutmix, cutmix or 1.0, mixup or 1.0)
+  weight = jax.random.beta(weight_rng, alpha, alpha)
+
+  # A box of the share 1 - weight of the area around a uniform centre, cut off at the border.
+  centre = jax.random.uniform(box_rng, (2,)) * jnp.array([height, width])
+  half = jnp.sqrt(1 - weight) * jnp.array([height, width]) / 2
+  low, high = jnp.round(centre - half), jnp.round(centre + half)
+  rows, columns = jnp.arange(height), jnp.arange(width)
+  inside = ((rows >= low[0]) & (rows < high[0]))[:, None] & ((columns >= low[1]) & (columns < high[1]))[None]
+
+  keep = jnp.where(use_cutmix, 1.0 - inside, weight)[None, :, :, None].astype(images.dtype)
+  share = keep.mean()
+  return images * keep + images[::-1] * (1 - keep), targets * share + targets[::-1] * (1 - share)

@@ -1,0 +1,77 @@
+"""The device mesh: five named axes, every product of them a way to run the same program."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from fmcv_jax.errors import UserError
+
+AXES = ('slice', 'data', 'fsdp', 'sequence', 'tensor')
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  """Sizes of the mesh axes, slowest network first; -1, at most once, stands for the devices that are left.
+
+  slice     replicas joined by the data-centre network, one per TPU slice or GPU host group
+  data      replicas: parameters repeated, batch split
+  fsdp      batch split and parameters split (gathered for each layer)
+  sequence  tokens of one example split
+  tensor    heads and hidden units of one layer split
+  """
+
+  slice: int = 1
+  data: int = -1
+  fsdp: int = 1
+  sequence: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = self.sizes()
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+      raise ValueError(f'axis sizes are positive, -1 at most once for the rest; got {self}')
+
+  def sizes(self) -> list[int]:
+    return [getattr(self, axis) for axis in AXES]
+
+  def over(self, device_count: int) -> tuple[int, ...]:
+    """Axis sizes on `device_count` devices, with -1 filled in; raises UserError where they do not divide."""
+    sizes = self.sizes()
+    fixed = math.prod(size for size in sizes if size != -1)
+    shown = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True) if size != 1) or 'data=1'
+    if -1 in sizes:
+      if device_count % fixed:
+        raise UserError(f'config.mesh: {shown} needs a multiple of {fixed} devices, but there are {device_count}')
+      sizes[sizes.index(-1)] = device_count // fixed
+    elif fixed != device_count:
+      raise UserError(
+        f'config.mesh: {shown} is {fixed} devices, but there are {device_count}; set one axis to -1 to use them all'
+      )
+    return tuple(sizes)
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over `devices` (default: all of every process).
+
+  On TPU the physical topology decides which device stands where, so that the fast axes are neighbours. Axes are
+  Auto: the partitioner completes the shardings of inputs, parameters and the activations that `constrain` pins.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = shape.over(len(devices))
+  if devices[0].platform == 'tpu' and sizes[0] == 1:
+    from jax.experimental import mesh_utils
+
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  elif devices[0].platform == 'tpu':
+    from jax.experimental import mesh_utils
+
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (1, *sizes[1:]), (sizes[0], 1, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = np.array(devices).reshape(sizes)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,0 +1,165 @@
+"""Two tables that shard everything: parameter path -> logical axes, and logical axis -> mesh axes.
+
+Networks share their blocks, so a dozen path patterns name the axes of every parameter of every model; which mesh axes
+they are split over is data of the config. Nothing falls back silently: a parameter that no pattern matches, a logical
+axis without a rule, one mesh axis used twice for one array, or a dimension that does not divide is a `UserError`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fmcv_jax.errors import UserError, nearest
+
+LogicalAxes = tuple[str | None, ...]
+
+# The first pattern that matches the whole path wins. Parameters below a scope named `blocks` are stacked over depth:
+# their leading axis is `layers`, which the table leaves out.
+PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
+  (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads')),
+  (r'(.*/)?(query|key|value)/bias', ('heads',)),
+  (r'(.*/)?attention/out/kernel', ('heads', 'embed')),
+  (r'(.*/)?mlp/(up|gate)/kernel', ('embed', 'mlp')),
+  (r'(.*/)?mlp/(up|gate)/bias', ('mlp',)),
+  (r'(.*/)?mlp/down/kernel', ('mlp', 'embed')),
+  (r'(.*/)?(out|down)/bias', (None,)),
+  (r'(.*/)?\w*norm\w*/(scale|bias)', (None,)),
+  (r'(.*/)?scale[12]', (None,)),
+  (r'(.*/)?patch/kernel', (None, 'embed')),
+  (r'(.*/)?head/kernel', ('embed', None)),
+  (r'(.*/)?(patch|head)/bias', (None,)),
+  (r'(.*/)?tokens/embedding', ('vocab', 'embed')),
+  (r'(.*/)?(position|class_token|registers|probe)', (None, 'embed')),
+  (r'temperature|bias', ()),
+)
+
+# Activations and parameters have separate names where the same dimension is split differently: under FSDP the batch
+# takes the `fsdp` axis, so the `width` of an activation is whole while the `embed` of a parameter is split.
+AXIS_RULES: dict[str, tuple[str, ...]] = {
+  'batch': ('slice', 'data', 'fsdp'),
+  'tokens': ('sequence',),
+  'width': (),
+  'embed': ('fsdp',),
+  'heads': ('tensor',),
+  'mlp': ('tensor',),
+  'vocab': ('tensor',),
+  'layers': (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """The two tables as config data; `axes` overrides single rows of AXIS_RULES, `parameters` precede PARAMETER_AXES."""
+
+  axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  parameters: tuple[tuple[str, LogicalAxes], ...] = ()
+
+  def axes_of(self, path: str, shape: tuple[int, ...]) -> LogicalAxes:
+    """Logical axes of the parameter at `path`, such as 'image/blocks/mlp/up/kernel'."""
+    for pattern, axes in (*self.parameters, *PARAMETER_AXES):
+      if re.fullmatch(pattern, path):
+        if 'blocks' in path.split('/'):
+          axes = ('layers', *axes)
+        if len(axes) != len(shape):
+          raise UserError(f'config.rules.parameters: {pattern!r} names {len(axes)} axes, but {path} has shape {shape}')
+        return axes
+    raise UserError(
+      f'config.rules.parameters: no pattern matches the parameter {path} of shape {shape}; '
+      f'add a row such as [{re.escape(path)!r}, [{", ".join(["null"] * len(shape))}]]'
+    )
+
+  def spec(self, axes: LogicalAxes, shape: tuple[int, ...], mesh: Mesh, what: str) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes; `what` names it in errors."""
+    if len(axes) != len(shape):
+      raise UserError(f'{what}: {len(axes)} logical axes {axes} for an array of shape {shape}')
+    rules, entries, used = {**AXIS_RULES, **self.axes}, [], {}
+    for axis, size in zip(axes, shape, strict=True):
+      if axis is None:
+        entries.append(None)
+        continue
+      if axis not in rules:
+        raise UserError(f'config.rules.axes: no rule for the logical axis {axis!r} of {what}; {nearest(axis, rules)}')
+      ways = 1
+      for name in rules[axis]:
+        if name not in mesh.shape:
+          raise UserError(f'config.rules.axes.{axis}: no mesh axis {name!r}; {nearest(name, mesh.shape)}')
+        if mesh.shape[name] > 1 and name in used:
+          raise UserError(
+            f'config.rules.axes: {what} of shape {shape} would use the mesh axis {name!r} twice, '
+            f'for {used[name]!r} and {axis!r}'
+          )
+        used[name] = axis
+        ways *= mesh.shape[name]
+      if size % ways:
+        split = ' x '.join(f'{name}={mesh.shape[name]}' for name in rules[axis] if mesh.shape[name] > 1)
+        raise UserError(f'{what}: its axis {axis!r} of size {size} (shape {shape}) does not divide over {split}')
+      entries.append(tuple(name for name in rules[axis] if mesh.shape[name] > 1) or None)
+    while entries and entries[-1] is None:  # JAX compares specs literally: one spelling for one sharding
+      entries.pop()
+    return PartitionSpec(*entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """A mesh and the rules that map arrays onto it."""
+
+  mesh: Mesh
+  rules: Rules = Rules()
+
+  def sharding(self, axes: LogicalAxes, shape: tuple[int, ...], what: str) -> NamedSharding:
+    return NamedSharding(self.mesh, self.rules.spec(axes, shape, self.mesh, what))
+
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def parameters(self, tree: Any) -> Any:
+    """Shardings of a tree of parameters (arrays or ShapeDtypeStructs), leaf by leaf."""
+
+    def leaf(key_path, x):
+      path = path_of(key_path)
+      return self.sharding(self.rules.axes_of(path, x.shape), x.shape, f'parameter {path}')
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+  def batch(self, tree: Any) -> Any:
+    """Shardings of a batch: each leaf's leading axis is `batch`, the rest is whole."""
+
+    def leaf(key_path, x):
+      axes = ('batch',) + (None,) * (len(x.shape) - 1)
+      return self.sharding(axes, x.shape, f'batch field {path_of(key_path)!r}')
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+  @contextlib.contextmanager
+  def active(self) -> Iterator[None]:
+    """While it is open, what is traced pins its activations by these rules (see `constrain`)."""
+    token = _ACTIVE.set(self)
+    try:
+      yield
+    finally:
+      _ACTIVE.reset(token)
+
+
+_ACTIVE: contextvars.ContextVar[Placement | None] = contextvars.ContextVar('fmcv_placement', default=None)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Pins an activation to the mesh by its logical axes; the identity where no placement is active.
+
+  `constrain(x, 'batch', 'tokens', 'width')` inside a network; raises UserError where a dimension does not divide.
+  """
+  placement = _ACTIVE.get()
+  if placement is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, placement.sharding(axes, x.shape, f'activation {axes}'))
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+  """A jax key path as 'a/b/c'; dict keys, attributes and indices alike."""
+  return jax.tree_util.keystr(key_path, simple=True, separator='/')

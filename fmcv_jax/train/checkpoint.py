@@ -1,0 +1,155 @@
+"""Checkpoints through orbax: asynchronous, atomic, the newest few and the best, with the data position inside."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointing:
+  """When a run saves and what it keeps.
+
+  every   steps between saves; the last step is always saved
+  keep    how many of the newest to keep
+  best    an evaluator's figure, such as 'seen/top1', whose best checkpoint is kept besides; higher is better
+  """
+
+  every: int = 1000
+  keep: int = 2
+  best: str | None = None
+
+
+class Store:
+  """The checkpoints of one workdir. Each has the items `params`, `ema` and `extra` (where there are any), `rest`, and `run` (JSON)."""
+
+  def __init__(self, workdir: str | pathlib.Path, options: Checkpointing = Checkpointing(), *, create: bool = True):
+    self.directory = epath.Path(workdir).absolute() / 'checkpoints'
+    if not create and not self.directory.exists():
+      raise UserError(f'{workdir}: holds no checkpoints; give the workdir of a run that has saved at least once')
+    self._best = options.best
+    managers = ocp.checkpoint_managers
+    policies = [managers.LatestN(options.keep)]
+    if options.best:
+      policies.append(
+        managers.BestN(lambda metrics: metrics[options.best], n=1, keep_checkpoints_without_metrics=False)
+      )
+    trees = {name: ocp.StandardCheckpointHandler() for name in ('params', 'ema', 'extra', 'rest')}
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      item_handlers={**trees, 'run': ocp.JsonCheckpointHandler()},
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=managers.AnyPreservationPolicy(policies),
+        create=create,
+        # Deleting a step is a rename: a kill in the middle leaves no half-deleted step behind in the list.
+        todelete_subdir='deleted' if create else None,
+      ),
+    )
+
+  def latest(self) -> int | None:
+    """The newest step that was committed, or None."""
+    return self._manager.latest_step()
+
+  def best(self) -> int | None:
+    """The step with the best figure among those kept, or None."""
+    figures = {step: (self._manager.metrics(step) or {}).get(self._best) for step in self._manager.all_steps()}
+    scored = {step: figure for step, figure in figures.items() if figure is not None}
+    return max(scored, key=scored.get) if scored else None
+
+  def save(self, state: TrainState, run: dict[str, Any], figures: dict[str, float]) -> None:
+    """Starts to save; returns once the arrays are copied off the devices. `run` is any JSON, such as the data position."""
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    if self._best and self._best not in figures:
+      figures = {}
+    args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+    self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **args), metrics=figures or None)
+
+  def restore(self, abstract: TrainState, shardings: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+    """The state of `step` (default: the newest), placed as `shardings` say whatever mesh wrote it, and its `run`."""
+    step = self._step(step)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    loaded = self._load(step, _items(target))
+    state = TrainState(
+      params=loaded['params'], ema=loaded.get('ema'), extra=loaded.get('extra', target.extra), **loaded['rest']
+    )
+    return state, loaded['run']
+
+  def restore_params(self, target: Any, step: int | None = None, *, extra: Any = None) -> tuple[Any, Any]:
+    """(parameters to evaluate, extra) without the optimizer's state; the targets are ShapeDtypeStructs with shardings."""
+    step = self._step(step)
+    name = 'ema' if (self.directory / str(step) / 'ema').exists() else 'params'
+    items = {name: target, 'extra': extra} if jax.tree.leaves(extra) else {name: target}
+    loaded = self._load(step, items)
+    return loaded[name], loaded.get('extra', extra)
+
+  def _step(self, step: int | None) -> int:
+    step = self.latest() if step is None else step
+    if step is None or step not in self._manager.all_steps():
+      raise UserError(f'{self.directory}: no checkpoint{"" if step is None else f" of step {step}"}; '
+                      f'steps there: {", ".join(map(str, self._manager.all_steps())) or "none"}')  # fmt: skip
+    return step
+
+  def _load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+    for name, item in items.items():
+      self._check(step, name, item)
+    args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+    try:
+      loaded = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **args))
+    except (ValueError, OSError, KeyError) as error:
+      raise UserError(f'{self.directory / str(step)}: this checkpoint cannot be read ({_first_line(error)})') from error
+    return {'run': loaded.run, **{name: loaded[name] for name in items}}
+
+  def _check(self, step: int, name: str, item: Any) -> None:
+    """Compares paths and shapes with what is stored, so that a mismatch is named before anything is read."""
+    metadata = self._manager.item_metadata(step)[name]
+    if metadata is None:
+      raise UserError(
+        f'{self.directory / str(step)}: this checkpoint has no {name!r}; was it saved with another config?'
+      )
+    stored, wanted = _shapes(metadata), _shapes(item)
+    for path in sorted(stored.keys() | wanted.keys()):
+      if stored.get(path) != wanted.get(path):
+        raise UserError(
+          f'{self.directory / str(step)}: {name}/{path} is {stored.get(path, "missing")} in the checkpoint and '
+          f'{wanted.get(path, "missing")} in the config'
+        )
+
+  def wait(self) -> None:
+    """Returns when everything that was asked for is committed; raises what went wrong in the background."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  """The state in parts that can be read alone; orbax stores no empty trees."""
+  rest = {name: getattr(state, name) for name in ('step', 'skipped', 'streak', 'rng', 'opt_state')}
+  items = {'params': state.params, 'ema': state.ema, 'extra': state.extra, 'rest': rest}
+  return {name: item for name, item in items.items() if jax.tree.leaves(item)}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {path_of(key_path): tuple(leaf.shape) for key_path, leaf in flat if hasattr(leaf, 'shape')}
+
+
+def _first_line(error: BaseException) -> str:
+  return str(error).strip().split('\n')[0][:200]
+
+
+def write_json(path: pathlib.Path, data: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+  temporary = path.with_suffix(path.suffix + '.tmp')
+  temporary.write_text(json.dumps(data, indent=2) + '\n')
+  temporary.replace(path)

@@ -1,0 +1,148 @@
+"""The one training loop: for each batch step, log, evaluate, save, stop."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.metrics import Writer
+from fmcv_jax.train.state import TrainState
+from fmcv_jax.train.step import StepFn
+
+
+class Preempted(Exception):
+  """The machine was asked to stop; the state is saved and the same command goes on from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The numbers of a loop, in steps: its length, and how often it does what else it does."""
+
+  steps: int
+  log_every: int
+  save_every: int
+  evaluate_every: Callable[[int], bool]
+  max_streak: int
+
+
+def run(
+  step_fn: StepFn,
+  state: TrainState,
+  batches: Iterator[Any],
+  plan: Plan,
+  *,
+  batch_size: int,
+  step_flops: float,
+  peak_flops: float | None,
+  evaluate: Callable[[TrainState, int], dict[str, float]],
+  position: Callable[[], dict[str, Any]],
+  store: Store,
+  writer: Writer | None,
+) -> TrainState:
+  """Trains from `state` to plan.steps and returns the final state, which is saved.
+
+  `batches` yields device arrays; `position` describes the data position after the batches taken; `evaluate` gives
+  figures of the state at a step; step_flops and peak_flops are those of all devices. Raises Preempted after a SIGTERM
+  (or the cluster's preemption notice) once the state is saved, and UserError after plan.max_streak bad steps in a row.
+  """
+  step, figures = int(state.step), {}
+  stop = StopSignal()
+  window = Window(step)
+  last_metrics = None
+
+  def save():
+    store.save(state, {'data': position(), 'figures': figures}, figures)
+
+  while step < plan.steps:
+    with window.waiting():
+      batch = next(batches)
+    state, metrics = step_fn(state, batch)
+    step += 1
+    # One step stays in flight while the host prepares the next; more would only queue up memory.
+    jax.block_until_ready(last_metrics)
+    last_metrics = metrics
+
+    if step % plan.log_every == 0 or step == plan.steps:
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      speed = window.close(step, batch_size, step_flops, peak_flops)
+      if writer:
+        writer.train(step, {**values, **speed})
+      if values['streak'] >= plan.max_streak:
+        save()
+        store.wait()
+        raise UserError(
+          f'step {step}: loss or gradient was not finite for {values["streak"]:.0f} steps in a row; the state before '
+          f'them is saved; look at the learning rate, or run again with --config.debug.nans=True to find the operation'
+        )
+    if plan.evaluate_every(step):
+      figures = evaluate(state, step)
+      if writer and figures:
+        writer.evaluation(step, figures)
+      window.restart(step)
+    stopping = stop.requested(step)
+    if step % plan.save_every == 0 or step == plan.steps or stopping:
+      save()
+      window.restart(step)
+    if stopping and step < plan.steps:
+      store.wait()
+      raise Preempted(f'asked to stop at step {step}: saved; the same command goes on from here')
+  store.wait()
+  return state
+
+
+class Window:
+  """Throughput between two reports, and the share of that time spent waiting for input."""
+
+  def __init__(self, step: int):
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    """Begins anew: what lies between two windows (evaluation, saving) is no training time."""
+    self.step, self.start, self.waited = step, time.monotonic(), 0.0
+
+  def waiting(self) -> 'Window':
+    return self
+
+  def __enter__(self):
+    self._since = time.monotonic()
+
+  def __exit__(self, *_):
+    self.waited += time.monotonic() - self._since
+
+  def close(self, step: int, batch: int, step_flops: float, peak_flops: float | None) -> dict[str, float]:
+    seconds, steps = time.monotonic() - self.start, step - self.step
+    figures = {
+      'steps_per_second': steps / seconds,
+      'images_per_second': steps * batch / seconds,
+      'input_wait': self.waited / seconds,
+    }
+    if peak_flops:
+      figures['utilization'] = steps * step_flops / seconds / peak_flops
+    self.restart(step)
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+class StopSignal:
+  """Whether this run was asked to stop: by SIGTERM in one process, by jax's preemption notice among several."""
+
+  def __init__(self):
+    self._asked = False
+    if jax.process_count() == 1:
+      signal.signal(signal.SIGTERM, self._ask)
+
+  def _ask(self, *_):
+    self._asked = True
+
+  def requested(self, step: int) -> bool:
+    """Called by every process after every step; all of them answer True at the same step."""
+    if jax.process_count() == 1:
+      return self._asked
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,126 @@
+"""What a run says while it goes: JSON lines, TensorBoard, and one live line at the terminal."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind (vendors' data sheets).
+PEAK_FLOPS: dict[str, float] = {
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5p': 459e12,
+  'TPU v5': 459e12,
+  'TPU v6': 918e12,
+  'TPU v4': 275e12,
+  'A100': 312e12,
+  'H100': 989e12,
+  'H200': 989e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """How often and against what a run reports.
+
+  every        steps between reports; each waits for the devices, so throughput is of finished steps
+  peak_flops   FLOP/s of one device that the utilization is a share of; None takes the data sheet's bf16 peak, and
+               reports no utilization on devices without one
+  """
+
+  every: int = 50
+  tensorboard: bool = True
+  peak_flops: float | None = None
+
+
+def peak_of(device_kind: str) -> float | None:
+  """The data sheet's bf16 FLOP/s of one device, None where it is not known."""
+  return next((peak for part, peak in PEAK_FLOPS.items() if part in device_kind), None)
+
+
+class Writer:
+  """Appends figures to metrics.jsonl (and TensorBoard) of a workdir and shows progress; process 0 alone has one."""
+
+  def __init__(self, workdir: pathlib.Path, *, total: int, start: int, tensorboard: bool, console: Console):
+    self.path = workdir / 'metrics.jsonl'
+    _drop_after(self.path, start)
+    self._file = self.path.open('a')
+    self._board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1 if start else None)
+    self.console = console
+    self._progress = Progress(
+      TextColumn('step'),
+      MofNCompleteColumn(),
+      BarColumn(bar_width=20),
+      TextColumn('{task.fields[line]}'),
+      TextColumn('eta'),
+      TimeRemainingColumn(),
+      console=console,
+      disable=not console.is_terminal,
+    )
+    self._task = self._progress.add_task('train', total=total, completed=start, line='')
+    self._progress.start()
+
+  def train(self, step: int, figures: Mapping[str, float]) -> None:
+    """Figures of the training steps up to `step`."""
+    shown = [f'loss {figures["loss"]:.4f}', f'{figures["images_per_second"]:.0f} img/s']
+    if 'utilization' in figures:
+      shown.append(f'mfu {figures["utilization"]:.1%}')
+    shown.append(f'wait {figures["input_wait"]:.0%}')
+    if figures['skipped']:
+      shown.append(f'skipped {figures["skipped"]:.0f}')
+    line = '  '.join(shown)
+    self._progress.update(self._task, completed=step, line=line)
+    if not self.console.is_terminal:
+      self.console.print(f'step {step}  {line}', highlight=False)
+    self._write(step, {f'train/{name}': value for name, value in figures.items()})
+
+  def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+    """Figures of the evaluators, named evaluator/figure."""
+    shown = '  '.join(f'{name} {value:.4f}' for name, value in figures.items())
+    self.console.print(f'step {step}  {shown}', highlight=False)
+    self._write(step, figures)
+
+  def _write(self, step: int, figures: Mapping[str, float]) -> None:
+    # JSON has no NaN: a value that is none is written as null, so that every reader can read the line.
+    row: dict[str, Any] = {'step': step, 'time': round(time.time(), 3)}
+    row.update({name: float(value) if math.isfinite(value) else None for name, value in figures.items()})
+    self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+    if self._board is not None:
+      for name, value in figures.items():
+        self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._progress.stop()
+    self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a metrics.jsonl; a last line that a kill left half-written is left out."""
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return rows
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+  """Forgets rows after the step that a run resumes from: they will be written again."""
+  rows = [row for row in read(path) if row['step'] <= step]
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  temporary.replace(path)

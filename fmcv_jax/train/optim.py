@@ -1,0 +1,191 @@
+"""Optimizers and learning-rate schedules, by name, through optax."""
+
+import abc
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmcv_jax.models.layers import Dtype
+from fmcv_jax.parallel.rules import path_of
+
+
+class Schedule(abc.ABC):
+  """A learning rate by step: linear warm-up from 0 to `peak` over `warmup_steps`, then a decay."""
+
+  peak: float
+  warmup_steps: int
+
+  def __call__(self, total_steps: int) -> optax.Schedule:
+    """The schedule of a run of `total_steps`; the last step's rate is the decay's end."""
+    if self.warmup_steps >= total_steps:
+      raise ValueError(f'warmup_steps {self.warmup_steps} leaves nothing of a run of {total_steps} steps')
+    if not self.warmup_steps:
+      return self.decay(total_steps)
+    # The first step has rate peak / warmup_steps, not 0: a step that changes nothing is a step wasted.
+    warmup = optax.linear_schedule(self.peak / self.warmup_steps, self.peak, self.warmup_steps - 1 or 1)
+    return optax.join_schedules([warmup, self.decay(total_steps - self.warmup_steps)], [self.warmup_steps])
+
+  @abc.abstractmethod
+  def decay(self, steps: int) -> optax.Schedule:
+    """The rate over the `steps` after warm-up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Schedule):
+  """Half a cosine from `peak` to `end` (Loshchilov & Hutter 2017)."""
+
+  peak: float
+  warmup_steps: int = 0
+  end: float = 0.0
+
+  def decay(self, steps):
+    return optax.cosine_decay_schedule(self.peak, steps, alpha=self.end / self.peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Schedule):
+  """A straight line from `peak` to `end`."""
+
+  peak: float
+  warmup_steps: int = 0
+  end: float = 0.0
+
+  def decay(self, steps):
+    return optax.linear_schedule(self.peak, self.end, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rsqrt(Schedule):
+  """peak / sqrt(1 + t / timescale), then linearly to 0 over the last `cooldown_steps` (Zhai et al. 2022)."""
+
+  peak: float
+  warmup_steps: int = 0
+  timescale: int = 10_000
+  cooldown_steps: int = 0
+
+  def decay(self, steps):
+    if self.cooldown_steps > steps:
+      raise ValueError(f'cooldown_steps {self.cooldown_steps} is longer than the {steps} steps after warm-up')
+
+    def rate(step):
+      cooldown = jnp.clip((steps - step) / max(self.cooldown_steps, 1), 0, 1) if self.cooldown_steps else 1.0
+      return self.peak * jax.lax.rsqrt(1 + step / self.timescale) * cooldown
+
+    return rate
+
+
+class Rule(abc.ABC):
+  """How gradients become updates."""
+
+  @abc.abstractmethod
+  def make(self, rate: optax.Schedule, decay: float, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """The optax transformation, with decoupled weight decay `decay` (times the rate) where `mask` is true."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(Rule):
+  """Loshchilov & Hutter 2019. `mu_dtype` bfloat16 halves the first moment."""
+
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  mu_dtype: Dtype = 'float32'
+
+  def make(self, rate, decay, mask):
+    return optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=decay, mask=mask, mu_dtype=self.mu_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lion(Rule):
+  """Chen et al. 2023: the sign of an interpolated momentum; wants a 3 to 10 times lower rate than AdamW."""
+
+  b1: float = 0.9
+  b2: float = 0.99
+  mu_dtype: Dtype = 'float32'
+
+  def make(self, rate, decay, mask):
+    return optax.lion(rate, self.b1, self.b2, weight_decay=decay, mask=mask, mu_dtype=self.mu_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Rule):
+  """Shazeer & Stern 2018 as Zhai et al. 2022 use it: factored second moment, momentum, no parameter scaling."""
+
+  momentum: float | None = 0.9
+  momentum_dtype: Dtype = 'bfloat16'
+  decay_rate: float = 0.8
+  clip_rms: float = 1.0
+  min_factored: int = 128
+
+  def make(self, rate, decay, mask):
+    momentum = optax.ema(self.momentum, debias=False, accumulator_dtype=self.momentum_dtype) if self.momentum else None
+    parts = (
+      optax.scale_by_factored_rms(decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_factored),
+      optax.clip_by_block_rms(self.clip_rms),
+      momentum,
+      optax.add_decayed_weights(decay, mask),
+      optax.scale_by_learning_rate(rate),
+    )
+    return optax.chain(*(part for part in parts if part is not None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon(Rule):
+  """Jordan et al. 2024: orthogonalized momentum for the matrices inside blocks, Adam for everything else.
+
+  Updates are scaled to a root mean square of `rms` (Liu et al. 2025, Moonlight), so rates are those of AdamW.
+  """
+
+  beta: float = 0.95
+  ns_steps: int = 5
+  b1: float = 0.9
+  b2: float = 0.95
+  rms: float = 0.2
+
+  def make(self, rate, decay, mask):
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def dimensions(params):
+      return map_by_path(
+        lambda path, x: matrix if 'blocks' in path.split('/') and path.endswith('kernel') else None, params
+      )
+
+    return optax.contrib.muon(
+      rate,
+      beta=self.beta,
+      ns_steps=self.ns_steps,
+      adam_b1=self.b1,
+      adam_b2=self.b2,
+      weight_decay=decay,
+      weight_decay_mask=mask,
+      consistent_rms=self.rms,
+      muon_weight_dimension_numbers=dimensions,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """Clip the global norm, apply the rule at the schedule's rate, decay the weights whose paths match `decayed`."""
+
+  schedule: Schedule
+  rule: Rule = AdamW()
+  weight_decay: float = 0.0
+  decayed: tuple[str, ...] = (r'.*/kernel',)
+  clip_norm: float | None = None
+
+  def make(self, total_steps: int) -> optax.GradientTransformation:
+    def mask(params):
+      return map_by_path(lambda path, x: any(re.fullmatch(pattern, path) for pattern in self.decayed), params)
+
+    rule = self.rule.make(self.schedule(total_steps), self.weight_decay, mask)
+    return rule if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
+
+
+def map_by_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+  """Maps fn('a/b/c', leaf) over a tree."""
+  return jax.tree_util.tree_map_with_path(lambda key_path, x: fn(path_of(key_path), x), tree)

@@ -1,0 +1,140 @@
+"""Parameters and multiply-adds of the named networks against the reference implementations in torch.
+
+Parameters are exact; GMAC (linear layers, convolutions, both attention products) are as printed, to their last digit.
+The references are timm (ViT, DeiT-III, DINOv2), OpenAI's CLIP = open_clip = transformers, and transformers' SigLIP.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fmcv_jax.models.dual_encoder import clip, siglip
+from fmcv_jax.models.vit import vit
+from fmcv_jax.train.flops import matmul_flops
+
+
+def images(size):
+  return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+
+
+def variables_of(network, *inputs):
+  return jax.eval_shape(network.init, jax.random.key(0), *inputs)
+
+
+def count(variables):
+  return sum(leaf.size for leaf in jax.tree.leaves(variables))
+
+
+def assert_gmac(printed, fn, *args):
+  digits = len(printed.partition('.')[2])
+  assert f'{matmul_flops(fn, *args) / 2e9:.{digits}f}' == printed
+
+
+def check(network, size, parameters, gmac):
+  variables = variables_of(network, images(size))
+  assert count(variables) == parameters
+  assert_gmac(gmac, network.apply, variables, images(size))
+
+
+@pytest.mark.parametrize(
+  ('variant', 'size', 'parameters', 'backbone', 'gmac'),
+  [
+    ('Ti/16', 224, 5_717_416, 5_524_416, '1.254'),
+    ('S/32', 224, 22_878_952, 22_493_952, '1.143'),
+    ('S/16', 224, 22_050_664, 21_665_664, '4.599'),
+    ('B/32', 224, 88_224_232, 87_455_232, '4.409'),
+    ('B/16', 224, 86_567_656, 85_798_656, '17.564'),
+    ('B/16', 384, 86_859_496, 86_090_496, '55.484'),
+    ('B/8', 224, 86_576_872, 85_807_872, '78.148'),
+    ('L/16', 224, 304_326_632, 303_301_632, '61.555'),
+    ('L/16', 384, 304_715_752, 303_690_752, '191.066'),
+    ('L/32', 384, 306_632_680, 305_607_680, '45.276'),
+    ('L/14', 224, 304_203_752, 303_178_752, '81.013'),
+    ('g/14', 224, 1_012_611_432, 1_011_202_432, '267.031'),
+    ('G/14', 224, 1_844_440_680, 1_842_775_680, '483.748'),
+  ],
+)
+def test_vit_with_a_thousand_classes(variant, size, parameters, backbone, gmac):
+  network = vit(variant, image_size=size, outputs=1000)
+  check(network, size, parameters, gmac)
+  assert parameters - backbone == 1001 * network.width
+
+
+@pytest.mark.parametrize(
+  ('variant', 'parameters', 'gmac'), [('S/8', 21_670_272, '22.405'), ('H/14', 630_764_800, '167.294')]
+)
+def test_vit_without_a_head(variant, parameters, gmac):
+  check(vit(variant), 224, parameters, gmac)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'parameters', 'gmac'),
+  [
+    ('S/16', 22_059_496, '4.599'),
+    ('M/16', 38_849_512, '7.991'),
+    ('B/16', 86_585_320, '17.564'),
+    ('L/16', 304_374_760, '61.555'),
+    ('H/14', 632_126_440, '167.295'),
+  ],
+)
+def test_deit3_scales_its_layers_and_does_not_place_the_class_token(variant, parameters, gmac):
+  check(vit(variant, outputs=1000, layer_scale=1e-4, place_class_token=False), 224, parameters, gmac)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'options', 'parameters', 'gmac'),
+  [
+    ('S/14', {}, 22_056_192, '46.7'),
+    ('B/14', {}, 86_579_712, '151.6'),
+    ('L/14', {}, 304_367_616, '506.8'),
+    ('B/14', {'registers': 4, 'place_class_token': False}, 86_582_016, '152.1'),
+    ('g/14', {'width': 1536, 'heads': 24, 'mlp_dim': 4096, 'gated': True}, 1_136_479_232, '1783.3'),
+  ],
+)
+def test_dinov2_at_518_pixels(variant, options, parameters, gmac):
+  check(vit(variant, image_size=518, layer_scale=1e-5, **options), 518, parameters, gmac)
+
+
+def check_pair(network, size, parameters, tower, image_gmac, text_gmac):
+  tokens = jax.ShapeDtypeStruct((1, network.text.length), jnp.int32)
+  variables = variables_of(network, images(size), tokens)
+  assert count(variables) == parameters
+  assert count(variables['params']['image']) == tower
+  assert_gmac(image_gmac, lambda v, x: network.apply(v, x, method='encode_image'), variables, images(size))
+  assert_gmac(text_gmac, lambda v, t: network.apply(v, t, method='encode_text'), variables, tokens)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'size', 'parameters', 'tower', 'image_gmac', 'text_gmac'),
+  [
+    ('B/32', 224, 151_277_313, 87_849_216, '4.409', '2.980'),
+    ('B/16', 224, 149_620_737, 86_192_640, '17.563', '2.980'),
+    ('L/14', 224, 427_616_513, 303_966_208, '81.013', '6.650'),
+    ('L/14', 336, 427_944_193, 304_293_888, '190.960', '6.650'),
+    ('H/14', 224, 986_109_441, 632_076_800, '167.295', '23.546'),
+    ('g/14', 224, 1_366_678_273, 1_012_645_632, '267.032', '23.546'),
+    ('G/14', 224, 2_539_567_105, 1_844_907_264, '483.748', '48.932'),
+  ],
+)
+def test_clip(variant, size, parameters, tower, image_gmac, text_gmac):
+  check_pair(clip(variant, image_size=size), size, parameters, tower, image_gmac, text_gmac)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'size', 'options', 'parameters', 'tower', 'image_gmac', 'text_gmac'),
+  [
+    ('B/16', 224, {}, 203_155_970, 92_884_224, '17.7', '5.512'),
+    ('B/16', 224, {'vocab_size': 256_000}, 375_187_970, 92_884_224, '17.7', '5.512'),
+    ('L/16', 256, {}, 652_150_786, 315_956_224, '81.3', '19.530'),
+    ('So400m/14', 224, {'length': 16}, 877_360_306, 427_680_704, '110.2', '6.594'),
+  ],
+)
+def test_siglip(variant, size, options, parameters, tower, image_gmac, text_gmac):
+  network = siglip(variant, image_size=size, **options)
+  check_pair(network, size, parameters, tower, image_gmac, text_gmac)
+
+
+def test_siglip_at_384_reads_27_patches_of_14_a_side():
+  network = siglip('So400m/14', image_size=378)  # the published 384-pixel weights never look at the last 6 pixels
+  variables = variables_of(network, images(378), jax.ShapeDtypeStruct((1, 64), jnp.int32))
+  assert (count(variables), count(variables['params']['image'])) == (877_960_498, 428_225_600)

@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Linear, Lion, Muon, Optimizer, Rsqrt
+
+
+@pytest.mark.parametrize('kind', [Cosine, Linear])
+def test_schedule_warms_up_from_its_first_step_to_the_peak_and_decays_to_its_end(kind):
+  schedule = kind(peak=1.0, warmup_steps=10, end=0.1)(110)
+  rates = np.array([float(schedule(step)) for step in range(111)])
+  np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
+  assert rates[10] == pytest.approx(1.0)
+  assert rates[110] == pytest.approx(0.1)
+  assert rates[60] == pytest.approx(0.55)
+  assert (np.diff(rates[10:]) < 0).all()
+
+
+def test_rsqrt_follows_its_formula_and_cools_down_to_zero():
+  schedule = Rsqrt(peak=2.0, warmup_steps=5, timescale=100, cooldown_steps=20)(205)
+  assert float(schedule(5 + 100)) == pytest.approx(2 / np.sqrt(2), rel=1e-6)
+  assert float(schedule(5 + 190)) == pytest.approx(2 / np.sqrt(2.9) * 0.5, rel=1e-6)
+  assert float(schedule(205)) == 0
+
+
+def test_schedule_without_room_for_its_warm_up_is_refused():
+  with pytest.raises(ValueError, match='warmup_steps 10 leaves nothing of a run of 10 steps'):
+    Cosine(1.0, warmup_steps=10)(10)
+
+
+PARAMS = {
+  'blocks': {'mlp': {'up': {'kernel': jnp.ones((2, 4, 6)), 'bias': jnp.ones((2, 6))}}},
+  'norm': {'scale': jnp.ones((4,))},
+}
+
+
+@pytest.mark.parametrize('rule', [AdamW(), Lion(), Adafactor(), Muon()], ids=lambda r: type(r).__name__)
+def test_weight_decay_shrinks_kernels_only(rule):
+  tx = Optimizer(Linear(peak=0.5, end=0.5), rule, weight_decay=0.2).make(10)
+  zero = jax.tree.map(jnp.zeros_like, PARAMS)
+  updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(updates['blocks']['mlp']['up']['kernel'], -0.1, atol=1e-6)
+  np.testing.assert_array_equal(updates['blocks']['mlp']['up']['bias'], 0)
+  np.testing.assert_array_equal(updates['norm']['scale'], 0)
+
+
+def test_adamw_equals_optax_and_lion_takes_signs():
+  gradient = jax.tree.map(lambda x: jnp.linspace(-1, 1, x.size).reshape(x.shape), PARAMS)
+  tx = Optimizer(Linear(peak=0.1, end=0.1), AdamW(b2=0.95)).make(10)
+  reference = optax.adamw(0.1, b2=0.95, weight_decay=0)
+  ours, theirs = (t.update(gradient, t.init(PARAMS), PARAMS)[0] for t in (tx, reference))
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  tx = Optimizer(Linear(peak=0.1, end=0.1), Lion()).make(10)
+  updates, _ = tx.update(gradient, tx.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(updates['norm']['scale'], -0.1 * np.sign(gradient['norm']['scale']), rtol=1e-6)
+
+
+def test_muon_orthogonalizes_each_layers_matrix_at_the_stated_size():
+  gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), PARAMS)
+  tx = Optimizer(Linear(peak=1.0, end=1.0), Muon(ns_steps=10)).make(10)
+  updates, _ = tx.update(gradient, tx.init(PARAMS), PARAMS)
+  kernel = np.asarray(updates['blocks']['mlp']['up']['kernel'])
+  for layer in kernel:
+    singular = np.linalg.svd(layer, compute_uv=False)
+    # Newton-Schulz with Muon's coefficients brings every singular value near 1 (within 0.7 to 1.2), times the scale.
+    scale = 0.2 * np.sqrt(6)
+    assert (singular > 0.65 * scale).all()
+    assert (singular < 1.25 * scale).all()

@@ -1,0 +1,69 @@
+"""Small objectives and batches that the training tests share."""
+
+import jax
+import numpy as np
+
+from fmcv_jax.models.dual_encoder import DualEncoder
+from fmcv_jax.models.text import text_transformer
+from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.classification import Classification
+from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.rules import Placement
+from fmcv_jax.train.optim import AdamW, Cosine, Optimizer
+from fmcv_jax.train.state import init_state, state_shardings
+from fmcv_jax.train.step import make_train_step
+
+BATCH = 16
+
+
+def contrastive(loss_name='softmax', **options):
+  image = vit('mu/8', image_size=16, outputs=16, outputs_bias=False)
+  text = text_transformer(64, 8, 32, 2, 2, outputs=16)
+  bias = -10.0 if loss_name == 'sigmoid' else None
+  return Contrastive(DualEncoder(image, text, 10.0, bias), loss_name=loss_name, **options)
+
+
+def classification(network=None, **options):
+  return Classification(network or vit('mu/8', image_size=16, outputs=10), **options)
+
+
+def batch_of(objective, seed=0):
+  generator = np.random.default_rng(seed)
+  limits = {'image': 256, 'label': 10, 'tokens': 64}
+  return {
+    name: generator.integers(0, limits[name], (BATCH, *x.shape)).astype(x.dtype)
+    for name, x in objective.example_batch.items()
+  }
+
+
+class Trainer:
+  """A state and its step on a mesh of the first `devices` devices."""
+
+  def __init__(self, objective, mesh=MeshShape(), devices=8, *, rule=AdamW(), microbatches=1, ema=None, clip_norm=1.0, steps=20):  # fmt: skip
+    optimizer = Optimizer(Cosine(1e-3, warmup_steps=2), rule, weight_decay=0.1, clip_norm=clip_norm)
+    tx = optimizer.make(steps)
+    self.placement = Placement(make_mesh(mesh, jax.devices()[:devices]))
+    init = lambda: init_state(objective, tx, 0, ema=ema is not None)  # noqa: E731
+    self.shardings = state_shardings(jax.eval_shape(init), self.placement)
+    self.state = jax.jit(init, out_shardings=self.shardings)()
+    self.batch_shardings = self.placement.batch(batch_of(objective))
+    self.step = make_train_step(
+      objective,
+      tx,
+      optimizer.schedule(steps),
+      self.placement,
+      self.shardings,
+      self.batch_shardings,
+      microbatches=microbatches,
+      ema=ema,
+    )
+
+  def run(self, batches):
+    """The loss of each step."""
+    losses = []
+    for batch in batches:
+      self.state, metrics = self.step(self.state, jax.device_put(batch, self.batch_shardings))
+      losses.append(float(metrics['loss']))
+    self.metrics = {name: float(value) for name, value in metrics.items()}
+    return np.array(losses)
