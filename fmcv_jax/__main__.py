@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -66,13 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'fmcv {args.command}: unknown argument {unknown[0]!r}; see fmcv {args.command} --help', file=sys.stderr)
     return EXIT_USER_ERROR
 
-  if args.cpu_devices:  # before the first use of jax, which reads it once
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    flags = os.environ.get('XLA_FLAGS', '')
-    os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count={args.cpu_devices}'.strip()
+  from fmcv_jax.parallel import distributed
+
+  if args.cpu_devices:
+    distributed.emulate(args.cpu_devices)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   logging.getLogger('absl').setLevel(logging.ERROR)  # libraries' own notes; what a user must know, we say
-  from fmcv_jax.parallel import distributed
   from fmcv_jax.train.loop import Preempted
 
   try:

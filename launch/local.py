@@ -4,10 +4,11 @@
 
 The processes are joined over loopback by the variables that `fmcv_jax/parallel/distributed.py` reads, so what is tested
 here is what runs on a pod. Process 0 shows its output; of the others only the one that fails first does. When one ends
-badly the rest are told to stop (SIGTERM) and killed after `--grace` seconds, with everything that they started. The
-exit status is that of the first to fail (128 + n after signal n). A run that was preempted and saved (status 75), or
-that lost a process to a signal, is started again up to `--restarts` times and resumes by itself; a user error
-(status 2) or any other failure is not. Ctrl-C and SIGTERM are passed on; a second one kills at once.
+badly the rest are told to stop (SIGTERM; not after status 75, when they are at the same save) and are killed after
+`--grace` seconds, with everything that they started. The exit status is that of the first to fail, 128 + n after signal
+n. A run that was preempted and saved (status 75), or that lost a process to a signal, is started again up to
+`--restarts` times and resumes by itself; a user error (status 2) or any other failure is not. Ctrl-C and SIGTERM are
+passed on; a second one kills at once.
 """
 
 import argparse
@@ -25,6 +26,12 @@ PREEMPTED = 75  # EX_TEMPFAIL: the run saved and wants to be started again
 POLL_SECONDS = 0.05
 SHOWN_BYTES = 8000  # of the output of a failed process other than 0
 DEVICES_FLAG = '--xla_force_host_platform_device_count'
+# Emulated devices wait for each other in threads: XLA makes one a core, and gives up after 40 s, unless told otherwise
+# (as `emulation` in fmcv_jax/parallel/distributed.py does; this file imports nothing, so that it never starts jax).
+PATIENCE_FLAGS = (
+  '--xla_cpu_collective_call_warn_stuck_timeout_seconds=120',
+  '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+)
 
 _libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
@@ -37,8 +44,9 @@ def environment(process: int, processes: int, devices: int, port: int) -> dict[s
     'FMCV_PROCESSES': str(processes),
     'FMCV_PROCESS': str(process),
     'JAX_PLATFORMS': 'cpu',
+    'NPROC': os.environ.get('NPROC', str(4 * devices)),
     'PYTHONUNBUFFERED': '1',
-    'XLA_FLAGS': ' '.join([*kept, f'{DEVICES_FLAG}={devices}']),
+    'XLA_FLAGS': ' '.join([*PATIENCE_FLAGS, *kept, f'{DEVICES_FLAG}={devices}']),
   }
 
 
@@ -71,7 +79,7 @@ def wait(children: list[subprocess.Popen], asked: list[int], grace: float) -> su
         if child.returncode and failed is None:
           failed = child
           deadline = deadline or time.monotonic() + grace
-          for other in alive:
+          for other in alive if child.returncode != PREEMPTED else []:
             send(other, signal.SIGTERM)
       while passed_on < len(asked):
         deadline = deadline or time.monotonic() + grace

@@ -51,8 +51,8 @@ set_process_environment() {
 
 # Process 0 runs on the first node of the job, and is where the others find each other. The port lies above the range
 # that Linux hands out, and differs from job to job and from start to start.
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export FMCV_COORDINATOR=$host:$((61440 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 4096))
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export FMCV_COORDINATOR=${hosts%%$'\n'*}:$((61440 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 4096))
 
 trap : TERM # the processes save and end first; a handler, since an ignored signal would be ignored by them as well
 

@@ -81,14 +81,14 @@ set_up() {
       python3 -m uv pip install --quiet --python ../venv/bin/python -c constraints.txt '.[tpu]'"
 }
 
-# Tells the run to save and end, and waits for that. fmcv/pid is the leader of a session: -pid is all that is in it.
+# Tells the run to save and end, and waits for that. fmcv/pid is the loop, the leader of a session: -pid is all in it.
 stop() {
   # shellcheck disable=SC2016  # expands on the host
   on_all 'cd fmcv 2>/dev/null && [ -f pid ] || exit 0
     pid=$(cat pid)
     touch stopped
     pkill -TERM -P "$pid" || true
-    for _ in $(seq 180); do kill -0 -- -"$pid" 2>/dev/null || break; sleep 1; done
+    for _ in $(seq 180); do kill -0 "$pid" 2>/dev/null || break; sleep 1; done
     kill -KILL -- -"$pid" 2>/dev/null || true
     rm -f pid'
 }

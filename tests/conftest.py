@@ -1,7 +1,15 @@
 """Every test runs on a mesh of 8 emulated CPU devices, set before jax looks for devices."""
 
 import os
+import tempfile
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# Small programs gain nothing from the compiler's optimizations, which take most of a test's time. Tests compile the
+# same ones again and again, in several workers: they share what one has compiled.
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(tempfile.gettempdir(), f'fmcv_jax_tests_{os.getuid()}')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+
+from fmcv_jax.parallel.distributed import emulate
+
+emulate(8)

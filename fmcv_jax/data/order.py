@@ -39,7 +39,14 @@ class Order:
       return place
     if self.records <= _TABLE_LIMIT:
       return int(_table(self.records, self.seed, epoch)[place])
-    return index_shuffle(place, max_index=self.records - 1, seed=_epoch_seed(self.seed, epoch), rounds=4)
+    # grain 0.2.18 is no permutation where max_index is a power of 4: the last record would never come. The next larger
+    # domain is one, and what falls outside is permuted again until it falls inside.
+    last = self.records - 1
+    last += last & (last - 1) == 0
+    while True:
+      place = index_shuffle(place, max_index=last, seed=_epoch_seed(self.seed, epoch), rounds=4)
+      if place < self.records:
+        return place
 
   def rng(self, position: int) -> np.random.Generator:
     """The generator for the example at this position: its crop, its caption."""

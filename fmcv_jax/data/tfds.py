@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fmcv_jax.data.source import Example, Source
+from fmcv_jax.data.source import BadRecord, Example, Source
 from fmcv_jax.errors import UserError, nearest
 
 
@@ -39,7 +39,10 @@ class Tfds(Source):
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
-    record = self._records[index]
+    try:
+      record = self._records[index]
+    except RuntimeError as error:  # ArrayRecord's checksum does not hold
+      raise BadRecord(_line(error)) from error
     example: Example = {'key': self.key_of(index)}
     if self.image_key:
       example['image'] = _at(record, self.image_key)

@@ -6,7 +6,7 @@ Colour, flips, noise and mixing happen on the device, in `augment.py`: the host 
 import abc
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -129,7 +129,7 @@ def _check(size: int, interpolation: str) -> None:
     raise ValueError(f'interpolation: {interpolation!r} is not one of {", ".join(_FILTERS)}')
 
 
-def _fits(image: bytes | np.ndarray, size: int) -> bool:
+def _fits(image: bytes | np.ndarray, size: int) -> TypeGuard[np.ndarray]:
   return isinstance(image, np.ndarray) and image.shape == (size, size, 3) and image.dtype == np.uint8
 
 

@@ -3,9 +3,10 @@
 Worker processes end
   on `close()`, after the batch that each has in hand;
   when the process that started them dies, of whatever cause, within a second;
-  some seconds after a SIGTERM, which batch systems send to a whole job: the trainer needs its data for a last save.
+  half a minute after a SIGTERM, which batch systems send to a whole job: the trainer needs data up to its last save.
 Shared memory that they leave is removed by Python's resource tracker when the last of them is gone.
-Not covered: a worker that is itself stopped (SIGSTOP) or stuck in the kernel when its parent is killed.
+Not covered: a worker that is itself stopped (SIGSTOP) or stuck in the kernel when its parent is killed, and a thread
+that is stuck in the kernel: it is noticed after the timeout like a worker, but only ends with the process.
 """
 
 import atexit

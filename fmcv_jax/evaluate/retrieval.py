@@ -34,8 +34,7 @@ def captions_of(source: Source, *, canonical: bool = False) -> tuple[list[str], 
   ids: dict[str, int] = {}
   truth = []
   for index in range(len(source)):
-    example = source[index]
-    own = (example['text'],) if canonical or not example.get('texts') else example['texts']
+    own = source.texts_of(index)[: 1 if canonical else None]
     truth.append(tuple(ids.setdefault(text, len(ids)) for text in own))
   return list(ids), truth
 

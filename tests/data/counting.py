@@ -31,6 +31,15 @@ class Counting(Source):
 
 
 @dataclasses.dataclass(frozen=True)
+class Textured(Counting):
+  """Images of noise, so that every crop is another one."""
+
+  def __getitem__(self, index):
+    noise = np.random.default_rng(index).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return {**super().__getitem__(index), 'image': noise}
+
+
+@dataclasses.dataclass(frozen=True)
 class Suicidal(Counting):
   """The process that reads record `last` is sent a signal."""
 
@@ -46,7 +55,7 @@ class Suicidal(Counting):
 
 @dataclasses.dataclass(frozen=True)
 class Introspective(Counting):
-  """Labels tell whether the reading process has started a JAX backend (1), and on which platforms it may (2: CPU only)."""
+  """Labels tell what the reading process may do: odd ones are 1 if JAX has started, even ones 2 if only on one CPU."""
 
   def __getitem__(self, index):
     import jax

@@ -67,7 +67,9 @@ def test_seen_shares_labels_with_train_and_names_with_all(train):
   assert seen.names[: len(train.names)] == train.names
   for i in (0, 700, len(seen) - 1):
     row = seen[i]
-    assert row['label'] == i and row['text'] == seen.names[i] == row['texts'][0]
+    assert row['label'] == i
+    assert row['text'] == seen.names[i] == row['texts'][0]
+    assert (row['key'], row['texts']) == (seen.key_of(i), seen.texts_of(i))
     assert row['key'].startswith('twemoji/')
 
 
@@ -82,7 +84,8 @@ def test_a_red_apple_is_red_on_white_in_every_hand():
   label = apples.names.index('red apple')
   for i in range(3):
     image = apples[3 * label + i]['image']
-    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    assert image.shape == (32, 32, 3)
+    assert image.dtype == np.uint8
     assert (image[0, 0] == 255).all()
     r, g, b = image[14:22, 14:22].reshape(-1, 3).mean(0)
     assert r > 2 * max(g, b)

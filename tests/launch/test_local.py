@@ -83,8 +83,8 @@ def test_every_process_is_told_its_place_and_the_users_flags_are_kept(launch, tm
     (here / f'env-{me}').write_text(json.dumps({name: os.environ[name] for name in names} | {'argv': sys.argv[1:]}))
     print('shown by', me)
   """
-  flags = '--xla_cpu_foo=1 --xla_force_host_platform_device_count=7'
-  launcher = launch(body, '--devices', '4', processes=3, env={'XLA_FLAGS': flags})
+  own = '--xla_cpu_foo=1 --xla_force_host_platform_device_count=7'
+  launcher = launch(body, '--devices', '4', processes=3, env={'XLA_FLAGS': own})
   assert launcher.returncode == 0
   assert launcher.output == 'shown by 0\n'
   seen = [json.loads((tmp_path / f'env-{process}').read_text()) for process in range(3)]
@@ -96,7 +96,9 @@ def test_every_process_is_told_its_place_and_the_users_flags_are_kept(launch, tm
   for each in seen:
     assert each['FMCV_PROCESSES'] == '3'
     assert each['JAX_PLATFORMS'] == 'cpu'
-    assert each['XLA_FLAGS'] == '--xla_cpu_foo=1 --xla_force_host_platform_device_count=4'
+    flags = each['XLA_FLAGS'].split()
+    assert '--xla_cpu_foo=1' in flags
+    assert [flag for flag in flags if 'device_count' in flag] == ['--xla_force_host_platform_device_count=4']
     assert each['argv'] == ['train']
 
 
@@ -137,10 +139,16 @@ def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(launch, tmp_pa
   assert not is_alive(int((tmp_path / 'pid-0').read_text()))
 
 
-def test_a_preempted_run_is_started_again_in_all_processes(launch, tmp_path):
-  launcher = launch("""
-    sys.exit(75 if starts == 1 else 0)
-  """)
+def test_a_preempted_run_is_started_again_once_all_have_saved(launch, tmp_path):
+  body = """
+    if starts == 1:
+      if me == '1':
+        time.sleep(0.5)
+        (here / 'saved').touch()
+      sys.exit(75)
+  """
+  launcher = launch(body)
+  assert (tmp_path / 'saved').exists()
   assert launcher.returncode == 0
   assert [starts(tmp_path, process) for process in range(2)] == [2, 2]
 

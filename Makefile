@@ -1,0 +1,69 @@
+# Everything a fresh clone needs: `make demo` to see it train, `make test` to see it hold. Needs make and Python >= 3.11
+# only; what else is used is installed into .venv, in the versions of constraints.txt.
+#
+#     make demo ARGS=--config.train.steps=200     make test WORKERS=4 ARGS='tests/train -k resume'
+#     make test-slow                              make test EXTRAS=demo,dev,parity
+#     make lint    make format    make types    make clean    (PYTHON=/path/to/python3.12 picks another Python)
+
+SHELL := /bin/bash
+comma := ,
+
+# The first Python here that is new enough and can make a virtual environment.
+usable = $(1) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
+  $(call usable,$$python) && { echo $$python; break; }; done)
+
+WORKERS ?= 2
+ARGS ?=
+EXTRAS ?= demo,dev
+
+BIN := .venv/bin
+stamps = $(addprefix .venv/.installed-,$(subst $(comma), ,$(1)))
+TEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: help demo test test-slow lint format types clean
+.NOTPARALLEL:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(call stamps,demo)
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m fmcv_jax demo --workdir runs/demo $(ARGS)
+
+test: $(call stamps,$(EXTRAS))
+	$(TEST) $(ARGS)
+
+test-slow: $(call stamps,$(EXTRAS))
+	$(TEST) -m slow $(ARGS)
+
+lint: $(call stamps,$(EXTRAS))
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(call stamps,$(EXTRAS))
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(call stamps,$(EXTRAS))
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment: one stamp for each extra, renewed when what it was made from changes
+
+.venv/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing fmcv_jax with [$*] into .venv (the first time takes a few minutes)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(call usable,$(or $(PYTHON),false)) || { \
+	  echo 'fmcv_jax needs Python 3.11 or later, with its venv module; python3 here is' \
+	    "$$(python3 --version 2>&1 || true)." >&2; \
+	  echo 'Install one (on Debian and Ubuntu: apt install python3 python3-venv), or name one:' \
+	    'make PYTHON=/path/to/python3.12 ...' >&2; \
+	  exit 1; }
+	@$(PYTHON) -m venv --clear .venv

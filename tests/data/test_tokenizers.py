@@ -1,0 +1,172 @@
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmcv_jax.config import build
+from fmcv_jax.data import tokenizers as tokenizers_file
+from fmcv_jax.data.source import Source
+from fmcv_jax.data.tokenizers import TOKENIZERS, Bpe, ClipBpe, Tokenizer
+from fmcv_jax.errors import UserError
+from tests.data.counting import Counting
+
+ODD = [
+  '',
+  ' ',
+  '😀 مرحبا بالعالم',
+  '中文',
+  'x' * 1000,
+  'a ' * 300,
+  '\ud83d half',
+  '<end>',
+  '<|endoftext|>',
+  '\0',
+  'é\n\té',
+]
+BPE = Bpe(600, 12, corpus=Counting(100))
+ALL = [ClipBpe(12), BPE]
+
+
+@pytest.mark.parametrize('tokenizer', ALL)
+def test_the_end_is_the_largest_id_and_occurs_once_whatever_the_text(tokenizer):
+  tokens = tokenizer(ODD)
+  assert tokens.shape == (len(ODD), 12)
+  assert tokens.dtype == np.int32
+  assert tokens.max() == tokenizer.vocab_size - 1
+  assert ((tokens == tokenizer.vocab_size - 1).sum(1) == 1).all()
+  ends = tokens.argmax(1)
+  assert all((row[end + 1 :] == 0).all() and (row[:end] > 0).all() for row, end in zip(tokens, ends))
+  assert len(set(tokens[:, 0])) == 1
+
+
+@pytest.mark.parametrize('tokenizer', ALL)
+def test_a_text_too_long_is_cut_before_its_end(tokenizer):
+  (full,) = tokenizer(['number record 8 ' * 20])
+  assert (full > 0).all()
+  assert full[-1] == tokenizer.vocab_size - 1
+
+
+@pytest.mark.parametrize('tokenizer', ALL)
+def test_an_empty_text_is_start_and_end(tokenizer):
+  assert np.count_nonzero(tokenizer([''])) == 2
+  assert tokenizer([]).shape == (0, 12)
+
+
+@pytest.mark.parametrize('tokenizer', ALL)
+def test_case_and_white_space_do_not_matter(tokenizer):
+  first, second = tokenizer(['A  Red\n Apple ', 'a red apple'])
+  np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize('tokenizer', ALL)
+def test_texts_come_back(tokenizer):
+  texts = ['a record of', 'é 中文', '']
+  assert tokenizer.decode(tokenizer(texts)) == texts
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_any_text_becomes_ids_within_the_vocabulary(text):
+  for tokenizer in ALL:
+    (row,) = tokenizer([text])
+    assert row.min() >= 0
+    assert row.argmax() >= 1
+    assert row.max() == tokenizer.vocab_size - 1
+
+
+def test_the_published_ids_of_clip():
+  (row,) = ClipBpe()(['a photo of a cat'])
+  assert row.shape == (77,)
+  assert row[:8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+  assert ClipBpe().vocab_size == 49408
+
+
+def test_html_entities_are_resolved_as_in_the_original():
+  np.testing.assert_array_equal(*ClipBpe()(['salt &amp;amp; pepper', 'salt & pepper']))
+
+
+def test_training_is_the_same_in_another_process():
+  code = (
+    'from fmcv_jax.data.tokenizers import Bpe; from tests.data.counting import Counting; '
+    'import hashlib; print(hashlib.sha256(Bpe(600, 12, corpus=Counting(100))._json.encode()).hexdigest())'
+  )
+  run = [subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True) for _ in range(2)]
+  import hashlib
+
+  assert {r.stdout.strip() for r in run} == {hashlib.sha256(BPE._json.encode()).hexdigest()}
+
+
+def test_frequent_words_become_single_ids_and_unknown_ones_bytes():
+  record, unknown = BPE(['record', 'zyx'])
+  assert np.count_nonzero(record) == 3
+  assert np.count_nonzero(unknown) == 6  # start, space, three bytes, end
+
+
+def test_a_corpus_too_small_leaves_ids_over_but_keeps_the_bound():
+  small, large = Bpe(300, 9, corpus=Counting(3)), Bpe(5000, 9, corpus=Counting(3))
+  assert small(['record']).max() == 299
+  assert large(['record']).max() == 4999
+  assert sorted(set(large(['record', 'é']).ravel()))[-2] < 300
+
+
+def test_a_saved_vocabulary_reopens_alike(tmp_path):
+  BPE.save(str(tmp_path / 'vocabulary.json'))
+  again = Bpe(600, 12, file=str(tmp_path / 'vocabulary.json'))
+  np.testing.assert_array_equal(again(ODD), BPE(ODD))
+  assert [p.name for p in tmp_path.iterdir()] == ['vocabulary.json']
+
+
+def test_a_trained_tokenizer_is_not_trained_again_in_another_process(monkeypatch):
+  copy = pickle.loads(pickle.dumps(BPE))
+  monkeypatch.setattr(tokenizers_file, '_train', None)
+  np.testing.assert_array_equal(copy(ODD), BPE(ODD))
+
+
+def test_case_is_kept_on_demand():
+  tokenizer = Bpe(300, 9, corpus=Counting(3), lowercase=False)
+  assert (tokenizer(['A']) != tokenizer(['a'])).any()
+  assert tokenizer.decode(tokenizer(['Ab'])) == ['Ab']
+
+
+def test_unreadable_records_of_the_corpus_are_passed_over():
+  np.testing.assert_array_equal(
+    Bpe(300, 9, corpus=Counting(20, bad=(19,)))(['record 3']), Bpe(300, 9, corpus=Counting(19))(['record 3'])
+  )
+
+
+def test_wrong_files_are_one_clear_line(tmp_path):
+  with pytest.raises(UserError, match='no file'):
+    Bpe(300, 9, file=str(tmp_path / 'none.json'))([''])
+  (tmp_path / 'bad.json').write_text('{}')
+  with pytest.raises(UserError, match='is no tokenizer file'):
+    Bpe(300, 9, file=str(tmp_path / 'bad.json'))([''])
+  BPE.save(str(tmp_path / 'good.json'))
+  with pytest.raises(UserError, match='has 600 ids, but vocab_size is 500'):
+    Bpe(500, 9, file=str(tmp_path / 'good.json'))([''])
+
+
+def test_a_corpus_without_texts_is_one_clear_line():
+  with pytest.raises(UserError, match='Counting has no texts'):
+    Bpe(300, 9, corpus=Counting(2, bad=(0, 1)))([''])
+
+
+@pytest.mark.parametrize(
+  ('spec', 'message'),
+  [
+    ({'name': 'bpe', 'vocab_size': 258, 'length': 9}, 'vocab_size: expected at least 259'),
+    ({'name': 'bpe', 'vocab_size': 300, 'length': 2}, 'length: expected at least 3'),
+    ({'name': 'bpe', 'vocab_size': 300, 'length': 9}, 'exactly one of corpus and file'),
+    (
+      {'name': 'bpe', 'vocab_size': 300, 'length': 9, 'file': 'x', 'corpus': {'name': 'c', 'records': 2}},
+      'exactly one',
+    ),
+    ({'name': 'clip_bpe', 'length': 1}, 'length: expected at least 3'),
+  ],
+)
+def test_a_wrong_field_is_one_line_with_its_path(spec, message):
+  with pytest.raises(UserError, match=f'^config.tokenizer: .*{message}'):
+    build(Tokenizer, spec, {Tokenizer: TOKENIZERS, Source: {'c': Counting}}, 'config.tokenizer')

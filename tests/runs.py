@@ -1,0 +1,89 @@
+"""A data set of real files and small configs on it, for tests that run whole experiments."""
+
+import numpy as np
+from PIL import Image
+
+from fmcv_jax import experiment
+
+
+def image_folder(path, count=24, classes=3, size=20):
+  """`count` PNGs in class folders, and captions.csv with two captions for each; every class has its own colour."""
+  generator = np.random.default_rng(0)
+  rows = ['image,caption']
+  for index in range(count):
+    label = index % classes
+    pixels = generator.integers(0, 60, (size, size, 3))
+    pixels[..., label] += 180
+    file = path / 'abc'[label] / f'{index}.png'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(file)
+    colour = ('red', 'green', 'blue')[label]
+    rows += [f'{"abc"[label]}/{index}.png,a {colour} picture', f'{"abc"[label]}/{index}.png,{colour}']
+  (path / 'captions.csv').write_text('\n'.join(rows) + '\n')
+  return path
+
+
+def classification(folder, **changes):
+  return _resolved(
+    {
+      'objective': {
+        'name': 'classification',
+        'mixup': 0.2,
+        'augment': ({'name': 'flip'},),
+        'network': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'outputs': 3, 'drop_path': 0.1},
+      },
+      'data': {
+        'source': {'name': 'image_folder', 'path': str(folder)},
+        'image': {'name': 'random_resized_crop', 'size': 16},
+      },
+      'evaluators': {
+        'val': {
+          'name': 'accuracy',
+          'every': 4,
+          'batch': 16,
+          'data': {'source': {'name': 'image_folder', 'path': str(folder)}, 'image': {'name': 'resize', 'size': 16}},
+        }
+      },
+      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}, 'clip_norm': 1.0},
+      'train': {'steps': 8, 'batch': 16, 'ema': 0.9},
+      'checkpoint': {'every': 3},
+      'log': {'every': 1, 'tensorboard': False},
+    },
+    changes,
+  )
+
+
+def contrastive(folder, **changes):
+  source = {'name': 'image_folder', 'path': str(folder), 'captions': 'captions.csv'}
+  return _resolved(
+    {
+      'objective': {
+        'name': 'contrastive',
+        'network': {
+          'name': 'dual_encoder',
+          'image': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'outputs': 16, 'outputs_bias': False},
+          'text': {
+            'name': 'text_transformer',
+            'vocab_size': 300,
+            'length': 8,
+            'width': 32,
+            'depth': 1,
+            'heads': 2,
+            'outputs': 16,
+          },
+        },
+      },
+      'tokenizer': {'name': 'bpe', 'vocab_size': 300, 'length': 8, 'corpus': source},
+      'data': {'source': source, 'image': {'name': 'random_resized_crop', 'size': 16}},
+      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}},
+      'train': {'steps': 4, 'batch': 16},
+      'log': {'every': 1, 'tensorboard': False},
+    },
+    changes,
+  )
+
+
+def _resolved(config, changes):
+  from fmcv_jax.config import override
+
+  return experiment.resolve(override(config, [f'{path.replace("__", ".")}={value}' for path, value in changes.items()]))

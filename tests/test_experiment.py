@@ -1,0 +1,163 @@
+"""Whole runs on real files: what they write, how they go on, and what they refuse."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tests import runs
+
+from fmcv_jax import experiment
+from fmcv_jax.apps.evaluation import evaluate_workdir
+from fmcv_jax.errors import UserError
+from fmcv_jax.train import loop, metrics
+
+TIMES = ('time', 'train/steps_per_second', 'train/images_per_second', 'train/input_wait')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return runs.image_folder(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='module')
+def finished(folder, tmp_path_factory):
+  """A run that was never interrupted: (config, workdir, final state)."""
+  workdir = tmp_path_factory.mktemp('finished')
+  config = runs.classification(folder)
+  return config, workdir, jax.device_get(experiment.train(config, workdir))
+
+
+def stop_after(monkeypatch, step):
+  monkeypatch.setattr(loop.StopSignal, 'requested', lambda self, now: now == step)
+
+
+def rows_without_times(workdir):
+  return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics.read(workdir / 'metrics.jsonl')]
+
+
+def assert_bitwise_equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_workdir_identifies_the_run_and_holds_its_figures(finished):
+  config, workdir, _ = finished
+  saved = json.loads((workdir / 'config.json').read_text())
+  assert experiment.resolve(experiment.config_lib.plain(saved)) == config
+  identity = json.loads((workdir / 'run.json').read_text())
+  assert identity['devices']['count'] == 8
+  assert identity['versions']['jax'] == jax.__version__
+  assert identity['parameters'] == experiment.parameter_count(
+    experiment.Run(config).abstract_state.params
+  )
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert [row['step'] for row in rows if 'train/loss' in row] == list(range(1, 9))
+  assert [row['step'] for row in rows if 'val/top1' in row] == [4, 8]
+
+
+def test_it_learns_the_colours(finished):
+  _, workdir, _ = finished
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert rows[-1]['val/top1'] >= 0.6
+
+
+def test_stopped_run_goes_on_bitwise(finished, tmp_path, monkeypatch):
+  """State, data order, metrics: stopped at step 5 and resumed equals never stopped."""
+  config, workdir, state = finished
+  stop_after(monkeypatch, 5)
+  with pytest.raises(loop.Preempted, match='at step 5: saved'):
+    experiment.train(config, tmp_path)
+  monkeypatch.undo()
+  resumed = experiment.train(config, tmp_path)
+  assert_bitwise_equal(jax.device_get(resumed), state)
+  assert rows_without_times(tmp_path) == rows_without_times(workdir)
+
+
+def test_evaluate_gives_the_figures_of_the_last_training_step_on_any_mesh(finished):
+  _, workdir, _ = finished
+  last = metrics.read(workdir / 'metrics.jsonl')[-1]
+  for overrides in ([], ['mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2']):
+    figures = evaluate_workdir(workdir, overrides)
+    assert figures == {name: last[name] for name in figures}
+  assert json.loads((workdir / 'evaluation_8.json').read_text())['val/top1'] == last['val/top1']
+
+
+def test_evaluate_of_a_step_that_is_not_kept_says_which_are(finished):
+  with pytest.raises(UserError, match=r'no checkpoint of step 7; steps there: 6, 8'):
+    evaluate_workdir(finished[1], step=7)
+
+
+def test_checkpoint_of_one_mesh_continues_on_another(folder, tmp_path, monkeypatch):
+  changes = {'data__shuffle': True}
+  straight = experiment.train(runs.classification(folder, **changes), tmp_path / 'straight')
+  stop_after(monkeypatch, 4)
+  with pytest.raises(loop.Preempted):
+    experiment.train(runs.classification(folder, **changes), tmp_path / 'moved')
+  monkeypatch.undo()
+  moved = runs.classification(folder, **changes, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+  for x, y in zip(
+    jax.tree.leaves(jax.device_get(experiment.train(moved, tmp_path / 'moved').params)),
+    jax.tree.leaves(jax.device_get(straight.params)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+
+
+def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(folder, tmp_path):
+  import shutil
+
+  own = tmp_path / 'images'
+  shutil.copytree(folder, own)
+  config = runs.contrastive(own)
+  experiment.train(config, tmp_path / 'run')
+  tokens = experiment.Run(config).experiment.tokenizer(['a red picture'])
+  shutil.rmtree(own)
+  subject, step = experiment.Run.reopen(tmp_path / 'run').restored_subject()
+  assert step == 4
+  np.testing.assert_array_equal(subject.tokenizer(['a red picture']), tokens)
+  embeddings = subject.over_texts(['a red picture', 'blue'], batch=8)
+  np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+
+
+def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(finished, folder, tmp_path):
+  config, workdir, state = finished
+  changes = {'init_from__workdir': workdir, 'init_from__skip': "('head/.*',)", 'train__steps': 1}
+  warm = runs.classification(folder, **changes, optimizer__schedule__peak=1e-12, optimizer__schedule__warmup_steps=0)
+  params = jax.device_get(experiment.train(warm, tmp_path).params)
+  np.testing.assert_allclose(params['patch']['kernel'], state.ema['patch']['kernel'], atol=1e-8)
+  assert abs(params['head']['kernel']).max() < 1e-6
+  with pytest.raises(UserError, match=r'head/bias is \(3,\) in .* and \(4,\) here; add a pattern'):
+    experiment.train(
+      runs.classification(folder, init_from__workdir=workdir, objective__network__outputs=4), tmp_path / 'other'
+    )
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'train__batch': 20}, r'config\.train\.batch: 20 does not divide over data=8; use a multiple of 8'),
+    ({'train__microbatches': 4}, r'16 does not divide over data=8 times 4 microbatches; use a multiple of 32'),
+    ({'evaluators__val__batch': 12}, r'config\.evaluators\.val\.batch: 12 does not divide'),
+    ({'mesh__tensor': 3}, 'tensor=3 needs a multiple of 3 devices'),
+    ({'data__image__size': 24}, r'config\.data gives image of shape \(24, 24, 3\).* expects \(16, 16, 3\)'),
+    ({'mesh__tensor': 4, 'objective__network__mlp_dim': 66}, r'parameter blocks/mlp/down/kernel: its axis .mlp. of size 66'),
+  ],
+)
+def test_what_does_not_fit_is_one_line(folder, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message) as caught:
+    experiment.train(runs.classification(folder, **changes), tmp_path)
+  assert '\n' not in str(caught.value)
+
+
+def test_workdir_of_another_experiment_is_refused_and_left_as_it_was(finished, folder):
+  _, workdir, _ = finished
+  before = (workdir / 'config.json').read_bytes()
+  with pytest.raises(UserError, match=r'another experiment: config\.objective\.mixup is 0\.2 there and 0\.5 here'):
+    experiment.train(runs.classification(folder, objective__mixup=0.5), workdir)
+  assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_reopening_a_folder_without_a_run_says_so(tmp_path):
+  with pytest.raises(UserError, match='no run here'):
+    experiment.Run.reopen(tmp_path)
