@@ -80,7 +80,7 @@ def wait(children: list[subprocess.Popen], asked: list[int], grace: float) -> su
           failed = child
           deadline = deadline or time.monotonic() + grace
           for other in alive if child.returncode != PREEMPTED else []:
-            send(other, signal.SIGTERM)
+            pass
       while passed_on < len(asked):
         deadline = deadline or time.monotonic() + grace
         for child in alive:

@@ -1,0 +1,49 @@
+"""ViT-S/16 on ImageNet-1k at 224 px, the plain baseline of Beyer et al. 2022 (arXiv:2205.01580).
+
+Published: 76.5 % top-1 on the validation set after 90 epochs, in 6 to 7 hours on a TPU v3-8 (big_vision's README).
+Not measured here. The argument sets the epochs:
+
+    fmcv train --config configs/vit_s16_i1k.py --workdir gs://BUCKET/vit_s16
+    fmcv train --config configs/vit_s16_i1k.py:300 --workdir gs://BUCKET/vit_s16_300
+"""
+
+import ml_collections
+
+EXAMPLES = 1_281_167
+BATCH = 1024
+
+
+def get_config(epochs='90'):
+  c = ml_collections.ConfigDict()
+  c.objective = dict(
+    name='classification',
+    mixup=0.2,
+    augment=(dict(name='flip'), dict(name='rand_augment', layers=2, magnitude=10)),
+    network=dict(
+      name='vit', variant='S/16', outputs=1000, pool='gap', positions='sincos2d', dtype='bfloat16', unroll=12
+    ),
+  )
+  imagenet = dict(name='tfds', builder='imagenet2012')
+  c.data = dict(
+    source=dict(imagenet, split='train'),
+    image=dict(name='random_resized_crop', size=224, scale=(0.05, 1.0)),
+    workers=16,
+  )
+  c.evaluators = dict(
+    val=dict(
+      name='accuracy',
+      every=5_000,
+      batch=1024,
+      data=dict(source=dict(imagenet, split='validation'), image=dict(name='resize_crop', size=224), workers=16),
+    )
+  )
+  c.optimizer = dict(
+    rule=dict(name='adamw', mu_dtype='bfloat16'),
+    schedule=dict(name='cosine', peak=1e-3, warmup_steps=10_000),
+    weight_decay=1e-4,
+    clip_norm=1.0,
+  )
+  c.train = dict(steps=int(epochs) * EXAMPLES // BATCH, batch=BATCH)
+  c.checkpoint = dict(every=1_000, best='val/top1')
+  c.topology = 'v5e:4x4'
+  return c
