@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -45,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     if config is not None:
       given = {'default': config} if config else {'required': True}
       sub.add_argument('--config', metavar='FILE.py[:ARG]', help='a python file with get_config()', **given)
-    sub.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of the run: checkpoints, metrics')
+    sub.add_argument('--workdir', required=True, help='folder of the run: checkpoints, metrics (local or gs://)')
     sub.add_argument('--cpu-devices', type=int, metavar='N', help='emulate a mesh of N devices on the CPU')
     return sub
 

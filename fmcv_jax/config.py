@@ -33,7 +33,8 @@ def load_file(spec: str) -> dict[str, Any]:
     near = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
     raise UserError(f'--config: no file {path!r}; {nearest(path, near)}')
   module_spec = importlib.util.spec_from_file_location(f'fmcv_config_{file.stem}', file)
-  assert module_spec and module_spec.loader
+  assert module_spec
+  assert module_spec.loader
   module = importlib.util.module_from_spec(module_spec)
   try:
     module_spec.loader.exec_module(module)

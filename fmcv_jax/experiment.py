@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 
 import fmcv_jax
@@ -144,8 +145,8 @@ class Run:
 
   def __init__(self, config: dict[str, Any], workdir: str | pathlib.Path | None = None):
     self.config = config
-    self.workdir = pathlib.Path(workdir) if workdir is not None else None
-    self.experiment: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self.workdir), KINDS)
+    self._workdir = epath.Path(workdir) if workdir is not None else None
+    self.experiment: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self._workdir), KINDS)
     e = self.experiment
     self.placement = Placement(make_mesh(e.mesh), e.rules)
     self.tx = e.optimizer.make(e.train.steps)
@@ -154,12 +155,19 @@ class Run:
   @classmethod
   def reopen(cls, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> 'Run':
     """The run that a workdir holds; by default on all devices as replicas, whatever mesh it was trained on."""
-    path = pathlib.Path(workdir) / 'config.json'
-    if not path.is_file():
+    path = epath.Path(workdir) / 'config.json'
+    if not path.exists():
       raise UserError(f'{workdir}: no run here (no config.json); give the --workdir of a training run')
     saved = json.loads(path.read_text())
     saved['mesh'] = {}
     return cls(resolve(config_lib.override(config_lib.plain(saved), overrides)), workdir)
+
+  @property
+  def workdir(self) -> epath.Path:
+    """The folder of the run, local or gs://; ValueError for a config that is only looked at."""
+    if self._workdir is None:
+      raise ValueError('this run has no workdir')
+    return self._workdir
 
   def init(self) -> TrainState:
     e = self.experiment
@@ -200,9 +208,8 @@ class Run:
 
   def restored_subject(self, step: int | None = None) -> tuple[Subject, int]:
     """The trained model of this run's workdir at `step` (default: the newest), and that step."""
-    assert self.workdir is not None
     store = Store(self.workdir, self.experiment.checkpoint, create=False)
-    step = store.latest() if step is None else step
+    step = store.kept(step)
     abstract, subject = self.abstract_state, self.subject()
     target, extra = (
       jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
@@ -236,7 +243,7 @@ class Run:
         raise UserError(f'config.{path}: {batch} does not divide over {parts}{more}; use a multiple of {ways * pieces}')
 
 
-def with_own_tokenizer(config: dict[str, Any], workdir: pathlib.Path | None) -> dict[str, Any]:
+def with_own_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> dict[str, Any]:
   """The config with a tokenizer that was trained by this run replaced by the file that the run keeps of it."""
   spec = config.get('tokenizer')
   kept = workdir / 'tokenizer.json' if workdir else None
@@ -317,6 +324,9 @@ def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console 
   finally:
     if writer:
       writer.close()
+    if loader.skipped:
+      first = '; '.join(f'{key}: {reason}' for key, reason in list(loader.skipped.items())[:3])
+      console.print(f'{len(loader.skipped)} records could not be read and were skipped: {first}', highlight=False)
     loader.close()
     store.close()
 

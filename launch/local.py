@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -51,9 +52,12 @@ def environment(process: int, processes: int, devices: int, port: int) -> dict[s
 
 
 def free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    return probe.getsockname()[1]
+  """A port that is free, below those that systems hand out by themselves: nobody takes it before process 0 does."""
+  while True:
+    port = random.randrange(20_000, 32_000)
+    with socket.socket() as probe, contextlib.suppress(OSError):
+      probe.bind(('127.0.0.1', port))
+      return port
 
 
 def die_with_parent() -> None:
@@ -80,7 +84,7 @@ def wait(children: list[subprocess.Popen], asked: list[int], grace: float) -> su
           failed = child
           deadline = deadline or time.monotonic() + grace
           for other in alive if child.returncode != PREEMPTED else []:
-            pass
+            send(other, signal.SIGTERM)
       while passed_on < len(asked):
         deadline = deadline or time.monotonic() + grace
         for child in alive:

@@ -5,12 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from tests import runs
 
 from fmcv_jax import experiment
 from fmcv_jax.apps.evaluation import evaluate_workdir
 from fmcv_jax.errors import UserError
 from fmcv_jax.train import loop, metrics
+from tests import runs
 
 TIMES = ('time', 'train/steps_per_second', 'train/images_per_second', 'train/input_wait')
 
@@ -48,9 +48,7 @@ def test_workdir_identifies_the_run_and_holds_its_figures(finished):
   identity = json.loads((workdir / 'run.json').read_text())
   assert identity['devices']['count'] == 8
   assert identity['versions']['jax'] == jax.__version__
-  assert identity['parameters'] == experiment.parameter_count(
-    experiment.Run(config).abstract_state.params
-  )
+  assert identity['parameters'] == experiment.parameter_count(experiment.Run(config).abstract_state.params)
   rows = metrics.read(workdir / 'metrics.jsonl')
   assert [row['step'] for row in rows if 'train/loss' in row] == list(range(1, 9))
   assert [row['step'] for row in rows if 'val/top1' in row] == [4, 8]
@@ -121,7 +119,7 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
 
 
 def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(finished, folder, tmp_path):
-  config, workdir, state = finished
+  _, workdir, state = finished
   changes = {'init_from__workdir': workdir, 'init_from__skip': "('head/.*',)", 'train__steps': 1}
   warm = runs.classification(folder, **changes, optimizer__schedule__peak=1e-12, optimizer__schedule__warmup_steps=0)
   params = jax.device_get(experiment.train(warm, tmp_path).params)
@@ -141,7 +139,10 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
     ({'evaluators__val__batch': 12}, r'config\.evaluators\.val\.batch: 12 does not divide'),
     ({'mesh__tensor': 3}, 'tensor=3 needs a multiple of 3 devices'),
     ({'data__image__size': 24}, r'config\.data gives image of shape \(24, 24, 3\).* expects \(16, 16, 3\)'),
-    ({'mesh__tensor': 4, 'objective__network__mlp_dim': 66}, r'parameter blocks/mlp/down/kernel: its axis .mlp. of size 66'),
+    (
+      {'mesh__tensor': 4, 'objective__network__mlp_dim': 66},
+      r'parameter blocks/mlp/down/kernel: its axis .mlp. of size 66',
+    ),
   ],
 )
 def test_what_does_not_fit_is_one_line(folder, tmp_path, changes, message):

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import numpy as np
-from tests import runs
 
 from fmcv_jax import experiment
 from fmcv_jax.train import metrics
+from tests import runs
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -19,9 +19,7 @@ def launch(config, workdir, *, processes, devices):
   file.write_text(f'import json\n\ndef get_config():\n  return json.loads({json.dumps(config)!r})\n')
   command = ['launch/local.py', '--processes', str(processes), '--devices', str(devices), '--']
   train = ['train', '--config', str(file), '--workdir', str(workdir)]
-  return subprocess.run(
-    [sys.executable, *command, *train], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-  )
+  return subprocess.run([sys.executable, *command, *train], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_of_two_devices_give_the_losses_of_one_process(tmp_path):

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -11,7 +12,7 @@ from fmcv_jax import experiment
 from fmcv_jax.apps import sheets
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import topk_hits
+from fmcv_jax.evaluate.base import Subject, topk_hits
 from fmcv_jax.evaluate.retrieval import captions_of
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.train import metrics
@@ -19,13 +20,13 @@ from fmcv_jax.train import metrics
 CREDITS = 'Drawings: OpenMoji (CC BY-SA 4.0), Noto Emoji (Apache-2.0, OFL), Twemoji (CC BY 4.0)'
 
 
-def run(config: str, workdir: pathlib.Path, overrides: Sequence[str]) -> None:
+def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> None:
   """Trains `config` in `workdir` (going on where it stands) and writes figures and pictures to workdir/demo."""
-  console = Console()
+  console, workdir = Console(), pathlib.Path(workdir)
   resolved = experiment.load_config(config, overrides)
-  wanted = {'seen', 'held_out'}
-  if not wanted <= set(resolved['evaluators']):
-    raise UserError(f'{config}: the demo needs zero_shot evaluators named {" and ".join(sorted(wanted))}')
+  kinds = {name: evaluator['name'] for name, evaluator in resolved['evaluators'].items()}
+  if (kinds.get('seen'), kinds.get('held_out')) != ('zero_shot', 'zero_shot'):
+    raise UserError(f'{config}: the demo needs zero_shot evaluators named seen and held_out')
   experiment.train(resolved, workdir, console)
 
   trained = experiment.Run.reopen(workdir)
@@ -34,30 +35,64 @@ def run(config: str, workdir: pathlib.Path, overrides: Sequence[str]) -> None:
   folder.mkdir(exist_ok=True)
   sheets.loss_curve(workdir / 'metrics.jsonl', folder / 'loss.png')
 
-  evaluators = {name: trained.experiment.evaluators[name] for name in ('seen', 'held_out')}
-  figures, scores = {}, {}
-  for name, evaluator in evaluators.items():
-    assert isinstance(evaluator, ZeroShot)
-    images, _, labels = subject.over('embed_image', evaluator.data, evaluator.batch)
-    names = evaluator.data.source.names
-    scores[name] = images @ class_embeddings(subject, names, evaluator.templates, evaluator.batch).T
-    figures[name] = [topk_hits(scores[name], labels, k) for k in (1, 5)]
-    _draw_zero_shot(evaluator.data, labels, scores[name], folder / f'zero_shot_{name}.png', name, figures[name])
-  _draw_retrieval(subject, evaluators['seen'], folder / 'retrieval.png')
-
-  seen = evaluators['seen'].data
   table = Table(title=f'Names of drawings by an artist never seen in training (step {step})')
   for heading in ('', 'names', 'top-1', 'top-5', 'chance', 'nearest by pixels'):
     table.add_column(heading, justify='left' if not heading else 'right')
   for name, text in (('seen', 'concepts of the training set'), ('held_out', 'concepts held out of training')):
-    count = len(evaluators[name].data.source.names)
-    pixels = f'{nearest_by_pixels(trained.experiment.data, seen):.3f}' if name == 'seen' else 'cannot name them'
-    table.add_row(text, str(count), *(f'{value:.3f}' for value in figures[name]), f'{1 / count:.4f}', pixels)
+    evaluator = trained.experiment.evaluators[name]
+    assert isinstance(evaluator, ZeroShot)
+    figures = _zero_shot(subject, evaluator, folder / f'zero_shot_{name}.png', text)
+    count = len(evaluator.data.source.names)
+    if name == 'seen':
+      pixels = f'{nearest_by_pixels(trained.experiment.data, evaluator.data):.3f}'
+      _draw_retrieval(subject, evaluator, folder / 'retrieval.png')
+    else:
+      pixels = 'cannot name them'
+    table.add_row(text, str(count), *(f'{value:.3f}' for value in figures), f'{1 / count:.4f}', pixels)
   console.print(table)
-  last = metrics.read(workdir / 'metrics.jsonl')[-1]
+  last = metrics.read(epath.Path(workdir / 'metrics.jsonl'))[-1]
   retrieval = {name: value for name, value in last.items() if name.startswith('retrieval/')}
   console.print('  '.join(f'{name} {value:.3f}' for name, value in retrieval.items()), highlight=False)
   console.print(f'figures and pictures: {folder}/   metrics: {workdir / "metrics.jsonl"}\n{CREDITS}', highlight=False)
+
+
+def _zero_shot(subject: Subject, evaluator: ZeroShot, path: pathlib.Path, text: str) -> list[float]:
+  """Top-1 and top-5 among the evaluator's names; draws a sheet of 24 images drawn at random."""
+  outputs = subject.over('embed_image', evaluator.data, evaluator.batch)
+  names = evaluator.data.source.names
+  scores = outputs.values @ class_embeddings(subject, names, evaluator.templates, evaluator.batch).T
+  figures = [topk_hits(scores, outputs.labels, k) for k in (1, 5)]
+  chosen = np.random.default_rng(0).choice(len(scores), size=24, replace=False)
+  sheets.zero_shot_sheet(
+    _pictures(evaluator.data, outputs.records[chosen]),
+    names,
+    outputs.labels[chosen],
+    scores[chosen],
+    path,
+    title=f'{text}, drawn by an artist never seen: the five likeliest of {len(names)} names (right: green)\n'
+    f'top-1 {figures[0]:.3f}, top-5 {figures[1]:.3f}. {CREDITS}',
+  )
+  return figures
+
+
+def _draw_retrieval(subject: Subject, evaluator: ZeroShot, path: pathlib.Path) -> None:
+  """Ten names drawn at random, each with the five nearest drawings."""
+  outputs = subject.over('embed_image', evaluator.data, evaluator.batch)
+  texts, truth = captions_of(evaluator.data.source, canonical=True)
+  queries = np.random.default_rng(1).choice(len(texts), size=10, replace=False)
+  embeddings = subject.over_texts([texts[query] for query in queries], evaluator.batch)
+  found = outputs.records[np.argsort(-embeddings @ outputs.values.T, axis=1)[:, :5]]
+  sheets.retrieval_sheet(
+    [texts[query] for query in queries],
+    [_pictures(evaluator.data, row) for row in found],
+    [[query in truth[record] for record in row] for query, row in zip(queries, found, strict=True)],
+    path,
+    title=f'Text to image: the five nearest of {len(outputs.records)} drawings\n{CREDITS}',
+  )
+
+
+def _pictures(pipeline: Pipeline, records: np.ndarray) -> np.ndarray:
+  return np.stack([pipeline.source[int(record)]['image'] for record in records])
 
 
 def nearest_by_pixels(train: Pipeline, test: Pipeline, side: int = 16) -> float:
@@ -77,34 +112,3 @@ def nearest_by_pixels(train: Pipeline, test: Pipeline, side: int = 16) -> float:
   queries, names = pixels(test)
   distance = (queries**2).sum(1)[:, None] - 2 * queries @ bank.T + (bank**2).sum(1)
   return float(np.mean([bank_names[i] == name for i, name in zip(distance.argmin(1), names, strict=True)]))
-
-
-def _pictures(pipeline: Pipeline, indices: Sequence[int]) -> list[np.ndarray]:
-  return [pipeline.source[int(index)]['image'] for index in indices]
-
-
-def _draw_zero_shot(data, labels, scores, path, name, figures) -> None:
-  chosen = np.random.default_rng(0).choice(len(labels), size=24, replace=False)
-  what = 'concepts never seen in training' if name == 'held_out' else 'an artist never seen in training'
-  sheets.zero_shot_sheet(
-    np.stack(_pictures(data, chosen)),
-    data.source.names,
-    labels[chosen],
-    scores[chosen],
-    path,
-    title=f'Five most likely of {scores.shape[1]} names; {what}; top-1 {figures[0]:.3f}, top-5 {figures[1]:.3f}\n{CREDITS}',
-  )
-
-
-def _draw_retrieval(subject, evaluator: ZeroShot, path) -> None:
-  images, _, _ = subject.over('embed_image', evaluator.data, evaluator.batch)
-  texts, truth = captions_of(evaluator.data.source, canonical=True)
-  queries = [texts[i] for i in np.random.default_rng(1).choice(len(texts), size=10, replace=False)]
-  found = np.argsort(-subject.over_texts(queries, evaluator.batch) @ images.T, axis=1)[:, :5]
-  sheets.retrieval_sheet(
-    queries,
-    [np.stack(_pictures(evaluator.data, row)) for row in found],
-    [[texts[truth[i][0]] == query for i in row] for query, row in zip(queries, found, strict=True)],
-    path,
-    title=f'Text to image: the five nearest of {len(images)} drawings\n{CREDITS}',
-  )

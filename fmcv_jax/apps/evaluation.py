@@ -1,8 +1,8 @@
 """Evaluates the checkpoint of a workdir and keeps the figures beside it."""
 
-import pathlib
 from collections.abc import Sequence
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +13,7 @@ from fmcv_jax.train.checkpoint import write_json
 
 
 def evaluate_workdir(
-  workdir: pathlib.Path, overrides: Sequence[str] = (), *, step: int | None = None
+  workdir: str | epath.Path, overrides: Sequence[str] = (), *, step: int | None = None
 ) -> dict[str, float]:
   """Runs every evaluator of the workdir's config (with overrides) on a checkpoint; prints and writes the figures."""
   run = Run.reopen(workdir, overrides)
@@ -22,7 +22,7 @@ def evaluate_workdir(
   subject, step = run.restored_subject(step)
   figures = evaluate(subject, run.experiment.evaluators)
   if is_main():
-    path = pathlib.Path(workdir) / f'evaluation_{step}.json'
+    path = run.workdir / f'evaluation_{step}.json'
     write_json(path, {'step': step, **figures})
     table = Table(title=f'{workdir} at step {step}')
     table.add_column('figure')

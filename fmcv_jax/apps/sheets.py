@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.train import metrics
@@ -23,7 +24,7 @@ def _pyplot():
 def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
   """Training loss over steps, with the evaluators' figures above the same axis, from a metrics.jsonl."""
   plt = _pyplot()
-  rows = metrics.read(metrics_file)
+  rows = metrics.read(epath.Path(metrics_file))
   evaluated = sorted({name for row in rows for name in row if '/' in name and not name.startswith('train/')})
   figure, axes = plt.subplots(1, 2 if evaluated else 1, figsize=(11 if evaluated else 6, 4), squeeze=False)
   train = [(row['step'], row['train/loss']) for row in rows if row.get('train/loss') is not None]
@@ -43,7 +44,7 @@ def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
 def zero_shot_sheet(
   images: np.ndarray,
   names: Sequence[str],
-  labels: Sequence[int],
+  labels: np.ndarray,
   scores: np.ndarray,
   path: pathlib.Path,
   *,
@@ -51,7 +52,7 @@ def zero_shot_sheet(
   columns: int = 6,
   best: int = 5,
 ) -> None:
-  """Each image (uint8 [N, H, W, 3]) above its `best` most likely names by scores [N, names]; the right one is bold."""
+  """Each image (uint8 [N, H, W, 3]) above its `best` most likely names by scores [N, names]; the right one is green."""
   plt = _pyplot()
   rows = -(-len(images) // columns)
   figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.5 * rows), squeeze=False)
@@ -77,7 +78,7 @@ def retrieval_sheet(
   *,
   title: str,
 ) -> None:
-  """A row a query: its text, then the images found (uint8 [k, H, W, 3] each), best first; a green frame marks a right one."""
+  """A row a query: its text, then its images (uint8 [k, H, W, 3]), best first; a green frame marks a right one."""
   plt = _pyplot()
   best = len(images[0])
   figure, axes = plt.subplots(len(queries), best + 1, figsize=(1.25 * (best + 2.2), 1.3 * len(queries)), squeeze=False,

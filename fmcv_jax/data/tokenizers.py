@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from fmcv_jax.data.source import BadRecord, Source
 from fmcv_jax.errors import UserError
@@ -103,10 +104,10 @@ class Bpe(Tokenizer):
   def decode(self, tokens: np.ndarray) -> list[str]:
     return [self._bpe.decode(row).strip() for row in _bodies(tokens, self.vocab_size - 1)]
 
-  def save(self, path: str) -> None:
-    """Writes a file for `file=`, in the format of Hugging Face's `tokenizers`."""
-    target = pathlib.Path(path)
-    partial = target.with_name(f'.{target.name}.{os.getpid()}.partial')
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes a file (local or gs://) for `file=`, in the format of Hugging Face's `tokenizers`."""
+    target = epath.Path(path)
+    partial = target.parent / f'.{target.name}.{os.getpid()}.partial'
     partial.write_text(self._json, encoding='utf-8')
     partial.replace(target)
 

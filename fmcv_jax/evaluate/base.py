@@ -17,11 +17,11 @@ Figures = dict[str, float]
 
 
 class Outputs(NamedTuple):
-  """What a function made of images: values [N, ...], their records in the source int [N], labels int [N] or None."""
+  """What a function made of images: values [N, ...], their record numbers int [N], labels int [N] (-1 without)."""
 
   values: np.ndarray
-  index: np.ndarray
-  labels: np.ndarray | None
+  records: np.ndarray
+  labels: np.ndarray
 
 
 @dataclasses.dataclass
@@ -47,7 +47,7 @@ class Subject:
       pipeline, batch=batch, fields=fields, process_index=jax.process_index(), process_count=jax.process_count()
     )
     values, index, mask, *labels = map(np.concatenate, zip(*(self._run(name, local) for local in batches)))
-    return Outputs(values[mask], index[mask], labels[0][mask] if labels else None)
+    return Outputs(values[mask], index[mask], labels[0][mask] if labels else np.full(mask.sum(), -1))
 
   def over_texts(self, texts: Sequence[str], batch: int) -> np.ndarray:
     """Embeds texts, float32 [N, E], in their order."""
@@ -89,9 +89,14 @@ def to_devices(local: Mapping[str, np.ndarray], placement: Placement) -> dict[st
 
 
 class Evaluator(abc.ABC):
-  """A measurement of a model, as a frozen dataclass; `every` is in training steps, 0 for at the end only."""
+  """A measurement of a model, as a frozen dataclass.
+
+  every   training steps between two, 0 for at the end only
+  batch   images (of all processes) in one pass
+  """
 
   every: int
+  batch: int
 
   @abc.abstractmethod
   def __call__(self, subject: Subject) -> Figures: ...

@@ -23,10 +23,10 @@ class Retrieval(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    images, index, _ = subject.over('embed_image', self.data, self.batch)
+    images, records, _ = subject.over('embed_image', self.data, self.batch)
     texts, truth = captions_of(self.data.source, canonical=self.canonical)
     embeddings = subject.over_texts(texts, self.batch)
-    return recalls(images, embeddings, [truth[i] for i in index])
+    return recalls(images, embeddings, [truth[i] for i in records])
 
 
 def captions_of(source: Source, *, canonical: bool = False) -> tuple[list[str], list[tuple[int, ...]]]:

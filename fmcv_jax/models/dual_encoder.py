@@ -66,7 +66,7 @@ def dual_encoder(
   return DualEncoder(image, text, initial_scale, initial_bias)
 
 
-# The image tower; width, depth and heads of the text tower; the embedding's width. OpenAI's B and L, OpenCLIP's H, g, G.
+# Image tower; width, depth, heads of the text tower; width of the embedding. OpenAI's B and L, OpenCLIP's H, g and G.
 CLIP_SIZES: dict[str, tuple[str, int, int, int, int]] = {
   'B/32': ('B/32', 512, 12, 8, 512),
   'B/16': ('B/16', 512, 12, 8, 512),

@@ -1,4 +1,4 @@
-"""Text transformer: the causal one of CLIP (Radford et al. 2021) and the bidirectional one of SigLIP (Zhai et al. 2023)."""
+"""Text transformer: CLIP's causal one (Radford et al. 2021) and SigLIP's bidirectional one (Zhai et al. 2023)."""
 
 from typing import Literal
 

@@ -26,7 +26,7 @@ Positions = Literal['learned', 'sincos2d', 'rope2d']
 
 
 class Features(NamedTuple):
-  """What a network makes of an input: `output` [B, out] (the head's, or `pooled`), `pooled` [B, D], `tokens` [B, T, D]."""
+  """What a network makes of its input: output [B, out] (the head's, or pooled), pooled [B, D], tokens [B, T, D]."""
 
   output: jax.Array
   pooled: jax.Array
@@ -130,7 +130,7 @@ def patches_of(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int
 
 
 def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.Array:
-  """Indices int32 [B, N] of a random subset of the patches of each image, without repeats; N = round(share * patches)."""
+  """Indices int32 [B, N] of a random subset of each image's patches, without repeats; N = round(share * patches)."""
   noise = jax.random.uniform(rng, (batch, patches))
   return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
 

@@ -1,7 +1,7 @@
 """Supervised classification: softmax or sigmoid cross-entropy, label smoothing, mixup and cutmix on the device."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from fmcv_jax.objectives.base import Objective
 class Classification(Objective):
   """Learns labels from images; the network's `outputs` is the number of classes.
 
-  loss        'softmax' (one class an image) or 'sigmoid' (each class for itself, summed over classes; Beyer et al. 2020)
+  loss_name   'softmax' (one class an image) or 'sigmoid' (each class for itself, summed; Beyer et al. 2020)
   mixup       alpha of the Beta distribution of the mixing weight (Zhang et al. 2018), 0 for none
   cutmix      the same for pasted boxes (Yun et al. 2019); where both are set each batch draws one of them
   """
@@ -51,7 +51,9 @@ class Classification(Objective):
     images = augmented(batch['image'], self.augment, augment_rng)
     images, targets = mix(images, targets, mix_rng, mixup=self.mixup, cutmix=self.cutmix)
     smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / self.network.outputs
-    features = self.network.apply({'params': params}, self.normalize(images), train=True, rngs={'dropout': dropout_rng})
+    features: Any = self.network.apply(
+      {'params': params}, self.normalize(images), train=True, rngs={'dropout': dropout_rng}
+    )
     logits = features.output.astype(jnp.float32)
     if self.loss_name == 'softmax':
       losses = optax.softmax_cross_entropy(logits, smooth)

@@ -1,4 +1,4 @@
-"""Contrastive pretraining on image-text pairs: CLIP's softmax (Radford et al. 2021) and SigLIP's sigmoid (Zhai et al. 2023)."""
+"""Image-text contrast: CLIP's softmax (Radford et al. 2021) and SigLIP's sigmoid (Zhai et al. 2023)."""
 
 import dataclasses
 from typing import Literal
@@ -48,10 +48,9 @@ class Contrastive(CoupledObjective):
     images = self.normalize(augmented(batch['image'], self.augment, augment_rng))
     patches = (self.network.image.image_size // self.network.image.patch) ** 2
     keep = random_keep(keep_rng, images.shape[0], patches, self.keep) if self.keep < 1 else None
-    pairs = self.network.apply(
+    return self.network.apply(
       {'params': params}, images, batch['tokens'], keep=keep, train=True, rngs={'dropout': dropout_rng}
     )
-    return pairs.image, pairs.text
 
   def couple(self, params, embeddings, batch, extra):
     image, text = embeddings

@@ -78,7 +78,9 @@ class Rules:
     """The PartitionSpec of an array with these logical axes; `what` names it in errors."""
     if len(axes) != len(shape):
       raise UserError(f'{what}: {len(axes)} logical axes {axes} for an array of shape {shape}')
-    rules, entries, used = {**AXIS_RULES, **self.axes}, [], {}
+    rules = {**AXIS_RULES, **self.axes}
+    entries: list[tuple[str, ...] | None] = []
+    used: dict[str, str] = {}
     for axis, size in zip(axes, shape, strict=True):
       if axis is None:
         entries.append(None)

@@ -29,7 +29,10 @@ class Checkpointing:
 
 
 class Store:
-  """The checkpoints of one workdir. Each has the items `params`, `ema` and `extra` (where there are any), `rest`, and `run` (JSON)."""
+  """The checkpoints of one workdir.
+
+  Each has the items `params`, `ema` and `extra` (where there are any), `rest`, and `run` (JSON).
+  """
 
   def __init__(self, workdir: str | pathlib.Path, options: Checkpointing = Checkpointing(), *, create: bool = True):
     self.directory = epath.Path(workdir).absolute() / 'checkpoints'
@@ -62,10 +65,10 @@ class Store:
     """The step with the best figure among those kept, or None."""
     figures = {step: (self._manager.metrics(step) or {}).get(self._best) for step in self._manager.all_steps()}
     scored = {step: figure for step, figure in figures.items() if figure is not None}
-    return max(scored, key=scored.get) if scored else None
+    return max(scored, key=lambda step: scored[step]) if scored else None
 
   def save(self, state: TrainState, run: dict[str, Any], figures: dict[str, float]) -> None:
-    """Starts to save; returns once the arrays are copied off the devices. `run` is any JSON, such as the data position."""
+    """Starts to save; returns once the arrays are off the devices. `run` is any JSON, such as the data position."""
     step = int(state.step)
     if step in self._manager.all_steps():
       return
@@ -76,7 +79,7 @@ class Store:
 
   def restore(self, abstract: TrainState, shardings: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
     """The state of `step` (default: the newest), placed as `shardings` say whatever mesh wrote it, and its `run`."""
-    step = self._step(step)
+    step = self.kept(step)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     loaded = self._load(step, _items(target))
     state = TrainState(
@@ -85,14 +88,15 @@ class Store:
     return state, loaded['run']
 
   def restore_params(self, target: Any, step: int | None = None, *, extra: Any = None) -> tuple[Any, Any]:
-    """(parameters to evaluate, extra) without the optimizer's state; the targets are ShapeDtypeStructs with shardings."""
-    step = self._step(step)
+    """(parameters to evaluate, extra) alone; the targets are ShapeDtypeStructs with shardings."""
+    step = self.kept(step)
     name = 'ema' if (self.directory / str(step) / 'ema').exists() else 'params'
     items = {name: target, 'extra': extra} if jax.tree.leaves(extra) else {name: target}
     loaded = self._load(step, items)
     return loaded[name], loaded.get('extra', extra)
 
-  def _step(self, step: int | None) -> int:
+  def kept(self, step: int | None) -> int:
+    """`step`, or the newest for None; UserError if it is not there."""
     step = self.latest() if step is None else step
     if step is None or step not in self._manager.all_steps():
       raise UserError(f'{self.directory}: no checkpoint{"" if step is None else f" of step {step}"}; '
@@ -148,8 +152,8 @@ def _first_line(error: BaseException) -> str:
   return str(error).strip().split('\n')[0][:200]
 
 
-def write_json(path: pathlib.Path, data: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+def write_json(path: epath.Path, data: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one, never half of it (object stores do so anyway)."""
   temporary = path.with_suffix(path.suffix + '.tmp')
   temporary.write_text(json.dumps(data, indent=2) + '\n')
   temporary.replace(path)

@@ -32,8 +32,8 @@ def _of_equation(equation: core.JaxprEqn) -> int:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
-    lhs = equation.invars[0].aval.shape
-    return 2 * prod(equation.outvars[0].aval.shape) * prod(lhs[axis] for axis in contracted)
+    lhs = _shape(equation.invars[0])
+    return 2 * prod(_shape(equation.outvars[0])) * prod(lhs[axis] for axis in contracted)
   if name == 'conv_general_dilated':
     return 2 * _convolution(equation)
   if name in ('pallas_call', 'ragged_dot_general'):
@@ -62,7 +62,7 @@ def _convolution(equation: core.JaxprEqn) -> int:
   """Multiply-adds: outputs x what each sums over, which are channels of one group x taps that meet no hole."""
   params = equation.params
   _, rhs, out = params['dimension_numbers']
-  kernel, shape = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+  kernel, shape = _shape(equation.invars[1]), _shape(equation.outvars[0])
   pairs = 1
   for i in range(len(shape) - 2):
     size, taps = shape[out[2 + i]], kernel[rhs[2 + i]]
@@ -70,3 +70,7 @@ def _convolution(equation: core.JaxprEqn) -> int:
     position = start[:, None] + np.arange(taps) * params['rhs_dilation'][i]
     pairs *= int(np.count_nonzero(position % params['lhs_dilation'][i] == 0))
   return shape[out[0]] * shape[out[1]] * kernel[rhs[1]] * pairs
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+  return variable.aval.shape

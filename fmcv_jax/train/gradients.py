@@ -58,7 +58,7 @@ def _flat(result):
 
 
 def _coupled(objective, params, batch, pieces, rng, extra, count):
-  """GradCache (Gao et al. 2021): embed all, differentiate the loss by the embeddings, then embed again piece by piece."""
+  """GradCache (Gao et al. 2021): embed all, differentiate by the embeddings, then embed again piece by piece."""
   keys = jax.vmap(lambda index: jax.random.fold_in(rng, index))(jnp.arange(count))
   embeddings = jax.lax.map(lambda args: objective.embed(params, *args, extra), (pieces, keys))
 

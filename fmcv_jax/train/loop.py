@@ -51,7 +51,8 @@ def run(
   figures of the state at a step; step_flops and peak_flops are those of all devices. Raises Preempted after a SIGTERM
   (or the cluster's preemption notice) once the state is saved, and UserError after plan.max_streak bad steps in a row.
   """
-  step, figures = int(state.step), {}
+  step = int(state.step)
+  figures: dict[str, float] = {}
   stop = StopSignal()
   window = Window(step)
   last_metrics = None

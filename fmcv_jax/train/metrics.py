@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -47,10 +48,9 @@ def peak_of(device_kind: str) -> float | None:
 class Writer:
   """Appends figures to metrics.jsonl (and TensorBoard) of a workdir and shows progress; process 0 alone has one."""
 
-  def __init__(self, workdir: pathlib.Path, *, total: int, start: int, tensorboard: bool, console: Console):
+  def __init__(self, workdir: epath.Path, *, total: int, start: int, tensorboard: bool, console: Console):
     self.path = workdir / 'metrics.jsonl'
     _drop_after(self.path, start)
-    self._file = self.path.open('a')
     self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter
@@ -94,20 +94,18 @@ class Writer:
     # JSON has no NaN: a value that is none is written as null, so that every reader can read the line.
     row: dict[str, Any] = {'step': step, 'time': round(time.time(), 3)}
     row.update({name: float(value) if math.isfinite(value) else None for name, value in figures.items()})
-    self._file.write(json.dumps(row) + '\n')
-    self._file.flush()
+    _append(self.path, json.dumps(row) + '\n')
     if self._board is not None:
       for name, value in figures.items():
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
     self._progress.stop()
-    self._file.close()
     if self._board is not None:
       self._board.close()
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
+def read(path: epath.Path) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl; a last line that a kill left half-written is left out."""
   rows = []
   for line in path.read_text().splitlines() if path.exists() else []:
@@ -118,7 +116,15 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def _append(path: epath.Path, line: str) -> None:
+  if isinstance(path, pathlib.Path):
+    with path.open('a') as file:
+      file.write(line)
+  else:  # an object store cannot append; what a run writes here stays small
+    path.write_text((path.read_text() if path.exists() else '') + line)
+
+
+def _drop_after(path: epath.Path, step: int) -> None:
   """Forgets rows after the step that a run resumes from: they will be written again."""
   rows = [row for row in read(path) if row['step'] <= step]
   temporary = path.with_suffix('.tmp')

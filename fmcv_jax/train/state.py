@@ -11,8 +11,7 @@ from fmcv_jax.objectives.base import Objective
 from fmcv_jax.parallel.rules import Placement, path_of
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """Everything a step reads and writes; restoring it restores the run.
 
   step      int32, steps taken (skipped ones too)
@@ -74,7 +73,7 @@ def state_shardings(state: TrainState, placement: Placement) -> TrainState:
         return sharding
     return placement.replicated()
 
-  scalar = placement.replicated()
+  scalar: Any = placement.replicated()
   return TrainState(
     step=scalar,
     skipped=scalar,

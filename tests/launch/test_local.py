@@ -105,14 +105,22 @@ def test_every_process_is_told_its_place_and_the_users_flags_are_kept(launch, tm
 @pytest.mark.parametrize('loser', [0, 1])
 def test_when_one_fails_the_others_are_ended_and_its_status_is_passed_on(launch, tmp_path, loser):
   body = f"""
-    if me == '{loser}':
-      print('what went wrong')
-      sys.exit(3)
-    time.sleep(60)
+    def told(*_):
+      (here / 'told').touch()
+      sys.exit(75)
+    if me != '{loser}':
+      signal.signal(signal.SIGTERM, told)
+      (here / 'ready').touch()
+      time.sleep(60)
+    while not (here / 'ready').exists():
+      time.sleep(0.01)
+    print('what went wrong')
+    sys.exit(3)
   """
   start = time.monotonic()
   launcher = launch(body, '--restarts', '3')
   assert launcher.returncode == 3
+  assert (tmp_path / 'told').exists()
   assert time.monotonic() - start < 20
   assert 'what went wrong' in launcher.output + launcher.errors
   assert f'process {loser} of 2 ended with 3' in launcher.errors
@@ -227,14 +235,14 @@ def test_a_killed_launcher_leaves_no_process_behind(launch, tmp_path):
   assert eventually(lambda: not any(is_alive(pid) for pid in pids))
 
 
-def test_processes_are_really_joined_and_see_each_others_devices(launch):
+def test_processes_are_really_joined_and_see_each_others_devices(launch, tmp_path):
   body = """
     import jax
     from fmcv_jax.parallel import distributed
     distributed.initialize()
     assert distributed.any_process(me == '1'), 'process 0 heard nothing from process 1'
-    print(jax.process_count(), jax.local_device_count(), jax.device_count())
+    (here / f'world-{me}').write_text(f'{jax.process_count()} {jax.local_device_count()} {jax.device_count()}')
   """
   launcher = launch(body, '--devices', '2')
   assert launcher.returncode == 0, launcher.errors
-  assert launcher.output.splitlines()[-1] == '2 2 4'
+  assert [(tmp_path / f'world-{process}').read_text() for process in range(2)] == ['2 2 4', '2 2 4']

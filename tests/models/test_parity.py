@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.dual_encoder import dual_encoder
+from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.models.positions import resize_grid
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
@@ -97,8 +97,9 @@ def parameters_of(reference, network, *inputs, unused=()):
   return to_ours({k: p for k, p in reference.named_parameters() if k not in unused}, shapes), shapes
 
 
-TOWER = {'hidden_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4}
-OURS = {'width': 48, 'depth': 2, 'heads': 4, 'mlp_dim': 96}
+# eps is large, so that a norm with another one would show.
+TOWER = {'hidden_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'layer_norm_eps': 0.01}
+OURS = {'width': 48, 'depth': 2, 'heads': 4, 'mlp_dim': 96, 'eps': 0.01}
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
 TOKENS = np.array([[90, 5, 7, 91, 0, 0], [90, 91, 0, 0, 0, 0], [90, 3, 3, 8, 44, 91], [90, 62, 9, 11, 91, 0]], np.int32)
 
@@ -125,9 +126,7 @@ def check_tower(reference, network, output, unused=()):
 
 
 def test_vit_classifier():
-  config = transformers.ViTConfig(
-    **TOWER, intermediate_size=96, image_size=32, patch_size=8, num_labels=7, layer_norm_eps=1e-6
-  )
+  config = transformers.ViTConfig(**TOWER, intermediate_size=96, image_size=32, patch_size=8, num_labels=7)
   network = vit('mu/8', image_size=32, outputs=7, **OURS)
   check_tower(randomized(transformers.ViTForImageClassification(config)), network, lambda y: y.logits)
 
@@ -172,7 +171,7 @@ def test_clip(activation):
     text_config={**TEXT, 'hidden_act': activation},
     projection_dim=24,
   )
-  shared = {**OURS, 'outputs': 24, 'outputs_bias': False, 'activation': activation, 'eps': 1e-5}
+  shared = {**OURS, 'outputs': 24, 'outputs_bias': False, 'activation': activation}
   network = dual_encoder(
     vit('mu/8', image_size=32, pre_norm=True, patch_bias=False, **shared), text_transformer(92, 6, **shared)
   )
@@ -181,13 +180,31 @@ def test_clip(activation):
 
 def test_siglip():
   config = transformers.SiglipConfig(vision_config=VISION, text_config=TEXT)
-  shared = {**OURS, 'activation': 'gelu_tanh', 'eps': 1e-6}
+  shared = {**OURS, 'activation': 'gelu_tanh'}
   network = dual_encoder(
     vit('mu/8', image_size=32, pool='map', **shared),
     text_transformer(92, 6, causal=False, pool='last', outputs=48, outputs_bias=True, **shared),
     initial_bias=0.0,
   )
   check_pair(randomized(transformers.SiglipModel(config)), network, 'sigmoid')
+
+
+def test_the_named_networks_have_the_published_settings():
+  spelling = {'gelu_pytorch_tanh': 'gelu_tanh'}
+  for network, config in (
+    (clip('B/32', activation='quick_gelu'), transformers.CLIPConfig()),
+    (siglip('B/16'), transformers.SiglipConfig()),
+  ):
+    for tower, theirs in ((network.image, config.vision_config), (network.text, config.text_config)):
+      block = tower.stack.block
+      assert (block.eps, block.activation) == (
+        theirs.layer_norm_eps,
+        spelling.get(theirs.hidden_act, theirs.hidden_act),
+      )
+      assert (tower.width, tower.stack.depth) == (theirs.hidden_size, theirs.num_hidden_layers)
+      assert (block.heads, block.mlp_dim) == (theirs.num_attention_heads, theirs.intermediate_size)
+    assert network.text.length == config.text_config.max_position_embeddings
+  assert vit('B/14').stack.block.eps == transformers.Dinov2Config().layer_norm_eps
 
 
 @pytest.mark.parametrize('new', [(4, 4), (9, 12), (14, 5)])

@@ -64,7 +64,6 @@ def test_old_state_is_donated():
 
 
 def test_non_finite_step_changes_nothing_but_the_counters():
-  """A batch whose gradient overflows is made by an infinite temperature parameter's neighbourhood: NaN in one weight."""
   objective = classification()
   trainer = Trainer(objective, ema=0.9)
   trainer.run([batch_of(objective)])

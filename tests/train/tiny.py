@@ -40,7 +40,18 @@ def batch_of(objective, seed=0):
 class Trainer:
   """A state and its step on a mesh of the first `devices` devices."""
 
-  def __init__(self, objective, mesh=MeshShape(), devices=8, *, rule=AdamW(), microbatches=1, ema=None, clip_norm=1.0, steps=20):  # fmt: skip
+  def __init__(
+    self,
+    objective,
+    mesh=MeshShape(),
+    devices=8,
+    *,
+    rule=AdamW(),
+    microbatches=1,
+    ema=None,
+    clip_norm=1.0,
+    steps=20,
+  ):
     optimizer = Optimizer(Cosine(1e-3, warmup_steps=2), rule, weight_decay=0.1, clip_norm=clip_norm)
     tx = optimizer.make(steps)
     self.placement = Placement(make_mesh(mesh, jax.devices()[:devices]))

@@ -1,0 +1,95 @@
+"""Losses against closed forms and against the definitions written another way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.classification import Classification, mix
+from fmcv_jax.objectives.contrastive import Contrastive, sigmoid_pairs, softmax_pairs
+from tests.train.tiny import batch_of, classification, contrastive
+
+
+def test_softmax_pairs_of_equal_logits_is_log_batch_and_of_a_strong_diagonal_is_zero():
+  assert float(softmax_pairs(jnp.zeros((32, 32)))) == pytest.approx(np.log(32), rel=1e-6)
+  assert float(softmax_pairs(100 * jnp.eye(32))) == pytest.approx(0, abs=1e-6)
+
+
+def test_sigmoid_pairs_equals_the_sum_over_all_pairs():
+  logits = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
+  total = 0.0
+  for i in range(5):
+    for j in range(5):
+      total += np.log1p(np.exp(-(1 if i == j else -1) * logits[i, j]))
+  assert float(sigmoid_pairs(jnp.array(logits))) == pytest.approx(total / 5, rel=1e-6)
+
+
+def test_sigmoid_starts_near_the_papers_value():
+  """With t = 10 and b = -10 and random embeddings nearly every negative is free and each positive costs about 10."""
+  objective = contrastive('sigmoid')
+  params, extra = objective.init(jax.random.key(0))
+  loss, (metrics, _) = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
+  assert 5 < float(loss) < 15
+  assert float(metrics['logit_scale']) == pytest.approx(10, rel=1e-6)
+  assert float(metrics['logit_bias']) == -10
+
+
+def test_temperature_is_learned_and_clipped_at_one_hundred():
+  objective = contrastive()
+  params, extra = objective.init(jax.random.key(0))
+  gradient = jax.grad(lambda p: objective.loss(p, batch_of(objective), jax.random.key(1), extra)[0])(params)
+  assert abs(float(gradient['temperature'])) > 1e-4
+  params['temperature'] = jnp.float32(50.0)
+  _, (metrics, _) = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
+  assert float(metrics['logit_scale']) == pytest.approx(100, rel=1e-5)
+
+
+def test_patch_dropping_looks_at_fewer_tokens_in_training_only():
+  whole, half = contrastive(), contrastive(keep=0.5)
+  params, extra = whole.init(jax.random.key(0))
+  batch = batch_of(whole)
+  losses = [float(o.loss(params, batch, jax.random.key(1), extra)[0]) for o in (whole, half)]
+  assert losses[0] != losses[1]
+  embeddings = [o.functions()['embed_image'](params, extra, batch) for o in (whole, half)]
+  np.testing.assert_array_equal(*embeddings)
+
+
+def test_classifier_that_is_born_zero_starts_at_log_classes():
+  objective = classification(label_smoothing=0.1)
+  params, extra = objective.init(jax.random.key(0))
+  loss, _ = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
+  assert float(loss) == pytest.approx(np.log(10), rel=1e-6)
+  sigmoid = classification(loss_name='sigmoid')
+  assert float(sigmoid.loss(params, batch_of(objective), jax.random.key(1), extra)[0]) == pytest.approx(10 * np.log(2))
+
+
+@pytest.mark.parametrize(('mixup', 'cutmix'), [(0.4, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixed_labels_have_the_share_of_the_pixels(mixup, cutmix):
+  """Image i is filled with i: what is left of it, in pixels, is the weight of its label."""
+  count = 6
+  images = jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32)[:, None, None, None], (count, 16, 16, 3))
+  targets = jnp.eye(count)
+  shares = set()
+  for seed in range(12):
+    mixed, labels = mix(images, targets, jax.random.key(seed), mixup=mixup, cutmix=cutmix)
+    np.testing.assert_allclose(labels.sum(1), 1, rtol=1e-6)
+    expected = labels @ jnp.arange(count, dtype=jnp.float32)
+    np.testing.assert_allclose(mixed.mean((1, 2, 3)), expected, rtol=1e-5)
+    if not mixup:  # a pasted box copies pixels whole
+      own = (mixed == images) | (mixed == images[::-1])
+      assert bool(own.all())
+    shares.add(round(float(labels[0, 0]), 4))
+  assert len(shares) > 4
+
+
+def test_no_mixing_is_the_identity():
+  images, targets = jnp.ones((2, 4, 4, 3)), jnp.eye(2)
+  assert mix(images, targets, jax.random.key(0), mixup=0, cutmix=0) == (images, targets)
+
+
+def test_unfit_networks_are_refused():
+  with pytest.raises(ValueError, match='outputs=<number of classes>'):
+    Classification(vit('mu/8', image_size=16))
+  with pytest.raises(ValueError, match='needs a dual encoder'):
+    Contrastive(vit('mu/8', image_size=16))
