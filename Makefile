@@ -18,6 +18,8 @@ ARGS ?=
 EXTRAS ?= demo,dev
 
 BIN := .venv/bin
+# XLA on the CPU asks for large buffers again and again: glibc should keep them, not return them to the system.
+MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=1
 stamps = $(addprefix .venv/.installed-,$(subst $(comma), ,$(1)))
 TEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
 
@@ -28,7 +30,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(call stamps,demo)
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m fmcv_jax demo --workdir runs/demo $(ARGS)
+	$(MALLOC) $(BIN)/python -m fmcv_jax demo --workdir runs/demo --cpu-devices 8 $(ARGS)
 
 test: $(call stamps,$(EXTRAS))
 	$(TEST) $(ARGS)

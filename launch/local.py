@@ -23,31 +23,24 @@ import sys
 import tempfile
 import time
 
+from fmcv_jax.parallel.emulation import emulation
+
 PREEMPTED = 75  # EX_TEMPFAIL: the run saved and wants to be started again
 POLL_SECONDS = 0.05
 SHOWN_BYTES = 8000  # of the output of a failed process other than 0
-DEVICES_FLAG = '--xla_force_host_platform_device_count'
-# Emulated devices wait for each other in threads: XLA makes one a core, and gives up after 40 s, unless told otherwise
-# (as `emulation` in fmcv_jax/parallel/distributed.py does; this file imports nothing, so that it never starts jax).
-PATIENCE_FLAGS = (
-  '--xla_cpu_collective_call_warn_stuck_timeout_seconds=120',
-  '--xla_cpu_collective_call_terminate_timeout_seconds=600',
-)
 
 _libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
 
 def environment(process: int, processes: int, devices: int, port: int) -> dict[str, str]:
   """What process `process` finds in its environment; the user's other XLA_FLAGS are kept."""
-  kept = [flag for flag in os.environ.get('XLA_FLAGS', '').split() if not flag.startswith(DEVICES_FLAG)]
-  return os.environ | {
+  return {
+    **os.environ,
+    **emulation(devices, os.environ),
     'FMCV_COORDINATOR': f'127.0.0.1:{port}',
     'FMCV_PROCESSES': str(processes),
     'FMCV_PROCESS': str(process),
-    'JAX_PLATFORMS': 'cpu',
-    'NPROC': os.environ.get('NPROC', str(4 * devices)),
     'PYTHONUNBUFFERED': '1',
-    'XLA_FLAGS': ' '.join([*PATIENCE_FLAGS, *kept, f'{DEVICES_FLAG}={devices}']),
   }
 
 

@@ -1,18 +1,27 @@
-"""A small CLIP on emoji, in minutes on two CPU cores."""
+"""A small CLIP on emoji: trained on OpenMoji and Noto, asked to name Twemoji, in minutes on two CPU cores.
+
+RESULTS
+
+    fmcv demo --workdir runs/demo --cpu-devices 8
+"""
 
 import ml_collections
 
 
 def get_config():
   c = ml_collections.ConfigDict()
-  size, embedding, length = 32, 128, 8
+  size, embedding, length, vocabulary = 32, 128, 8, 1024
   c.objective = dict(
     name='contrastive',
-    augment=(dict(name='demo_aug:Spike'),),
-    normalize=dict(mean=(0.75, 0.75, 0.75), std=(0.33, 0.33, 0.33)),
+    augment=(
+      dict(name='affine', scale=(0.8, 1.25), ratio=(0.8, 1.25), rotation=8.0, translate=0.04, shear=0.12),
+      dict(name='color_jitter', brightness=0.2, contrast=0.35, saturation=0.35, hue=0.08, grayscale=0.1),
+      dict(name='blur', probability=0.2, sigma=(0.3, 0.8)),
+    ),
+    normalize=dict(mean=(0.75, 0.75, 0.75), std=(0.33, 0.33, 0.33)),  # most of a drawing is white
     network=dict(
       name='dual_encoder',
-      initial_scale=14.0,
+      # Float32, unrolled and with the cheapest activation is what is fastest on a CPU.
       image=dict(
         name='vit',
         variant='mu/8',
@@ -29,7 +38,7 @@ def get_config():
       ),
       text=dict(
         name='text_transformer',
-        vocab_size=1024,
+        vocab_size=vocabulary,
         length=length,
         width=128,
         depth=1,
@@ -42,20 +51,21 @@ def get_config():
       ),
     ),
   )
-  c.tokenizer = dict(name='bpe', vocab_size=1024, length=length, corpus=dict(name='emoji', image_size=size))
-  c.data = dict(source=dict(name='emoji', artists=('openmoji', 'noto'), image_size=size))
-  new_hand = dict(name='emoji', artists=('twemoji',), image_size=size)
+  emoji = dict(name='emoji', artists=('openmoji', 'noto'), image_size=size, aliases=False)
+  c.tokenizer = dict(name='bpe', vocab_size=vocabulary, length=length, corpus=emoji)
+  c.data = dict(source=emoji)
+  new_hand = dict(emoji, artists=('twemoji',))
   c.evaluators = dict(
-    seen=dict(name='zero_shot', data=dict(source=dict(new_hand, split='seen'))),
-    held_out=dict(name='zero_shot', data=dict(source=dict(new_hand, split='held_out'))),
+    seen=dict(name='zero_shot', every=100, data=dict(source=dict(new_hand, split='seen'))),
+    held_out=dict(name='zero_shot', every=100, data=dict(source=dict(new_hand, split='held_out'))),
     retrieval=dict(name='retrieval', data=dict(source=dict(new_hand, split='seen')), canonical=True),
   )
   c.optimizer = dict(
     rule=dict(name='muon'),
-    schedule=dict(name='cosine', peak=6e-3, warmup_steps=100),
+    schedule=dict(name='cosine', peak=6e-3, warmup_steps=50),
     weight_decay=0.1,
     clip_norm=1.0,
   )
-  c.train = dict(steps=1000, batch=256, ema=0.99)
-  c.log = dict(every=50)
+  c.train = dict(steps=400, batch=512, ema=0.99)
+  c.log = dict(every=20)
   return c

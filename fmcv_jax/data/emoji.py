@@ -68,13 +68,13 @@ class Emoji(Source):
     'all'       all concepts; `names` are theirs
   Training concepts come first in the list of all, so 'train' and 'seen' give a concept the same label.
 
-  Drawings lie on white, or keep their alpha channel (`alpha=True`: RGBA, to be composited on random backgrounds).
+  Captions are the name and, with `aliases`, its other names. Drawings lie on white.
   """
 
   artists: tuple[str, ...] = ('openmoji', 'noto')
   split: Literal['train', 'seen', 'held_out', 'all'] = 'train'
   image_size: int = 64
-  alpha: bool = False
+  aliases: bool = True
 
   def __post_init__(self) -> None:
     if unknown := set(self.artists) - set(ARTISTS):
@@ -101,8 +101,11 @@ class Emoji(Source):
   def key_of(self, index: int) -> str:
     return f'{self.artists[index % len(self.artists)]}/{self.concepts[index // len(self.artists)].key}'
 
+  def _texts(self, concept: Concept) -> tuple[str, ...]:
+    return concept.texts if self.aliases else concept.texts[:1]
+
   def texts_of(self, index: int) -> tuple[str, ...]:
-    return self.concepts[index // len(self.artists)].texts
+    return self._texts(self.concepts[index // len(self.artists)])
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < len(self):
@@ -111,9 +114,9 @@ class Emoji(Source):
     concept = self.concepts[label]
     image = draw(artist, concept.key, self.image_size)
     return {
-      'image': image.copy() if self.alpha else on_white(image),
+      'image': on_white(image),
       'text': concept.name,
-      'texts': concept.texts,
+      'texts': self._texts(concept),
       'label': label,
       'key': self.key_of(index),
     }

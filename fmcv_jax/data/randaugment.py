@@ -1,13 +1,13 @@
-"""RandAugment's operations (Cubuk et al. 2020) on whole batches: every operation is a warp, a table or a blend.
+"""RandAugment's operations (Cubuk et al. 2020) on whole batches: every operation is a table, a blend or a warp.
 
 A layer draws one operation for each image. Computing all of them and keeping one would cost sixteen images for each;
 instead all images go through the same three stages, and an image's operation sets the parameters of one of them and
 leaves the others at the identity:
 
-  warp    rotate, shear_x, shear_y, translate_x, translate_y
   table   256 entries for each image and channel: auto_contrast, equalize, invert, posterize, solarize, solarize_add,
           contrast, brightness
   blend   with a second image: color (with its grey), sharpness (with its smoothed self); and cutout
+  warp    rotate, shear_x, shear_y, translate_x, translate_y
 
 Pixels are whole numbers from 0 to 255 in float32 throughout, and every operation is PIL's, rounding included.
 """
@@ -61,7 +61,52 @@ def apply_operations(
   """
   batch, height, width, _ = images.shape
   on = {name: operation == index for index, name in enumerate(names)}
+  factor = jnp.maximum(0.1, 1 + sign * 0.9 * level) if increasing else 0.1 + 1.8 * level
 
+  def plane(value):  # a number for each image, against images
+    return value[:, None, None, None]
+
+  def column(value):  # a number for each image, against tables [B, 3, 256]
+    return value[:, None, None]
+
+  entry = jnp.arange(float(ENTRIES))
+  bits, threshold = jnp.floor(4 * level), jnp.floor(256 * level)
+  if increasing:
+    bits, threshold = 4 - bits, 256 - threshold
+  coarse = column(2 ** (8 - jnp.clip(bits, 1, 8)))  # 0 bits would be a black image
+  added = column(jnp.minimum(128, jnp.floor(110 * level)))
+  counts = histogram(images) if on.keys() & {'auto_contrast', 'contrast', 'equalize'} else None
+  tables = {
+    'auto_contrast': lambda: stretched(counts),
+    'equalize': lambda: equalized(counts),
+    'invert': lambda: 255 - entry,
+    'posterize': lambda: jnp.floor(entry / coarse) * coarse,
+    'solarize': lambda: jnp.where(entry < column(threshold), entry, 255 - entry),
+    'solarize_add': lambda: jnp.where(entry < 128, jnp.minimum(255, entry + added), entry),
+    'contrast': lambda: blend(column(jnp.round(mean_gray(counts))), entry, column(factor)),
+    'brightness': lambda: blend(0.0, entry, column(factor)),
+  }
+  if drawn := [name for name in tables if name in on]:
+    choices = jnp.stack([jnp.broadcast_to(tables[name](), (batch, 3, ENTRIES)) for name in drawn])
+    chosen = jnp.stack([on[name] for name in drawn])
+    # A product, because XLA on the CPU would make nested selects again for every pixel; it is exact in any precision.
+    table = jnp.einsum('kb,kbcv->bcv', chosen.astype(jnp.float32), choices)
+    images = jnp.where(plane(chosen.any(0)), lookup(images, table), images)
+
+  second = images
+  if 'color' in on:
+    second = jnp.where(plane(on['color']), gray(images), second)
+  if 'sharpness' in on:
+    second = jnp.where(plane(on['sharpness']), smooth(images), second)
+  images = blend(second, images, plane(factor))
+  if 'cutout' in on:  # a square of 80 of 224 pixels at level 1, cut off at the border
+    half = jnp.floor(40 / 224 * min(height, width) * level)
+    middle = jnp.floor(centre * jnp.array([height, width]))
+    rows = within(middle[:, 0] - half, middle[:, 0] + half, height)
+    columns = within(middle[:, 1] - half, middle[:, 1] + half, width)
+    images = jnp.where(plane(on['cutout']) & (rows[:, :, None] & columns[:, None])[..., None], fill, images)
+
+  # Last, so that only the loop over layers reads it: XLA on the CPU does a good part of a warp again for each reader.
   if on.keys() & {'rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y'}:
 
     def amount(name, most):
@@ -74,53 +119,7 @@ def apply_operations(
       [cos, sin + amount('shear_x', 0.3), x - cos * x - sin * y + amount('translate_x', 0.45 * width)],
       [-sin + amount('shear_y', 0.3), cos, y + sin * x - cos * y + amount('translate_y', 0.45 * height)],
     ]
-    matrix = jnp.stack([jnp.stack(row, -1) for row in matrix], -2)
-    images = jnp.floor(warp(images, matrix, fill))
-
-  def column(value):  # a number for each image, against tables [B, 3, 256]
-    return value[:, None, None]
-
-  entry = jnp.arange(float(ENTRIES))
-  factor = jnp.maximum(0.1, 1 + sign * 0.9 * level) if increasing else 0.1 + 1.8 * level
-  bits, threshold = jnp.floor(4 * level), jnp.floor(256 * level)
-  if increasing:
-    bits, threshold = 4 - bits, 256 - threshold
-  coarse = column(2 ** (8 - jnp.clip(bits, 1, 8)))  # 0 bits would be a black image
-  counts = histogram(images) if on.keys() & {'auto_contrast', 'equalize'} else None
-  tables = {
-    'auto_contrast': lambda: stretched(counts),
-    'equalize': lambda: equalized(counts),
-    'invert': lambda: 255 - entry,
-    'posterize': lambda: jnp.floor(entry / coarse) * coarse,
-    'solarize': lambda: jnp.where(entry < column(threshold), entry, 255 - entry),
-    'solarize_add': lambda: jnp.where(
-      entry < 128, jnp.minimum(255, entry + column(jnp.minimum(128, jnp.floor(110 * level)))), entry
-    ),
-    'contrast': lambda: blend(column(jnp.floor(gray(images).mean((1, 2, 3)) + 0.5)), entry, column(factor)),
-    'brightness': lambda: blend(0.0, entry, column(factor)),
-  }
-  if drawn := [name for name in tables if name in on]:
-    table = jnp.broadcast_to(entry, (batch, 3, ENTRIES))
-    for name in drawn:
-      table = jnp.where(column(on[name]), tables[name](), table)
-    images = lookup(images, table)
-
-  def plane(value):  # a number for each image, against images
-    return value[:, None, None, None]
-
-  second = images
-  if 'color' in on:
-    second = jnp.where(plane(on['color']), gray(images), second)
-  if 'sharpness' in on:
-    second = jnp.where(plane(on['sharpness']), smooth(images), second)
-  images = blend(second, images, plane(factor))
-
-  if 'cutout' in on:  # a square of 80 of 224 pixels at level 1, cut off at the border
-    half = jnp.floor(40 / 224 * min(height, width) * level)
-    middle = jnp.floor(centre * jnp.array([height, width]))
-    rows = within(middle[:, 0] - half, middle[:, 0] + half, height)
-    columns = within(middle[:, 1] - half, middle[:, 1] + half, width)
-    images = jnp.where(plane(on['cutout']) & (rows[:, :, None] & columns[:, None])[..., None], fill, images)
+    images = jnp.floor(warp(images, jnp.stack([jnp.stack(row, -1) for row in matrix], -2), fill))
   return images
 
 
@@ -171,6 +170,12 @@ def gray(images: jax.Array) -> jax.Array:
   return jnp.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)
 
 
+def mean_gray(counts: jax.Array) -> jax.Array:
+  """Mean luma of an image [B] from its histograms [B, 3, 256]."""
+  means = (counts * jnp.arange(ENTRIES)).sum(-1) / counts.sum(-1)
+  return (means * jnp.array([0.299, 0.587, 0.114])).sum(-1)
+
+
 def smooth(images: jax.Array) -> jax.Array:
   """PIL's ImageFilter.SMOOTH: the mean of 3 x 3 pixels with the middle counted five times; the border stays."""
   rows = images[:, :-2] + images[:, 1:-1] + images[:, 2:]
@@ -194,8 +199,8 @@ def stretched(counts: jax.Array) -> jax.Array:
 
 def equalized(counts: jax.Array) -> jax.Array:
   """Histograms [..., 256] -> the table that makes all entries equally frequent."""
-  lightest = jnp.take_along_axis(counts, 255 - _darkest(counts[..., ::-1]), axis=-1)
-  step = (counts.sum(-1, keepdims=True) - lightest) // 255
+  lightest = 255 - _darkest(counts[..., ::-1])
+  step = jnp.sum(jnp.where(jnp.arange(ENTRIES) < lightest, counts, 0), -1, keepdims=True) // 255
   below = jnp.cumsum(counts, -1) - counts
   table = jnp.minimum((below + step // 2) // jnp.maximum(step, 1), 255)
   return jnp.where(step > 0, table, jnp.arange(ENTRIES)).astype(jnp.float32)
@@ -227,7 +232,10 @@ def channels_first(images: jax.Array) -> jax.Array:
 
 
 def histogram_by_index(pixels: jax.Array) -> jax.Array:
-  return jax.vmap(jax.vmap(lambda one: jnp.zeros(ENTRIES, jnp.int32).at[one].add(1)))(pixels)
+  channels = pixels.shape[1]
+  bins = (pixels + ENTRIES * jnp.arange(channels)[:, None]).reshape(pixels.shape[0], -1)
+  counts = jax.vmap(lambda image: jnp.zeros(channels * ENTRIES, jnp.int32).at[image].add(1))(bins)
+  return counts.reshape(-1, channels, ENTRIES)
 
 
 def lookup_by_index(pixels: jax.Array, table: jax.Array) -> jax.Array:

@@ -1,32 +1,14 @@
 """Start-up of a run of several processes, and the few things processes say to each other."""
 
 import os
-from collections.abc import Mapping
 
 import jax
 import numpy as np
 
+from fmcv_jax.parallel.emulation import emulation
+
 # A lost process is noticed after this long (jax's default of 100 s leaves a pod idle for minutes).
 HEARTBEAT_SECONDS = 20
-
-
-def emulation(devices: int, environment: Mapping[str, str]) -> dict[str, str]:
-  """Environment variables with which a new process sees `devices` devices on its CPU.
-
-  Each emulated device blocks a thread while it waits for the others. XLA makes as many threads as there are cores
-  (NPROC overrides it), and ends a process whose devices have not met within 40 s: both are too little on a small or
-  busy machine.
-  """
-  flags = (
-    f'--xla_force_host_platform_device_count={devices}',
-    '--xla_cpu_collective_call_warn_stuck_timeout_seconds=120',
-    '--xla_cpu_collective_call_terminate_timeout_seconds=600',
-  )
-  return {
-    'JAX_PLATFORMS': 'cpu',
-    'NPROC': environment.get('NPROC', str(4 * devices)),
-    'XLA_FLAGS': ' '.join([*environment.get('XLA_FLAGS', '').split(), *flags]),
-  }
 
 
 def emulate(devices: int) -> None:

@@ -64,6 +64,9 @@ def compiled(augment):
   return jax.jit(augment)
 
 
+as_floats = jax.jit(augmented, static_argnums=1)  # compiled, a division by 255 may differ in the last bit
+
+
 def batch(count=8, height=HEIGHT, width=WIDTH):
   return RNG.random((count, height, width, 3), dtype=np.float32)
 
@@ -176,19 +179,11 @@ def test_the_warp_equals_scipys_affine_transform_in_the_inside_and_the_edge(fill
   np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-  ('field', 'value', 'reference'),
-  [
-    ('scale', (2.0, 2.0), (0.5, 0, WIDTH / 4, 0, 0.5, HEIGHT / 4)),
-    ('ratio', (4.0, 4.0), (0.5, 0, WIDTH / 4, 0, 2, -HEIGHT / 2)),
-  ],
-)
-def test_affine_zooms_and_stretches_about_the_centre(field, value, reference):
-  ours = compiled(Affine(**{field: value}))(PHOTO[None] / 255.0, KEY)[0]
-  picture = Image.fromarray(PHOTO)
-  theirs = picture.transform(
-    picture.size, Image.Transform.AFFINE, reference, Image.Resampling.BILINEAR, fillcolor=(255, 255, 255)
-  )
+def test_affine_zooms_and_stretches_about_the_centre():
+  ours = compiled(Affine(scale=(2.0, 2.0), ratio=(4.0, 4.0)))(PHOTO[None] / 255.0, KEY)[0]
+  picture, affine = Image.fromarray(PHOTO), Image.Transform.AFFINE
+  reference = (0.25, 0, WIDTH * 3 / 8, 0, 1, 0)  # four times as wide, and as high as before
+  theirs = picture.transform(picture.size, affine, reference, Image.Resampling.BILINEAR)
   np.testing.assert_allclose(ours, np.asarray(theirs) / 255, atol=1.01 / 255)
 
 
@@ -269,7 +264,7 @@ def test_solarize_and_invert_equal_pils():
     np.testing.assert_allclose(compiled(ours)(image, KEY)[0], np.asarray(theirs) / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize('fields', [{}, {'area': (0.9, 1.0)}, {'area': (0.25, 0.25), 'ratio': (1.0, 1.0)}])
+@pytest.mark.parametrize('fields', [{}, {'area': (0.9, 1.0)}], ids=str)
 def test_the_erased_box_keeps_its_bounds_in_area_and_ratio_and_reaches_every_place(fields):
   height, width = 60, 80
   erasing = RandomErasing(1.0, value=1.0, **fields)
@@ -299,19 +294,17 @@ def test_erasing_with_noise_draws_every_value_anew():
     Affine(),
     Affine(fill=None),
     Blur(0.0),
-    ColorJitter(),
     ColorJitter(0.4, 0.4, 0.4, 0.4, probability=0.0),
     Flip(0.0),
     Invert(0.0),
     RandAugment(probability=0.0),
-    RandAugment(operations=('identity',)),
     RandomErasing(0.0),
     Solarize(probability=0.0),
   ],
   ids=show,
 )
 def test_probability_0_and_neutral_parameters_change_nothing(augment):
-  images = augmented(RNG.integers(0, 256, (4, HEIGHT, WIDTH, 3)).astype(np.uint8), [], KEY)
+  images = as_floats(RNG.integers(0, 256, (16, HEIGHT, WIDTH, 3)).astype(np.uint8), (), KEY)
   np.testing.assert_array_equal(compiled(augment)(images, KEY), images)
 
 

