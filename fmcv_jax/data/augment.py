@@ -122,7 +122,8 @@ class Affine(Augment):
       _check_share('fill', self.fill)
 
   def __call__(self, images, rng):
-    return warp(images, self.matrices(*images.shape[:3], rng), self.fill)
+    batch, height, width, _ = images.shape
+    return warp(images, self.matrices(batch, height, width, rng), self.fill)
 
   def matrices(self, batch: int, height: int, width: int, rng: jax.Array) -> jax.Array:
     """One for each image [B, 2, 3], from the point (x, y) of the result back to the point of the image."""

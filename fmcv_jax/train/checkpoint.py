@@ -43,7 +43,7 @@ class Store:
     policies = [managers.LatestN(options.keep)]
     if options.best:
       policies.append(
-        managers.BestN(lambda metrics: metrics[options.best], n=1, keep_checkpoints_without_metrics=False)
+        managers.BestN(get_metric_fn=lambda metrics: metrics[options.best], n=1, keep_checkpoints_without_metrics=False)
       )
     trees = {name: ocp.StandardCheckpointHandler() for name in ('params', 'ema', 'extra', 'rest')}
     self._manager = ocp.CheckpointManager(
@@ -115,12 +115,12 @@ class Store:
 
   def _check(self, step: int, name: str, item: Any) -> None:
     """Compares paths and shapes with what is stored, so that a mismatch is named before anything is read."""
-    metadata = self._manager.item_metadata(step)[name]
-    if metadata is None:
+    items = self._manager.item_metadata(step)
+    if name not in items or items[name] is None:
       raise UserError(
         f'{self.directory / str(step)}: this checkpoint has no {name!r}; was it saved with another config?'
       )
-    stored, wanted = _shapes(metadata), _shapes(item)
+    stored, wanted = _shapes(items[name]), _shapes(item)
     for path in sorted(stored.keys() | wanted.keys()):
       if stored.get(path) != wanted.get(path):
         raise UserError(

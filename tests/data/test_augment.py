@@ -48,8 +48,7 @@ EVERY = [
   ColorJitter(0.4, 0.4, 0.4, 0.3, grayscale=0.2, probability=0.8),
   Flip(),
   Invert(),
-  RandAugment(recipe='big_vision'),
-  RandAugment(3, 9, magnitude_std=0.5, probability=0.5, recipe='timm'),
+  RandAugment(3, 9, magnitude_std=0.5, probability=0.9, recipe='timm', operations=OPERATIONS),
   RandomErasing(1.0),
   Solarize(probability=1.0),
 ]
@@ -341,15 +340,33 @@ def test_eight_devices_draw_what_one_draws_and_exchange_nothing(augment):
     assert collective not in program.as_text()
 
 
-def test_randaugment_draws_every_operation_of_its_recipe_equally_often():
-  assert {name: len(names) for name, names in RECIPES.items()} == {'paper': 14, 'big_vision': 16, 'timm': 15}
-  # Values by which an operation can be told from the others, on an image that is red on the left and dark on the right.
-  names = ('identity', 'invert', 'translate_x')
-  image = np.zeros((1, 8, 8, 3), np.float32)
-  out = compiled(RandAugment(1, operations=names, fill=1.0))(np.broadcast_to(image, (3000, 8, 8, 3)), KEY)
-  white = np.asarray(out).mean((1, 2, 3))
-  counts = [(white == 0).sum(), (white == 1).sum(), ((white > 0) & (white < 1)).sum()]
-  assert stats.chisquare(counts).pvalue > 0.01
+def test_recipes_list_as_many_operations_as_their_sources():
+  assert {name: len(set(names)) for name, names in RECIPES.items()} == {'paper': 14, 'big_vision': 16, 'timm': 15}
+
+
+def test_randaugment_draws_its_operations_equally_often_and_as_probable_as_asked():
+  black = np.zeros((3000, 8, 8, 3), np.float32)
+  augment = RandAugment(1, operations=('identity', 'invert', 'translate_x'), fill=1.0, probability=0.6)
+  share = np.asarray(compiled(augment)(black, KEY)).mean((1, 2, 3))
+  counts = [(share == 0).sum(), (share == 1).sum(), ((share > 0) & (share < 1)).sum()]
+  assert stats.chisquare(counts, np.array([0.6, 0.2, 0.2]) * 3000).pvalue > 0.01
+
+
+@pytest.mark.parametrize('magnitude', [3.1, 14.7])
+def test_randaugment_applies_its_magnitude_once_for_each_layer(magnitude):
+  once = through('brightness', magnitude / 10)
+  twice = through('brightness', magnitude / 10, image=once.astype(np.uint8))
+  out = compiled(RandAugment(2, magnitude, operations=('brightness',)))(PHOTO[None] / np.float32(255), KEY)
+  np.testing.assert_allclose(out[0] * 255, twice, atol=1e-3)
+
+
+def test_randaugment_spreads_its_magnitude_between_0_and_10():
+  white = np.ones((500, 2, 2, 3), np.float32)
+  factor = np.asarray(compiled(RandAugment(1, 2.0, 4.0, operations=('brightness',)))(white, KEY))[:, 0, 0, 0]
+  level = (factor[factor < 1] - 0.1) / 1.8  # from level 0.5 on white stays white
+  assert level.min() == pytest.approx(0, abs=0.003)
+  assert np.mean(factor < 0.1 + 1.8 * 0.2) == pytest.approx(0.5, abs=0.06)
+  assert np.mean(factor <= 0.1) == pytest.approx(stats.norm.cdf(-0.5), abs=0.05)
 
 
 def test_augmented_applies_all_in_order_with_keys_of_their_own():

@@ -1,0 +1,52 @@
+"""The demo end to end, for a few steps: it ends with figures and with pictures that hold what they claim."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmcv_jax.apps import demo
+from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.source import Source
+from fmcv_jax.errors import UserError
+from fmcv_jax.train import metrics
+
+
+def test_demo_leaves_figures_and_pictures(tmp_path, capsys):
+  overrides = ['train.steps=4', 'train.batch=64', 'optimizer.schedule.warmup_steps=1', 'log.every=2']
+  overrides += ['objective.network.image.depth=1', 'objective.network.image.unroll=1', 'optimizer.rule.name=adamw']
+  demo.run('configs/demo/clip.py', tmp_path, overrides)
+  for name in ('loss.png', 'zero_shot_seen.png', 'zero_shot_held_out.png', 'retrieval.png'):
+    picture = np.asarray(Image.open(tmp_path / 'demo' / name).convert('RGB'))
+    assert min(picture.shape[:2]) > 300
+    assert picture.std() > 10
+  last = metrics.read(tmp_path / 'metrics.jsonl')[-1]
+  assert {'seen/top1', 'held_out/top5', 'retrieval/text_to_image_r1'} <= last.keys()
+  out = capsys.readouterr().out
+  assert f'{last["seen/top1"]:.3f}' in out
+  assert str(tmp_path / 'demo') in out.replace('\n', '')
+
+
+def test_a_config_without_the_demos_evaluators_is_refused(tmp_path):
+  with pytest.raises(UserError, match='needs zero_shot evaluators named seen and held_out'):
+    demo.run('configs/siglip_b16.py', tmp_path, [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shades(Source):
+  """One grey shade a name."""
+
+  shades: tuple[int, ...]
+
+  def __len__(self):
+    return len(self.shades)
+
+  def __getitem__(self, index):
+    return {'image': np.full((32, 32, 3), self.shades[index], np.uint8), 'text': 'abc'[index]}
+
+
+def test_nearest_by_pixels_names_the_closest_shade():
+  train = Pipeline(Shades((0, 100, 200)))
+  assert demo.nearest_by_pixels(train, Pipeline(Shades((10, 90, 160)))) == 1.0
+  assert demo.nearest_by_pixels(train, Pipeline(Shades((10, 190, 160)))) == pytest.approx(2 / 3)

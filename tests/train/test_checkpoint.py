@@ -1,0 +1,107 @@
+"""What is kept, what comes back, and what a damaged or foreign checkpoint says."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.rules import Placement
+from fmcv_jax.train.checkpoint import Checkpointing, Store
+from fmcv_jax.train.state import TrainState, state_shardings
+
+
+def state_at(step, *, ema=True, extra=None, width=16):
+  params = {'head': {'kernel': jnp.arange(8.0 * width).reshape(8, width) + step, 'bias': jnp.zeros(width)}}
+  return TrainState(
+    step=jnp.int32(step),
+    skipped=jnp.int32(1),
+    streak=jnp.int32(0),
+    rng=jnp.array([1, 2], jnp.uint32),
+    params=params,
+    opt_state=({'mu': params},),
+    extra=extra or {},
+    ema=jax.tree.map(lambda x: x / 2, params) if ema else None,
+  )
+
+
+def restore(store, like, step=None, mesh=MeshShape()):
+  abstract = jax.eval_shape(lambda: like)
+  return store.restore(abstract, state_shardings(abstract, Placement(make_mesh(mesh))), step)
+
+
+@pytest.fixture
+def store(tmp_path):
+  store = Store(tmp_path, Checkpointing(keep=2, best='val/top1'))
+  for step, figure in ((1, 0.1), (2, 0.9), (3, 0.3), (4, None), (5, 0.2)):
+    store.save(state_at(step), {'data': {'examples': 10 * step}}, {} if figure is None else {'val/top1': figure})
+  store.wait()
+  yield store
+  store.close()
+
+
+def test_newest_two_and_the_best_are_kept(store):
+  assert [p.name for p in sorted(store.directory.iterdir()) if p.name.isdigit()] == ['2', '4', '5']
+  assert (store.latest(), store.best()) == (5, 2)
+
+
+@pytest.mark.parametrize('extra', [None, {'centre': jnp.arange(3.0)}])
+@pytest.mark.parametrize('ema', [True, False])
+def test_state_comes_back_bitwise_on_another_mesh_with_its_run(tmp_path, ema, extra):
+  state = state_at(7, ema=ema, extra=extra)
+  with_store = Store(tmp_path)
+  with_store.save(state, {'data': {'examples': 3}}, {})
+  with_store.wait()
+  restored, run = restore(with_store, state, mesh=MeshShape(data=2, fsdp=4))
+  with_store.close()
+  assert run == {'data': {'examples': 3}}
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert restored.params['head']['kernel'].addressable_shards[0].data.shape == (2, 16)
+
+
+def test_parameters_alone_come_from_the_average(store):
+  abstract = jax.eval_shape(lambda: state_at(0))
+  shardings = state_shardings(abstract, Placement(make_mesh(MeshShape()))).params
+  target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract.params, shardings)
+  params, _ = store.restore_params(target, 4)
+  np.testing.assert_array_equal(params['head']['kernel'], state_at(4).ema['head']['kernel'])
+
+
+def test_a_checkpoint_of_another_network_names_the_parameter(store):
+  with pytest.raises(UserError, match=r'params/head/bias is \(16,\) in the checkpoint and \(24,\) in the config'):
+    restore(store, state_at(0, width=24))
+
+
+def test_a_checkpoint_without_an_average_says_so(tmp_path):
+  store = Store(tmp_path)
+  store.save(state_at(1, ema=False), {}, {})
+  store.wait()
+  with pytest.raises(UserError, match="this checkpoint has no 'ema'; was it saved with another config"):
+    restore(store, state_at(1))
+  store.close()
+
+
+def test_a_missing_step_lists_those_that_are_there(store):
+  with pytest.raises(UserError, match='no checkpoint of step 3; steps there: 2, 4, 5'):
+    restore(store, state_at(0), step=3)
+
+
+def test_lost_files_are_one_clear_line(store):
+  shutil.rmtree(store.directory / '5' / 'rest' / 'd', ignore_errors=True)
+  for file in pathlib.Path(store.directory / '5' / 'rest').rglob('*'):
+    if file.is_file() and 'manifest' in file.name:
+      file.unlink()
+  with pytest.raises(UserError, match=r'checkpoints/5: this checkpoint cannot be read') as caught:
+    restore(store, state_at(0), step=5)
+  assert '\n' not in str(caught.value)
+
+
+def test_workdir_without_checkpoints_says_so(tmp_path):
+  with pytest.raises(UserError, match='holds no checkpoints'):
+    Store(tmp_path, create=False)
