@@ -63,7 +63,13 @@ class ClipBpe(Tokenizer):
 
 @functools.cache
 def _clip() -> Any:
-  import instant_clip_tokenizer
+  try:
+    import instant_clip_tokenizer
+  except ImportError as error:
+    raise UserError(
+      'tokenizer clip_bpe: needs the package instant-clip-tokenizer, which has wheels for Python 3.11 and 3.12 only; '
+      'use one of these, or a tokenizer of your own with the name bpe'
+    ) from error
 
   return instant_clip_tokenizer.Tokenizer()  # cannot be pickled: one for each process
 
