@@ -66,6 +66,6 @@ def get_config():
     weight_decay=0.1,
     clip_norm=1.0,
   )
-  c.train = dict(steps=460, batch=512, ema=0.99)
+  c.train = dict(steps=580, batch=512, ema=0.99)
   c.log = dict(every=20)
   return c

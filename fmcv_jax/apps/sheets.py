@@ -22,11 +22,11 @@ def _pyplot():
 
 
 def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
-  """Training loss over steps, with the evaluators' figures above the same axis, from a metrics.jsonl."""
+  """Training loss over steps, with the evaluators' figures beside it, from a metrics.jsonl."""
   plt = _pyplot()
   rows = metrics.read(epath.Path(metrics_file))
   evaluated = sorted({name for row in rows for name in row if '/' in name and not name.startswith('train/')})
-  figure, axes = plt.subplots(1, 2 if evaluated else 1, figsize=(11 if evaluated else 6, 4), squeeze=False)
+  figure, axes = plt.subplots(1, 2 if evaluated else 1, figsize=(12 if evaluated else 6, 4), squeeze=False)
   train = [(row['step'], row['train/loss']) for row in rows if row.get('train/loss') is not None]
   axes[0, 0].plot(*zip(*train, strict=True))
   axes[0, 0].set(xlabel='step', ylabel='training loss')
@@ -35,9 +35,10 @@ def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
     axes[0, 1].plot(*zip(*points, strict=True), marker='.', label=name)
   if evaluated:
     axes[0, 1].set(xlabel='step', ylabel='figure', ylim=(0, None))
-    axes[0, 1].legend(fontsize=7)
+    axes[0, 1].legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.02, 1))
   for axis in axes.flat:
     axis.grid(alpha=0.3)
+  figure.tight_layout()
   _save(figure, path)
 
 

@@ -8,6 +8,7 @@ axis without a rule, one mesh axis used twice for one array, or a dimension that
 import contextlib
 import contextvars
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,6 +51,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
   'mlp': ('tensor',),
   'vocab': ('tensor',),
   'layers': (),
+  'everywhere': ('slice', 'data', 'fsdp', 'sequence', 'tensor'),
 }
 
 
@@ -160,6 +162,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if placement is None:
     return x
   return jax.lax.with_sharding_constraint(x, placement.sharding(axes, x.shape, f'activation {axes}'))
+
+
+def ways(axis: str) -> int:
+  """Into how many pieces the active placement cuts a logical axis; 1 where none is active."""
+  placement = _ACTIVE.get()
+  if placement is None:
+    return 1
+  names = {**AXIS_RULES, **placement.rules.axes}[axis]
+  return math.prod(placement.mesh.shape[name] for name in names)
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:

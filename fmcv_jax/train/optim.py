@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fmcv_jax.models.layers import Dtype
-from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.parallel.rules import constrain, path_of, ways
 
 
 class Schedule(abc.ABC):
@@ -138,7 +138,9 @@ class Adafactor(Rule):
 class Muon(Rule):
   """Jordan et al. 2024: orthogonalized momentum for the matrices inside blocks, Adam for everything else.
 
-  Updates are scaled to a root mean square of `rms` (Liu et al. 2025, Moonlight), so rates are those of AdamW.
+  Updates are scaled to a root mean square of `rms` (Liu et al. 2025, Moonlight), so rates are those of AdamW. The
+  orthogonalization is split over all devices by the longer side of each matrix: left to the parameters' sharding,
+  every replica would compute all of it again.
   """
 
   beta: float = 0.95
@@ -150,12 +152,16 @@ class Muon(Rule):
   def make(self, rate, decay, mask):
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
-    def dimensions(params):
-      return map_by_path(
-        lambda path, x: matrix if 'blocks' in path.split('/') and path.endswith('kernel') else None, params
-      )
+    def is_matrix(path):
+      return 'blocks' in path.split('/') and path.endswith('kernel')
 
-    return optax.contrib.muon(
+    def dimensions(params):
+      return map_by_path(lambda path, x: matrix if is_matrix(path) else None, params)
+
+    def split(gradient, params=None):
+      return map_by_path(lambda path, x: _split_longer_side(x) if is_matrix(path) else x, gradient)
+
+    muon = optax.contrib.muon(
       rate,
       beta=self.beta,
       ns_steps=self.ns_steps,
@@ -166,6 +172,16 @@ class Muon(Rule):
       consistent_rms=self.rms,
       muon_weight_dimension_numbers=dimensions,
     )
+    return optax.chain(optax.stateless(split), muon)
+
+
+def _split_longer_side(x: jax.Array) -> jax.Array:
+  """Cuts stacked matrices [L, D, M] over all devices, where the longer of D and M divides."""
+  rows, columns = x.shape[-2:]
+  if max(rows, columns) % ways('everywhere'):
+    return x
+  side = ('everywhere', None) if rows > columns else (None, 'everywhere')
+  return constrain(x, *(None,) * (x.ndim - 2), *side)
 
 
 @dataclasses.dataclass(frozen=True)
