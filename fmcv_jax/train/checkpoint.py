@@ -40,17 +40,18 @@ class Store:
       raise UserError(f'{workdir}: holds no checkpoints; give the workdir of a run that has saved at least once')
     self._best = options.best
     managers = ocp.checkpoint_managers
-    policies = [managers.LatestN(options.keep)]
+    policies: list[Any] = [managers.LatestN(options.keep)]
+    figure = None
     if options.best:
-      policies.append(
-        managers.BestN(get_metric_fn=lambda metrics: metrics[options.best], n=1, keep_checkpoints_without_metrics=False)
-      )
+      figure = lambda figures: figures[options.best]  # noqa: E731
+      policies.append(managers.BestN(get_metric_fn=figure, n=1, keep_checkpoints_without_metrics=False))
     trees = {name: ocp.StandardCheckpointHandler() for name in ('params', 'ema', 'extra', 'rest')}
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={**trees, 'run': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(policies),
+        best_fn=figure,  # without it the figures would not be written, and forgotten at a restart
         create=create,
         # Deleting a step is a rename: a kill in the middle leaves no half-deleted step behind in the list.
         todelete_subdir='deleted' if create else None,
@@ -104,10 +105,10 @@ class Store:
     return step
 
   def _load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-    for name, item in items.items():
-      self._check(step, name, item)
     args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
     try:
+      for name, item in items.items():
+        self._check(step, name, item)
       loaded = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **args))
     except (ValueError, OSError, KeyError) as error:
       raise UserError(f'{self.directory / str(step)}: this checkpoint cannot be read ({_first_line(error)})') from error
