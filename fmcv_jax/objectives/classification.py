@@ -93,5 +93,5 @@ def mix(images, targets, rng, *, mixup: float, cutmix: float):
   inside = ((rows >= low[0]) & (rows < high[0]))[:, None] & ((columns >= low[1]) & (columns < high[1]))[None]
 
   keep = jnp.where(use_cutmix, 1.0 - inside, weight)[None, :, :, None].astype(images.dtype)
-  share = keep.mean()
+  share = jnp.where(use_cutmix, 1 - inside.mean(), weight)
   return images * keep + images[::-1] * (1 - keep), targets * share + targets[::-1] * (1 - share)
