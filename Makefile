@@ -1,7 +1,8 @@
 # Everything a fresh clone needs: `make demo` to see it train, `make test` to see it hold. Needs make and Python >= 3.11
 # only; what else is used is installed into .venv, in the versions of constraints.txt.
 #
-#     make demo ARGS=--config.train.steps=200     make test WORKERS=4 ARGS='tests/train -k resume'
+#     make demo ARGS='--workdir runs/longer --config.train.steps=2000'
+#     make test WORKERS=4 ARGS='tests/train -k resume'
 #     make test-slow                              make test EXTRAS=demo,dev,parity
 #     make lint    make format    make types    make clean    (PYTHON=/path/to/python3.12 picks another Python)
 

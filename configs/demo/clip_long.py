@@ -1,6 +1,6 @@
 """The demo's CLIP, wider and trained longer.
 
-RESULTS
+Not yet measured to its end.
 
     fmcv demo --config configs/demo/clip_long.py --workdir runs/demo_long --cpu-devices 8
 """
