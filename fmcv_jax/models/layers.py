@@ -61,7 +61,7 @@ def dense(
 
 
 def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
-  return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
+  return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
 
 
 class Attention(nn.Module):
