@@ -73,7 +73,8 @@ class Contrastive(CoupledObjective):
 
 def softmax_pairs(logits: jax.Array) -> jax.Array:
   """InfoNCE both ways from logits [image, text]: the mean of the two cross-entropies with the diagonal as answer."""
-  diagonal = jnp.diagonal(logits)
+  # A masked sum, not a gather: each device has its rows' answers already, where jnp.diagonal would gather the indices.
+  diagonal = jnp.sum(logits, axis=1, where=jnp.eye(len(logits), dtype=bool))
   by_image = jax.nn.logsumexp(logits, axis=1) - diagonal
   by_text = jax.nn.logsumexp(logits, axis=0) - diagonal
   return (by_image.mean() + by_text.mean()) / 2
