@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -48,7 +47,7 @@ from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
-from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules, path_of
+from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules
 from fmcv_jax.train import loop
 from fmcv_jax.train.checkpoint import Checkpointing, Store, write_json
 from fmcv_jax.train.flops import matmul_flops
@@ -56,6 +55,7 @@ from fmcv_jax.train.metrics import Log, Writer, peak_of
 from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Linear, Lion, Muon, Optimizer, Rsqrt, Rule, Schedule
 from fmcv_jax.train.state import TrainState, init_state, state_shardings
 from fmcv_jax.train.step import StepFn, make_train_step
+from fmcv_jax.train.warm_start import Part, begin_with
 
 # What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
 KINDS: config_lib.Kinds = {
@@ -92,14 +92,6 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmStart:
-  """Parameters to begin with: those of another run's workdir, but for the paths that match `skip`."""
-
-  workdir: str
-  skip: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Debug:
   """nans: stop at the first operation that makes a NaN and show where it stands (slow)."""
 
@@ -108,7 +100,11 @@ class Debug:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Everything that defines a run. `topology` names the pod that the config is meant for, such as 'v5e:16x16'."""
+  """Everything that defines a run.
+
+  init_from  path in the state, such as 'params', 'params/image' or 'extra/teacher' -> where its values come from
+  topology   the pod that the config is meant for, such as 'v5e:16x16'
+  """
 
   objective: Objective
   data: Pipeline
@@ -120,7 +116,7 @@ class Experiment:
   evaluators: Mapping[str, Evaluator] = dataclasses.field(default_factory=dict)
   checkpoint: Checkpointing = Checkpointing()
   log: Log = Log()
-  init_from: WarmStart | None = None
+  init_from: Mapping[str, Part] = dataclasses.field(default_factory=dict)
   seed: int = 0
   topology: str | None = None
   debug: Debug = Debug()
@@ -269,7 +265,7 @@ def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console 
     state = jax.jit(run.init, out_shardings=run.shardings)()
     position = None
     if e.init_from:
-      state = warm_start(state, run, e.init_from)
+      state = begin_with(state, e.init_from, trained_tree)
 
   fields = tuple(run.batch_shapes)
   loader = TrainLoader(
@@ -339,27 +335,10 @@ def evaluate(subject: Subject, evaluators: Mapping[str, Evaluator]) -> dict[str,
   return figures
 
 
-def warm_start(state: TrainState, run: Run, source: WarmStart) -> TrainState:
-  """The state with the parameters (and their average) of another run; what `skip` matches stays as it was born."""
-  other = Run.reopen(source.workdir)
-  subject, _ = other.restored_subject()
-  loaded = {path_of(k): v for k, v in jax.tree_util.tree_flatten_with_path(subject.params)[0]}
-
-  def pick(key_path, own):
-    path = path_of(key_path)
-    if any(re.fullmatch(pattern, path) for pattern in source.skip):
-      return own
-    if path not in loaded or loaded[path].shape != own.shape:
-      found = loaded[path].shape if path in loaded else 'missing'
-      raise UserError(
-        f'config.init_from: {path} is {found} in {source.workdir} and {own.shape} here; '
-        f'add a pattern for it to config.init_from.skip to train it anew'
-      )
-    return jax.device_put(loaded[path], own.sharding)
-
-  params = jax.tree_util.tree_map_with_path(pick, state.params)
-  average = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
-  return state.replace(params=params, ema=average)
+def trained_tree(workdir: str) -> dict[str, Any]:
+  """What a run has learnt: {'params': the parameters to evaluate, 'extra': what it carried along}."""
+  subject, _ = Run.reopen(workdir).restored_subject()
+  return {'params': subject.params, 'extra': subject.extra}
 
 
 def _device_batches(loader: TrainLoader, run: Run) -> Iterator[Any]:
@@ -387,7 +366,7 @@ def _open_workdir(run: Run, console: Console) -> None:
       field, old, new = difference
       raise UserError(
         f'{workdir}: belongs to another experiment: config.{field} is {old!r} there and {new!r} here; use a new '
-        f'--workdir (with --config.init_from.workdir={workdir} to begin with its weights)'
+        f'--workdir (with --config.init_from.params.workdir={workdir} to begin with its weights)'
       )
   if not is_main():
     return

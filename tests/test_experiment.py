@@ -120,14 +120,14 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
 
 def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(finished, folder, tmp_path):
   _, workdir, state = finished
-  changes = {'init_from__workdir': workdir, 'init_from__skip': "('head/.*',)", 'train__steps': 1}
+  changes = {'init_from__params__workdir': workdir, 'init_from__params__skip': "('head/.*',)", 'train__steps': 1}
   warm = runs.classification(folder, **changes, optimizer__schedule__peak=1e-12, optimizer__schedule__warmup_steps=0)
   params = jax.device_get(experiment.train(warm, tmp_path).params)
   np.testing.assert_allclose(params['patch']['kernel'], state.ema['patch']['kernel'], atol=1e-8)
   assert abs(params['head']['kernel']).max() < 1e-6
   with pytest.raises(UserError, match=r'head/bias is \(3,\) in .* and \(4,\) here; add a pattern'):
     experiment.train(
-      runs.classification(folder, init_from__workdir=workdir, objective__network__outputs=4), tmp_path / 'other'
+      runs.classification(folder, init_from__params__workdir=workdir, objective__network__outputs=4), tmp_path / 'other'
     )
 
 
