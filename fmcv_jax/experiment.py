@@ -40,11 +40,13 @@ from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.zero_shot import ZeroShot
 from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
+from fmcv_jax.models.mae import mae
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules
@@ -59,10 +61,11 @@ from fmcv_jax.train.warm_start import Part, begin_with
 
 # What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
 KINDS: config_lib.Kinds = {
-  Objective: {'classification': Classification, 'contrastive': Contrastive},
+  Objective: {'classification': Classification, 'contrastive': Contrastive, 'mae': MaskedAutoencoding},
   nn.Module: {
     'clip': clip,
     'dual_encoder': dual_encoder,
+    'mae': mae,
     'siglip': siglip,
     'text_transformer': text_transformer,
     'vit': vit,

@@ -84,6 +84,10 @@ class Attention(nn.Module):
     if angles is not None:
       query, key = rotate(query, angles), rotate(key, angles)
     y = ATTENTION[c.attention](query, key, value, causal=c.causal, mask=mask)
+    # For `attention_maps`; neither exists unless the caller of `apply` asks for the one and gives the other.
+    self.sow('intermediates', 'projections', (query, key, value))
+    if self.has_variable('probes', 'mixed'):
+      y = y + self.get_variable('probes', 'mixed')
     return dense(width, c.dtype, 'out')(y.reshape(*x.shape[:2], width))
 
 
@@ -158,7 +162,7 @@ class Stack:
     drop = bool(train and self.drop_path)
     blocks = nn.scan(
       block,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, 'intermediates': 0, 'probes': 0},
       split_rngs={'params': True, 'dropout': True},
       in_axes=(0 if drop else nn.broadcast, nn.broadcast, nn.broadcast),
       length=self.depth,

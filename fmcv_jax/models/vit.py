@@ -1,6 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021) with the options of its successors, and its table of sizes."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -52,7 +52,8 @@ class ViT(nn.Module):
 
   Tokens are the class token (if pool is 'cls'), `registers` (Darcet et al. 2024), then the patches row by row. At
   another resolution than image_size x image_size a learned table is interpolated; the others are computed for it.
-  `outputs` units of a linear head act on the pooled features; 0 leaves them as they are.
+  `outputs` units of a linear head act on the pooled features; 0 leaves them as they are. `mask_token` learns what
+  stands for a patch that must not be seen (BEiT, Bao et al. 2022).
   """
 
   patch: int
@@ -67,14 +68,28 @@ class ViT(nn.Module):
   patch_bias: bool = True
   outputs: int = 0
   outputs_bias: bool = True
+  mask_token: bool = False
+
+  @property
+  def prefix(self) -> int:
+    """How many tokens come before the patches."""
+    return int(self.pool == 'cls') + self.registers
 
   @nn.compact
-  def __call__(self, images, *, keep=None, train: bool = False) -> Features:
-    """keep: int32 [B, N], the patches that are looked at (FLIP, Li et al. 2023; MAE); None for all."""
+  def __call__(self, images, *, keep=None, masked=None, train: bool = False) -> Features:
+    """What the images hold.
+
+    keep     int32 [B, N], the patches that are looked at (FLIP, Li et al. 2023; MAE); None for all
+    masked   bool [B, rows * columns], the patches that the mask token takes the place of; None for none
+    """
     block, batch = self.stack.block, images.shape[0]
     x, grid = patches_of(images, self.patch)
     x = dense(self.width, block.dtype, 'patch', bias=self.patch_bias)(x)
-    prefix = int(self.pool == 'cls') + self.registers
+    if self.mask_token:
+      token = self.param('mask_token', nn.initializers.normal(0.02), (1, self.width))
+      if masked is not None:
+        x = jnp.where(masked[..., None], token.astype(x.dtype), x)
+    prefix = self.prefix
     has_place = self.pool == 'cls' and self.place_class_token
 
     class_place, angles = None, None
@@ -129,6 +144,14 @@ def patches_of(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int
   return x.reshape(batch, rows * columns, -1), (rows, columns)
 
 
+def patch_features(network: ViT, params, images: jax.Array) -> jax.Array:
+  """The last tokens of normalized images [B, H, W, 3] at their patches' places: float32 [B, rows, columns, D]."""
+  features: Any = network.apply({'params': params}, images)
+  tokens = features.tokens[:, network.prefix :]
+  batch, height, width, _ = images.shape
+  return tokens.astype(jnp.float32).reshape(batch, height // network.patch, width // network.patch, -1)
+
+
 def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.Array:
   """Indices int32 [B, N] of a random subset of each image's patches, without repeats; N = round(share * patches)."""
   noise = jax.random.uniform(rng, (batch, patches))
@@ -170,6 +193,7 @@ def vit(
   pre_norm: bool = False,
   patch_bias: bool = True,
   outputs_bias: bool = True,
+  mask_token: bool = False,
   width: int | None = None,
   depth: int | None = None,
   heads: int | None = None,
@@ -218,4 +242,5 @@ def vit(
     patch_bias=patch_bias,
     outputs=outputs,
     outputs_bias=outputs_bias,
+    mask_token=mask_token,
   )

@@ -6,14 +6,25 @@ queues). Everything is a pure function of its arguments, so one step, one loop a
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+
+from fmcv_jax.data.augment import Normalize
 
 Params = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Outcome = tuple[jax.Array, tuple[Metrics, Any]]
+
+
+class ImageTower(NamedTuple):
+  """The part of a trained model that looks at images: network.apply({'params': params}, normalize(images))."""
+
+  network: nn.Module
+  params: Params
+  normalize: Normalize
 
 
 class Objective(abc.ABC):
@@ -42,6 +53,10 @@ class Objective(abc.ABC):
     Names: 'logits' [B, classes], 'features' [B, D], 'embed_image' and 'embed_text' (unit length) [B, E].
     """
     return {}
+
+  def image_tower(self, params: Params, extra: Any) -> ImageTower | None:
+    """What `fmcv explain` looks into; None where there is no one such network."""
+    return None
 
 
 class CoupledObjective(Objective):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.base import ImageTower, Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,9 @@ class Classification(Objective):
       'logits': lambda params, extra, batch: forward(params, batch).output.astype(jnp.float32),
       'features': lambda params, extra, batch: forward(params, batch).pooled.astype(jnp.float32),
     }
+
+  def image_tower(self, params, extra):
+    return ImageTower(self.network, params, self.normalize)
 
 
 def mix(images, targets, rng, *, mixup: float, cutmix: float):

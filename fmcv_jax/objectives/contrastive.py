@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
 from fmcv_jax.models.vit import random_keep
-from fmcv_jax.objectives.base import CoupledObjective
+from fmcv_jax.objectives.base import CoupledObjective, ImageTower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,9 @@ class Contrastive(CoupledObjective):
       return self.network.apply({'params': params}, batch['tokens'], method='encode_text')
 
     return {'embed_image': encode_image, 'embed_text': encode_text, 'features': encode_image}
+
+  def image_tower(self, params, extra):
+    return ImageTower(self.network.image, params['image'], self.normalize)
 
 
 def softmax_pairs(logits: jax.Array) -> jax.Array:

@@ -33,10 +33,10 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?\w*norm\w*/(scale|bias)', (None,)),
   (r'(.*/)?scale[12]', (None,)),
   (r'(.*/)?patch/kernel', (None, 'embed')),
-  (r'(.*/)?head/kernel', ('embed', None)),
-  (r'(.*/)?(patch|head)/bias', (None,)),
+  (r'(.*/)?(head|embed)/kernel', ('embed', None)),
+  (r'(.*/)?(patch|head|embed)/bias', (None,)),
   (r'(.*/)?tokens/embedding', ('vocab', 'embed')),
-  (r'(.*/)?(position|class_token|registers|probe)', (None, 'embed')),
+  (r'(.*/)?(position|\w+_token|registers|probe)', (None, 'embed')),
   (r'temperature|bias', ()),
 )
 

@@ -1,0 +1,125 @@
+"""Masked autoencoding (He et al. 2022): the pixels of hidden patches are predicted from the few that are seen."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.data.augment import Augment, Normalize, augmented
+from fmcv_jax.models.mae import MaskedAutoencoder
+from fmcv_jax.models.vit import patch_features, patches_of
+from fmcv_jax.objectives.base import ImageTower, Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedAutoencoding(Objective):
+  """Mean squared error of the hidden patches; each image hides its own, drawn anew at each step.
+
+  hidden       share of the patches that is hidden
+  normalized   the target is each patch less its mean, over its standard deviation: contrast, not brightness
+  """
+
+  network: nn.Module
+  hidden: float = 0.75
+  normalized: bool = True
+  augment: tuple[Augment, ...] = ()
+  normalize: Normalize = Normalize()
+
+  def __post_init__(self):
+    if not isinstance(self.network, MaskedAutoencoder):
+      raise ValueError('network: masked autoencoding needs network.name=mae')
+    if not 0 < self.visible < self.patches:
+      raise ValueError(f'hidden: {self.hidden} of {self.patches} patches leaves none to see, or none to predict')
+
+  @property
+  def patches(self) -> int:
+    return (self.network.image_size // self.network.encoder.patch) ** 2
+
+  @property
+  def visible(self) -> int:
+    return int(self.patches * (1 - self.hidden))
+
+  @property
+  def example_batch(self):
+    size = self.network.image_size
+    return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+
+  def init(self, rng):
+    size = self.network.image_size
+    images, order = jnp.zeros((1, size, size, 3)), jnp.arange(self.patches)[None]
+    return self.network.init(rng, images, order, visible=self.visible)['params'], {}
+
+  def loss(self, params, batch, rng, extra):
+    augment_rng, order_rng, dropout_rng = jax.random.split(rng, 3)
+    images = self.normalize(augmented(batch['image'], self.augment, augment_rng))
+    order = random_order(order_rng, images.shape[0], self.patches)
+    predicted: Any = self.network.apply(
+      {'params': params}, images, order, visible=self.visible, train=True, rngs={'dropout': dropout_rng}
+    )
+    target, _ = patches_of(images, self.network.encoder.patch)
+    target = standardized(target)[0] if self.normalized else target
+    return hidden_error(predicted.pixels, target, order, self.visible), ({}, {})
+
+  def functions(self):
+    def images_of(batch):
+      return self.normalize(batch['image'].astype(jnp.float32) / 255)
+
+    def features(params, extra, batch):
+      images = images_of(batch)
+      return self.network.encoder.apply({'params': params['encoder']}, images).pooled.astype(jnp.float32)
+
+    def dense(params, extra, batch):
+      return patch_features(self.network.encoder, params['encoder'], images_of(batch))
+
+    return {'features': features, 'patch_features': dense, 'reconstruct': self.reconstruct}
+
+  def reconstruct(self, params, extra, batch):
+    """[B, 2, H, W, 3] in [0, 1]: what the network sees, and that with the hidden patches as it fills them in.
+
+    The same patches are hidden in every call. A network with a normalized target says nothing of a patch's mean and
+    contrast: these are the true patch's.
+    """
+    images = batch['image'].astype(jnp.float32) / 255
+    order = random_order(jax.random.key(0), images.shape[0], self.patches)
+    predicted: Any = self.network.apply({'params': params}, self.normalize(images), order, visible=self.visible)
+    pixels = predicted.pixels.astype(jnp.float32)
+    true, grid = patches_of(self.normalize(images), self.network.encoder.patch)
+    if self.normalized:
+      _, mean, deviation = standardized(true)
+      pixels = pixels * deviation + mean
+    seen = (jnp.argsort(order, axis=1) < self.visible)[..., None]
+    filled = pictures_of(jnp.where(seen, true, pixels), grid)
+    masked = jnp.where(pictures_of(jnp.broadcast_to(seen, true.shape), grid), images, 0.5)
+    return jnp.stack([masked, jnp.clip(self.normalize.undo(filled), 0, 1)], axis=1)
+
+  def image_tower(self, params, extra):
+    return ImageTower(self.network.encoder, params['encoder'], self.normalize)
+
+
+def random_order(rng: jax.Array, batch: int, patches: int) -> jax.Array:
+  """int32 [B, T]: a random permutation for each image."""
+  return jnp.argsort(jax.random.uniform(rng, (batch, patches)), axis=1).astype(jnp.int32)
+
+
+def standardized(patches: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Patches [B, T, P] with mean 0 and (unbiased) variance 1 each; also that mean and deviation, [B, T, 1]."""
+  mean = patches.mean(-1, keepdims=True)
+  deviation = jnp.sqrt(patches.var(-1, keepdims=True, ddof=1) + 1e-6)
+  return (patches - mean) / deviation, mean, deviation
+
+
+def hidden_error(predicted: jax.Array, target: jax.Array, order: jax.Array, visible: int) -> jax.Array:
+  """Mean over the patches order[:, visible:] of the mean squared error, from patches [B, T, P] in row order."""
+  errors = jnp.square(predicted.astype(jnp.float32) - target).mean(-1)
+  # Every image hides as many, so the mean over all of them is one sum; a mask moves nothing between devices.
+  hidden = jnp.argsort(order, axis=1) >= visible
+  return jnp.sum(errors, where=hidden) / (order.shape[0] * (order.shape[1] - visible))
+
+
+def pictures_of(patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """The inverse of patches_of: [B, rows * columns, patch * patch * 3] -> [B, H, W, 3]."""
+  (rows, columns), patch = grid, round((patches.shape[-1] // 3) ** 0.5)
+  x = patches.reshape(-1, rows, columns, patch, patch, 3).swapaxes(2, 3)
+  return x.reshape(-1, rows * patch, columns * patch, 3)
