@@ -39,6 +39,7 @@ from fmcv_jax.evaluate.base import Evaluator, Subject, to_devices
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.zero_shot import ZeroShot
+from fmcv_jax.models.dino import dino
 from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.models.mae import mae
 from fmcv_jax.models.text import text_transformer
@@ -46,6 +47,7 @@ from fmcv_jax.models.vit import vit
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
@@ -61,9 +63,15 @@ from fmcv_jax.train.warm_start import Part, begin_with
 
 # What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
 KINDS: config_lib.Kinds = {
-  Objective: {'classification': Classification, 'contrastive': Contrastive, 'mae': MaskedAutoencoding},
+  Objective: {
+    'classification': Classification,
+    'contrastive': Contrastive,
+    'dino': SelfDistillation,
+    'mae': MaskedAutoencoding,
+  },
   nn.Module: {
     'clip': clip,
+    'dino': dino,
     'dual_encoder': dual_encoder,
     'mae': mae,
     'siglip': siglip,

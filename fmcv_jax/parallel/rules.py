@@ -37,6 +37,10 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?(patch|head|embed)/bias', (None,)),
   (r'(.*/)?tokens/embedding', ('vocab', 'embed')),
   (r'(.*/)?(position|\w+_token|registers|probe)', (None, 'embed')),
+  (r'(.*/)?(hidden\d+|bottleneck)/kernel', ('embed', None)),
+  (r'(.*/)?(hidden\d+|bottleneck)/bias', (None,)),
+  (r'(.*/)?prototypes', ('embed', 'vocab')),
+  (r'(.*/)?lengths', ('vocab',)),
   (r'temperature|bias', ()),
 )
 

@@ -9,9 +9,11 @@ from fmcv_jax.models.mae import mae
 from fmcv_jax.models.positions import sincos_2d
 from fmcv_jax.models.vit import patches_of, vit
 from fmcv_jax.objectives.mae import MaskedAutoencoding, hidden_error, pictures_of, random_order, standardized
+from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train.flops import matmul_flops
 from tests.models.test_tables import count
+from tests.train.tiny import Trainer, batch_of
 
 
 # The published counts include the two fixed tables of positions, each with a row of zeros for the class token.
@@ -126,3 +128,12 @@ def test_parity_with_transformers():
   largest = max(np.abs(g).max() for g in jax.tree.leaves(expected))
   for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(gradients)[0], jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-6 * largest, err_msg=path_of(path))
+
+
+def test_training_on_eight_devices_equals_one():
+  learner = MaskedAutoencoding(small())
+  batches = [batch_of(learner, seed) for seed in range(4)]
+  one, eight = Trainer(learner, devices=1), Trainer(learner, MeshShape(data=2, fsdp=2, tensor=2))
+  losses = [trainer.run(batches) for trainer in (one, eight)]
+  np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+  assert len(set(losses[0])) == 4

@@ -30,9 +30,9 @@ def classification(network=None, **options):
 
 def batch_of(objective, seed=0):
   generator = np.random.default_rng(seed)
-  limits = {'image': 256, 'label': 10, 'tokens': 64}
+  limits = {'label': 10, 'tokens': 64}
   return {
-    name: generator.integers(0, limits[name], (BATCH, *x.shape)).astype(x.dtype)
+    name: generator.integers(0, limits.get(name, 256), (BATCH, *x.shape)).astype(x.dtype)
     for name, x in objective.example_batch.items()
   }
 

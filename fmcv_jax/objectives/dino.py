@@ -1,0 +1,260 @@
+"""Self-distillation: DINO (Caron et al. 2021), with iBOT's masked patches (Zhou et al. 2022) and DINOv2's additions.
+
+A student sees several crops of an image; a teacher, the moving average of the student, sees the two large ones. What
+prototypes the teacher finds in one crop, the student has to find in every other.
+
+Letters in shapes: B batch, G large crops (2), V all crops, M hidden patches at most, K prototypes, D width.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.data.augment import Augment, Normalize, augmented
+from fmcv_jax.models.attention_maps import class_attention
+from fmcv_jax.models.dino import SelfDistiller, unit
+from fmcv_jax.models.vit import patch_features
+from fmcv_jax.objectives.base import ImageTower, Objective
+from fmcv_jax.objectives.block_masks import block_masks, most_hidden
+
+GLOBALS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfDistillation(Objective):
+  """Learns from crops of unlabelled images; the trained model is the teacher.
+
+  momentum_steps        steps (those of the run) over which the teacher's momentum rises from `momentum` to 1
+  local_views           small crops of local_size x local_size pixels
+  targets               what keeps the teacher from one answer for all: 'centre' takes away the running mean of its
+                        scores, 'sinkhorn' makes all prototypes equally frequent in the batch (SwAV, Caron et al. 2020)
+  teacher_temperature   at the start and after temperature_steps
+  freeze_steps          steps in which the prototypes stay as they were born
+  patch_weight          of iBOT's loss: the student finds the teacher's prototypes of patches that it cannot see, a
+                        share within `hidden` of the patches of a share `hidden_images` of the large crops
+  koleo_weight          of the term that spreads the features of a batch (Sablayrolles et al. 2019)
+  global_augments       one sequence for each of the two large crops
+  """
+
+  network: nn.Module
+  momentum_steps: int
+  momentum: float = 0.996
+  local_views: int = 8
+  local_size: int = 96
+  targets: Literal['centre', 'sinkhorn'] = 'centre'
+  centre_momentum: float = 0.9
+  sinkhorn_rounds: int = 3
+  student_temperature: float = 0.1
+  teacher_temperature: tuple[float, float] = (0.04, 0.04)
+  temperature_steps: int = 0
+  freeze_steps: int = 0
+  patch_weight: float = 0.0
+  hidden: tuple[float, float] = (0.1, 0.5)
+  hidden_images: float = 0.5
+  koleo_weight: float = 0.0
+  global_augments: tuple[tuple[Augment, ...], tuple[Augment, ...]] = ((), ())
+  local_augment: tuple[Augment, ...] = ()
+  normalize: Normalize = Normalize()
+
+  def __post_init__(self):
+    if not isinstance(self.network, SelfDistiller):
+      raise ValueError('network: self-distillation needs network.name=dino')
+    if self.momentum_steps < 1:
+      raise ValueError(f'momentum_steps: expected the number of steps of the run, got {self.momentum_steps}')
+    if self.local_size % self.network.encoder.patch:
+      raise ValueError(f'local_size: {self.local_size} does not divide into patches of {self.network.encoder.patch}')
+    if self.patch_weight and not self.network.encoder.mask_token:
+      raise ValueError('patch_weight: masked patches need network.encoder.mask_token=True')
+    if not 0 <= self.hidden[0] <= self.hidden[1] < 1:
+      raise ValueError(f'hidden: expected shares 0 <= low <= high < 1, got {self.hidden}')
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns of patches of a large crop."""
+    side = self.network.image_size // self.network.encoder.patch
+    return side, side
+
+  @property
+  def example_batch(self):
+    views = {'global_views': (GLOBALS, self.network.image_size), 'local_views': (self.local_views, self.local_size)}
+    return {
+      name: jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8) for name, (count, size) in views.items() if count
+    }
+
+  def init(self, rng):
+    size = self.network.image_size
+    picked = jnp.zeros((1, 1), jnp.int32) if self.patch_weight else None
+    params = self.network.init(rng, jnp.zeros((1, size, size, 3)), picked=picked)['params']
+    extra = {'teacher': jax.tree.map(jnp.copy, params), 'step': jnp.zeros((), jnp.int32)}
+    if self.targets == 'centre':
+      names = ('image', 'patches') if self.patch_weight else ('image',)
+      extra['centre'] = {name: jnp.zeros(self.network.head.prototypes) for name in names}
+    return params, extra
+
+  def loss(self, params, batch, rng, extra):
+    global_rng, local_rng, mask_rng, dropout_rng = jax.random.split(rng, 4)
+    large, small = self.views(batch, global_rng, local_rng)
+    images, temperature = large.shape[0], self.temperature_at(extra['step'])
+    params = self.frozen(params, extra['step'])
+    masked = picked = valid = None
+    if self.patch_weight:
+      masked, picked, valid = self.masks(mask_rng, images)
+
+    def student(views, **hidden):
+      return self.network.apply({'params': params}, views, train=True, rngs={'dropout': dropout_rng}, **hidden)
+
+    teacher: Any = self.network.apply({'params': extra['teacher']}, large, picked=picked)
+    student_large: Any = student(large, masked=masked, picked=picked)
+    scores = [by_example(student_large.image, GLOBALS)]
+    if small is not None:
+      scores.append(by_example(student(small).image, self.local_views))
+
+    targets = self.targets_of(teacher.image, extra, 'image', temperature)
+    image_loss = view_loss(jnp.concatenate(scores, 1) / self.student_temperature, by_example(targets, GLOBALS))
+    metrics = {'dino': image_loss, **diagnosis(targets)}
+    aux = {'image': teacher.image.mean(0)}
+    loss = image_loss
+    if valid is not None:
+      flat, weight = teacher.patches.reshape(-1, teacher.patches.shape[-1]), valid.reshape(-1)
+      patch_targets = self.targets_of(flat, extra, 'patches', temperature, valid=weight).reshape(teacher.patches.shape)
+      metrics['ibot'] = patch_loss(student_large.patches / self.student_temperature, patch_targets, valid)
+      aux['patches'] = jnp.einsum('n,nk->k', weight, flat, precision='highest') / jnp.maximum(weight.sum(), 1)
+      loss = loss + self.patch_weight * metrics['ibot']
+    if self.koleo_weight:
+      features = by_example(student_large.features, GLOBALS)
+      metrics['koleo'] = koleo(features[:, 0]) + koleo(features[:, 1])
+      loss = loss + self.koleo_weight * metrics['koleo']
+    return loss, (metrics, jax.lax.stop_gradient(aux))
+
+  def views(self, batch, global_rng, local_rng):
+    """Augmented, normalized crops [B * G, H, W, 3] and [B * L, h, w, 3] (or None); an image's crops side by side."""
+    large = jnp.stack(
+      [
+        augmented(batch['global_views'][:, view], augments, jax.random.fold_in(global_rng, view))
+        for view, augments in enumerate(self.global_augments)
+      ],
+      axis=1,
+    )
+    large = self.normalize(large.reshape(-1, *large.shape[2:]))
+    if not self.local_views:
+      return large, None
+    small = batch['local_views'].reshape(-1, *batch['local_views'].shape[2:])
+    return large, self.normalize(augmented(small, self.local_augment, local_rng))
+
+  def masks(self, rng, images):
+    """What is hidden, bool [B * G, T]; which patches that is, int32 [B * G, M]; whether it really is, float32."""
+    masked = block_masks(rng, images, self.grid, self.hidden, self.hidden_images)
+    picked = jnp.argsort(~masked, axis=1)[:, : most_hidden(self.grid, self.hidden)].astype(jnp.int32)
+    return masked, picked, jnp.take_along_axis(masked, picked, axis=1).astype(jnp.float32)
+
+  def targets_of(self, scores, extra, name, temperature, valid=None):
+    """The teacher's answers, probabilities [N, K], from its scores."""
+    if self.targets == 'sinkhorn':
+      return sinkhorn(scores / temperature, self.sinkhorn_rounds, valid)
+    return jax.nn.softmax((scores - extra['centre'][name]) / temperature)
+
+  def temperature_at(self, step):
+    start, end = self.teacher_temperature
+    return start + (end - start) * jnp.minimum(step / max(self.temperature_steps, 1), 1.0)
+
+  def frozen(self, params, step):
+    """params, whose prototypes get no gradient in the first steps."""
+
+    def hold(name, w):
+      return jnp.where(step < self.freeze_steps, jax.lax.stop_gradient(w), w) if name == 'prototypes' else w
+
+    heads = {k: {n: hold(n, w) for n, w in v.items()} for k, v in params.items() if k.endswith('head')}
+    return {**params, **heads}
+
+  def update_extra(self, extra, params, aux, step):
+    rest = jnp.minimum(step / self.momentum_steps, 1.0)
+    momentum = 1 - (1 - self.momentum) * (1 + jnp.cos(math.pi * rest)) / 2
+    new = {
+      'teacher': jax.tree.map(lambda t, p: t * momentum + p * (1 - momentum), extra['teacher'], params),
+      'step': step + 1,
+    }
+    if self.targets == 'centre':
+      keep = self.centre_momentum
+      new['centre'] = jax.tree.map(lambda old, mean: old * keep + mean * (1 - keep), extra['centre'], aux)
+    return new
+
+  def functions(self):
+    encoder = self.network.encoder
+
+    def of_teacher(fn):
+      def call(params, extra, batch):
+        images = self.normalize(batch['image'].astype(jnp.float32) / 255)
+        return fn(encoder, extra['teacher']['encoder'], images)
+
+      return call
+
+    def pooled(encoder, params, images):
+      return encoder.apply({'params': params}, images).pooled.astype(jnp.float32)
+
+    parts = {'features': pooled, 'patch_features': patch_features, 'attention': class_attention}
+    return {name: of_teacher(fn) for name, fn in parts.items()}
+
+  def image_tower(self, params, extra):
+    return ImageTower(self.network.encoder, extra['teacher']['encoder'], self.normalize)
+
+
+def by_example(x: jax.Array, views: int) -> jax.Array:
+  """[B * views, ...] -> [B, views, ...]."""
+  return x.reshape(-1, views, *x.shape[1:])
+
+
+def view_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Mean cross-entropy of the student's logits [B, V, K] with the teacher's targets [B, G, K], over pairs of two crops.
+
+  The first G crops of both are the same; a crop is not compared with itself.
+  """
+  # Targets sum to 1, so -sum_k p log q = logsumexp - p . logits: one product instead of V x G tables of K.
+  agreement = jnp.einsum('bgk,bvk->bgv', targets, logits, precision='highest')
+  losses = jax.nn.logsumexp(logits, axis=-1)[:, None] - agreement
+  other = ~jnp.eye(targets.shape[1], logits.shape[1], dtype=bool)
+  return jnp.mean(losses, where=other[None])
+
+
+def patch_loss(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
+  """Cross-entropy [N, M, K] of the valid patches, averaged in each of the N crops, then over all N (iBOT, eq. 2)."""
+  losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(targets * logits, axis=-1)
+  return jnp.mean((losses * valid).sum(1) / jnp.maximum(valid.sum(1), 1))
+
+
+def sinkhorn(logits: jax.Array, rounds: int, valid: jax.Array | None = None) -> jax.Array:
+  """Probabilities [N, K] near softmax(logits) under which all prototypes are equally frequent (Cuturi 2013).
+
+  Alternately scales columns and rows of exp(logits) to equal sums, in the logarithm. Rows with valid = 0 (of [N]) have
+  no say in the columns.
+  """
+  where = None if valid is None else valid[:, None] > 0
+  for _ in range(rounds):
+    columns = jax.nn.logsumexp(logits, axis=0, keepdims=True, where=where)
+    logits = logits - jnp.where(jnp.isfinite(columns), columns, 0)  # -inf where no row is valid
+    logits = logits - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+  return jnp.exp(logits)
+
+
+def koleo(features: jax.Array, eps: float = 1e-8) -> jax.Array:
+  """-mean log distance of each feature [B, D], at unit length, to its nearest other one (Sablayrolles et al. 2019).
+
+  Over the whole batch, on any number of devices; DINOv2's code looks for the nearest on each GPU.
+  """
+  x = unit(features, axis=-1)
+  cosines = jnp.einsum('id,jd->ij', x, x, precision='highest')
+  nearest = jnp.max(jnp.where(jnp.eye(len(x), dtype=bool), -2.0, cosines), axis=1)
+  # A pair of equal images has distance 0, whose root has no gradient: such a pair exerts none.
+  return -jnp.mean(jnp.log(jnp.sqrt(jnp.maximum(2 - 2 * nearest, 1e-12)) + eps))
+
+
+def diagnosis(targets: jax.Array) -> dict[str, jax.Array]:
+  """How a collapse would show: entropies (of log K at most) of the single answers and of their mean [N, K]."""
+
+  def entropy(p):
+    return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-12)), axis=-1)
+
+  return {'target_entropy': entropy(targets).mean(), 'usage_entropy': entropy(targets.mean(0))}
