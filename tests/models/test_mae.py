@@ -35,7 +35,7 @@ def test_published_sizes(variant, patches, parameters, gmac):
 
 
 def small(**options):
-  return mae(vit('mu/8', image_size=32, positions='sincos2d', **options), width=32, depth=1, heads=4)
+  return mae(vit('mu/8', image_size=32, positions='sincos2d', depth=1, **options), width=32, depth=1, heads=4)
 
 
 def test_the_encoder_sees_the_first_patches_of_the_order_and_nothing_else():
