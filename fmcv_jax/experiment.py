@@ -36,7 +36,10 @@ from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, 
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.accuracy import Accuracy
 from fmcv_jax.evaluate.base import Evaluator, Subject, to_devices
+from fmcv_jax.evaluate.few_shot import FewShot
 from fmcv_jax.evaluate.knn import Knn
+from fmcv_jax.evaluate.linear_probe import LinearProbe
+from fmcv_jax.evaluate.object_masks import ObjectMasks
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.zero_shot import ZeroShot
 from fmcv_jax.models.dino import dino
@@ -84,7 +87,15 @@ KINDS: config_lib.Kinds = {
   Augment: AUGMENTS,
   Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},
   Rule: {'adafactor': Adafactor, 'adamw': AdamW, 'lion': Lion, 'muon': Muon},
-  Evaluator: {'accuracy': Accuracy, 'knn': Knn, 'retrieval': Retrieval, 'zero_shot': ZeroShot},
+  Evaluator: {
+    'accuracy': Accuracy,
+    'few_shot': FewShot,
+    'knn': Knn,
+    'linear_probe': LinearProbe,
+    'object_masks': ObjectMasks,
+    'retrieval': Retrieval,
+    'zero_shot': ZeroShot,
+  },
 }
 
 

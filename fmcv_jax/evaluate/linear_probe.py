@@ -1,0 +1,136 @@
+"""Linear classification of frozen features, without a learning rate to tune: ridge in closed form, or by L-BFGS."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import Evaluator, topk_hits
+from fmcv_jax.parallel.rules import Placement, ways
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbe(Evaluator):
+  """Accuracy on `data` of a linear classifier of the features, fitted to `bank`.
+
+  method      'ridge': least squares of one-hot labels, in closed form, in float64 on the host. 'logistic': softmax
+              regression by L-BFGS (as CLIP's probes, Radford et al. 2021, A.3), split over the mesh
+  strengths   of the L2 penalty, of features at zero mean and unit variance, per image; the one that does best by
+              cross-validation within `bank` is taken, of equals the largest
+  folds       parts of the bank; ridge holds out each in turn, logistic the first only
+  """
+
+  data: Pipeline
+  bank: Pipeline
+  method: Literal['ridge', 'logistic'] = 'ridge'
+  strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+  folds: int = 5
+  batch: int = 256
+  every: int = 0
+
+  def __post_init__(self):
+    if self.folds < 2:
+      raise ValueError(f'folds: expected at least 2, got {self.folds}')
+    if not self.strengths or min(self.strengths) <= 0:
+      raise ValueError(f'strengths: expected numbers above 0, got {self.strengths}')
+
+  def __call__(self, subject):
+    queries, _, labels = subject.over('features', self.data, self.batch)
+    bank, _, bank_labels = subject.over('features', self.bank, self.batch)
+    if min(labels.min(), bank_labels.min()) < 0:
+      raise UserError('a linear probe needs labels, and a source with class names, in both data and bank')
+    classes = int(max(labels.max(), bank_labels.max())) + 1
+    mean, deviation = bank.mean(0), bank.std(0) + 1e-6
+    bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
+    # Every fold has as many of each class as it can.
+    order = np.lexsort((np.random.default_rng(0).random(len(bank)), bank_labels))
+    fold = np.empty(len(bank), int)
+    fold[order] = np.arange(len(bank)) % self.folds
+    if self.method == 'ridge':
+      strength = best_ridge(bank, bank_labels, fold, classes, self.strengths)
+      scores = ridge(bank, bank_labels, classes, (strength,))(queries)[0]
+    else:
+      strength, scores = self._logistic(subject.placement, bank, bank_labels, fold == 0, queries, classes)
+    return {'top1': topk_hits(scores, labels, 1), 'top5': topk_hits(scores, labels, 5), 'strength': strength}
+
+  def _logistic(self, placement, bank, labels, held_out, queries, classes):
+    right = {}
+    for strength in self.strengths:
+      weights, bias = logistic(placement, bank[~held_out], labels[~held_out], classes, strength)
+      right[strength] = topk_hits(bank[held_out] @ weights + bias, labels[held_out], 1)
+    strength = max(right, key=lambda s: (right[s], s))
+    weights, bias = logistic(placement, bank, labels, classes, strength)
+    return strength, queries @ weights + bias
+
+
+def ridge(features, labels, classes: int, strengths):
+  """Fits one-hot labels by least squares for each strength; returns queries [M, D] -> scores [strengths, M, classes].
+
+  Minimizes mean |x W + b - y|^2 + strength |W|^2; one eigendecomposition serves all strengths.
+  """
+  x, y = features.astype(np.float64), np.eye(classes)[labels]
+  centre, prior = x.mean(0), y.mean(0)
+  x = x - centre
+  spectrum, vectors = np.linalg.eigh(x.T @ x / len(x))
+  target = vectors.T @ (x.T @ (y - prior)) / len(x)
+
+  def predict(queries):
+    rotated = (queries - centre) @ vectors
+    return np.stack([(rotated / (np.maximum(spectrum, 0) + s)) @ target + prior for s in strengths])
+
+  return predict
+
+
+def best_ridge(features, labels, fold, classes: int, strengths) -> float:
+  """The strength with the most right answers, each image being named without its fold's; of equals the largest."""
+  right = np.zeros(len(strengths))
+  for part in np.unique(fold):
+    inside = fold == part
+    scores = ridge(features[~inside], labels[~inside], classes, strengths)(features[inside])
+    right += (scores.argmax(-1) == labels[inside]).sum(-1)
+  return max(zip(right, strengths, strict=True))[1]
+
+
+def logistic(placement: Placement, features, labels, classes: int, strength: float, tolerance: float = 1e-5):
+  """Weights [D, classes] and bias [classes] of softmax regression, float32.
+
+  Minimizes mean cross-entropy + strength / 2 |W|^2 by L-BFGS, until the gradient's norm is below `tolerance` or 1000
+  steps are done. Examples are split over the mesh.
+  """
+  with placement.active():
+    short = -len(features) % ways('batch')
+  rows = {
+    'x': np.pad(features.astype(np.float32), ((0, short), (0, 0))),
+    'label': np.pad(labels.astype(np.int32), (0, short)),
+    'weight': np.pad(np.ones(len(labels), np.float32), (0, short)),
+  }
+  rows = jax.device_put(rows, placement.batch(rows))
+  start = (jnp.zeros((features.shape[1], classes)), jnp.zeros(classes))
+  return jax.device_get(_minimize(start, rows, strength, tolerance))
+
+
+@jax.jit
+def _minimize(start, rows, strength, tolerance):
+  solver = optax.lbfgs()
+
+  def objective(params):
+    weights, bias = params
+    logits = jnp.matmul(rows['x'], weights, precision='highest') + bias
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows['label'])
+    return jnp.sum(losses * rows['weight']) / rows['weight'].sum() + strength / 2 * jnp.sum(weights**2)
+
+  def step(carry):
+    params, state, count, _ = carry
+    value, gradient = optax.value_and_grad_from_state(objective)(params, state=state)
+    updates, state = solver.update(gradient, state, params, value=value, grad=gradient, value_fn=objective)
+    return optax.apply_updates(params, updates), state, count + 1, optax.tree.norm(gradient)
+
+  def unfinished(carry):
+    return (carry[2] < 1000) & (carry[3] > tolerance)
+
+  return jax.lax.while_loop(unfinished, step, (start, solver.init(start), 0, jnp.inf))[0]

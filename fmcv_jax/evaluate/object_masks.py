@@ -1,0 +1,51 @@
+"""Masks of objects from attention, without any training on masks (DINO, Caron et al. 2021, section 4.2.2)."""
+
+import dataclasses
+
+import numpy as np
+
+from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.models.attention_maps import mass_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectMasks(Evaluator):
+  """Jaccard index of the patches to which the class token pays `mass` of its attention, with the object's pixels.
+
+  The object is what differs from the plain `background`: for drawings such as the emoji's. `jaccard_best_head` takes
+  each image's best head, as the paper does; `jaccard_everything` is what calling all of the image the object scores.
+  """
+
+  data: Pipeline
+  mass: float = 0.6
+  background: tuple[int, int, int] = (255, 255, 255)
+  batch: int = 256
+  every: int = 0
+
+  def __call__(self, subject):
+    attention, records, _ = subject.over('attention', self.data, self.batch)
+    images = np.stack([self._image(int(record)) for record in records])
+    truth = (np.abs(images.astype(int) - np.array(self.background)) > 8).any(-1)
+    if not truth.any((1, 2)).all():
+      raise UserError(f'object_masks: some images are all background {self.background}; what is the object there?')
+    heads = np.stack([jaccard(mass_masks(attention[:, h], self.mass), truth) for h in range(attention.shape[1])])
+    return {
+      'jaccard_best_head': float(heads.max(0).mean()),
+      'jaccard_mean_head': float(heads.mean()),
+      'jaccard_everything': float(truth.mean((1, 2)).mean()),
+    }
+
+  def _image(self, record: int) -> np.ndarray:
+    image = self.data.source[record]['image']
+    if self.data.image is not None:
+      image = self.data.image(image, np.random.default_rng(0))
+    return image
+
+
+def jaccard(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
+  """Intersection over union of masks bool [N, rows, columns] with the truth bool [N, H, W], each row of them: [N]."""
+  rows, columns = truth.shape[1] // masks.shape[1], truth.shape[2] // masks.shape[2]
+  masks = masks.repeat(rows, axis=1).repeat(columns, axis=2)
+  return (masks & truth).sum((1, 2)) / np.maximum((masks | truth).sum((1, 2)), 1)
