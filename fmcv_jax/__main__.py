@@ -29,11 +29,19 @@ def demo(args: argparse.Namespace, overrides: list[str]) -> None:
   demo_app.run(args.config, args.workdir, overrides)
 
 
+def explain(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import explain as explain_app
+
+  explain_app.run(args.image, args.model, args.text, args.output, step=args.step, size=args.size)
+
+
 def parser() -> argparse.ArgumentParser:
   top = argparse.ArgumentParser(prog='fmcv', description='Pretrain vision foundation models in JAX.')
   commands = top.add_subparsers(dest='command', required=True, metavar='command')
 
-  def add(function: Callable[..., None], summary: str, *, config: str | None = None) -> argparse.ArgumentParser:
+  def add(
+    function: Callable[..., None], summary: str, *, config: str | None = None, model: bool = False
+  ) -> argparse.ArgumentParser:
     sub = commands.add_parser(
       function.__name__,
       help=summary,
@@ -44,7 +52,11 @@ def parser() -> argparse.ArgumentParser:
     if config is not None:
       given = {'default': config} if config else {'required': True}
       sub.add_argument('--config', metavar='FILE.py[:ARG]', help='a python file with get_config()', **given)
-    sub.add_argument('--workdir', required=True, help='folder of the run: checkpoints, metrics (local or gs://)')
+    if model:
+      sub.add_argument('--model', metavar='DIR', required=True, help='workdir of a trained model (local or gs://)')
+      sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
+    else:
+      sub.add_argument('--workdir', required=True, help='folder of the run: checkpoints, metrics (local or gs://)')
     sub.add_argument('--cpu-devices', type=int, metavar='N', help='emulate a mesh of N devices on the CPU')
     return sub
 
@@ -52,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
   sub = add(evaluate, "Run a trained workdir's evaluators on a checkpoint.")
   sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
   add(demo, 'Train the demo and draw what it learnt.', config='configs/demo/clip.py')
+  sub = add(explain, 'Draw what a trained vision transformer looks at in images.', model=True)
+  sub.add_argument('image', nargs='+', metavar='IMAGE', help='an image file')
+  sub.add_argument('--text', nargs='+', default=[], help='texts to look for (a model that knows texts)')
+  sub.add_argument('--output', default='explained', metavar='DIR', help='folder for the pictures (default: explained)')
+  sub.add_argument('--size', type=int, help="pixels a side (default: the model's; more gives finer maps)")
   return top
 
 

@@ -1,7 +1,7 @@
 """Pictures a person can judge a model by: a loss curve, a zero-shot sheet, a text-to-image retrieval sheet."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -93,6 +93,39 @@ def retrieval_sheet(
       for spine in axis.spines.values():
         spine.set(color='#0a7d2c' if mark else '#dddddd', linewidth=2.5 if mark else 0.8)
   figure.suptitle(title, fontsize=10)
+  figure.tight_layout()
+  _save(figure, path)
+
+
+def overlay_sheet(
+  images: np.ndarray, maps: Mapping[str, np.ndarray], path: pathlib.Path, *, title: str, shared: bool = False
+) -> None:
+  """A row an image (uint8 [N, H, W, 3]): itself, then each map over it.
+
+  A map is float [N, rows, columns] and is laid over the image, each on its own scale or, `shared`, all of a row on one;
+  or it is a picture [N, rows, columns, 3] in [0, 1] and stands alone.
+  """
+  plt = _pyplot()
+  figure, axes = plt.subplots(
+    len(images), 1 + len(maps), figsize=(2.2 * (1 + len(maps)), 2.35 * len(images) + 0.5), squeeze=False
+  )
+  for index, (row, image) in enumerate(zip(axes, images, strict=True)):
+    height, width = image.shape[:2]
+    heats = [values[index] for values in maps.values() if values.ndim == 3]
+    limits = (min(h.min() for h in heats), max(h.max() for h in heats)) if shared and heats else (None, None)
+    row[0].imshow(image)
+    for axis, values in zip(row[1:], maps.values(), strict=True):
+      if values.ndim == 3:
+        axis.imshow(np.repeat(image.mean(-1, keepdims=True).astype(np.uint8), 3, -1))
+        axis.imshow(values[index], extent=(-0.5, width - 0.5, height - 0.5, -0.5), cmap='inferno', alpha=0.65,
+                    interpolation='bilinear', vmin=limits[0], vmax=limits[1])  # fmt: skip
+      else:
+        axis.imshow(values[index], interpolation='nearest')
+  for axis, name in zip(axes[0], ['input', *maps], strict=True):
+    axis.set_title(_short(name), fontsize=8)
+  for axis in axes.flat:
+    axis.axis('off')
+  figure.suptitle(title, fontsize=9)
   figure.tight_layout()
   _save(figure, path)
 

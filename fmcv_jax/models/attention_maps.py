@@ -9,11 +9,13 @@ Letters in shapes: L depth, B batch, H heads, T tokens, K head dimension, D widt
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.models.vit import Features, ViT
+from fmcv_jax.models.layers import layer_norm, unit
+from fmcv_jax.models.vit import AttentionPool, Features, ViT, linear_head
 
 
 class Projections(NamedTuple):
@@ -91,6 +93,33 @@ def relevance(
   layers = jax.nn.relu(by_weights * projections.weights()).mean(2)
   start = jnp.broadcast_to(jnp.eye(layers.shape[-1]), layers.shape[1:])
   return jax.lax.scan(lambda r, layer: (r + layer @ r, None), start, layers)[0], scores
+
+
+def patch_embeddings(network: ViT, params: Any, images: jax.Array) -> jax.Array:
+  """Each patch alone in the space of the network's outputs: unit vectors, float32 [B, rows, columns, E].
+
+  For heat maps of the similarity with a text. Without a class token a patch is pooled as though it were the only one.
+  With one, its value in the last block goes to the class token alone (MaskCLIP, Zhou et al. 2022, section 3.2): the
+  last tokens themselves were never trained to be compared with a text.
+  """
+  block, (features, projections) = network.stack.block, observed(network, params, images)
+  if network.pool == 'cls':
+    value, out = projections.value[-1], jax.tree.map(lambda x: x[-1], params['blocks']['attention']['out'])
+    tokens = value.reshape(*value.shape[:2], -1) @ out['kernel'].astype(value.dtype) + out['bias'].astype(value.dtype)
+    tokens = _apply(layer_norm(block.eps, block.dtype, 'norm'), params['norm'], tokens)
+  else:
+    tokens = features.tokens
+  tokens = tokens[:, network.prefix :]
+  if network.pool == 'map':
+    alone = tokens.reshape(-1, 1, network.width)
+    tokens = _apply(AttentionPool(block), params['map_pool'], alone).reshape(tokens.shape)
+  if network.outputs:
+    tokens = _apply(linear_head(network.outputs, network.outputs_bias, block.dtype), params['head'], tokens)
+  return jnp.moveaxis(on_grid(jnp.moveaxis(unit(tokens), -1, 1), network, images), 1, -1)
+
+
+def _apply(module: nn.Module, params: Any, x: jax.Array) -> Any:
+  return module.apply({'params': params}, x)
 
 
 def principal_colors(tokens: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.models.layers import ACTIVATIONS, Dtype, dense
+from fmcv_jax.models.layers import ACTIVATIONS, Dtype, dense, unit
 from fmcv_jax.models.vit import ViT
 from fmcv_jax.parallel.rules import constrain
 
@@ -40,7 +40,7 @@ class PrototypeHead(nn.Module):
     init = nn.initializers.truncated_normal(0.02)
     for layer in range(1, self.layers):
       x = ACTIVATIONS['gelu'](dense(self.hidden, self.dtype, f'hidden{layer}', init=init)(x))
-    x = unit(dense(self.bottleneck, self.dtype, 'bottleneck', init=init)(x), axis=-1).astype(self.dtype)
+    x = unit(dense(self.bottleneck, self.dtype, 'bottleneck', init=init)(x)).astype(self.dtype)
     directions = unit(self.param('prototypes', init, (self.bottleneck, self.prototypes)), axis=0).astype(self.dtype)
     scores = jnp.einsum('...d,dk->...k', x, directions, preferred_element_type=jnp.float32)
     if self.lengths:
@@ -67,12 +67,6 @@ class SelfDistiller(nn.Module):
       tokens = jnp.take_along_axis(features.tokens[:, self.encoder.prefix :], picked[..., None], axis=1)
       patches = (self.patch_head or self.head)(tokens)
     return Scores(self.head(features.pooled), patches, features.pooled.astype(jnp.float32))
-
-
-def unit(x: jax.Array, axis: int) -> jax.Array:
-  """x at unit length along an axis, in float32; a vector of zeros stays one, with a finite gradient."""
-  x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-24))
 
 
 def dino(

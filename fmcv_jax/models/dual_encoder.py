@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import nearest
-from fmcv_jax.models.layers import Activation, Dtype, Remat
+from fmcv_jax.models.layers import Activation, Dtype, Remat, unit
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
 from fmcv_jax.parallel.rules import constrain
@@ -38,11 +38,11 @@ class DualEncoder(nn.Module):
 
   def encode_image(self, images, *, keep=None, train: bool = False):
     """Normalized images [B, H, W, 3] -> unit vectors, float32 [B, E]."""
-    return unit(self.image(images, keep=keep, train=train).output)
+    return embedding(self.image(images, keep=keep, train=train).output)
 
   def encode_text(self, tokens, *, train: bool = False):
     """Token ids int32 [B, T] -> unit vectors, float32 [B, E]."""
-    return unit(self.text(tokens, train=train).output)
+    return embedding(self.text(tokens, train=train).output)
 
   def logit_scale_and_bias(self) -> tuple[jax.Array, jax.Array]:
     """The float32 scalars of logits = scale * image @ text.T + bias."""
@@ -53,10 +53,9 @@ class DualEncoder(nn.Module):
     return Pairs(self.encode_image(images, keep=keep, train=train), self.encode_text(tokens, train=train))
 
 
-def unit(x: jax.Array) -> jax.Array:
-  """x [B, E] at unit length in float32; a vector of zeros stays one, with a finite gradient."""
-  x = constrain(x.astype(jnp.float32), 'batch', None)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
+def embedding(output: jax.Array) -> jax.Array:
+  """A tower's output [B, E] as unit vectors, float32, split over the batch."""
+  return unit(constrain(output, 'batch', None))
 
 
 def dual_encoder(

@@ -64,6 +64,12 @@ def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
 
 
+def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+  """x at unit length along an axis, in float32; a vector of zeros stays one, with a finite gradient."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-12))
+
+
 class Attention(nn.Module):
   """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D]."""
 

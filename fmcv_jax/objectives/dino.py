@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
 from fmcv_jax.models.attention_maps import class_attention
-from fmcv_jax.models.dino import SelfDistiller, unit
+from fmcv_jax.models.dino import SelfDistiller
+from fmcv_jax.models.layers import unit
 from fmcv_jax.models.vit import patch_features
 from fmcv_jax.objectives.base import ImageTower, Objective
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
@@ -244,7 +245,7 @@ def koleo(features: jax.Array, eps: float = 1e-8) -> jax.Array:
 
   Over the whole batch, on any number of devices; DINOv2's code looks for the nearest on each GPU.
   """
-  x = unit(features, axis=-1)
+  x = unit(features)
   cosines = jnp.einsum('id,jd->ij', x, x, precision='highest')
   nearest = jnp.max(jnp.where(jnp.eye(len(x), dtype=bool), -2.0, cosines), axis=1)
   # A pair of equal images has distance 0, whose root has no gradient: such a pair exerts none.

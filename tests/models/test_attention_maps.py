@@ -87,3 +87,32 @@ def test_principal_colours_follow_the_directions_of_largest_variance():
   for channel in range(3):
     assert abs(np.corrcoef(colours[..., channel].ravel(), sources[..., channel].ravel())[0, 1]) > 0.9
   assert (colours.min(), colours.max()) == (0, 1)
+
+
+@pytest.mark.parametrize('pool', ['gap', 'map'])
+def test_the_only_patch_of_an_image_is_embedded_as_the_image(pool, random_variables):
+  network, images = vit('mu/8', image_size=8, pool=pool, depth=1, outputs=6, outputs_bias=False), IMAGES[:, :8, :8]
+  variables = random_variables(network, images)
+  patches = attention_maps.patch_embeddings(network, variables['params'], images)
+  output = network.apply(variables, images).output
+  np.testing.assert_allclose(patches[:, 0, 0], output / np.linalg.norm(output, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_patches_beside_a_class_token_are_embedded_by_their_values(random_variables):
+  """MaskCLIP written out for one block: head(norm(out(value(norm1(patch)))))."""
+  network = vit('mu/8', image_size=32, depth=1, outputs=6, outputs_bias=False)
+  params = random_variables(network, IMAGES)['params']
+  block = jax.tree.map(lambda x: x[0], params['blocks'])
+
+  def norm(x, p):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
+
+  def linear(x, p):
+    return x @ p['kernel'] + p['bias']
+
+  x = IMAGES.reshape(2, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(2, 16, -1)
+  x = linear(x, params['patch']) + params['position'][1:]
+  x = linear(linear(norm(x, block['norm1']), block['attention']['value']), block['attention']['out'])
+  x = norm(x, params['norm']) @ params['head']['kernel']
+  ours = attention_maps.patch_embeddings(network, params, IMAGES).reshape(2, 16, 6)
+  np.testing.assert_allclose(ours, x / np.linalg.norm(x, axis=-1, keepdims=True), atol=1e-5)

@@ -1,0 +1,140 @@
+"""Pictures of what a trained vision transformer looks at: attention, relevance, features, similarity to texts."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from fmcv_jax.apps import sheets
+from fmcv_jax.data.source import BadRecord
+from fmcv_jax.data.transforms import ResizeCrop
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.experiment import Run
+from fmcv_jax.models import attention_maps
+from fmcv_jax.models.layers import unit
+from fmcv_jax.models.vit import Features, ViT, patch_features
+
+
+def run(
+  files: Sequence[str],
+  model: str,
+  texts: Sequence[str] = (),
+  output: str | pathlib.Path = 'explained',
+  *,
+  step: int | None = None,
+  size: int | None = None,
+) -> list[pathlib.Path]:
+  """Explains image files by the model in a workdir; writes PNGs to `output` and returns their paths.
+
+  attention        how the class token looks at the patches in the last layer, head by head
+  rollout          the same through all layers (Abnar & Zuidema 2020)
+  features         the principal components of the patches' features, of all the images together, as colours
+  relevance        what the likeliest class, or the similarity to each text, was computed from (Chefer et al. 2021)
+  similarity       of each patch with each text
+  reconstruction   of a masked autoencoder: what it sees, and what it makes of that
+  """
+  console, reopened = Console(), Run.reopen(model)
+  subject, step = reopened.restored_subject(step)
+  tower = reopened.experiment.objective.image_tower(subject.params, subject.extra)
+  if tower is None or not isinstance(tower.network, ViT):
+    raise UserError(f'{model}: explain looks into vision transformers (vit); this model has none')
+  if texts and 'embed_text' not in subject.functions:
+    raise UserError(f'--text: {model} knows no texts; give a model trained on pairs of images and texts')
+  network, params = tower.network, tower.params
+  size = size or network.image_size
+  if size % network.patch:
+    raise UserError(f'--size: {size} does not divide into patches of {network.patch}')
+
+  pictures = np.stack([_read(file, size) for file in files])
+  folder, written = pathlib.Path(output), []
+  folder.mkdir(parents=True, exist_ok=True)
+
+  def draw(name, maps, title, **options):
+    written.append(folder / f'{name}.png')
+    sheets.overlay_sheet(pictures, maps, written[-1], title=f'{title}\n{model}, step {step}', **options)
+
+  images = tower.normalize(jnp.asarray(pictures, jnp.float32) / 255)
+  looks = jax.jit(_looks, static_argnums=0)(network, params, images)
+  attention, rolled, features = jax.device_get(looks)
+  heads = {f'head {head}': attention[:, head] for head in range(attention.shape[1])}
+  draw('attention', {'mean of heads': attention.mean(1), **heads}, 'Attention of the last layer')
+  draw('rollout', {'rollout': rolled}, 'Attention rolled out over all layers')
+  draw('features', {'features': attention_maps.principal_colors(features)}, 'Patch features: principal components')
+  if texts:
+    similarity, relevant, scores = _of_texts(subject, network, params, images, texts)
+    draw('similarity', dict(zip(texts, similarity)), 'Similarity of patches and texts', shared=True)
+    draw('relevance', dict(zip(texts, relevant)), 'What the similarity to a text comes from')
+    for text, row in zip(texts, scores, strict=True):
+      for file, score in zip(files, row, strict=True):
+        console.print(f'{file}: similarity {score:.3f} to {text!r}', highlight=False)
+  elif 'logits' in subject.functions:
+    relevant, best = _of_classes(network, params, images)
+    names = reopened.experiment.data.source.names
+    draw('relevance', {'relevance': relevant}, 'What the likeliest class comes from')
+    for file, index in zip(files, best, strict=True):
+      console.print(f'{file}: likeliest class {names[index] if names else index}', highlight=False)
+  if 'reconstruct' in subject.functions and size == network.image_size:
+    pairs = jax.jit(subject.functions['reconstruct'])(subject.params, subject.extra, {'image': pictures})
+    seen, filled = np.moveaxis(np.asarray(pairs), 1, 0)
+    draw('reconstruction', {'seen': seen, 'filled in': filled}, 'What is seen, and what is made of it')
+  console.print('\n'.join(map(str, written)), highlight=False)
+  return written
+
+
+def _read(file: str, size: int) -> np.ndarray:
+  path = pathlib.Path(file)
+  if not path.is_file():
+    raise UserError(f'{file}: no such image file')
+  try:
+    return ResizeCrop(size, crop=1.0)(path.read_bytes(), np.random.default_rng(0))
+  except BadRecord as error:
+    raise UserError(f'{file}: {error}') from error
+
+
+def _looks(network: ViT, params: Any, images: jax.Array):
+  """Attention of the last layer [B, H, rows, columns], rollout [B, rows, columns], features [B, rows, columns, D]."""
+  _, projections = attention_maps.observed(network, params, images)
+  weights = projections.weights()
+  last = attention_maps.from_class_token(weights[-1], network)
+  rolled = attention_maps.from_class_token(attention_maps.rollout(weights), network)
+  grids = (attention_maps.on_grid(x, network, images) for x in (last, rolled))
+  return *grids, patch_features(network, params, images)
+
+
+def _relevance(network: ViT, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]):
+  """What each patch gave to the score of its image [B, rows, columns], and the scores [B]."""
+  flow, scores = attention_maps.relevance(network, params, images, score)
+  given = attention_maps.from_class_token(flow - jnp.eye(flow.shape[-1]), network)  # less what a token is of itself
+  return attention_maps.on_grid(given, network, images), scores
+
+
+def _of_texts(subject: Subject, network: ViT, params: Any, images: jax.Array, texts: Sequence[str]):
+  """Each text's similarity with the patches, its relevance, both [texts, B, rows, columns], and scores [texts, B]."""
+
+  @jax.jit
+  def compare(params, images, embedded):
+    patches = attention_maps.patch_embeddings(network, params, images)
+    similarity = jnp.einsum('brce,te->tbrc', patches, embedded)
+    relevant, scores = jax.lax.map(
+      lambda text: _relevance(network, params, images, lambda features: unit(features.output) @ text), embedded
+    )
+    return similarity, relevant, scores
+
+  return jax.device_get(compare(params, images, subject.over_texts(texts, jax.device_count())))
+
+
+def _of_classes(network: ViT, params: Any, images: jax.Array):
+  """What the likeliest class of each image comes from, [B, rows, columns], and which class that is, [B]."""
+
+  @jax.jit
+  def explain(params, images):
+    relevant, _ = _relevance(network, params, images, lambda features: features.output.max(-1))
+    features: Any = network.apply({'params': params}, images)
+    return relevant, features.output.argmax(-1)
+
+  return jax.device_get(explain(params, images))

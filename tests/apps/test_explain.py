@@ -1,0 +1,79 @@
+"""`fmcv explain` on untrained models: every picture is there and shows something; what cannot be is said."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmcv_jax import __main__ as door
+from fmcv_jax import experiment
+from fmcv_jax.apps import explain
+from fmcv_jax.errors import UserError
+from fmcv_jax.train.checkpoint import Store
+from tests import runs
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return runs.image_folder(tmp_path_factory.mktemp('images'))
+
+
+def untrained(config, workdir):
+  """A workdir with the state before the first step."""
+  run = experiment.Run(config, workdir)
+  (workdir / 'config.json').write_text(json.dumps(config))
+  if run.experiment.tokenizer:
+    run.experiment.tokenizer.save(workdir / 'tokenizer.json')
+  store = Store(workdir)
+  store.save(jax.jit(run.init, out_shardings=run.shardings)(), {}, {})
+  store.close()
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def clip(folder, tmp_path_factory):
+  return untrained(runs.contrastive(folder), tmp_path_factory.mktemp('clip'))
+
+
+def shows_something(path):
+  picture = np.asarray(Image.open(path).convert('RGB'))
+  return min(picture.shape[:2]) > 200 and picture.std() > 10
+
+
+def test_texts_are_looked_for_in_several_images(folder, clip, tmp_path, capsys):
+  images = [str(folder / 'a' / '0.png'), str(folder / 'b' / '1.png')]
+  args = ['explain', *images, '--model', str(clip), '--text', 'a red picture', 'green', '--output', str(tmp_path)]
+  assert door.main([*args, '--size', '24']) == 0
+  names = {path.stem for path in tmp_path.iterdir()}
+  assert names == {'attention', 'rollout', 'features', 'similarity', 'relevance'}
+  assert all(shows_something(path) for path in tmp_path.iterdir())
+  printed = capsys.readouterr().out.replace('\n', '')
+  assert f'{images[1]}: similarity' in printed
+  assert "to 'green'" in printed
+
+
+def test_masked_autoencoder_shows_what_it_fills_in(folder, tmp_path):
+  config = runs.classification(folder)
+  network = {'name': 'mae', 'width': 16, 'depth': 1, 'heads': 2}
+  network['encoder'] = {'name': 'vit', 'variant': 'mu/8', 'image_size': 32, 'positions': 'sincos2d'}
+  source = {'name': 'image_folder', 'path': str(folder)}
+  config |= {'objective': {'name': 'mae', 'network': network}, 'evaluators': {}}
+  config |= {'data': {'source': source, 'image': {'name': 'resize', 'size': 32}}}
+  workdir = untrained(experiment.resolve(config), tmp_path)
+  written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
+  assert [path.stem for path in written] == ['attention', 'rollout', 'features', 'reconstruction']
+  assert all(shows_something(path) for path in written)
+
+
+def test_what_cannot_be_explained_is_one_clear_line(folder, clip, tmp_path):
+  image = str(folder / 'a' / '0.png')
+  with pytest.raises(UserError, match='--size: 20 does not divide into patches of 8'):
+    explain.run([image], str(clip), output=tmp_path, size=20)
+  with pytest.raises(UserError, match=r'nowhere\.png: no such image file'):
+    explain.run(['nowhere.png'], str(clip), output=tmp_path)
+  with pytest.raises(UserError, match=r'captions\.csv: '):
+    explain.run([str(folder / 'captions.csv')], str(clip), output=tmp_path)
+  with pytest.raises(UserError, match='no run here'):
+    explain.run([image], str(tmp_path), output=tmp_path)
