@@ -83,7 +83,9 @@ class Rule(abc.ABC):
   """How gradients become updates."""
 
   @abc.abstractmethod
-  def make(self, rate: optax.Schedule, decay: float, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
+  def make(
+    self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
+  ) -> optax.GradientTransformation:
     """The optax transformation, with decoupled weight decay `decay` (times the rate) where `mask` is true."""
 
 
@@ -186,11 +188,15 @@ def _split_longer_side(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Clip the global norm, apply the rule at the schedule's rate, decay the weights whose paths match `decayed`."""
+  """Clip the global norm, apply the rule at the schedule's rate, decay the weights whose paths match `decayed`.
+
+  weight_decay_end: where given, the decay goes there from `weight_decay` by half a cosine over the run.
+  """
 
   schedule: Schedule
   rule: Rule = AdamW()
   weight_decay: float = 0.0
+  weight_decay_end: float | None = None
   decayed: tuple[str, ...] = (r'.*/kernel',)
   clip_norm: float | None = None
 
@@ -198,7 +204,11 @@ class Optimizer:
     def mask(params):
       return map_by_path(lambda path, x: any(re.fullmatch(pattern, path) for pattern in self.decayed), params)
 
-    rule = self.rule.make(self.schedule(total_steps), self.weight_decay, mask)
+    decay: float | optax.Schedule = self.weight_decay
+    if self.weight_decay_end is not None:
+      start, end = self.weight_decay, self.weight_decay_end
+      decay = lambda step: end + (start - end) * (1 + jnp.cos(jnp.pi * step / total_steps)) / 2  # noqa: E731
+    rule = self.rule.make(self.schedule(total_steps), decay, mask)
     return rule if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
 
 

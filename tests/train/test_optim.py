@@ -46,6 +46,17 @@ def test_weight_decay_shrinks_kernels_only(rule):
   np.testing.assert_array_equal(updates['norm']['scale'], 0)
 
 
+@pytest.mark.parametrize('rule', [AdamW(), Lion(), Adafactor(), Muon()], ids=lambda r: type(r).__name__)
+def test_weight_decay_follows_half_a_cosine_to_its_end(rule):
+  tx = Optimizer(Linear(peak=1.0, end=1.0), rule, weight_decay=0.04, weight_decay_end=0.4).make(10)
+  zero, state, shrunk = jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), []
+  for _ in range(11):
+    updates, state = tx.update(zero, state, PARAMS)
+    shrunk.append(-float(updates['blocks']['mlp']['up']['kernel'][0, 0, 0]))
+  np.testing.assert_allclose(shrunk[::5], [0.04, 0.22, 0.4], rtol=1e-5)
+  assert (np.diff(shrunk) > 0).all()
+
+
 def test_adamw_equals_optax_and_lion_takes_signs():
   gradient = jax.tree.map(lambda x: jnp.linspace(-1, 1, x.size).reshape(x.shape), PARAMS)
   tx = Optimizer(Linear(peak=0.1, end=0.1), AdamW(b2=0.95)).make(10)
