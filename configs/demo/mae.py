@@ -45,6 +45,8 @@ def get_config():
   c.evaluators = dict(
     knn=dict(asked, name='knn', ks=(1, 5)),
     probe=dict(asked, name='linear_probe'),
+    pixels_knn=dict(asked, name='knn', ks=(1, 5), features='pixels'),  # what features have to beat
+    pixels_probe=dict(asked, name='linear_probe', features='pixels'),
     few_shot=dict(
       name='few_shot',
       shots=(1, 2),

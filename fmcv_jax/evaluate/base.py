@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
@@ -26,7 +27,10 @@ class Outputs(NamedTuple):
 
 @dataclasses.dataclass
 class Subject:
-  """A model under evaluation: its functions, jitted over the mesh once, and the parameters of the moment."""
+  """A model under evaluation: its functions, jitted over the mesh once, and the parameters of the moment.
+
+  'pixels' is a function of every model: what features have to beat.
+  """
 
   functions: Mapping[str, Callable[..., jax.Array]]
   placement: Placement
@@ -65,11 +69,11 @@ class Subject:
 
   def _run(self, name: str, local: dict[str, np.ndarray]) -> list[np.ndarray]:
     """One global batch from this process' rows: the outputs, then index, mask and label where the batch has them."""
-    if name not in self.functions:
+    function = self.functions.get(name, pixels if name == 'pixels' else None)
+    if function is None:
       raise UserError(f'an evaluator needs {name!r}, which this objective does not offer; it has: '
                       f'{", ".join(self.functions) or "nothing"}')  # fmt: skip
     if name not in self._jitted:
-      function = self.functions[name]
 
       def both(params, extra, batch):
         with self.placement.active():
@@ -78,6 +82,15 @@ class Subject:
       self._jitted[name] = jax.jit(both, out_shardings=self.placement.replicated())
     batch = to_devices(local, self.placement)
     return jax.device_get(self._jitted[name](self.params, self.extra, batch))
+
+
+def pixels(params: Any, extra: Any, batch: Mapping[str, jax.Array], side: int = 16) -> jax.Array:
+  """Features that any model has to beat: float32 [B, D], the image itself, averaged to `side` x `side` pixels or so."""
+  images = batch['image'].astype(jnp.float32) / 255
+  step = max(1, images.shape[1] // side), max(1, images.shape[2] // side)
+  window = (1, *step, 1)
+  small = jax.lax.reduce_window(images, 0.0, jax.lax.add, window, window, 'VALID') / (step[0] * step[1])
+  return small.reshape(len(images), -1)
 
 
 def to_devices(local: Mapping[str, np.ndarray], placement: Placement) -> dict[str, jax.Array]:

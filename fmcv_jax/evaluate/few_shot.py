@@ -15,7 +15,7 @@ class FewShot(Evaluator):
 
   Each episode draws `ways` classes, from each k of `shots` examples and at most `queries` others. Features are taken
   less their mean over all of `data`, at unit length (SimpleShot, Wang et al. 2019). Comes with the half-width of the
-  95 % interval over episodes.
+  95 % interval over episodes. features: the function that is judged; 'pixels' is the baseline.
   """
 
   data: Pipeline
@@ -23,6 +23,7 @@ class FewShot(Evaluator):
   shots: tuple[int, ...] = (1, 5)
   queries: int = 15
   episodes: int = 600
+  features: str = 'features'
   batch: int = 256
   every: int = 0
 
@@ -32,7 +33,7 @@ class FewShot(Evaluator):
         raise ValueError(f'{name}: expected at least {least}, got {getattr(self, name)}')
 
   def __call__(self, subject):
-    features, _, labels = subject.over('features', self.data, self.batch)
+    features, _, labels = subject.over(self.features, self.data, self.batch)
     figures = {}
     for shots in self.shots:
       right = episode_accuracies(features, labels, self.ways, shots, self.queries, self.episodes)

@@ -10,18 +10,22 @@ from fmcv_jax.evaluate.base import Evaluator, chunks
 
 @dataclasses.dataclass(frozen=True)
 class Knn(Evaluator):
-  """Accuracy of the vote of the k most similar images of `bank`, weighted by exp(cosine / temperature)."""
+  """Accuracy of the vote of the k most similar images of `bank`, weighted by exp(cosine / temperature).
+
+  features: the function that is judged; 'pixels' is the baseline.
+  """
 
   data: Pipeline
   bank: Pipeline
   ks: tuple[int, ...] = (10, 20)
   temperature: float = 0.07
+  features: str = 'features'
   batch: int = 256
   every: int = 0
 
   def __call__(self, subject):
-    queries, _, labels = subject.over('features', self.data, self.batch)
-    bank, _, bank_labels = subject.over('features', self.bank, self.batch)
+    queries, _, labels = subject.over(self.features, self.data, self.batch)
+    bank, _, bank_labels = subject.over(self.features, self.bank, self.batch)
     return {f'k{k}_top1': knn_accuracy(queries, labels, bank, bank_labels, k, self.temperature) for k in self.ks}
 
 

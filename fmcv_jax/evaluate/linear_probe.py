@@ -23,6 +23,7 @@ class LinearProbe(Evaluator):
   strengths   of the L2 penalty, of features at zero mean and unit variance, per image; the one that does best by
               cross-validation within `bank` is taken, of equals the largest
   folds       parts of the bank; ridge holds out each in turn, logistic the first only
+  features    the function that is judged; 'pixels' is the baseline
   """
 
   data: Pipeline
@@ -30,6 +31,7 @@ class LinearProbe(Evaluator):
   method: Literal['ridge', 'logistic'] = 'ridge'
   strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
   folds: int = 5
+  features: str = 'features'
   batch: int = 256
   every: int = 0
 
@@ -40,8 +42,8 @@ class LinearProbe(Evaluator):
       raise ValueError(f'strengths: expected numbers above 0, got {self.strengths}')
 
   def __call__(self, subject):
-    queries, _, labels = subject.over('features', self.data, self.batch)
-    bank, _, bank_labels = subject.over('features', self.bank, self.batch)
+    queries, _, labels = subject.over(self.features, self.data, self.batch)
+    bank, _, bank_labels = subject.over(self.features, self.bank, self.batch)
     if min(labels.min(), bank_labels.min()) < 0:
       raise UserError('a linear probe needs labels, and a source with class names, in both data and bank')
     classes = int(max(labels.max(), bank_labels.max())) + 1

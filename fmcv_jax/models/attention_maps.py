@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.models.layers import layer_norm, unit
-from fmcv_jax.models.vit import AttentionPool, Features, ViT, linear_head
+from fmcv_jax.models.vit import AttentionPool, Features, ViT, linear_head, patch_features
 
 
 class Projections(NamedTuple):
@@ -146,3 +146,12 @@ def mass_masks(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
   mask = np.zeros(flat.shape, bool)
   np.put_along_axis(mask, order, before < mass, -1)
   return mask.reshape(attention.shape)
+
+
+def pooled(network: ViT, params: Any, images: jax.Array) -> jax.Array:
+  """The pooled features of normalized images, float32 [B, D]."""
+  return _apply(network, params, images).pooled.astype(jnp.float32)
+
+
+# What can be read from a ViT of normalized images, by the names under which objectives offer it.
+READINGS = {'features': pooled, 'patch_features': patch_features, 'attention': class_attention}

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Normalize
+from fmcv_jax.models.attention_maps import READINGS
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -50,13 +52,27 @@ class Objective(abc.ABC):
   def functions(self) -> Mapping[str, Callable[[Params, Any, Batch], jax.Array]]:
     """What a trained model offers to evaluators and apps: name -> fn(params, extra, batch) -> [B, ...].
 
-    Names: 'logits' [B, classes], 'features' [B, D], 'embed_image' and 'embed_text' (unit length) [B, E].
+    Names: 'logits' [B, classes], 'features' [B, D], 'embed_image' and 'embed_text' (unit length) [B, E],
+    'patch_features' [B, rows, columns, D], 'attention' [B, heads, rows, columns].
     """
     return {}
 
   def image_tower(self, params: Params, extra: Any) -> ImageTower | None:
     """What `fmcv explain` looks into; None where there is no one such network."""
     return None
+
+
+def tower_functions(objective: Objective) -> dict[str, Callable[[Params, Any, Batch], jax.Array]]:
+  """'features', 'patch_features' and 'attention' of an objective whose image tower is a ViT."""
+
+  def of_tower(read):
+    def call(params, extra, batch):
+      tower: Any = objective.image_tower(params, extra)
+      return read(tower.network, tower.params, tower.normalize(batch['image'].astype(jnp.float32) / 255))
+
+    return call
+
+  return {name: of_tower(read) for name, read in READINGS.items()}
 
 
 class CoupledObjective(Objective):

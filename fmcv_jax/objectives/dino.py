@@ -15,11 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.models.attention_maps import class_attention
 from fmcv_jax.models.dino import SelfDistiller
 from fmcv_jax.models.layers import unit
-from fmcv_jax.models.vit import patch_features
-from fmcv_jax.objectives.base import ImageTower, Objective
+from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
 
 GLOBALS = 2
@@ -184,20 +182,7 @@ class SelfDistillation(Objective):
     return new
 
   def functions(self):
-    encoder = self.network.encoder
-
-    def of_teacher(fn):
-      def call(params, extra, batch):
-        images = self.normalize(batch['image'].astype(jnp.float32) / 255)
-        return fn(encoder, extra['teacher']['encoder'], images)
-
-      return call
-
-    def pooled(encoder, params, images):
-      return encoder.apply({'params': params}, images).pooled.astype(jnp.float32)
-
-    parts = {'features': pooled, 'patch_features': patch_features, 'attention': class_attention}
-    return {name: of_teacher(fn) for name, fn in parts.items()}
+    return tower_functions(self)
 
   def image_tower(self, params, extra):
     return ImageTower(self.network.encoder, extra['teacher']['encoder'], self.normalize)

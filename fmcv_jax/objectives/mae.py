@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
 from fmcv_jax.models.mae import MaskedAutoencoder
-from fmcv_jax.models.vit import patch_features, patches_of
-from fmcv_jax.objectives.base import ImageTower, Objective
+from fmcv_jax.models.vit import patches_of
+from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +63,7 @@ class MaskedAutoencoding(Objective):
     return hidden_error(predicted.pixels, target, order, self.visible), ({}, {})
 
   def functions(self):
-    def images_of(batch):
-      return self.normalize(batch['image'].astype(jnp.float32) / 255)
-
-    def features(params, extra, batch):
-      images = images_of(batch)
-      return self.network.encoder.apply({'params': params['encoder']}, images).pooled.astype(jnp.float32)
-
-    def dense(params, extra, batch):
-      return patch_features(self.network.encoder, params['encoder'], images_of(batch))
-
-    return {'features': features, 'patch_features': dense, 'reconstruct': self.reconstruct}
+    return {**tower_functions(self), 'reconstruct': self.reconstruct}
 
   def reconstruct(self, params, extra, batch):
     """[B, 2, H, W, 3] in [0, 1]: what the network sees, and that with the hidden patches as it fills them in.

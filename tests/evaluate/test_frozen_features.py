@@ -10,8 +10,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.source import Source
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.evaluate.base import Subject, pixels
 from fmcv_jax.evaluate.few_shot import FewShot, episode_accuracies
+from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.linear_probe import LinearProbe, best_ridge, logistic, ridge
 from fmcv_jax.evaluate.object_masks import ObjectMasks, jaccard
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
@@ -94,6 +95,16 @@ def test_few_shot_over_the_mesh():
   assert figures['3_way_4_shot'] == 1.0
   assert figures['3_way_4_shot_ci95'] == 0.0
   assert set(figures) == {f'3_way_{k}_shot{end}' for k in (1, 4) for end in ('', '_ci95')}
+
+
+def test_pixels_are_features_of_every_model():
+  subject = Subject({}, PLACEMENT, params={}, extra={})
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3)).astype(np.uint8)
+  blocks = images.reshape(2, 16, 2, 16, 3, 3).mean((2, 4)) / 255
+  np.testing.assert_allclose(pixels({}, {}, {'image': images}), blocks.reshape(2, -1), rtol=1e-5)
+  same = Pipeline(Colours())
+  assert Knn(same, same, ks=(1,), features='pixels', batch=8)(subject) == {'k1_top1': 1.0}
+  assert LinearProbe(same, same, features='pixels', batch=8)(subject)['top1'] == 1.0
 
 
 def test_jaccard_by_hand():
