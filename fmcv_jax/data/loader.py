@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fmcv_jax.data.decode import decode
 from fmcv_jax.data.order import Order
 from fmcv_jax.data.source import BadRecord, Example, Source
 from fmcv_jax.data.tokenizers import Tokenizer
@@ -24,6 +25,18 @@ FIELDS = ('image', 'label', 'tokens')
 _UNREADABLE = (BadRecord, OSError, ValueError)
 _ATTEMPTS = 100  # so many records in a row are unreadable only where all are
 _JUDGED_FROM = 1000  # records; a few early ones do not stop a run that would stay below max_bad
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+  """`count` pictures of each image, each by the transform `image` with its own chance (SwAV, Caron et al. 2020)."""
+
+  image: ImageTransform
+  count: int
+
+  def __post_init__(self) -> None:
+    if self.count < 1:
+      raise ValueError(f'count: expected at least 1, got {self.count}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Pipeline:
   source: Source
   image: ImageTransform | None = None
   prompts: tuple[str, ...] = ('{}',)
+  views: Mapping[str, Views] = dataclasses.field(default_factory=dict)
   shuffle: bool = True
   workers: int = 0
   max_bad: float = 0.01
@@ -50,6 +64,8 @@ class Pipeline:
   def __post_init__(self) -> None:
     if not self.prompts or any(prompt.count('{}') != 1 for prompt in self.prompts):
       raise ValueError(f"prompts: each needs one '{{}}' for the text, got {self.prompts}")
+    if taken := set(self.views) & set(FIELDS):
+      raise ValueError(f'views: {sorted(taken)} are fields already; choose another name')
     if self.workers < 0:
       raise ValueError(f'workers: expected at least 0, got {self.workers}')
     if not 0 <= self.max_bad <= 1:
@@ -64,6 +80,7 @@ class TrainLoader:
     image    uint8 [b, H, W, 3]
     label    int32 [b]
     tokens   int32 [b, L], by `tokenizer`
+    and the pipeline's views, uint8 [b, count, size, size, 3]
 
   batch   the global batch size, b times `process_count`
   start   examples of the run that are behind us, from `resume`
@@ -199,8 +216,11 @@ class _Batches:
 
   def check(self) -> None:
     """Raises UserError if the source, the transform or the tokenizer cannot give the fields."""
-    if unknown := set(self.fields) - set(FIELDS):
-      raise UserError(f'data: unknown fields {sorted(unknown)}; a loader gives {", ".join(FIELDS)}')
+    given = (*FIELDS, *self.pipeline.views)
+    if unknown := set(self.fields) - set(given):
+      raise UserError(
+        f'data: unknown fields {sorted(unknown)}; a loader gives {", ".join(given)}, and what data.views names'
+      )
     if 'tokens' in self.fields:
       if self.tokenizer is None:
         raise UserError('data: tokens are wanted, but there is no tokenizer; set one')
@@ -234,6 +254,12 @@ class _Batches:
       elif not isinstance(image, np.ndarray):
         raise UserError("data: the source gives encoded images; set the pipeline's image, such as resize_crop")
       row['image'] = image
+    if names := [name for name in self.pipeline.views if name in self.fields]:
+      image = self._given(record, 'image')
+      image = image if isinstance(image, np.ndarray) else decode(image)  # once for all views
+      for name in names:
+        views = self.pipeline.views[name]
+        row[name] = np.stack([views.image(image, rng) for _ in range(views.count)])
     return row
 
   def _text(self, record: Example, rng: np.random.Generator) -> str:

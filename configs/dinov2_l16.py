@@ -1,0 +1,85 @@
+"""DINOv2 L/16 on ImageNet-1k: the authors' short recipe (their ssl_default_config.yaml), 100 "epochs" of 1250 steps.
+
+Published (4 nodes of 8 A100): 81.6 % k-NN, 82.9 % linear top-1. Not measured here. Differs from theirs in three things:
+there is no layer-wise decay of the learning rate (0.9 there), the clipping is of all gradients together instead of
+module by module, and KoLeo looks for neighbours in the whole batch.
+
+    fmcv train --config configs/dinov2_l16.py --workdir gs://BUCKET/dinov2_l16
+"""
+
+import ml_collections
+
+STEPS_PER_EPOCH = 1250
+BATCH = 2048
+
+
+def get_config():
+  steps = 100 * STEPS_PER_EPOCH
+  c = ml_collections.ConfigDict()
+  jitter = (
+    dict(name='flip'),
+    dict(name='color_jitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, probability=0.8, grayscale=0.2),
+  )
+  c.objective = dict(
+    name='dino',
+    momentum=0.992,
+    momentum_steps=steps,
+    teacher_temperature=(0.04, 0.07),
+    temperature_steps=30 * STEPS_PER_EPOCH,
+    freeze_steps=STEPS_PER_EPOCH,
+    patch_weight=1.0,
+    hidden=(0.1, 0.5),
+    hidden_images=0.5,
+    koleo_weight=0.1,
+    global_augments=(
+      (*jitter, dict(name='blur', probability=1.0)),
+      (*jitter, dict(name='blur', probability=0.1), dict(name='solarize', probability=0.2)),
+    ),
+    local_augment=(*jitter, dict(name='blur', probability=0.5)),
+    normalize=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    network=dict(
+      name='dino',
+      lengths=True,
+      encoder=dict(
+        name='vit',
+        variant='L/16',
+        mask_token=True,
+        layer_scale=1e-5,
+        drop_path=0.3,
+        dtype='bfloat16',
+        remat='dots',
+      ),
+    ),
+  )
+  imagenet = dict(name='tfds', builder='imagenet2012')
+  c.data = dict(
+    source=dict(imagenet, split='train'),
+    views=dict(
+      global_views=dict(count=2, image=dict(name='random_resized_crop', size=224, scale=(0.32, 1.0))),
+      local_views=dict(count=8, image=dict(name='random_resized_crop', size=96, scale=(0.05, 0.32))),
+    ),
+    workers=32,
+  )
+  whole = dict(image=dict(name='resize_crop', size=224), workers=16)
+  judged = dict(
+    batch=1024,
+    data=dict(whole, source=dict(imagenet, split='validation')),
+    bank=dict(whole, source=dict(imagenet, split='train')),
+  )
+  c.evaluators = dict(
+    knn=dict(judged, name='knn', ks=(10, 20, 100, 200), every=10 * STEPS_PER_EPOCH),
+    probe=dict(judged, name='linear_probe', method='logistic'),
+  )
+  c.optimizer = dict(
+    rule=dict(name='adamw'),
+    schedule=dict(name='cosine', peak=4e-3 * (BATCH / 1024) ** 0.5, warmup_steps=10 * STEPS_PER_EPOCH, end=1e-6),
+    weight_decay=0.04,
+    weight_decay_end=0.4,
+    decayed=('.*/kernel', '.*/prototypes'),
+    clip_norm=3.0,
+  )
+  c.train = dict(steps=steps, batch=BATCH)
+  c.checkpoint = dict(every=STEPS_PER_EPOCH)
+  c.mesh = dict(data=1, fsdp=-1)
+  c.topology = 'v5e:16x16'
+  return c
