@@ -72,6 +72,6 @@ def get_config(variant='S/16'):
   )
   c.train = dict(steps=steps, batch=BATCH)
   c.checkpoint = dict(every=steps_per_epoch)
-  c.mesh = dict(data=1, fsdp=-1)
-  c.topology = 'v5e:16x16'
+  c.mesh = dict(data=-1)  # small enough to be whole on every chip
+  c.topology = 'v5e:8x8'
   return c

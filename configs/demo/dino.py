@@ -9,7 +9,7 @@ import ml_collections
 
 def get_config():
   c = ml_collections.ConfigDict()
-  steps, size, small = 600, 32, 16
+  steps, size, small = 300, 32, 16
   jitter = (
     dict(name='affine', scale=(0.9, 1.1), ratio=(0.8, 1.25), rotation=10.0, shear=0.12),
     dict(name='color_jitter', brightness=0.2, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2),
@@ -34,7 +34,7 @@ def get_config():
       # The network of the other demos; float32, unrolled and with the cheapest activation is what is fastest on a CPU.
       encoder=dict(
         name='vit',
-        variant='mu/4',
+        variant='mu/8',
         image_size=size,
         width=128,
         depth=4,
@@ -66,7 +66,7 @@ def get_config():
       shots=(1, 2),
       data=dict(source=dict(emoji, artists=('openmoji', 'noto', 'twemoji'), split='held_out')),
     ),
-    masks=dict(name='object_masks', data=dict(source=third)),
+    masks=dict(name='object_masks', data=dict(source=dict(third, image_size=64))),
   )
   c.optimizer = dict(
     rule=dict(name='muon'),
@@ -75,6 +75,6 @@ def get_config():
     weight_decay_end=0.4,
     clip_norm=3.0,
   )
-  c.train = dict(steps=steps, batch=128)
+  c.train = dict(steps=steps, batch=256)
   c.log = dict(every=20)
   return c
