@@ -16,7 +16,7 @@ def get_config():
   )
   c.objective = dict(
     name='dino',
-    momentum=0.99,
+    momentum=0.95,
     momentum_steps=steps,
     local_views=2,
     local_size=small,

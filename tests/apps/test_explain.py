@@ -54,6 +54,7 @@ def test_texts_are_looked_for_in_several_images(folder, clip, tmp_path, capsys):
   assert "to 'green'" in printed
 
 
+@pytest.mark.slow
 def test_classifier_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
   workdir = untrained(runs.classification(folder), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
@@ -63,6 +64,7 @@ def test_classifier_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
     explain.run([str(folder / 'c' / '2.png')], str(workdir), ['a cat'], tmp_path)
 
 
+@pytest.mark.slow
 def test_masked_autoencoder_shows_what_it_fills_in(folder, tmp_path):
   config = runs.classification(folder)
   network = {'name': 'mae', 'width': 16, 'depth': 1, 'heads': 2}

@@ -27,12 +27,14 @@ def test_observing_changes_nothing_and_costs_no_parameters(random_variables):
 def test_patch_features_stand_at_their_patches():
   """With no attention between tokens and no positions, a feature depends on its own patch alone."""
   network = vit('mu/8', image_size=32, positions='sincos2d')
-  params = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0), IMAGES)['params'])
+  shapes = jax.eval_shape(network.init, jax.random.key(0), IMAGES)['params']
+  params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   params['patch']['kernel'] = jax.random.normal(jax.random.key(1), params['patch']['kernel'].shape)
   params['norm']['scale'] = jnp.ones(32)
   changed = IMAGES.copy()
   changed[:, 8:16, 24:32] += 1
-  difference = patch_features(network, params, changed) - patch_features(network, params, IMAGES)
+  read = jax.jit(lambda images: patch_features(network, params, images))
+  difference = read(changed) - read(IMAGES)
   expected = np.zeros((4, 4), bool)
   expected[1, 3] = True
   np.testing.assert_array_equal(np.abs(difference).max((0, 3)) > 0, expected)
@@ -93,8 +95,8 @@ def test_principal_colours_follow_the_directions_of_largest_variance():
 def test_the_only_patch_of_an_image_is_embedded_as_the_image(pool, random_variables):
   network, images = vit('mu/8', image_size=8, pool=pool, depth=1, outputs=6, outputs_bias=False), IMAGES[:, :8, :8]
   variables = random_variables(network, images)
-  patches = attention_maps.patch_embeddings(network, variables['params'], images)
-  output = network.apply(variables, images).output
+  patches = jax.jit(lambda p: attention_maps.patch_embeddings(network, p, images))(variables['params'])
+  output = jax.jit(network.apply)(variables, images).output
   np.testing.assert_allclose(patches[:, 0, 0], output / np.linalg.norm(output, axis=1, keepdims=True), atol=1e-6)
 
 
@@ -114,5 +116,5 @@ def test_patches_beside_a_class_token_are_embedded_by_their_values(random_variab
   x = linear(x, params['patch']) + params['position'][1:]
   x = linear(linear(norm(x, block['norm1']), block['attention']['value']), block['attention']['out'])
   x = norm(x, params['norm']) @ params['head']['kernel']
-  ours = attention_maps.patch_embeddings(network, params, IMAGES).reshape(2, 16, 6)
+  ours = jax.jit(lambda p: attention_maps.patch_embeddings(network, p, IMAGES))(params).reshape(2, 16, 6)
   np.testing.assert_allclose(ours, x / np.linalg.norm(x, axis=-1, keepdims=True), atol=1e-5)

@@ -38,13 +38,19 @@ def small(**options):
   return mae(vit('mu/8', image_size=32, positions='sincos2d', depth=1, **options), width=32, depth=1, heads=4)
 
 
+def drawn(shapes):
+  """Parameters that all have a say, without compiling an initialization."""
+  generator = np.random.default_rng(1)
+  return jax.tree.map(lambda s: 0.3 * generator.normal(size=s.shape).astype(np.float32), shapes)
+
+
 def test_the_encoder_sees_the_first_patches_of_the_order_and_nothing_else():
   network = small()
   generator = np.random.default_rng(0)
   images = generator.normal(size=(2, 32, 32, 3)).astype(np.float32)
   order = np.stack([generator.permutation(16) for _ in range(2)])
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), images, order, visible=4))
-  variables = jax.tree.map(lambda s: 0.3 * generator.normal(size=s.shape).astype(np.float32), shapes)
+  variables = drawn(shapes)
   apply = jax.jit(lambda images: network.apply(variables, images, order, visible=4))
 
   def with_noise(which):
@@ -68,7 +74,7 @@ def test_orders_are_permutations_and_differ_between_images():
 
 def test_reconstruct_shows_the_true_pixels_where_they_were_seen():
   objective = MaskedAutoencoding(small())
-  params, _ = objective.init(jax.random.key(0))
+  params, _ = drawn(jax.eval_shape(objective.init, jax.random.key(0)))
   batch = {'image': np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)}
   masked, filled = np.moveaxis(np.asarray(jax.jit(objective.reconstruct)(params, {}, batch)), 1, 0)
   seen = (masked != 0.5).any(-1)
@@ -130,6 +136,7 @@ def test_parity_with_transformers():
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-6 * largest, err_msg=path_of(path))
 
 
+@pytest.mark.slow
 def test_training_on_eight_devices_equals_one():
   learner = MaskedAutoencoding(small())
   batches = [batch_of(learner, seed) for seed in range(4)]

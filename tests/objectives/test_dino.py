@@ -12,6 +12,7 @@ from fmcv_jax.models.vit import vit
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
 from fmcv_jax.objectives.dino import SelfDistillation, koleo, patch_loss, sinkhorn, view_loss
 from fmcv_jax.parallel.mesh import MeshShape
+from fmcv_jax.parallel.rules import path_of
 from tests.models.test_tables import count
 from tests.train.tiny import Trainer, batch_of
 
@@ -124,19 +125,25 @@ def test_published_head_sizes(variant, parameters):
 @pytest.mark.parametrize('targets', ['centre', pytest.param('sinkhorn', marks=pytest.mark.slow)])
 def test_training_on_eight_devices_equals_one(targets):
   options = dict(
-    targets=targets, patch_weight=1.0, koleo_weight=0.1, teacher_temperature=(0.04, 0.07), temperature_steps=3
+    # Small crops only where there is time.
+    local_views=2 if targets == 'sinkhorn' else 0,
+    targets=targets,
+    patch_weight=1.0,
+    koleo_weight=0.1,
+    teacher_temperature=(0.04, 0.07),
+    temperature_steps=3,
   )
   learner = objective(network=network(separate_patch_head=True, lengths=True), **options)
-  batches = [batch_of(learner, seed) for seed in range(4)]
+  batches = [batch_of(learner, seed) for seed in range(3)]
   one, eight = Trainer(learner, devices=1), Trainer(learner, MeshShape(data=2, fsdp=2, tensor=2))
   losses = [trainer.run(batches) for trainer in (one, eight)]
   np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
-  assert len(set(losses[0])) == 4
+  assert len(set(losses[0])) == 3
   for name in one.metrics:
     assert eight.metrics[name] == pytest.approx(one.metrics[name], rel=1e-4), name
-  for a, b in zip(jax.tree.leaves(one.state.extra), jax.tree.leaves(eight.state.extra), strict=True):
-    # Gradients that are zero but for rounding (of key biases) are steps of that size under Adam.
-    np.testing.assert_allclose(b, a, rtol=0, atol=1e-4 * np.abs(a).max() + 1e-6)
+  for (path, a), b in zip(jax.tree.leaves_with_path(one.state.extra), jax.tree.leaves(eight.state.extra), strict=True):
+    if 'key/bias' not in path_of(path):  # its gradient is zero but for rounding, of which Adam takes whole steps
+      np.testing.assert_allclose(b, a, rtol=0, atol=1e-4 * np.abs(a).max() + 1e-7, err_msg=path_of(path))
 
 
 def test_teacher_and_centre_follow_their_closed_forms():
@@ -163,7 +170,10 @@ def test_teacher_gets_warmer_and_prototypes_thaw():
   temperatures = [float(learner.temperature_at(step)) for step in (0, 10, 30, 100)]
   np.testing.assert_allclose(temperatures, [0.04, 0.05, 0.07, 0.07], rtol=1e-6)
   learner = objective(freeze_steps=5, local_views=0)
-  params, extra = learner.init(jax.random.key(0))
+  generator = np.random.default_rng(0)
+  params, extra = jax.tree.map(
+    lambda s: (0.2 * generator.normal(size=s.shape)).astype(s.dtype), jax.eval_shape(learner.init, jax.random.key(0))
+  )
   batch = {k: v[:2] for k, v in batch_of(learner).items()}
   gradient = jax.jit(
     lambda step: jax.grad(learner.loss, has_aux=True)(params, batch, jax.random.key(1), {**extra, 'step': step})[0]
