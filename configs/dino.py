@@ -27,7 +27,6 @@ def get_config(variant='S/16'):
   c.objective = dict(
     name='dino',
     momentum=0.996,
-    momentum_steps=steps,
     teacher_temperature=(0.04, 0.07),
     temperature_steps=30 * steps_per_epoch,
     freeze_steps=steps_per_epoch,

@@ -24,7 +24,6 @@ def get_config():
   c.objective = dict(
     name='dino',
     momentum=0.992,
-    momentum_steps=steps,
     teacher_temperature=(0.04, 0.07),
     temperature_steps=30 * STEPS_PER_EPOCH,
     freeze_steps=STEPS_PER_EPOCH,

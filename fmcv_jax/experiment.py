@@ -164,8 +164,8 @@ class Run:
   def __init__(self, config: dict[str, Any], workdir: str | pathlib.Path | None = None):
     self.config = config
     self._workdir = epath.Path(workdir) if workdir is not None else None
-    self.experiment: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self._workdir), KINDS)
-    e = self.experiment
+    e: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self._workdir), KINDS)
+    self.experiment = e = dataclasses.replace(e, objective=e.objective.for_run(e.train.steps))
     self.placement = Placement(make_mesh(e.mesh), e.rules)
     self.tx = e.optimizer.make(e.train.steps)
     self._check_batches()

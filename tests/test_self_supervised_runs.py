@@ -17,7 +17,7 @@ def config_of(kind, folder):
   crop = {'name': 'random_resized_crop', 'size': 32}
   if kind == 'dino':
     network = {'name': 'dino', 'encoder': encoder, 'prototypes': 16, 'hidden': 16, 'bottleneck': 8}
-    objective = {'name': 'dino', 'network': network, 'momentum_steps': 6, 'local_views': 1, 'local_size': 16}
+    objective = {'name': 'dino', 'network': network, 'local_views': 1, 'local_size': 16}
     objective |= {'patch_weight': 1.0, 'koleo_weight': 0.1, 'freeze_steps': 2}
     views = {'global_views': {'count': 2, 'image': crop}, 'local_views': {'count': 1, 'image': {**crop, 'size': 16}}}
     data = {'source': source, 'views': views}

@@ -17,7 +17,6 @@ def get_config():
   c.objective = dict(
     name='dino',
     momentum=0.95,
-    momentum_steps=steps,
     local_views=2,
     local_size=small,
     teacher_temperature=(0.04, 0.04),

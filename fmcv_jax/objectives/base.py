@@ -49,6 +49,10 @@ class Objective(abc.ABC):
     """The next `extra`, from the already updated `params`."""
     return extra
 
+  def for_run(self, steps: int) -> 'Objective':
+    """This objective in a run of so many steps, for schedules of its own that last as long as the run."""
+    return self
+
   def functions(self) -> Mapping[str, Callable[[Params, Any, Batch], jax.Array]]:
     """What a trained model offers to evaluators and apps: name -> fn(params, extra, batch) -> [B, ...].
 

@@ -27,7 +27,8 @@ GLOBALS = 2
 class SelfDistillation(Objective):
   """Learns from crops of unlabelled images; the trained model is the teacher.
 
-  momentum_steps        steps (those of the run) over which the teacher's momentum rises from `momentum` to 1
+  momentum              of the teacher, at the start; it rises to 1 by half a cosine
+  momentum_steps        over so many steps; None for those of the run
   local_views           small crops of local_size x local_size pixels
   targets               what keeps the teacher from one answer for all: 'centre' takes away the running mean of its
                         scores, 'sinkhorn' makes all prototypes equally frequent in the batch (SwAV, Caron et al. 2020)
@@ -40,8 +41,8 @@ class SelfDistillation(Objective):
   """
 
   network: nn.Module
-  momentum_steps: int
   momentum: float = 0.996
+  momentum_steps: int | None = None
   local_views: int = 8
   local_size: int = 96
   targets: Literal['centre', 'sinkhorn'] = 'centre'
@@ -62,8 +63,10 @@ class SelfDistillation(Objective):
   def __post_init__(self):
     if not isinstance(self.network, SelfDistiller):
       raise ValueError('network: self-distillation needs network.name=dino')
-    if self.momentum_steps < 1:
-      raise ValueError(f'momentum_steps: expected the number of steps of the run, got {self.momentum_steps}')
+    if self.momentum_steps is not None and self.momentum_steps < 1:
+      raise ValueError(
+        f'momentum_steps: expected at least 1, or None for the steps of the run; got {self.momentum_steps}'
+      )
     if self.local_size % self.network.encoder.patch:
       raise ValueError(f'local_size: {self.local_size} does not divide into patches of {self.network.encoder.patch}')
     if self.patch_weight and not self.network.encoder.mask_token:
@@ -169,7 +172,12 @@ class SelfDistillation(Objective):
     heads = {k: {n: hold(n, w) for n, w in v.items()} for k, v in params.items() if k.endswith('head')}
     return {**params, **heads}
 
+  def for_run(self, steps):
+    return self if self.momentum_steps else dataclasses.replace(self, momentum_steps=steps)
+
   def update_extra(self, extra, params, aux, step):
+    if self.momentum_steps is None:
+      raise ValueError('momentum_steps is not known yet; train objective.for_run(steps)')
     rest = jnp.minimum(step / self.momentum_steps, 1.0)
     momentum = 1 - (1 - self.momentum) * (1 + jnp.cos(math.pi * rest)) / 2
     new = {

@@ -165,6 +165,11 @@ def test_teacher_and_centre_follow_their_closed_forms():
   assert float(extra['teacher']['w']) == before  # momentum 1 from the end of the schedule on
 
 
+def test_momentum_lasts_as_long_as_the_run_unless_said_otherwise():
+  assert objective(momentum_steps=None).for_run(70).momentum_steps == 70
+  assert objective(momentum_steps=10).for_run(70).momentum_steps == 10
+
+
 def test_teacher_gets_warmer_and_prototypes_thaw():
   learner = objective(teacher_temperature=(0.04, 0.07), temperature_steps=30)
   temperatures = [float(learner.temperature_at(step)) for step in (0, 10, 30, 100)]
