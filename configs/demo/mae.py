@@ -1,5 +1,9 @@
 """A small masked autoencoder on emoji without their names, in minutes on two CPU cores.
 
+Measured after 60 steps of this recipe (seed 0, warm-up 10, 70 seconds on 2 cores): k-NN 0.133 (untrained 0.122, raw
+pixels 0.378), linear probe 0.177 (untrained 0.161, pixels 0.198), 5-way 1-shot on held-out concepts 0.533 (untrained
+0.455).
+
 fmcv train --config configs/demo/mae.py --workdir runs/mae
 fmcv explain an_emoji.png --model runs/mae
 """
