@@ -42,7 +42,9 @@ from fmcv_jax.evaluate.linear_probe import LinearProbe
 from fmcv_jax.evaluate.object_masks import ObjectMasks
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.zero_shot import ZeroShot
+from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.dino import dino
+from fmcv_jax.models.dit import dit
 from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.models.mae import mae
 from fmcv_jax.models.text import text_transformer
@@ -73,8 +75,10 @@ KINDS: config_lib.Kinds = {
     'mae': MaskedAutoencoding,
   },
   nn.Module: {
+    'autoencoder': autoencoder,
     'clip': clip,
     'dino': dino,
+    'dit': dit,
     'dual_encoder': dual_encoder,
     'mae': mae,
     'siglip': siglip,

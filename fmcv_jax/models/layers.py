@@ -84,7 +84,8 @@ class Attention(nn.Module):
 
     def project(inputs, name):
       y = dense(width, c.dtype, name)(inputs)
-      return constrain(y.reshape(*y.shape[:2], c.heads, -1), 'batch', 'tokens', 'heads', None)
+      heads = 'heads' if c.heads > 1 else None  # a single head is whole on every mesh
+      return constrain(y.reshape(*y.shape[:2], c.heads, -1), 'batch', 'tokens', heads, None)
 
     query, key, value = project(x, 'query'), project(context, 'key'), project(context, 'value')
     if angles is not None:

@@ -25,7 +25,7 @@ LogicalAxes = tuple[str | None, ...]
 PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads')),
   (r'(.*/)?(query|key|value)/bias', ('heads',)),
-  (r'(.*/)?attention/out/kernel', ('heads', 'embed')),
+  (r'(.*/)?(\w+_)?attention/out/kernel', ('heads', 'embed')),
   (r'(.*/)?mlp/(up|gate)/kernel', ('embed', 'mlp')),
   (r'(.*/)?mlp/(up|gate)/bias', ('mlp',)),
   (r'(.*/)?mlp/down/kernel', ('mlp', 'embed')),
@@ -41,6 +41,13 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?(hidden\d+|bottleneck)/bias', (None,)),
   (r'(.*/)?prototypes', ('embed', 'vocab')),
   (r'(.*/)?lengths', ('vocab',)),
+  # Diffusion and autoencoders: images and latents have few channels, which no mesh divides.
+  (r'(.*/)?conv_out/kernel', (None, None, 'embed', None)),
+  (r'(.*/)?conv\w*/kernel', (None, None, None, 'embed')),
+  (r'(.*/)?(conv\w*|shortcut|modulation|quantize|unquantize)/bias', (None,)),
+  (r'(.*/)?(shortcut|modulation)/kernel', ('embed', None)),
+  (r'(.*/)?(quantize|unquantize)/kernel', (None, None)),
+  (r'(.*/)?classes/embedding', (None, 'embed')),
   (r'temperature|bias', ()),
 )
 

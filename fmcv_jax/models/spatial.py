@@ -1,0 +1,86 @@
+"""What convolutional autoencoders are built of, on pictures [B, H, W, C].
+
+Shapes follow Rombach et al. 2022; convolutions of one pixel are dense layers.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.models.layers import Attention, BlockConfig, dense
+from fmcv_jax.parallel.rules import constrain
+
+GROUPS = 32  # of every group norm, or as many as there are channels
+
+
+def conv(
+  features: int,
+  dtype: str,
+  name: str,
+  *,
+  size: int = 3,
+  stride: int = 1,
+  padding: str | Sequence[tuple[int, int]] = 'SAME',
+  init=nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+) -> nn.Conv:
+  return nn.Conv(
+    features, (size, size), (stride, stride), padding=padding, dtype=jnp.dtype(dtype), kernel_init=init, name=name
+  )
+
+
+def group_norm(channels: int, dtype: str, name: str) -> nn.GroupNorm:
+  groups = min(GROUPS, channels)
+  return nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
+
+
+class ResidualBlock(nn.Module):
+  """Two convolutions around a skip: [B, H, W, C] -> [B, H, W, features]."""
+
+  features: int
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    y = conv(self.features, self.dtype, 'conv1')(jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm1')(x)))
+    y = jax.nn.silu(group_norm(self.features, self.dtype, 'norm2')(y))
+    y = conv(self.features, self.dtype, 'conv2')(y)
+    if x.shape[-1] != self.features:
+      x = dense(self.features, self.dtype, 'shortcut')(x)
+    return constrain(x + y, 'batch', None, None, None)
+
+
+class SpatialAttention(nn.Module):
+  """Every pixel looks at all pixels, with one head, around a skip: [B, H, W, C] -> [B, H, W, C]."""
+
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    batch, height, width, channels = x.shape
+    config = BlockConfig(1, 0, dtype=self.dtype)  # type: ignore[arg-type]
+    y = group_norm(channels, self.dtype, 'norm')(x).reshape(batch, height * width, channels)
+    return x + Attention(config, name='attention')(y).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+  """Halves both sides, padding below and to the right only."""
+
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    return conv(x.shape[-1], self.dtype, 'conv', stride=2, padding=[(0, 1), (0, 1)])(x)
+
+
+class Upsample(nn.Module):
+  """Doubles both sides: every pixel four times, then a convolution."""
+
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return conv(channels, self.dtype, 'conv')(x.reshape(batch, 2 * height, 2 * width, channels))

@@ -1,0 +1,154 @@
+"""Denoisers and autoencoders in float32 equal diffusers' on the same random weights: outputs and every gradient."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmcv_jax.models.autoencoder import Autoencoder
+from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.models.dit import dit
+from fmcv_jax.parallel.rules import path_of
+
+torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
+diffusers = pytest.importorskip('diffusers', reason='pip install diffusers')
+
+# diffusers' names in ours, one substitution after the other.
+SPELLING = (
+  (r'\.', '/'),
+  (r'pos_embed/proj', 'patch'),
+  (r'transformer_blocks/(\d+)/norm1/(emb/)?linear/', r'blocks/\1/modulation/'),
+  (r'transformer_blocks/(\d+)', r'blocks/\1'),
+  (r'attn1', 'attention'),
+  (r'to_q', 'query'),
+  (r'to_k', 'key'),
+  (r'to_v', 'value'),
+  (r'to_out/0', 'out'),
+  (r'ff/net/0/proj', 'mlp/up'),
+  (r'ff/net/2', 'mlp/down'),
+  (r'proj_out_1', 'modulation'),
+  (r'proj_out_2', 'head'),
+  (r'timestep_embedder', 'time_embedding'),
+  (r'linear_(\d)', r'hidden\1'),
+  (r'class_embedder/embedding_table/weight', 'classes/embedding'),
+  (r'conv_shortcut', 'shortcut'),
+  (r'mid_block/resnets/', 'middle/block'),
+  (r'mid_block/attentions/', 'middle/attention'),
+  (r'(down|up)_blocks/(\d)/resnets/', r'\1\2_block'),
+  (r'(down|up)_blocks/(\d)/attentions/', r'\1\2_attention'),
+  (r'(down|up)_blocks/(\d)/(down|up)samplers/0', r'\1\2_\3'),
+  (r'attention(\d+)/(query|key|value|out)', r'attention\1/attention/\2'),
+  (r'attention(\d+)/group_norm', r'attention\1/norm'),
+  (r'post_quant_conv', 'unquantize'),
+  (r'quant_conv', 'quantize'),
+  (r'conv_norm_out', 'norm'),
+  (r'(norm\d?)/weight', r'\1/scale'),
+  (r'weight$', 'kernel'),
+)
+
+
+def adopted(tensors, shapes, spelling=()):
+  """A dict of torch parameters (or of their gradients) as our tree of these shapes; none is missing or left over."""
+  found = {}
+  for name, tensor in tensors.items():
+    x = tensor.detach().numpy()
+    for pattern, replacement in (*SPELLING, *spelling):
+      name = re.sub(pattern, replacement, name)
+    if name.endswith('kernel'):
+      x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+    found.setdefault(re.sub(r'blocks/\d+', 'blocks', name), []).append(x)
+  paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), shapes)
+  assert set(jax.tree.leaves(paths)) == set(found)
+  return jax.tree.map(lambda path, shape: np.stack(found[path]).reshape(shape.shape), paths, shapes)
+
+
+def randomized(model):
+  """Every parameter away from its initial value, in float64: in float32 torch rounds as much as the tolerance."""
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+  return model.eval().double()
+
+
+def nchw(x):
+  return torch.from_numpy(np.moveaxis(x, -1, 1).astype(np.float64))
+
+
+def compare(reference, theirs, apply, shapes, spelling=(), shared=()):
+  """theirs: the reference's output [B, C, H, W]; apply(params): ours. Weighed at random to get the gradients."""
+  own = dict(reference.named_parameters())
+  params = adopted({k: v for k, v in own.items() if k not in shared}, shapes, spelling)
+  expected = np.moveaxis(theirs.detach().numpy(), 1, -1)
+  weights = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
+  (theirs * nchw(weights)).sum().backward()
+
+  def loss(params):
+    output = apply(params)
+    return jnp.sum(output * weights), output
+
+  gradients, output = jax.jit(jax.grad(loss, has_aux=True))(params)
+  np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+  wanted = adopted({k: v.grad for k, v in own.items() if k not in shared}, shapes, spelling)
+  largest = max(np.abs(g).max() for g in jax.tree.leaves(wanted))
+  for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(gradients)[0], jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-6 * largest, err_msg=path_of(path))
+
+
+def test_dit():
+  reference = randomized(
+    diffusers.DiTTransformer2DModel(
+      num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+      patch_size=2, norm_eps=1e-6, num_embeds_ada_norm=10,
+    )
+  )  # fmt: skip
+  shared = []
+  first = reference.transformer_blocks[0].norm1.emb
+  for index, block in enumerate(reference.transformer_blocks):
+    # diffusers embeds time and class in every block, and ends its frequencies elsewhere than the authors' DiT.
+    block.norm1.emb = first
+    if index:
+      shared += [f'transformer_blocks.{index}.norm1.emb.{name}' for name, _ in first.named_parameters()]
+  first.time_proj.downscale_freq_shift = 0
+  network = dit('mu/2', image_size=8, outputs=8, classes=10, heads=4)
+  rng = np.random.default_rng(0)
+  # Early times: torch's frequencies are rounded to float32 by their exponent, and late times magnify that.
+  x, t = rng.normal(size=(3, 8, 8, 4)).astype(np.float32), np.array([0.0, 3.0, 90.0], np.float32)
+  label = np.array([1, 10, 4], np.int32)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, t, Condition(label)))['params']
+  theirs = reference(nchw(x), torch.from_numpy(t), torch.from_numpy(label).long()).sample
+  spelling = ((r'blocks/0/norm1/emb/', ''),)
+  compare(reference, theirs, lambda p: network.apply({'params': p}, x, t, Condition(label)), shapes, spelling, shared)
+
+
+def test_autoencoder():
+  channels = (32, 64)
+  reference = randomized(
+    diffusers.AutoencoderKL(
+      block_out_channels=channels, down_block_types=('DownEncoderBlock2D',) * 2,
+      up_block_types=('UpDecoderBlock2D',) * 2, latent_channels=4, layers_per_block=2, sample_size=16,
+    )
+  )  # fmt: skip
+  network = Autoencoder(channels, 2, 4, (False, False), image_size=16)
+  x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x))['params']
+  spelling = (
+    (r'encoder/down(\d)_', r'encoder/level\1_'),
+    (r'decoder/up(\d)_', lambda found: f'decoder/level{1 - int(found[1])}_'),
+    (r'decoder/conv_out', 'conv_out'),
+  )
+  latent = reference.encode(nchw(x)).latent_dist
+  ours = network.apply({'params': adopted(dict(reference.named_parameters()), shapes, spelling)}, x, method='encode')
+  for a, b in ((ours.mean, latent.mean), (ours.log_variance, latent.logvar)):
+    np.testing.assert_allclose(a, np.moveaxis(b.detach().numpy(), 1, -1), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(ours.kl(), latent.kl().detach(), rtol=1e-5)
+  # The variance's half of the encoder's output does not reach the picture: let it in by a sum.
+  theirs = reference.decode(latent.mean + latent.logvar).sample
+
+  def apply(params):
+    moments = network.apply({'params': params}, x, method='encode')
+    return network.apply({'params': params}, moments.mean + moments.log_variance, method='decode')
+
+  compare(reference, theirs, apply, shapes, spelling)

@@ -1,0 +1,75 @@
+"""Parameters and multiply-adds of the named denoisers and autoencoders against the published implementations.
+
+The references are the authors' DiT, CompVis' latent-diffusion and stable-diffusion, and diffusers; fixed tables of
+positions, which ours compute, do not count.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fmcv_jax.models.autoencoder import autoencoder
+from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.models.dit import dit
+from tests.models.test_tables import assert_gmac, count
+
+
+def abstract(*shape, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'size', 'parameters', 'gmac'),
+  [
+    ('S/2', 32, 32_963_360 - 256 * 384, '6.056'),
+    ('S/4', 32, 32_945_024 - 64 * 384, '1.413'),
+    ('S/8', 32, 33_148_160 - 16 * 384, '0.358'),
+    ('B/2', 32, 130_512_416 - 256 * 768, '23.005'),
+    ('B/4', 32, 130_475_648 - 64 * 768, '5.565'),
+    ('B/8', 32, 130_881_536 - 16 * 768, '1.418'),
+    ('L/2', 32, 458_102_816 - 256 * 1024, '80.698'),
+    ('L/4', 32, 458_053_760 - 64 * 1024, '19.696'),
+    ('L/8', 32, 458_594_816 - 16 * 1024, '5.011'),
+    ('XL/2', 32, 674_834_720, '118.621'),
+    ('XL/4', 32, 675_074_432 - 64 * 1152, '29.044'),
+    ('XL/8', 32, 675_683_072 - 16 * 1152, '7.392'),
+    ('XL/2', 64, 676_014_368 - 1024 * 1152, '524.538'),
+  ],
+)
+def test_dit_with_a_thousand_classes_and_a_learned_variance(variant, size, parameters, gmac):
+  network = dit(variant, image_size=size, outputs=8, classes=1000)
+  inputs = abstract(1, size, size, 4), abstract(1), Condition(label=abstract(1, dtype=jnp.int32))
+  variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+  assert count(variables) == parameters
+  assert_gmac(gmac, network.apply, variables, *inputs)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'encoder', 'decoder', 'quantize'),
+  [
+    ('kl-f4', 22_351_238, 32_960_771, 6 * 6 + 6 + 3 * 3 + 3),
+    ('kl-f8', 34_163_592, 49_490_179, 72 + 20),
+    ('kl-f16', 28_265_760, 41_343_875, 32 * 33 + 16 * 17),
+    ('kl-f32', 42_614_656, 61_244_803, 128 * 129 + 64 * 65),
+    ('f8-16ch', None, None, None),
+  ],
+)
+def test_autoencoders(variant, encoder, decoder, quantize):
+  network = autoencoder(variant)
+  params = jax.eval_shape(network.init, jax.random.key(0), abstract(1, 256, 256, 3))['params']
+  if encoder is None:
+    assert count(params) == 83_819_683
+    return
+  assert count(params['encoder']) == encoder
+  assert count(params['decoder']) + count(params['conv_out']) == decoder
+  assert count(params) == encoder + decoder + quantize
+
+
+@pytest.mark.parametrize(('size', 'encode', 'decode'), [(256, '136.36', '311.09'), (512, '558.33', '1257.26')])
+def test_work_of_stable_diffusions_autoencoder(size, encode, decode):
+  network = autoencoder('kl-f8', image_size=size)
+  images = abstract(1, size, size, 3)
+  variables = jax.eval_shape(network.init, jax.random.key(0), images)
+  assert_gmac(encode, lambda v, x: network.apply(v, x, method='encode'), variables, images)
+  latent = abstract(1, size // 8, size // 8, 4)
+  assert_gmac(decode, lambda v, z: network.apply(v, z, method='decode'), variables, latent)

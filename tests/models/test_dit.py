@@ -1,0 +1,93 @@
+"""Claims about the diffusion transformer that no published network is needed for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmcv_jax.models.autoencoder import autoencoder
+from fmcv_jax.models.conditioning import Condition, sinusoids
+from fmcv_jax.models.dit import dit, picture_of
+from fmcv_jax.models.vit import patches_of
+from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.rules import Placement
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(8, 8, 8, 4)).astype(np.float32)
+TIME = np.linspace(0, 999, 8).astype(np.float32)
+TEXT = Condition(
+  text=RNG.normal(size=(8, 5, 16)).astype(np.float32),
+  mask=np.arange(5) < np.array([1, 2, 3, 4, 5, 1, 2, 3])[:, None],
+  pooled=RNG.normal(size=(8, 16)).astype(np.float32),
+)
+TOLD = dict(image_size=8, cross_attention=True, pooled_text=True)
+
+
+def test_picture_of_undoes_patches_of_on_oblong_pictures_of_any_channels():
+  x = RNG.normal(size=(2, 8, 12, 5)).astype(np.float32)
+  np.testing.assert_array_equal(picture_of(*patches_of(x, 2), 2), x)
+
+
+def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
+  network = dit('mu/2', image_size=8)
+  params = network.init(jax.random.key(0), X, TIME)['params']
+  output, first = network.apply({'params': params}, X, TIME, tap=1)
+  _, last = network.apply({'params': params}, X, TIME, tap=2)
+  np.testing.assert_array_equal(output, 0)
+  np.testing.assert_array_equal(first, last)
+
+
+def test_text_reaches_the_picture_and_masked_words_do_not(random_variables):
+  network = dit('mu/2', **TOLD)
+  variables = random_variables(network, X, TIME, TEXT)
+  apply = jax.jit(network.apply)
+  before = apply(variables, X, TIME, TEXT)
+  hidden = TEXT._replace(text=np.where(TEXT.mask[..., None], TEXT.text, 7.0).astype(np.float32))
+  np.testing.assert_array_equal(apply(variables, X, TIME, hidden), before)
+  for other in (TEXT._replace(text=TEXT.text + 1), TEXT._replace(pooled=TEXT.pooled + 1)):
+    assert np.abs(apply(variables, X, TIME, other) - before).max() > 1e-3
+
+
+def test_remat_and_unrolling_change_no_result(random_variables):
+  network = dit('mu/2', **TOLD)
+  variables = random_variables(network, X, TIME, TEXT)
+
+  def gradient(network):
+    return jax.jit(jax.grad(lambda v: jnp.square(network.apply(v, X, TIME, TEXT)).mean()))(variables)
+
+  expected = gradient(network)
+  # Of the largest gradient of all: that of the keys' bias, to which softmax is blind, is rounding only.
+  atol = 1e-5 * max(np.abs(x).max() for x in jax.tree.leaves(expected))
+  for other in (dit('mu/2', **TOLD, remat='full'), dit('mu/2', **TOLD, unroll=2)):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), gradient(other), expected)
+
+
+def test_sinusoids_are_exact_at_the_latest_time():
+  frequency = 10_000.0 ** -(np.arange(128) / 128)
+  expected = np.concatenate([np.cos(999 * frequency), np.sin(999 * frequency)])
+  # float32 holds an angle of 999 to half a unit in the last place, 3e-5, and a frequency's error times 999 as much.
+  np.testing.assert_allclose(sinusoids(np.array([999.0]), 256)[0], expected, rtol=0, atol=1e-4)
+
+
+def assert_same_on_a_mesh(network, variables, *inputs):
+  placement = Placement(make_mesh(MeshShape(data=2, fsdp=2, tensor=2)))
+  whole = jax.jit(network.apply)(variables, *inputs)
+
+  def call(variables, *inputs):
+    with placement.active():
+      return network.apply(variables, *inputs)
+
+  shardings = {'params': placement.parameters(variables['params'])}
+  split = jax.jit(call, in_shardings=(shardings, *(placement.batch(x) for x in inputs)))(variables, *inputs)
+  for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_dit_split_over_eight_devices_equals_one(random_variables):
+  network = dit('mu/2', **TOLD)
+  assert_same_on_a_mesh(network, random_variables(network, X, TIME, TEXT), X, TIME, TEXT)
+
+
+def test_autoencoder_split_over_eight_devices_equals_one(random_variables):
+  network = autoencoder('kl-f8', image_size=8, channels=(32, 64), layers=1)
+  images = X[..., :3]
+  assert_same_on_a_mesh(network, random_variables(network, images), images)
