@@ -1,7 +1,6 @@
 """Image-text contrast: CLIP's softmax (Radford et al. 2021) and SigLIP's sigmoid (Zhai et al. 2023)."""
 
 import dataclasses
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -10,24 +9,29 @@ import jax.numpy as jnp
 from fmcv_jax.data.augment import Augment, Normalize, augmented
 from fmcv_jax.models.vit import random_keep
 from fmcv_jax.objectives.base import CoupledObjective, ImageTower
+from fmcv_jax.objectives.pairs import LossName, pair_loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(CoupledObjective):
   """Pulls the embeddings of a pair together and pushes those of other pairs in the global batch apart.
 
-  loss_name   'softmax': each image finds its text among all of the batch and each text its image; 'sigmoid': each
-              of the B x B pairs is a yes-or-no question
-  keep        share of an image's patches that is looked at (FLIP, Li et al. 2023)
+  loss_name         'softmax': each image finds its text among all of the batch and each text its image; 'sigmoid':
+                    each of the B x B pairs is a yes-or-no question
+  label_smoothing   of the softmax (ALIGN, Jia et al. 2021)
+  keep              share of an image's patches that is looked at (FLIP, Li et al. 2023)
   """
 
   network: nn.Module
-  loss_name: Literal['softmax', 'sigmoid'] = 'softmax'
+  loss_name: LossName = 'softmax'
+  label_smoothing: float = 0.0
   keep: float = 1.0
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
   def __post_init__(self):
+    if self.label_smoothing and self.loss_name == 'sigmoid':
+      raise ValueError('label_smoothing is for the softmax loss')
     if not hasattr(self.network, 'encode_text'):
       raise ValueError('contrastive needs a dual encoder: network.name is clip, siglip or dual_encoder')
 
@@ -55,10 +59,8 @@ class Contrastive(CoupledObjective):
   def couple(self, params, embeddings, batch, extra):
     image, text = embeddings
     scale, bias = self.network.apply({'params': params}, method='logit_scale_and_bias')
-    logits = scale * jnp.einsum('ie,te->it', image, text, preferred_element_type=jnp.float32) + bias
-    losses = softmax_pairs(logits) if self.loss_name == 'softmax' else sigmoid_pairs(logits)
-    accuracy = jnp.mean(logits.argmax(axis=1) == jnp.arange(len(logits)), dtype=jnp.float32)
-    return losses, ({'accuracy': accuracy, 'logit_scale': scale, 'logit_bias': bias}, {})
+    loss, accuracy = pair_loss(image, text, scale, bias, self.loss_name, self.label_smoothing)
+    return loss, ({'accuracy': accuracy, 'logit_scale': scale, 'logit_bias': bias}, {})
 
   def functions(self):
     def encode_image(params, extra, batch):
@@ -72,18 +74,3 @@ class Contrastive(CoupledObjective):
 
   def image_tower(self, params, extra):
     return ImageTower(self.network.image, params['image'], self.normalize)
-
-
-def softmax_pairs(logits: jax.Array) -> jax.Array:
-  """InfoNCE both ways from logits [image, text]: the mean of the two cross-entropies with the diagonal as answer."""
-  # A masked sum, not a gather: each device has its rows' answers already, where jnp.diagonal would gather the indices.
-  diagonal = jnp.sum(logits, axis=1, where=jnp.eye(len(logits), dtype=bool))
-  by_image = jax.nn.logsumexp(logits, axis=1) - diagonal
-  by_text = jax.nn.logsumexp(logits, axis=0) - diagonal
-  return (by_image.mean() + by_text.mean()) / 2
-
-
-def sigmoid_pairs(logits: jax.Array) -> jax.Array:
-  """SigLIP, eq. 1: the sum over all pairs of -log sigmoid(z * logit), z = 1 on the diagonal and -1 off it, over B."""
-  signs = 2 * jnp.eye(len(logits)) - 1
-  return -jax.nn.log_sigmoid(signs * logits).sum() / len(logits)

@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -175,13 +175,48 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, placement.sharding(axes, x.shape, f'activation {axes}'))
 
 
+def mesh_axes(axis: str) -> tuple[str, ...]:
+  """The mesh axes of more than one device over which the active placement splits a logical axis; () without one."""
+  placement = _ACTIVE.get()
+  if placement is None:
+    return ()
+  names = {**AXIS_RULES, **placement.rules.axes}[axis]
+  return tuple(name for name in names if placement.mesh.shape[name] > 1)
+
+
 def ways(axis: str) -> int:
   """Into how many pieces the active placement cuts a logical axis; 1 where none is active."""
   placement = _ACTIVE.get()
+  return math.prod(placement.mesh.shape[name] for name in mesh_axes(axis)) if placement else 1
+
+
+def island(function: Callable[..., Any], inputs: tuple[LogicalAxes, ...], outputs: Any) -> Callable[..., Any]:
+  """`function` as each device runs it on its own pieces (a shard_map); itself where no placement is active.
+
+  inputs are the logical axes of the arguments (arrays or trees of arrays of one rank), outputs those of the results.
+  Inside, `mesh_axes` names what collectives go over. Raises UserError where a dimension does not divide.
+  """
+  placement = _ACTIVE.get()
   if placement is None:
-    return 1
-  names = {**AXIS_RULES, **placement.rules.axes}[axis]
-  return math.prod(placement.mesh.shape[name] for name in names)
+    return function
+
+  def run(*args):
+    for axes, arg in zip(inputs, args, strict=True):
+      for leaf in jax.tree.leaves(arg):
+        placement.sharding(axes, leaf.shape, f'activation {axes}')
+    specs = [
+      jax.tree.map(
+        lambda axes: PartitionSpec(*((axis and mesh_axes(axis)) or None for axis in axes)), side, is_leaf=_is_axes
+      )
+      for side in (inputs, outputs)
+    ]
+    return jax.shard_map(function, mesh=placement.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)(*args)
+
+  return run
+
+
+def _is_axes(x: Any) -> bool:
+  return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:

@@ -7,22 +7,8 @@ import pytest
 
 from fmcv_jax.models.vit import vit
 from fmcv_jax.objectives.classification import Classification, mix
-from fmcv_jax.objectives.contrastive import Contrastive, sigmoid_pairs, softmax_pairs
+from fmcv_jax.objectives.contrastive import Contrastive
 from tests.train.tiny import batch_of, classification, contrastive
-
-
-def test_softmax_pairs_of_equal_logits_is_log_batch_and_of_a_strong_diagonal_is_zero():
-  assert float(softmax_pairs(jnp.zeros((32, 32)))) == pytest.approx(np.log(32), rel=1e-6)
-  assert float(softmax_pairs(100 * jnp.eye(32))) == pytest.approx(0, abs=1e-6)
-
-
-def test_sigmoid_pairs_equals_the_sum_over_all_pairs():
-  logits = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
-  total = 0.0
-  for i in range(5):
-    for j in range(5):
-      total += np.log1p(np.exp(-(1 if i == j else -1) * logits[i, j]))
-  assert float(sigmoid_pairs(jnp.array(logits))) == pytest.approx(total / 5, rel=1e-6)
 
 
 def test_sigmoid_starts_near_the_papers_value():

@@ -1,0 +1,162 @@
+"""The contrast of every image with every text of a global batch, in a ring: no device ever holds all the logits.
+
+Each device keeps its images and passes texts around. It meets one block of texts at a time, so that its memory does not
+depend on the number of devices; the backward pass goes round once more and computes the logits again. What has been
+gathered about a text travels one step behind it, so that sending overlaps with the matrix products.
+
+Letters in shapes: B global batch, b examples of this device, c texts of one block, E embedding.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.parallel.rules import island, mesh_axes
+
+LossName = Literal['softmax', 'sigmoid']
+
+# At most so many texts are met at once: [b, c] logits, exponentials and their gradients are all that is alive.
+BLOCK = 1024
+
+PAIRS = ('batch', None)  # the axes of embeddings
+
+
+def pair_loss(image, text, scale, bias, loss_name: LossName, label_smoothing: float = 0.0):
+  """(loss, accuracy), float32 scalars, of unit-length embeddings [B, E]; logits are scale * image . text + bias.
+
+  'softmax' is the mean of the two cross-entropies of InfoNCE (Radford et al. 2021), whose targets label_smoothing mixes
+  with the uniform distribution (Jia et al. 2021). 'sigmoid' is SigLIP's eq. 1 (Zhai et al. 2023): the sum over all
+  pairs of -log sigmoid(z * logit) over B, z = 1 for the pairs that belong together and -1 for all others. accuracy is
+  the share of images whose own text has the highest logit. Examples are split over the mesh axes of `batch`.
+  """
+  return _pair_loss(loss_name, label_smoothing, image, text, jnp.float32(scale), jnp.float32(bias))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pair_loss(loss_name, smoothing, image, text, scale, bias):
+  return _forward(loss_name, smoothing, image, text, scale, bias)[0]
+
+
+def _forward(loss_name, smoothing, image, text, scale, bias):
+  """One round: sums over all pairs, and the log-sum-exp of each row (image) and column (text) of the logits."""
+
+  def local(image, text, scale, bias):
+    rows = len(image)
+
+    def meet(row, texts, column):
+      best, by_image, own_logit, total = row
+      start, block = texts
+      logits, own = _logits(image, block, scale, bias, start)
+      best = jnp.maximum(best, logits.max(axis=1))
+      own_logit += jnp.sum(logits, axis=1, where=own)
+      if loss_name == 'sigmoid':
+        return (best, by_image, own_logit, total + jax.nn.softplus(jnp.where(own, -logits, logits)).sum()), column
+      by_image = jnp.logaddexp(by_image, jax.nn.logsumexp(logits, axis=1))
+      column = jnp.logaddexp(column, jax.nn.logsumexp(logits, axis=0))
+      return (best, by_image, own_logit, total + logits.sum()), column
+
+    lowest = jnp.full(rows, -jnp.inf)
+    row = (lowest, lowest, jnp.zeros(rows), jnp.zeros(()))
+    row, by_text = _ring(meet, row, text, lowest, jnp.logaddexp)
+    best, by_image, own_logit, total = row
+    # Summed over the devices: what each pair adds, and what each image adds.
+    sums = jnp.stack([total, own_logit.sum(), by_image.sum(), by_text.sum(), jnp.sum(own_logit >= best)])
+    return _over_devices(sums), by_image, by_text
+
+  sums, by_image, by_text = island(local, inputs=(PAIRS, PAIRS, (), ()), outputs=((None,), ('batch',), ('batch',)))(
+    image, text, scale, bias
+  )
+  count = len(image)
+  total, own, rows, columns, right = sums
+  if loss_name == 'sigmoid':
+    loss = total / count
+  else:
+    loss = (rows + columns) / (2 * count) - (1 - smoothing) * own / count - smoothing * total / count**2
+  return (loss, right / count), (image, text, scale, bias, by_image, by_text)
+
+
+def _backward(loss_name, smoothing, saved, cotangents):
+  """Another round: the gradient by each logit is needed once, for its image, its text, the scale and the bias."""
+  count = len(saved[0])
+
+  def local(image, text, scale, bias, by_image, by_text, cotangent):
+    def meet(row, texts, column):
+      by_row, by_bias = row
+      start, (block, by_text) = texts
+      logits, own = _logits(image, block, scale, bias, start)
+      if loss_name == 'sigmoid':
+        gradient = jax.nn.sigmoid(logits) - own
+      else:
+        gradient = (jnp.exp(logits - by_image[:, None]) + jnp.exp(logits - by_text)) / 2
+        gradient += -(1 - smoothing) * own - smoothing / count
+      gradient *= cotangent / count
+      by_row += jnp.einsum('it,te->ie', gradient, block, preferred_element_type=jnp.float32)
+      column += jnp.einsum('it,ie->te', gradient, image, preferred_element_type=jnp.float32)
+      return (by_row, by_bias + gradient.sum()), column
+
+    row = (jnp.zeros(image.shape), jnp.zeros(()))
+    (by_row, by_bias), column = _ring(meet, row, (text, by_text), jnp.zeros(text.shape), jnp.add)
+    scalars = _over_devices(jnp.stack([jnp.sum(image * by_row), by_bias]))
+    return scale * by_row, scale * column, scalars
+
+  by_image, by_text, (by_scale, by_bias) = island(
+    local,
+    inputs=(PAIRS, PAIRS, (), (), ('batch',), ('batch',), ()),
+    outputs=(PAIRS, PAIRS, (None,)),
+  )(*saved, cotangents[0])
+  image, text = saved[:2]
+  return by_image.astype(image.dtype), by_text.astype(text.dtype), by_scale, by_bias
+
+
+_pair_loss.defvjp(_forward, _backward)
+
+
+def _logits(image, block, scale, bias, start):
+  """Logits [b, c] of a block of texts whose first belongs to image `start`, and which of them belong together."""
+  logits = scale * jnp.einsum('ie,te->it', image, block, preferred_element_type=jnp.float32) + bias
+  return logits, jnp.arange(len(image))[:, None] == start + jnp.arange(len(block))
+
+
+def _over_devices(sums):
+  names = mesh_axes('batch')
+  return jax.lax.psum(sums, names) if names else sums
+
+
+def _ring(meet, row, texts, column, merge):
+  """Lets the images of each device meet all texts, block by block; returns the final `row` and `column`.
+
+  meet(row, (start, block), column) -> (row, column): `row` stays with the images; `column` [b, ...] is about the texts
+  and comes home with them. `start` is the number of the image to which the first text of the block belongs; with the
+  texts of other devices it lies beyond all images. merge(x, y) joins what two devices have gathered about a text.
+  """
+  names = mesh_axes('batch')
+  devices = jax.lax.axis_size(names) if names else 1
+  size = len(column)
+  blocks = next(n for n in range(-(-size // BLOCK), size + 1) if size % n == 0)
+
+  def cut(tree):
+    return jax.tree.map(lambda x: x.reshape(blocks, size // blocks, *x.shape[1:]), tree)
+
+  def turn(tree):
+    if not names:
+      return tree
+    around = [(i, (i + 1) % devices) for i in range(devices)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, names, around), tree)
+
+  def visit(carry, step):
+    row, texts, gathered = carry
+
+    def one(row, args):
+      number, block, column = args
+      # Only at home, in step 0, does a text meet its image.
+      start = jnp.where(step == 0, number * (size // blocks), size)
+      return meet(row, (start, block), column)
+
+    row, met = jax.lax.scan(one, row, (jnp.arange(blocks), cut(texts), cut(column)))
+    gathered = merge(turn(gathered), met.reshape(column.shape))
+    return (row, turn(texts), gathered), None
+
+  (row, _, gathered), _ = jax.lax.scan(visit, (row, texts, column), jnp.arange(devices))
+  return row, turn(gathered)
