@@ -1,17 +1,80 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1): one function, several implementations."""
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1): one function, several implementations.
 
-from collections.abc import Callable
+Letters in shapes: B batch, Q queries, T keys, H heads, K head dimension.
+"""
+
+import functools
+import logging
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.models.fused_attention import cudnn_attention, splash_attention
+from fmcv_jax.models.ring_attention import ring_attention
+from fmcv_jax.parallel.rules import mesh_axes, platform
 
-def xla_attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None) -> jax.Array:
-  """Plain einsums, which XLA fuses: query [B, Q, H, K], key and value [B, T, H, K] -> [B, Q, H, K].
+Backend = Literal['auto', 'xla', 'splash', 'cudnn', 'ring']
+
+# From here on the tiled kernel beats plain einsums on TPU, whose logits then cost more than its padding to whole tiles.
+SPLASH_FROM = 1024
+
+logger = logging.getLogger(__name__)
+
+
+def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None, backend: Backend = 'auto'):
+  """query [B, Q, H, K], key and value [B, T, H, K] -> [B, Q, H, K].
 
   mask: bool, broadcastable to [B, H, Q, T], True where a query may look. Logits and softmax are float32 whatever the
-  inputs are. A query that may look nowhere gets the mean of all values (never NaN).
+  inputs are. A query that may look nowhere gets a mean of values (never NaN).
+
+  backend   'xla': plain einsums. 'splash': tiles that never leave the chip, by a Pallas kernel of TPUs (interpreted
+            elsewhere). 'cudnn': the same on GPUs, for 16-bit inputs. 'ring': keys and values travel round the mesh axes
+            that split `tokens`. 'auto': whichever fits platform, mesh and shapes; the reason is logged once.
+            All but 'xla' take masks that are the same for every query, [B or 1, 1, 1, T]. Outside of a mesh program
+            (no active placement) it is always 'xla'.
   """
+  if backend == 'auto':
+    backend, reason = choose(query, key, mask)
+    if platform() is not None:
+      _say(f'attention over {key.shape[1]} tokens: {backend} ({reason})')
+  if platform() is None:
+    backend = 'xla'
+  if backend == 'xla':
+    return xla_attention(query, key, value, causal=causal, mask=mask)
+  if mask is not None and not _of_keys(mask):
+    raise ValueError(f'attention={backend!r} takes masks of shape [B, 1, 1, T], got {mask.shape}; use xla')
+  valid = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (query.shape[0], key.shape[1]))
+  if backend != 'ring' and mesh_axes('tokens'):
+    raise ValueError(f'attention={backend!r} needs all tokens on each device, but the mesh splits them; use ring')
+  kernel = {'splash': splash_attention, 'cudnn': cudnn_attention, 'ring': ring_attention}[backend]
+  return kernel(query, key, value, valid, causal=causal)
+
+
+def choose(query, key, mask) -> tuple[Backend, str]:
+  """What 'auto' stands for, and why: from the shapes and dtype of the arguments, and from the active placement."""
+  tokens, dim = key.shape[1], key.shape[-1]
+  if mask is not None and not _of_keys(mask):
+    return 'xla', 'its mask differs from query to query'
+  if mesh_axes('tokens'):
+    return 'ring', 'the mesh splits the tokens'
+  if platform() == 'tpu':
+    if tokens >= SPLASH_FROM:
+      return 'splash', f'TPU, {SPLASH_FROM} tokens or more'
+    return 'xla', f'TPU, fewer than {SPLASH_FROM} tokens'
+  if platform() in ('gpu', 'cuda'):
+    if query.dtype.itemsize != 2:
+      return 'xla', f'GPU, but {query.dtype} where cuDNN wants 16 bits'
+    if dim > 128 or dim % 8:
+      return 'xla', f'GPU, but a head dimension of {dim} where cuDNN wants a multiple of 8, at most 128'
+    if mask is not None and (tokens % 2 or query.shape[1] % 2):
+      return 'xla', 'GPU, but a mask over an odd number of tokens, which cuDNN does not take'
+    return 'cudnn', 'GPU'
+  return 'xla', 'the only one without a TPU or GPU'
+
+
+def xla_attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None) -> jax.Array:
+  """Plain einsums, which XLA fuses; a query that may look nowhere gets the mean of all values."""
   logits = jnp.einsum('bqhk,bthk->bhqt', query, key, preferred_element_type=jnp.float32)
   logits = logits * (query.shape[-1] ** -0.5)
   if causal:
@@ -23,4 +86,10 @@ def xla_attention(query, key, value, *, causal: bool = False, mask: jax.Array | 
   return jnp.einsum('bhqt,bthk->bqhk', weights, value)
 
 
-ATTENTION: dict[str, Callable[..., jax.Array]] = {'xla': xla_attention}
+def _of_keys(mask: jax.Array) -> bool:
+  return mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
+
+
+@functools.cache
+def _say(line: str) -> None:
+  logger.info(line)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import nearest
+from fmcv_jax.models.attention import Backend
 from fmcv_jax.models.conditioning import NOTHING, ClassEmbedding, Condition, Perceptron, sinusoids
 from fmcv_jax.models.layers import (
   REMAT_POLICIES,
@@ -149,7 +150,7 @@ def dit(
   depth: int | None = None,
   heads: int | None = None,
   activation: Activation = 'gelu_tanh',
-  attention: str = 'xla',
+  attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: int = 1,
   dtype: Dtype = 'float32',

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import nearest
+from fmcv_jax.models.attention import Backend
 from fmcv_jax.models.layers import Activation, Dtype, Remat, unit
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
@@ -83,7 +84,7 @@ def clip(
   vocab_size: int = 49408,
   length: int = 77,
   activation: Activation = 'gelu',
-  attention: str = 'xla',
+  attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: int = 1,
   dtype: Dtype = 'float32',
@@ -132,7 +133,7 @@ def siglip(
   image_size: int = 224,
   vocab_size: int = 32_000,
   length: int = 64,
-  attention: str = 'xla',
+  attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: int = 1,
   dtype: Dtype = 'float32',

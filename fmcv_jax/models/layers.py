@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.models.attention import ATTENTION
+from fmcv_jax.models.attention import Backend, attention
 from fmcv_jax.models.positions import rotate
 from fmcv_jax.parallel.rules import constrain
 
@@ -50,7 +50,7 @@ class BlockConfig:
   layer_scale: float | None = None
   dropout: float = 0.0
   causal: bool = False
-  attention: str = 'xla'
+  attention: Backend = 'auto'
   dtype: Dtype = 'float32'
 
 
@@ -80,17 +80,24 @@ class Attention(nn.Module):
     c, width = self.config, x.shape[-1]
     if width % c.heads:
       raise ValueError(f'a width of {width} does not divide into {c.heads} heads')
+    # A context (a text, say) is short, and whole on each device.
+    tokens: str | None = 'tokens' if context is None else None
+    backend: Backend = c.attention if context is None else 'xla'
     context = x if context is None else context
 
-    def project(inputs, name):
+    def project(inputs, name, tokens):
       y = dense(width, c.dtype, name)(inputs)
       heads = 'heads' if c.heads > 1 else None  # a single head is whole on every mesh
-      return constrain(y.reshape(*y.shape[:2], c.heads, -1), 'batch', 'tokens', heads, None)
+      return constrain(y.reshape(*y.shape[:2], c.heads, -1), 'batch', tokens, heads, None)
 
-    query, key, value = project(x, 'query'), project(context, 'key'), project(context, 'value')
+    query, key, value = (
+      project(x, 'query', 'tokens'),
+      project(context, 'key', tokens),
+      project(context, 'value', tokens),
+    )
     if angles is not None:
       query, key = rotate(query, angles), rotate(key, angles)
-    y = ATTENTION[c.attention](query, key, value, causal=c.causal, mask=mask)
+    y = attention(query, key, value, causal=c.causal, mask=mask, backend=backend)
     # For `attention_maps`; neither exists unless the caller of `apply` asks for the one and gives the other.
     self.sow('intermediates', 'projections', (query, key, value))
     if self.has_variable('probes', 'mixed'):

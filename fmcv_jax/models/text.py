@@ -5,6 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
+from fmcv_jax.models.attention import Backend
 from fmcv_jax.models.layers import Activation, BlockConfig, Dtype, Remat, Stack, layer_norm
 from fmcv_jax.models.vit import Features, linear_head
 from fmcv_jax.parallel.rules import constrain
@@ -77,7 +78,7 @@ def text_transformer(
   activation: Activation = 'gelu',
   eps: float = 1e-5,
   dropout: float = 0.0,
-  attention: str = 'xla',
+  attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: int = 1,
   dtype: Dtype = 'float32',

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import nearest
+from fmcv_jax.models.attention import Backend
 from fmcv_jax.models.layers import (
   Activation,
   Attention,
@@ -204,7 +205,7 @@ def vit(
   layer_scale: float | None = None,
   dropout: float = 0.0,
   drop_path: float = 0.0,
-  attention: str = 'xla',
+  attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: int = 1,
   dtype: Dtype = 'float32',

@@ -1,8 +1,7 @@
 """The contrast of every image with every text of a global batch, in a ring: no device ever holds all the logits.
 
 Each device keeps its images and passes texts around. It meets one block of texts at a time, so that its memory does not
-depend on the number of devices; the backward pass goes round once more and computes the logits again. What has been
-gathered about a text travels one step behind it, so that sending overlaps with the matrix products.
+depend on the number of devices; the backward pass goes round once more and computes the logits again.
 
 Letters in shapes: B global batch, b examples of this device, c texts of one block, E embedding.
 """
@@ -13,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.parallel.ring import ring
 from fmcv_jax.parallel.rules import island, mesh_axes
 
 LossName = Literal['softmax', 'sigmoid']
@@ -59,7 +59,7 @@ def _forward(loss_name, smoothing, image, text, scale, bias):
 
     lowest = jnp.full(rows, -jnp.inf)
     row = (lowest, lowest, jnp.zeros(rows), jnp.zeros(()))
-    row, by_text = _ring(meet, row, text, lowest, jnp.logaddexp)
+    row, by_text = ring(meet, row, text, lowest, jnp.logaddexp, axis='batch', block=BLOCK)
     best, by_image, own_logit, total = row
     # Summed over the devices: what each pair adds, and what each image adds.
     sums = jnp.stack([total, own_logit.sum(), by_image.sum(), by_text.sum(), jnp.sum(own_logit >= best)])
@@ -97,7 +97,8 @@ def _backward(loss_name, smoothing, saved, cotangents):
       return (by_row, by_bias + gradient.sum()), column
 
     row = (jnp.zeros(image.shape), jnp.zeros(()))
-    (by_row, by_bias), column = _ring(meet, row, (text, by_text), jnp.zeros(text.shape), jnp.add)
+    column = jnp.zeros(text.shape)
+    (by_row, by_bias), column = ring(meet, row, (text, by_text), column, jnp.add, axis='batch', block=BLOCK)
     scalars = _over_devices(jnp.stack([jnp.sum(image * by_row), by_bias]))
     return scale * by_row, scale * column, scalars
 
@@ -122,41 +123,3 @@ def _logits(image, block, scale, bias, start):
 def _over_devices(sums):
   names = mesh_axes('batch')
   return jax.lax.psum(sums, names) if names else sums
-
-
-def _ring(meet, row, texts, column, merge):
-  """Lets the images of each device meet all texts, block by block; returns the final `row` and `column`.
-
-  meet(row, (start, block), column) -> (row, column): `row` stays with the images; `column` [b, ...] is about the texts
-  and comes home with them. `start` is the number of the image to which the first text of the block belongs; with the
-  texts of other devices it lies beyond all images. merge(x, y) joins what two devices have gathered about a text.
-  """
-  names = mesh_axes('batch')
-  devices = jax.lax.axis_size(names) if names else 1
-  size = len(column)
-  blocks = next(n for n in range(-(-size // BLOCK), size + 1) if size % n == 0)
-
-  def cut(tree):
-    return jax.tree.map(lambda x: x.reshape(blocks, size // blocks, *x.shape[1:]), tree)
-
-  def turn(tree):
-    if not names:
-      return tree
-    around = [(i, (i + 1) % devices) for i in range(devices)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, names, around), tree)
-
-  def visit(carry, step):
-    row, texts, gathered = carry
-
-    def one(row, args):
-      number, block, column = args
-      # Only at home, in step 0, does a text meet its image.
-      start = jnp.where(step == 0, number * (size // blocks), size)
-      return meet(row, (start, block), column)
-
-    row, met = jax.lax.scan(one, row, (jnp.arange(blocks), cut(texts), cut(column)))
-    gathered = merge(turn(gathered), met.reshape(column.shape))
-    return (row, turn(texts), gathered), None
-
-  (row, _, gathered), _ = jax.lax.scan(visit, (row, texts, column), jnp.arange(devices))
-  return row, turn(gathered)

@@ -111,7 +111,8 @@ class Rules:
           )
         used[name] = axis
         ways *= mesh.shape[name]
-      if size % ways:
+      # An odd number of tokens (a class token) the partitioner pads; all else divides or is not what was meant.
+      if size % ways and axis != 'tokens':
         split = ' x '.join(f'{name}={mesh.shape[name]}' for name in rules[axis] if mesh.shape[name] > 1)
         raise UserError(f'{what}: its axis {axis!r} of size {size} (shape {shape}) does not divide over {split}')
       entries.append(tuple(name for name in rules[axis] if mesh.shape[name] > 1) or None)
@@ -167,12 +168,19 @@ _ACTIVE: contextvars.ContextVar[Placement | None] = contextvars.ContextVar('fmcv
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation to the mesh by its logical axes; the identity where no placement is active.
 
-  `constrain(x, 'batch', 'tokens', 'width')` inside a network; raises UserError where a dimension does not divide.
+  `constrain(x, 'batch', 'tokens', 'width')` inside a network; raises UserError where a dimension other than that
+  of tokens does not divide.
   """
   placement = _ACTIVE.get()
   if placement is None:
     return x
   return jax.lax.with_sharding_constraint(x, placement.sharding(axes, x.shape, f'activation {axes}'))
+
+
+def platform() -> str | None:
+  """That of the devices of the active placement ('cpu', 'gpu', 'tpu'); None where none is active."""
+  placement = _ACTIVE.get()
+  return placement.mesh.devices.flat[0].platform if placement else None
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

@@ -3,10 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.attention import ATTENTION, xla_attention
+from fmcv_jax.models import ring_attention
+from fmcv_jax.models.attention import attention, choose
 from fmcv_jax.models.layers import Attention, BlockConfig
+from fmcv_jax.models.vit import vit
+from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.rules import Placement
 
-B, T, H, K = 2, 7, 3, 8
+B, T, H, K = 2, 7, 2, 8
+MESHES = {
+  'one': MeshShape(data=1),
+  'tokens': MeshShape(data=1, sequence=4),
+  'all': MeshShape(data=2, sequence=2, tensor=2),
+}
 
 
 def inputs(dtype=jnp.float32, shape=(B, T, H, K)):
@@ -19,50 +28,151 @@ def masks():
   return {'none': None, 'padding': key[:, None, None, :], 'pairs': pairs}
 
 
-@pytest.mark.parametrize('mask', ['none', 'padding', 'pairs'])
-@pytest.mark.parametrize('causal', [False, True])
-@pytest.mark.parametrize('name', sorted(ATTENTION))
-def test_outputs_and_gradients_equal_those_of_jax(name, causal, mask):
+def placement_of(name):
+  shape = MESHES[name]
+  return Placement(make_mesh(shape, jax.devices()[: np.prod(shape.sizes())]))
+
+
+def in_mesh(function, name):
+  """`function` compiled under the mesh of that name; as it is for None."""
+
+  def run(*args):
+    with placement_of(name).active():
+      return function(*args)
+
+  return jax.jit(run if name else function)
+
+
+CASES = [
+  ('xla', None, 'none', False),
+  ('xla', None, 'padding', True),
+  ('xla', None, 'pairs', False),
+  ('xla', None, 'pairs', True),
+  ('splash', 'one', 'none', True),
+  ('splash', 'one', 'padding', False),
+  ('ring', 'one', 'padding', True),
+  ('ring', 'tokens', 'none', True),
+  ('ring', 'all', 'none', False),
+  ('ring', 'all', 'padding', True),
+]
+
+
+@pytest.mark.parametrize(('backend', 'mesh', 'mask', 'causal'), CASES)
+def test_outputs_and_gradients_equal_those_of_jax(backend, mesh, mask, causal, monkeypatch):
+  monkeypatch.setattr(ring_attention, 'BLOCK', 2)  # several blocks on each device
   q, k, v = inputs()
   weights, mask = jax.random.normal(jax.random.key(2), q.shape), masks()[mask]
 
   def ours(q, k, v):
-    y = ATTENTION[name](q, k, v, causal=causal, mask=mask)
+    y = attention(q, k, v, causal=causal, mask=mask, backend=backend)
     return (y * weights).sum(), y
 
   def theirs(q, k, v):
     y = jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask, implementation='xla')
     return (y * weights).sum(), y
 
-  ours, theirs = (jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v) for f in (ours, theirs))
+  ours = in_mesh(jax.grad(ours, argnums=(0, 1, 2), has_aux=True), mesh)(q, k, v)
+  theirs = jax.jit(jax.grad(theirs, argnums=(0, 1, 2), has_aux=True))(q, k, v)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), ours, theirs)
 
 
-def test_a_query_that_may_look_nowhere_gives_the_mean_of_the_values_and_finite_gradients():
+@pytest.mark.slow
+@pytest.mark.parametrize('dim', [64, 72, 80, 128])
+@pytest.mark.parametrize('tokens', [196, 197, 257, 576, 1024, 4096])
+@pytest.mark.parametrize(('backend', 'mesh'), [('splash', 'one'), ('ring', 'tokens')])
+def test_real_token_counts_and_head_dimensions(backend, mesh, tokens, dim):
+  args = inputs(shape=(1, tokens, 1, dim))
+  y = in_mesh(lambda *args: attention(*args, backend=backend), mesh)(*args)
+  np.testing.assert_allclose(y, attention(*args), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(('backend', 'mesh'), [('xla', None), ('ring', 'tokens'), ('splash', 'one')])
+def test_a_query_that_may_look_nowhere_gives_a_finite_output_and_finite_gradients(backend, mesh):
   q, k, v = inputs()
-  mask = jnp.ones((1, 1, T, T), bool).at[:, :, 2].set(False)
+  mask = jnp.ones((B, 1, 1, T), bool).at[1].set(False)
 
   def total(q, k, v):
-    y = xla_attention(q, k, v, mask=mask)
+    y = attention(q, k, v, mask=mask, backend=backend)
     return y.sum(), y
 
-  gradients, y = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-  np.testing.assert_allclose(y[:, 2], v.mean(axis=1), atol=1e-6)
-  assert all(jnp.isfinite(g).all() for g in gradients)
+  gradients, y = in_mesh(jax.grad(total, argnums=(0, 1, 2), has_aux=True), mesh)(q, k, v)
+  if backend == 'xla':
+    np.testing.assert_allclose(y[1], jnp.broadcast_to(v[1].mean(axis=0), y[1].shape), atol=1e-6)
+  assert all(jnp.isfinite(x).all() for x in (y, *gradients))
 
 
-def test_logits_and_softmax_are_float32_whatever_the_inputs_are():
+@pytest.mark.parametrize(('backend', 'mesh'), [('xla', None), ('ring', 'tokens'), ('splash', 'one')])
+def test_logits_and_softmax_are_float32_whatever_the_inputs_are(backend, mesh):
   q, k, v = inputs(jnp.bfloat16)
   q = 10 * q  # logits of some tens, which bfloat16 would round by a tenth
-  exact = xla_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
-  y = xla_attention(q, k, v)
+  exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+  y = in_mesh(lambda *args: attention(*args, backend=backend), mesh)(q, k, v)
   assert y.dtype == jnp.bfloat16
-  np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=0.01, atol=0.01)
+  np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=0.01, atol=0.02)
 
 
 def test_large_logits_do_not_overflow():
   q, k, v = inputs()
-  assert jnp.isfinite(xla_attention(1e4 * q, 1e4 * k, v)).all()
+  assert jnp.isfinite(attention(1e4 * q, 1e4 * k, v)).all()
+
+
+def test_the_ring_holds_no_matrix_of_queries_and_keys():
+  """Four times the tokens on four times the devices: the temporaries of one device stay what they were."""
+  sizes = {}
+  for devices in (2, 8):
+    placement = Placement(make_mesh(MeshShape(data=1, sequence=devices), jax.devices()[:devices]))
+    shape = jax.ShapeDtypeStruct((1, 64 * devices, 2, 8), jnp.float32)
+    split = placement.sharding(('batch', 'tokens', None, None), shape.shape, 'q')
+
+    def run(q, k, v, placement=placement):
+      with placement.active():
+        return jax.grad(lambda q, k, v: attention(q, k, v).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    compiled = jax.jit(run, in_shardings=(split,) * 3, out_shardings=(split,) * 3).lower(*(shape,) * 3).compile()
+    sizes[devices] = compiled.memory_analysis().temp_size_in_bytes
+  assert sizes[8] <= 1.05 * sizes[2]
+
+
+def test_a_network_over_split_tokens_equals_the_whole_one():
+  """17 tokens (a class token) over 2 devices: the partitioner pads what does not divide."""
+  network = vit('Ti/16', image_size=64, depth=2, width=32, heads=2)
+  images = jax.random.normal(jax.random.key(0), (4, 64, 64, 3))
+  params = network.init(jax.random.key(1), images)
+
+  def loss(params, images):
+    return (network.apply(params, images).output ** 2).mean()
+
+  plain, split = (in_mesh(jax.value_and_grad(loss), mesh)(params, images) for mesh in (None, 'all'))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, split)
+
+
+def test_auto_chooses_by_platform_mesh_and_shapes():
+  q, k, _ = inputs(shape=(B, 1024, 2, 64))
+  pairs = jnp.ones((B, 1, 1024, 1024), bool)
+  assert choose(q, k, None)[0] == 'xla'
+  with placement_of('tokens').active():
+    assert choose(q, k, None) == ('ring', 'the mesh splits the tokens')
+    assert choose(q, k, pairs)[0] == 'xla'
+    with pytest.raises(ValueError, match="attention='splash' needs all tokens on each device"):
+      attention(q, k, k, backend='splash')
+    with pytest.raises(ValueError, match=r"attention='ring' takes masks of shape \[B, 1, 1, T\]"):
+      attention(q, k, k, mask=pairs, backend='ring')
+
+
+@pytest.mark.parametrize(
+  ('platform', 'tokens', 'dtype', 'dim', 'backend'),
+  [
+    ('tpu', 1024, 'bfloat16', 64, 'splash'),
+    ('tpu', 256, 'bfloat16', 64, 'xla'),
+    ('gpu', 256, 'bfloat16', 64, 'cudnn'),
+    ('gpu', 256, 'float32', 64, 'xla'),
+    ('gpu', 256, 'bfloat16', 256, 'xla'),
+  ],
+)
+def test_auto_on_accelerators(monkeypatch, platform, tokens, dtype, dim, backend):
+  monkeypatch.setattr('fmcv_jax.models.attention.platform', lambda: platform)
+  x = jax.ShapeDtypeStruct((1, tokens, 1, dim), dtype)
+  assert choose(x, x, None)[0] == backend
 
 
 def test_attention_over_a_context_of_another_length():

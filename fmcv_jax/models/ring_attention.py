@@ -1,0 +1,125 @@
+"""Attention over tokens that are split over devices (Liu et al. 2023, Ring Attention with Blockwise Transformers).
+
+Queries stay, keys and values go round; the softmax is gathered as they come (Milakov & Gimelshein 2018). The backward
+pass goes round once more and computes the weights again, so that nothing of size Q x T is kept.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.parallel.ring import ring
+from fmcv_jax.parallel.rules import island, ways
+
+# At most so many keys are met at once.
+BLOCK = 512
+
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def ring_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
+  """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
+
+  Any number of tokens: what the devices do not divide is padded.
+  """
+  queries, tokens = query.shape[1], key.shape[1]
+  missing = -tokens % ways('tokens')
+  if missing:
+    valid = jnp.ones(key.shape[:2], bool) if valid is None else valid
+    key, value, valid = (_padded(x, missing) for x in (key, value, valid))
+  return _attention(causal, _padded(query, -queries % ways('tokens')), key, value, valid)[:, :queries]
+
+
+def _padded(x, missing):
+  return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(causal, query, key, value, valid):
+  return _forward(causal, query, key, value, valid)[0]
+
+
+def _axes(query):
+  each = ('batch', 'tokens', 'heads' if query.shape[2] > 1 else None, None)
+  return each, each[:3], each[:2]
+
+
+def _over_heads(function):
+  """`function` of [Q, ...] arrays for each example and head of [B, Q, H, ...]; its last argument has no heads."""
+
+  def of_heads(*args):
+    return jax.vmap(function, in_axes=(1,) * (len(args) - 1) + (None,), out_axes=1)(*args)
+
+  return jax.vmap(of_heads)
+
+
+def _forward(causal, query, key, value, valid):
+  each, of_heads, of_tokens = _axes(query)
+
+  def local(query, key, value, valid):
+    def meet(row, items, _):
+      best, total, mixed = row
+      start, (key, value, valid) = items
+      logits = _logits(causal, query, key, valid, start)[0]
+      higher = jnp.maximum(best, logits.max(axis=1))
+      weights, fade = jnp.exp(logits - higher[:, None]), jnp.exp(best - higher)
+      mixed = mixed * fade[:, None] + _product('qt,tk->qk', weights.astype(value.dtype), value)
+      return (higher, total * fade + weights.sum(axis=1), mixed), None
+
+    rows = len(query)
+    row = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, value.shape[1])))
+    (best, total, mixed), _ = ring(meet, row, (key, value, valid), None, jnp.add, axis='tokens', block=BLOCK)
+    return (mixed / total[:, None]).astype(query.dtype), best, total
+
+  run = island(_over_heads(local), inputs=(each, each, each, of_tokens), outputs=(each, of_heads, of_heads))
+  y, best, total = run(query, key, value, valid)
+  return y, (query, key, value, valid, y, best, total)
+
+
+def _backward(causal, saved, cotangent):
+  each, of_heads, of_tokens = _axes(saved[0])
+
+  def local(query, key, value, y, best, total, cotangent, valid):
+    # What the softmax takes back of each logit's gradient.
+    mean = jnp.sum(y.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=1, keepdims=True)
+
+    def meet(by_query, items, column):
+      start, (key, value, valid) = items
+      by_key, by_value = column
+      logits, seen = _logits(causal, query, key, valid, start)
+      weights = jnp.exp(logits - best[:, None]) / total[:, None]
+      by_value += _product('qt,qk->tk', weights.astype(cotangent.dtype), cotangent)
+      by_logit = weights * (_product('qk,tk->qt', cotangent, value) - mean) * query.shape[1] ** -0.5
+      by_logit = jnp.where(seen, by_logit, 0).astype(query.dtype)
+      by_key += _product('qt,qk->tk', by_logit, query)
+      return by_query + _product('qt,tk->qk', by_logit, key), (by_key, by_value)
+
+    column = (jnp.zeros(key.shape), jnp.zeros(value.shape))
+    row = jnp.zeros(query.shape)
+    row, column = ring(meet, row, (key, value, valid), column, jnp.add, axis='tokens', block=BLOCK)
+    return row.astype(query.dtype), column[0].astype(key.dtype), column[1].astype(value.dtype)
+
+  query, key, value, valid, y, best, total = saved
+  run = island(
+    _over_heads(local),
+    inputs=(each, each, each, each, of_heads, of_heads, each, of_tokens),
+    outputs=(each, each, each),
+  )
+  return *run(query, key, value, y, best, total, cotangent, valid), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _logits(causal, query, key, valid, start):
+  """Float32 logits [Q, c] of one block of keys, and which are seen (bool, broadcastable to them)."""
+  logits = _product('qk,tk->qt', query, key) * query.shape[1] ** -0.5
+  seen = jnp.ones((1, 1), bool) if valid is None else valid[None]
+  if causal:
+    seen = seen & (jnp.arange(len(query))[:, None] >= start + jnp.arange(len(key)))
+  return jnp.where(seen, logits, LOWEST), seen
+
+
+def _product(equation, x, y):
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
