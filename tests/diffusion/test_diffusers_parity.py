@@ -1,0 +1,142 @@
+"""Samplers against diffusers' schedulers: the same denoiser, the same start, the same noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmcv_jax.diffusion import samplers
+from fmcv_jax.diffusion.process import Process
+from fmcv_jax.diffusion.samplers import Ddim, Ddpm, DpmPlusPlus, Heun, UniPC, sample, times_of
+
+torch = pytest.importorskip('torch')
+schedulers = pytest.importorskip('diffusers').schedulers
+
+SHAPE = (2, 4, 4, 3)
+VP = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
+TARGET = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+PREDICTIONS = {'noise': 'epsilon', 'image': 'sample', 'velocity': 'v_prediction'}
+
+
+def network(x, time, where):
+  """A toy with a bend in it: not a Gaussian's score, so that orders and coefficients matter."""
+  x = x + 0.3 * where.sin(x * 2 + time / 300) - 0.2 * where.asarray(TARGET)
+  return 0.8 * where.tanh(x)
+
+
+def ours(process, solver, start, times, draws=None, **options):
+  def denoise(x, time):
+    return network(x, time.reshape(-1, 1, 1, 1), jnp)
+
+  with pytest.MonkeyPatch.context() as patch:
+    if draws is not None:
+      patch.setattr(samplers, 'normal', lambda keys, shape, call: jnp.asarray(draws)[call])
+    run = jax.jit(lambda x: sample(denoise, process, x, times, solver=solver, keys=jnp.zeros(2), **options))
+    return np.asarray(run(jnp.asarray(start)))
+
+
+def theirs(scheduler, start, steps, monkeypatch, draws=None, steps_of=None):
+  scheduler.set_timesteps(steps)
+  if draws is not None:
+    left = [torch.tensor(x) for x in draws]
+    for module in ('ddim', 'ddpm', 'euler_ancestral_discrete', 'dpmsolver_multistep'):
+      name = f'diffusers.schedulers.scheduling_{module}.randn_tensor'
+      monkeypatch.setattr(name, lambda *args, **kwargs: left.pop(0))
+  x = torch.tensor(start)
+  for time in scheduler.timesteps:
+    inputs = scheduler.scale_model_input(x, time) if hasattr(scheduler, 'scale_model_input') else x
+    x = scheduler.step(network(inputs, float(time), torch), time, x, **(steps_of or {})).prev_sample
+  return x.numpy()
+
+
+def start_of(process, times, scheduler):
+  """The same noise for both: theirs is scaled by `init_noise_sigma`, ours by sigma."""
+  noise = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+  alpha, sigma = process.alpha_sigma(np.asarray(times[0]))
+  scaled_by_alpha = scheduler.__class__.__name__.startswith(('Euler', 'Heun'))
+  return (sigma * noise).astype(np.float32), (sigma / (alpha if scaled_by_alpha else 1) * noise).astype(np.float32)
+
+
+PAIRS = {
+  'ddim': (Ddim(), 'DDIMScheduler', {'clip_sample': False}),
+  'ddim-eta': (Ddim(0.7), 'DDIMScheduler', {'clip_sample': False}),
+  'ddpm': (Ddpm(), 'DDPMScheduler', {'clip_sample': False}),
+  'ddpm-large': (Ddpm('large'), 'DDPMScheduler', {'clip_sample': False, 'variance_type': 'fixed_large'}),
+  'euler': (Ddim(), 'EulerDiscreteScheduler', {}),
+  'euler-karras': (Ddim(), 'EulerDiscreteScheduler', {'use_karras_sigmas': True}),
+  'ancestral': (Ddim(1.0), 'EulerAncestralDiscreteScheduler', {}),
+  'heun': (Heun(), 'HeunDiscreteScheduler', {}),
+  'dpm++': (DpmPlusPlus(), 'DPMSolverMultistepScheduler', {'final_sigmas_type': 'zero'}),
+  'dpm++-karras': (DpmPlusPlus(), 'DPMSolverMultistepScheduler', {'use_karras_sigmas': True}),
+  'dpm++-sde': (DpmPlusPlus(sde=True), 'DPMSolverMultistepScheduler', {'algorithm_type': 'sde-dpmsolver++'}),
+  'unipc': (UniPC(), 'UniPCMultistepScheduler', {'final_sigmas_type': 'zero'}),
+}
+
+
+@pytest.mark.parametrize('prediction', PREDICTIONS)
+@pytest.mark.parametrize('pair', PAIRS)
+def test_variance_preserving(pair, prediction, monkeypatch):
+  solver, name, options = PAIRS[pair]
+  if name in ('HeunDiscreteScheduler', 'EulerAncestralDiscreteScheduler') and prediction == 'image':
+    pytest.skip('diffusers has no such pair')
+  process = Process(prediction=prediction)
+  karras = 'use_karras_sigmas' in options
+  # With the large variance theirs adds noise to the picture itself, unless the last time is 0.
+  spacing = 'leading' if pair == 'ddpm-large' else 'linspace' if karras else 'trailing'
+  options = {**VP, 'prediction_type': PREDICTIONS[prediction], 'timestep_spacing': spacing, **options}
+  steps = 10
+  scheduler = getattr(schedulers, name)(**options)
+  times = times_of(process, steps, 'uniform' if karras else spacing)
+  if karras:
+    scheduler.set_timesteps(steps)
+    times = times_of(process, steps, 'karras')
+    # Theirs rounds the times that the network is told, or not, by scheduler; the noise levels are what is compared.
+    sigmas = np.divide(*process.alpha_sigma(times)[::-1])
+    np.testing.assert_allclose(scheduler.sigmas[:-1], sigmas, rtol=2e-3)
+    return
+  draws = np.random.default_rng(2).normal(size=(steps, *SHAPE)).astype(np.float32)
+  start, their_start = start_of(process, times, scheduler)
+  extra = {'eta': 0.7} if pair == 'ddim-eta' else None
+  want = theirs(scheduler, their_start, steps, monkeypatch, draws, extra)
+  got = ours(process, solver, start, times, draws)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('spacing', ['leading', 'trailing'])
+@pytest.mark.parametrize('schedule', ['linear', 'cosine', 'zero_snr'])
+def test_schedules_and_spacings(schedule, spacing, monkeypatch):
+  process = Process(schedule=schedule, prediction='velocity')
+  theirs_of = {
+    'linear': {},
+    'cosine': {'beta_schedule': 'squaredcos_cap_v2'},
+    'zero_snr': {**VP, 'rescale_betas_zero_snr': True},
+  }[schedule]
+  scheduler = schedulers.DDIMScheduler(
+    clip_sample=False, prediction_type='v_prediction', timestep_spacing=spacing, **theirs_of
+  )
+  times = times_of(process, 20, spacing)
+  scheduler.set_timesteps(20)
+  np.testing.assert_array_equal(times, scheduler.timesteps)
+  np.testing.assert_allclose(
+    process.alpha_sigma(np.arange(1000.0))[0] ** 2, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7
+  )
+  start, their_start = start_of(process, times, scheduler)
+  want = theirs(scheduler, their_start, 20, monkeypatch)
+  np.testing.assert_allclose(ours(process, Ddim(), start, times), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('shift', [1.0, 3.0])
+@pytest.mark.parametrize(
+  ('solver', 'name'), [(Ddim(), 'FlowMatchEulerDiscreteScheduler'), (Heun(), 'FlowMatchHeunDiscreteScheduler')]
+)
+def test_flow(solver, name, shift, monkeypatch):
+  process = Process('flow', 'flow', shift=shift)
+  scheduler = getattr(schedulers, name)(shift=shift)
+  scheduler.set_timesteps(8)
+  sigmas = scheduler.sigmas[:-1].numpy()
+  times = 1000 * (sigmas if solver == Ddim() else np.append(sigmas[::2][: 8 - 1], sigmas[-1]))
+  if shift == 1:
+    np.testing.assert_allclose(times_of(process, 8, 'uniform'), times, rtol=1e-5)
+  start = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+  want = theirs(scheduler, start, 8, monkeypatch)
+  np.testing.assert_allclose(ours(process, solver, start, times), want, rtol=0, atol=1e-4)
