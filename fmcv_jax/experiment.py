@@ -36,10 +36,12 @@ from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, 
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.accuracy import Accuracy
 from fmcv_jax.evaluate.base import Evaluator, Subject, to_devices
+from fmcv_jax.evaluate.denoising import Denoising
 from fmcv_jax.evaluate.few_shot import FewShot
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.linear_probe import LinearProbe
 from fmcv_jax.evaluate.object_masks import ObjectMasks
+from fmcv_jax.evaluate.reconstruction import Reconstruction
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.zero_shot import ZeroShot
 from fmcv_jax.models.autoencoder import autoencoder
@@ -49,9 +51,11 @@ from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.models.mae import mae
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.parallel.distributed import is_main
@@ -69,8 +73,10 @@ from fmcv_jax.train.warm_start import Part, begin_with
 # What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
 KINDS: config_lib.Kinds = {
   Objective: {
+    'autoencoding': Autoencoding,
     'classification': Classification,
     'contrastive': Contrastive,
+    'diffusion': Diffusion,
     'dino': SelfDistillation,
     'mae': MaskedAutoencoding,
   },
@@ -93,10 +99,12 @@ KINDS: config_lib.Kinds = {
   Rule: {'adafactor': Adafactor, 'adamw': AdamW, 'lion': Lion, 'muon': Muon},
   Evaluator: {
     'accuracy': Accuracy,
+    'denoising': Denoising,
     'few_shot': FewShot,
     'knn': Knn,
     'linear_probe': LinearProbe,
     'object_masks': ObjectMasks,
+    'reconstruction': Reconstruction,
     'retrieval': Retrieval,
     'zero_shot': ZeroShot,
   },

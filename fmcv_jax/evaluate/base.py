@@ -29,7 +29,7 @@ class Outputs(NamedTuple):
 class Subject:
   """A model under evaluation: its functions, jitted over the mesh once, and the parameters of the moment.
 
-  'pixels' is a function of every model: what features have to beat.
+  'pixels', what features have to beat, and 'image' are functions of every model.
   """
 
   functions: Mapping[str, Callable[..., jax.Array]]
@@ -41,14 +41,19 @@ class Subject:
   def __post_init__(self):
     self._jitted: dict[str, Callable[..., Any]] = {}
 
-  def over(self, name: str, pipeline: Pipeline, batch: int) -> 'Outputs':
-    """Runs function `name` over every readable image of a pipeline, in the source's order.
+  def over(self, name: str, pipeline: Pipeline, batch: int, *, texts: bool = False) -> 'Outputs':
+    """Runs function `name` over every readable image of a pipeline, with its first text or not, in the source's order.
 
     Each process reads and computes its share; all of them return everything.
     """
-    fields = ('image', 'label') if pipeline.source.names else ('image',)
+    fields = ('image',) + ('label',) * bool(pipeline.source.names) + ('tokens',) * texts
     batches = evaluation_batches(
-      pipeline, batch=batch, fields=fields, process_index=jax.process_index(), process_count=jax.process_count()
+      pipeline,
+      batch=batch,
+      fields=fields,
+      tokenizer=self.tokenizer,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     values, index, mask, *labels = map(np.concatenate, zip(*(self._run(name, local) for local in batches)))
     return Outputs(values[mask], index[mask], labels[0][mask] if labels else np.full(mask.sum(), -1))
@@ -69,7 +74,7 @@ class Subject:
 
   def _run(self, name: str, local: dict[str, np.ndarray]) -> list[np.ndarray]:
     """One global batch from this process' rows: the outputs, then index, mask and label where the batch has them."""
-    function = self.functions.get(name, pixels if name == 'pixels' else None)
+    function = {'pixels': pixels, 'image': whole_image, **self.functions}.get(name)
     if function is None:
       raise UserError(f'an evaluator needs {name!r}, which this objective does not offer; it has: '
                       f'{", ".join(self.functions) or "nothing"}')  # fmt: skip
@@ -91,6 +96,11 @@ def pixels(params: Any, extra: Any, batch: Mapping[str, jax.Array], side: int = 
   window = (1, *step, 1)
   small = jax.lax.reduce_window(images, 0.0, jax.lax.add, window, window, 'VALID') / (step[0] * step[1])
   return small.reshape(len(images), -1)
+
+
+def whole_image(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+  """The image itself, float32 [B, H, W, 3] in [0, 1]."""
+  return batch['image'].astype(jnp.float32) / 255
 
 
 def to_devices(local: Mapping[str, np.ndarray], placement: Placement) -> dict[str, jax.Array]:

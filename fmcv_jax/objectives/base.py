@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Normalize
+from fmcv_jax.diffusion.process import Process
 from fmcv_jax.models.attention_maps import READINGS
+from fmcv_jax.models.conditioning import Condition
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -27,6 +29,26 @@ class ImageTower(NamedTuple):
   network: nn.Module
   params: Params
   normalize: Normalize
+
+
+class Generator(NamedTuple):
+  """The part of a trained model that makes pictures; x is a picture in the network's range, or a latent.
+
+  shape       of one x
+  denoise     (x [B, *shape], time [B], Condition) -> the network's output
+  condition   of a batch with what the model was told in training, of `told`
+  told        'tokens', 'label', both or neither
+  encode      images [B, H, W, 3] in [0, 1] -> x
+  decode      x -> images in [0, 1]
+  """
+
+  process: Process
+  shape: tuple[int, ...]
+  denoise: Callable[[jax.Array, jax.Array, Condition], jax.Array]
+  condition: Callable[[Batch], Condition]
+  told: tuple[str, ...]
+  encode: Callable[[jax.Array], jax.Array]
+  decode: Callable[[jax.Array], jax.Array]
 
 
 class Objective(abc.ABC):
@@ -63,6 +85,10 @@ class Objective(abc.ABC):
 
   def image_tower(self, params: Params, extra: Any) -> ImageTower | None:
     """What `fmcv explain` looks into; None where there is no one such network."""
+    return None
+
+  def generator(self, params: Params, extra: Any) -> Generator | None:
+    """What `fmcv generate` paints with; None for a model that makes no pictures."""
     return None
 
 

@@ -42,7 +42,7 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?prototypes', ('embed', 'vocab')),
   (r'(.*/)?lengths', ('vocab',)),
   # Diffusion and autoencoders: images and latents have few channels, which no mesh divides.
-  (r'(.*/)?conv_out/kernel', (None, None, 'embed', None)),
+  (r'(.*/)?conv_(out|logit)/kernel', (None, None, 'embed', None)),
   (r'(.*/)?conv\w*/kernel', (None, None, None, 'embed')),
   (r'(.*/)?(conv\w*|shortcut|modulation|quantize|unquantize)/bias', (None,)),
   (r'(.*/)?(shortcut|modulation)/kernel', ('embed', None)),

@@ -1,0 +1,154 @@
+"""A Gaussian autoencoder against a discriminator of patches (Esser et al. 2021; Rombach et al. 2022)."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmcv_jax.data.augment import Augment, Normalize, augmented
+from fmcv_jax.models.autoencoder import Autoencoder
+from fmcv_jax.models.discriminator import PatchDiscriminator
+from fmcv_jax.models.layers import unit
+from fmcv_jax.models.vit import ViT, patch_features
+from fmcv_jax.objectives.base import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoding(Objective):
+  """Absolute error, distance of features, divergence from the normal, and what a discriminator makes of the patches.
+
+  kl                   weight of the divergence, which is summed over a latent and divided by the picture's values
+  adversarial          weight of the discriminator's say, relative to the other errors' gradient at the last layer
+                       (Esser et al. 2021, eq. 7); 0 for none
+  adversarial_start    step from which on it has one
+  perceptual           weight of the distance of features (LPIPS of Zhang et al. 2018 without learned weights)
+  features             a vision transformer for it; its values come by init_from, at 'extra/features'
+  features_normalize   what it was trained with
+  """
+
+  network: nn.Module
+  kl: float = 1e-6
+  adversarial: float = 0.5
+  adversarial_start: int = 0
+  discriminator_width: int = 64
+  discriminator_layers: int = 3
+  perceptual: float = 0.0
+  features: nn.Module | None = None
+  features_normalize: Normalize = Normalize()
+  augment: tuple[Augment, ...] = ()
+  normalize: Normalize = Normalize()
+
+  def __post_init__(self):
+    if not isinstance(self.network, Autoencoder):
+      raise ValueError('network: autoencoding needs network.name=autoencoder')
+    if bool(self.perceptual) != (self.features is not None):
+      raise ValueError('perceptual: a weight needs features to weigh, such as features.name=vit, and they a weight')
+    if self.features is not None and not isinstance(self.features, ViT):
+      raise ValueError('features: needs a vision transformer, features.name=vit')
+
+  @property
+  def discriminator(self) -> PatchDiscriminator:
+    network: Any = self.network
+    return PatchDiscriminator(self.discriminator_width, self.discriminator_layers, network.dtype)
+
+  @property
+  def example_batch(self):
+    size = self.network.image_size
+    return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+
+  def init(self, rng):
+    keys = jax.random.split(rng, 3)
+    size = self.network.image_size
+    images = jnp.zeros((1, size, size, 3))
+    params = {'autoencoder': self.network.init(keys[0], images)['params']}
+    extra: dict[str, Any] = {'steps': jnp.zeros((), jnp.int32)}
+    if self.adversarial:
+      params['discriminator'] = self.discriminator.init(keys[1], images)['params']
+    if self.features is not None:
+      extra['features'] = self.features.init(keys[2], self._for_features(images))['params']
+    return params, extra
+
+  def loss(self, params, batch, rng, extra):
+    augment_rng, latent_rng = jax.random.split(rng)
+    x = self.normalize(augmented(batch['image'], self.augment, augment_rng))
+    network: Any = self.network.bind({'params': params['autoencoder']})
+    latent = network.encode(x)
+    before = network.features(latent.sample(latent_rng))
+    last = params['autoencoder']['conv_out']
+
+    def picture(last):
+      return self.network.apply({'params': {**params['autoencoder'], 'conv_out': last}}, before, method='pixels')
+
+    def error(picture):
+      value = jnp.abs(x - picture).mean()
+      return value + self.perceptual * self._distance(extra, x, picture) if self.perceptual else value
+
+    made = picture(last)
+    reconstruction = error(made)
+    divergence = latent.kl().mean() / (x.size / x.shape[0])
+    loss = reconstruction + self.kl * divergence
+    metrics = {'reconstruction': reconstruction, 'kl': divergence}
+    if self.adversarial:
+      opposed, more = self._adversarial(params, extra, x, picture, made, error)
+      loss += opposed
+      metrics.update(more)
+    return loss, (metrics, {})
+
+  def _adversarial(self, params, extra, x, picture, made, error):
+    """What the discriminator adds to the loss, for the autoencoder and for itself."""
+
+    def judged(pictures, weights):
+      return self.discriminator.apply({'params': weights}, pictures)
+
+    frozen = jax.lax.stop_gradient(params['discriminator'])
+
+    def seen_through(picture):
+      return -judged(picture, frozen).mean()
+
+    # By how much each of the two would move the last layer.
+    last = jax.lax.stop_gradient(params['autoencoder']['conv_out'])
+    pull, push = (
+      optax.tree.norm(jax.grad(lambda last, of=of: of(picture(last)))(last)['kernel']) for of in (error, seen_through)
+    )
+    balance = jax.lax.stop_gradient(jnp.clip(pull / (push + 1e-4), 0, 1e4))
+    begun = jnp.where(extra['steps'] >= self.adversarial_start, 1.0, 0.0)
+    fooling = seen_through(made)
+    real, fake = (judged(p, params['discriminator']) for p in (x, jax.lax.stop_gradient(made)))
+    hinge = 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+    metrics = {'fooling': fooling, 'discriminator': hinge, 'adversarial_weight': begun * self.adversarial * balance}
+    return begun * (self.adversarial * balance * fooling + hinge), metrics
+
+  def update_extra(self, extra, params, aux, step):
+    return {**extra, 'steps': extra['steps'] + 1}
+
+  def functions(self):
+    """'reconstruction' [B, H, W, 3] in [0, 1], through the latent's mean; 'latent' [B, h, w, z], that mean."""
+
+    def latent(params, extra, batch):
+      x = self.normalize(batch['image'].astype(jnp.float32) / 255)
+      gaussian: Any = self.network.apply({'params': params['autoencoder']}, x, method='encode')
+      return gaussian.mean
+
+    def reconstruction(params, extra, batch):
+      z = latent(params, extra, batch)
+      picture: Any = self.network.apply({'params': params['autoencoder']}, z, method='decode')
+      return jnp.clip(self.normalize.undo(picture), 0, 1)
+
+    return {'latent': latent, 'reconstruction': reconstruction}
+
+  def _for_features(self, x):
+    features: Any = self.features
+    shape = (x.shape[0], features.image_size, features.image_size, 3)
+    images = self.normalize.undo(x)
+    return self.features_normalize(images if images.shape == shape else jax.image.resize(images, shape, 'cubic'))
+
+  def _distance(self, extra, x, picture):
+    """Mean squared distance of the patches' unit features."""
+    one, other = (
+      unit(patch_features(self.features, extra['features'], self._for_features(images)))  # type: ignore[arg-type]
+      for images in (x, picture)
+    )
+    return jnp.square(one - other).sum(-1).mean()

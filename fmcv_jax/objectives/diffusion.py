@@ -1,0 +1,290 @@
+"""Denoising (Ho et al. 2020) of pictures or an autoencoder's latents (Rombach et al. 2022), told classes or texts."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmcv_jax.data.augment import Augment, Normalize, augmented
+from fmcv_jax.diffusion.process import Process, TimesName, WeightName, alphas_cumprod
+from fmcv_jax.models.autoencoder import Autoencoder
+from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.models.layers import dense, unit
+from fmcv_jax.models.text import TextTransformer
+from fmcv_jax.models.vit import ViT, patch_features
+from fmcv_jax.objectives.base import Generator, Objective
+
+LEVELS = 8  # noise levels at which the validation error is told
+
+
+class Projector(nn.Module):
+  """Tokens [B, T, D] -> [B, T, outputs], by three layers with SiLU (Yu et al. 2025)."""
+
+  width: int
+  outputs: int
+
+  @nn.compact
+  def __call__(self, x):
+    for name in ('hidden1', 'hidden2'):
+      x = jax.nn.silu(dense(self.width, 'float32', name)(x))
+    return dense(self.outputs, 'float32', 'head')(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+  """REPA (Yu et al. 2025, eq. 8): tokens of the denoiser point where those of a pretrained ViT of clean images do.
+
+  teacher   its values come by init_from, at 'extra/teacher'
+  layer     of the denoiser, counted from 1
+  weight    of the mean negative cosine in the loss
+  """
+
+  teacher: nn.Module
+  layer: int
+  weight: float = 0.5
+  hidden: int = 2048
+  normalize: Normalize = Normalize()
+
+  def __post_init__(self):
+    if not isinstance(self.teacher, ViT):
+      raise ValueError('teacher: alignment needs a vision transformer, teacher.name=vit')
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion(Objective):
+  """Mean squared error of what the network says of a noisy x, at a random time.
+
+  network        told by `classes` a label, by `cross_attention` or `pooled_text` a text, or nothing
+  autoencoder    x is its latent, (latent - latent_shift) * latent_scale; frozen, by init_from at 'extra/autoencoder'
+  text           the tower that reads the captions; frozen, by init_from at 'extra/text'
+  drop           share of examples that are told nothing, for classifier-free guidance
+  weighting      of the error by noise level (`Process.weight`), and its `strength`
+  times          distribution of the times (`Process.draw_times`), with mean and standard deviation where it is normal
+  align          REPA
+  """
+
+  network: Any
+  process: Process = Process()
+  autoencoder: nn.Module | None = None
+  latent_scale: float = 1.0
+  latent_shift: float = 0.0
+  text: nn.Module | None = None
+  drop: float = 0.1
+  weighting: WeightName = 'simple'
+  strength: float = 5.0
+  times: TimesName = 'uniform'
+  times_mean: float = 0.0
+  times_std: float = 1.0
+  align: Alignment | None = None
+  augment: tuple[Augment, ...] = ()
+  normalize: Normalize = Normalize()
+
+  def __post_init__(self):
+    network, coder = self.network, self.autoencoder
+    if not hasattr(network, 'image_size') or not hasattr(network, 'cross_attention'):
+      raise ValueError('network: diffusion needs a denoiser, such as network.name=dit')
+    if network.outputs != network.channels * (2 if self.process.learned_variance else 1):
+      raise ValueError(
+        f'network: outputs is {network.outputs} for {network.channels} channels; it is to be as many, or twice as many '
+        f'with process.learned_variance'
+      )
+    if coder is not None:
+      if not isinstance(coder, Autoencoder):
+        raise ValueError('autoencoder: needs autoencoder.name=autoencoder')
+      given = (coder.image_size // coder.factor, coder.latent)
+      if given != (network.image_size, network.channels):
+        raise ValueError(
+          f'network: image_size and channels are {(network.image_size, network.channels)}, but the latents of the '
+          f'autoencoder have {given}'
+        )
+    if (network.cross_attention or network.pooled_text) != (self.text is not None):
+      raise ValueError('text: a network with cross_attention or pooled_text needs a text tower, and no other does')
+    if self.text is not None and not isinstance(self.text, TextTransformer):
+      raise ValueError('text: needs text.name=text_transformer')
+    if self.align is not None and not 1 <= self.align.layer <= network.depth:
+      raise ValueError(f'align.layer: {self.align.layer} is not one of the {network.depth} layers')
+
+  @property
+  def image_size(self) -> int:
+    return self.autoencoder.image_size if self.autoencoder else self.network.image_size
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """That of one x."""
+    return (self.network.image_size, self.network.image_size, self.network.channels)
+
+  @property
+  def told(self) -> tuple[str, ...]:
+    return ('label',) * bool(self.network.classes) + ('tokens',) * (self.text is not None)
+
+  @property
+  def example_batch(self):
+    size = self.image_size
+    shapes = {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+    if 'label' in self.told:
+      shapes['label'] = jax.ShapeDtypeStruct((), jnp.int32)
+    if self.text is not None:
+      shapes['tokens'] = jax.ShapeDtypeStruct((self.text.length,), jnp.int32)
+    return shapes
+
+  def init(self, rng):
+    keys = iter(jax.random.split(rng, 5))
+    images = jnp.zeros((1, self.image_size, self.image_size, 3))
+    extra = {}
+    if self.autoencoder is not None:
+      extra['autoencoder'] = self.autoencoder.init(next(keys), images)['params']
+    if self.text is not None:
+      extra['text'] = self.text.init(next(keys), jnp.zeros((1, self.text.length), jnp.int32))['params']
+    batch = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.example_batch.items()}
+    condition, x = self.condition(extra, batch), jnp.zeros((1, *self.shape))
+    params = {'network': self.network.init(next(keys), x, jnp.zeros(1), condition)['params']}
+    if self.align is not None:
+      extra['teacher'] = self.align.teacher.init(next(keys), self._for_teacher(images))['params']
+      tokens = jnp.zeros((1, 1, self.network.width))
+      params['projector'] = self._projector.init(next(keys), tokens)['params']
+    return params, extra
+
+  def loss(self, params, batch, rng, extra):
+    augment_rng, latent_rng, drop_rng, time_rng, noise_rng = jax.random.split(rng, 5)
+    images = augmented(batch['image'], self.augment, augment_rng)
+    x0, count = self._encode(extra, images, latent_rng), images.shape[0]
+    keep = jax.random.uniform(drop_rng, (count,)) >= self.drop
+    time = self.process.draw_times(jax.random.split(time_rng, count), self.times, self.times_mean, self.times_std)
+    noise = jax.random.normal(noise_rng, x0.shape)
+    x = self.process.diffuse(x0, noise, time)
+    tap = self.align.layer if self.align else None
+    output = self._apply(
+      params, x, time, self.condition(extra, batch, keep), train=True, **({'tap': tap} if tap else {})
+    )
+    output, tokens = output if tap else (output, None)
+    errors = self._errors(output, x0, noise, time)
+    loss = jnp.mean(self.process.weight(time, self.weighting, self.strength) * errors)
+    metrics = {'denoising': jnp.mean(errors)}
+    if self.process.learned_variance:
+      metrics['variance_bits'] = self._variance_bits(output, x, x0, time)
+      loss += metrics['variance_bits']
+    if self.align is not None:
+      metrics['alignment'] = self._alignment(params, extra, tokens, images)
+      loss -= self.align.weight * metrics['alignment']
+    return loss, (metrics, {})
+
+  def condition(self, extra, batch, keep=None) -> Condition:
+    """What a batch tells the network; nothing of examples whose `keep` (bool [B]) is false."""
+    label = text = mask = pooled = None
+    if self.network.classes:
+      label = batch['label'] if keep is None else jnp.where(keep, batch['label'], self.network.classes)
+    if self.text is not None:
+      tokens = batch['tokens']
+      if keep is not None:
+        tokens = jnp.where(keep[:, None], tokens, empty_text(tokens))
+      features: Any = self.text.apply({'params': extra['text']}, tokens)
+      text, mask, pooled = features.tokens, tokens != 0, features.pooled
+    return Condition(label, text, mask, pooled)
+
+  def functions(self):
+    return {'denoising_errors': self.denoising_errors}
+
+  def denoising_errors(self, params, extra, batch):
+    """float32 [B, LEVELS]: the squared error at as many times from none to all of the noise, drawn for each record."""
+    x0 = self._encode(extra, batch['image'].astype(jnp.float32) / 255)
+    condition = self.condition(extra, batch)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), batch['index'])
+
+    def at(time, level):
+      noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), x0.shape[1:]))(keys)
+      times = jnp.full(x0.shape[:1], time)
+      output = self._apply(params, self.process.diffuse(x0, noise, times), times, condition)
+      return self._errors(output, x0, noise, times)
+
+    times = jnp.asarray((np.arange(LEVELS) + 0.5) / LEVELS * self.process.last, jnp.float32)
+    return jax.lax.map(lambda args: at(*args), (times, jnp.arange(LEVELS))).T
+
+  def generator(self, params, extra):
+    def encode(images):
+      return self._encode(extra, images)
+
+    def decode(x):
+      if self.autoencoder is not None:
+        latent = x / self.latent_scale + self.latent_shift
+        x = self.autoencoder.apply({'params': extra['autoencoder']}, latent, method='decode')
+      return jnp.clip(self.normalize.undo(x), 0, 1)
+
+    return Generator(
+      self.process,
+      self.shape,
+      lambda x, time, condition: self._apply(params, x, time, condition),
+      lambda batch: self.condition(extra, batch),
+      self.told,
+      encode,
+      decode,
+    )
+
+  def _apply(self, params, x, time, condition, **options) -> Any:
+    return self.network.apply({'params': params['network']}, x, time, condition, **options)
+
+  def _encode(self, extra, images, rng=None):
+    """x of images [B, H, W, 3] in [0, 1]; with an rng, a sample of the autoencoder's latent, without one its mean."""
+    x = self.normalize(images)
+    if self.autoencoder is None:
+      return x
+    latent: Any = self.autoencoder.apply({'params': extra['autoencoder']}, x, method='encode')
+    x = latent.mean if rng is None else latent.sample(rng)
+    return (x - self.latent_shift) * self.latent_scale
+
+  def _errors(self, output, x0, noise, time):
+    output = output[..., : x0.shape[-1]].astype(jnp.float32)
+    return jnp.square(output - self.process.target(x0, noise, time)).mean((1, 2, 3))
+
+  def _variance_bits(self, output, x, x0, time):
+    """Mean of the divergence of the step's true posterior from the network's, in bits a value, by its variance only
+    (Nichol & Dhariwal 2021, eq. 16 with lambda = 1 / STEPS). The last step, at time 0, is left out: it draws nothing.
+    """
+    table = alphas_cumprod(self.process.schedule)
+    before = np.append(1.0, table[:-1])
+    beta = 1 - table / before
+    small = beta * (1 - before) / (1 - table)
+    small[0] = small[1]
+    index = time.astype(jnp.int32)
+
+    def at(values):
+      return jnp.asarray(values, jnp.float32)[index].reshape(-1, 1, 1, 1)
+
+    predicted, between = jnp.split(output.astype(jnp.float32), 2, axis=-1)
+    image = jax.lax.stop_gradient(self.process.image(predicted, x, time))
+    off = at(np.sqrt(before) * beta / (1 - table)) * (image - x0)
+    ratio = at(np.log(beta) - np.log(small)) * (between + 1) / 2  # log of the network's variance over the smallest
+    divergence = 0.5 * (ratio - 1 + jnp.exp(-ratio) * (1 + jnp.square(off) / at(small)))
+    bits = divergence.mean((1, 2, 3)) / np.log(2)
+    return jnp.mean(jnp.where(time > 0, bits, 0))
+
+  @property
+  def _projector(self) -> Projector:
+    assert self.align is not None
+    teacher: Any = self.align.teacher
+    return Projector(self.align.hidden, teacher.width)
+
+  def _for_teacher(self, images):
+    assert self.align is not None
+    teacher: Any = self.align.teacher
+    shape = (images.shape[0], teacher.image_size, teacher.image_size, 3)
+    return self.align.normalize(images if images.shape == shape else jax.image.resize(images, shape, 'cubic'))
+
+  def _alignment(self, params, extra, tokens, images):
+    """Mean cosine of the denoiser's projected tokens and the teacher's patches, which are resized to their grid."""
+    assert self.align is not None
+    teacher: Any = self.align.teacher
+    side = self.network.image_size // self.network.patch
+    seen = patch_features(teacher, extra['teacher'], self._for_teacher(images)).astype(jnp.float32)
+    if seen.shape[1] != side:
+      seen = jax.image.resize(seen, (seen.shape[0], side, side, seen.shape[-1]), 'bilinear')
+    said: Any = self._projector.apply({'params': params['projector']}, tokens.astype(jnp.float32))
+    return jnp.mean(jnp.sum(unit(said) * unit(seen.reshape(said.shape)), axis=-1))
+
+
+def empty_text(tokens: jax.Array) -> jax.Array:
+  """The tokens [B, L] of an empty text, by any tokenizer's rule: a start, the end, which is the largest id, padding."""
+  start, end = tokens[:, :1], tokens.max(axis=1, keepdims=True)
+  return jnp.concatenate([start, end, jnp.zeros_like(tokens[:, 2:])], axis=1)

@@ -1,0 +1,138 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmcv_jax.diffusion.process import Process, alphas_cumprod
+from fmcv_jax.models.autoencoder import autoencoder
+from fmcv_jax.models.dit import dit
+from fmcv_jax.models.text import text_transformer
+from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.diffusion import Alignment, Diffusion, empty_text
+from fmcv_jax.parallel.mesh import MeshShape
+from tests.train.tiny import Trainer, batch_of
+
+
+def painter(**changes):
+  """Everything at once: latents, texts, REPA."""
+  options = dict(
+    network=dit('mu/2', image_size=8, channels=4, cross_attention=True, pooled_text=True),
+    process=Process('flow', 'flow'),
+    autoencoder=autoencoder(channels=(4, 4), layers=1, latent=4, image_size=16, middle_attention=False),
+    latent_scale=0.5,
+    text=text_transformer(64, 8, 16, 1, 2, causal=False, attend_padding=False),
+    align=Alignment(vit('mu/8', image_size=16), layer=1, hidden=16),
+  )
+  return Diffusion(**{**options, **changes})
+
+
+def told_classes(**changes):
+  network = dit('mu/4', image_size=16, channels=3, classes=10, outputs=6)
+  return Diffusion(network, Process('cosine', learned_variance=True), **changes)
+
+
+def test_training_on_eight_devices_equals_one_and_leaves_what_is_frozen_as_it_was():
+  batches = [batch_of(painter(), seed) for seed in range(2)]
+  trainer = Trainer(painter(), devices=1)
+  before = jax.device_get(trainer.state.extra)
+  assert set(before) == {'autoencoder', 'text', 'teacher'}
+  one = trainer.run(batches)
+  jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.state.extra))
+  eight = Trainer(painter(), MeshShape(data=2, fsdp=2, tensor=2)).run(batches)
+  np.testing.assert_allclose(eight, one, rtol=2e-5)
+
+
+def test_the_best_network_has_no_loss_and_the_error_is_that_of_the_target():
+  """A new DiT says zero: its error is the mean square of the target, which for the noise is 1."""
+  objective = told_classes(drop=0.0)
+  params, extra = jax.jit(objective.init)(jax.random.key(0))
+  batch = {name: jnp.asarray(x) for name, x in batch_of(objective).items()}
+  _, (metrics, _) = jax.jit(objective.loss)(params, batch, jax.random.key(1), extra)
+  assert float(metrics['denoising']) == pytest.approx(1, abs=0.05)
+
+
+def test_dropped_conditions_are_those_of_no_class_and_of_an_empty_text():
+  tokens = jnp.array([[1, 5, 6, 63, 0], [1, 7, 63, 0, 0]])
+  np.testing.assert_array_equal(empty_text(tokens), [[1, 63, 0, 0, 0]] * 2)
+  objective = told_classes()
+  condition = objective.condition({}, {'label': jnp.array([3, 4])}, jnp.array([True, False]))
+  np.testing.assert_array_equal(condition.label, [3, 10])
+  objective = painter()
+  batch = {'tokens': jnp.asarray([[1, 5, 6, 63, 0, 0, 0, 0]] * 2)}
+
+  @jax.jit
+  def conditions(key):
+    extra = {'text': objective.text.init(key, batch['tokens'])['params']}
+    empty = objective.condition(extra, {'tokens': empty_text(batch['tokens'])})
+    return objective.condition(extra, batch, jnp.array([True, False])), empty
+
+  dropped, empty = conditions(jax.random.key(0))
+  np.testing.assert_allclose(dropped.text[1], empty.text[1], atol=1e-6)
+  np.testing.assert_array_equal(dropped.mask.sum(1), [4, 2])
+  assert np.abs(dropped.text[0] - dropped.text[1]).max() > 0.1
+
+
+def test_variance_bits_are_the_divergence_of_two_gaussians():
+  objective = told_classes()
+  rng = np.random.default_rng(0)
+  x0, noise, predicted, between = (rng.normal(size=(3, 4, 4, 3)).astype(np.float32) for _ in range(4))
+  time = np.array([10, 400, 900])
+  process = objective.process
+  x = process.diffuse(x0, noise, jnp.asarray(time, jnp.float32))
+  output = jnp.concatenate([predicted, between], axis=-1)
+  bits = objective._variance_bits(output, x, x0, jnp.asarray(time, jnp.float32))
+
+  table = alphas_cumprod('cosine')
+  want = []
+  for i, t in enumerate(time):  # Ho et al. 2020, eq. 6 and 7
+    alpha_bar, before = table[t], table[t - 1]
+    beta = 1 - alpha_bar / before
+    small = beta * (1 - before) / (1 - alpha_bar)
+    variance = np.exp((between[i] + 1) / 2 * np.log(beta) + (1 - between[i]) / 2 * np.log(small))
+    image = (x[i] - np.sqrt(1 - alpha_bar) * predicted[i]) / np.sqrt(alpha_bar)
+    means = [
+      np.sqrt(before) * beta / (1 - alpha_bar) * picture
+      + np.sqrt(alpha_bar / before) * (1 - before) / (1 - alpha_bar) * x[i]
+      for picture in (x0[i], image)
+    ]
+    divergence = 0.5 * (np.log(variance / small) - 1 + (small + (means[0] - means[1]) ** 2) / variance)
+    want.append(divergence.mean() / np.log(2))
+  assert float(bits) == pytest.approx(np.mean(want), rel=1e-3)
+
+
+def test_validation_errors_by_noise_are_the_same_every_time_and_for_every_batch():
+  objective = painter(align=None)
+  params, extra = jax.jit(objective.init)(jax.random.key(0))
+  batch = {name: jnp.asarray(x[:4]) for name, x in batch_of(objective).items()} | {'index': jnp.arange(4)}
+  function = jax.jit(objective.functions()['denoising_errors'])
+  errors = function(params, extra, batch)
+  assert errors.shape == (4, 8)
+  part = function(params, extra, {name: x[2:3] for name, x in batch.items()})
+  np.testing.assert_allclose(part, errors[2:3], rtol=1e-5)
+
+
+def test_the_generator_gives_pictures_back():
+  objective = Diffusion(dit('mu/4', image_size=16, channels=3))
+  paints = objective.generator(*objective.init(jax.random.key(0)))
+  images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
+  np.testing.assert_allclose(paints.decode(paints.encode(images)), images, atol=1e-6)
+  assert paints.told == ()
+  assert paints.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(network=vit('mu/8')), 'needs a denoiser'),
+    (dict(process=Process(learned_variance=True)), 'outputs is 4 for 4 channels'),
+    (dict(text=None), 'needs a text tower'),
+    (
+      dict(autoencoder=autoencoder(channels=(8, 8, 8), layers=1, latent=4, image_size=16)),
+      'latents of the autoencoder',
+    ),
+    (dict(align=Alignment(vit('mu/8'), layer=3)), 'align.layer: 3 is not one of the 2 layers'),
+  ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    painter(**changes)
