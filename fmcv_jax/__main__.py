@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fmcv_jax.errors import UserError
 
@@ -33,6 +34,47 @@ def explain(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.apps import explain as explain_app
 
   explain_app.run(args.image, args.model, args.text, args.output, step=args.step, size=args.size)
+
+
+def generate(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import generate as generate_app
+
+  generate_app.run(
+    args.prompt,
+    args.model,
+    args.output,
+    step=args.step,
+    count=args.n,
+    image=args.image,
+    mask=args.mask,
+    expand=args.expand,
+    strength=args.strength,
+    interpolate=args.interpolate,
+    negative=args.negative,
+    **_sampling(args),
+  )
+
+
+def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import synthesize as synthesize_app
+
+  synthesize_app.run(args.model, args.to, per_prompt=args.n, prompts=args.prompts, step=args.step, **_sampling(args))
+
+
+def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import gallery as gallery_app
+
+  gallery_app.run(args.model, args.judge, steps=args.steps, guidance=args.guidance, seed=args.seed)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+  return {
+    'steps': args.steps,
+    'guidance': args.guidance,
+    'seed': args.seed,
+    'solver': args.solver,
+    'spacing': args.spacing,
+  }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,6 +111,35 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--text', nargs='+', default=[], help='texts to look for (a model that knows texts)')
   sub.add_argument('--output', default='explained', metavar='DIR', help='folder for the pictures (default: explained)')
   sub.add_argument('--size', type=int, help="pixels a side (default: the model's; more gives finer maps)")
+
+  def add_sampling(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
+    sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt; 1: as trained (default: 4)')
+    sub.add_argument('--seed', type=int, default=0)
+    sub.add_argument('--solver', default='dpm++', help='ddim, ddpm, euler, heun, dpm++, unipc, ... (default: dpm++)')
+    sub.add_argument('--spacing', default='trailing', choices=['trailing', 'leading', 'uniform', 'quadratic', 'karras'])
+
+  sub = add(generate, 'Paint pictures with a trained diffusion model.', model=True)
+  sub.add_argument('prompt', nargs='*', metavar='PROMPT', help='a text, or a class by name or number')
+  sub.add_argument('-n', type=int, default=4, help='pictures of each prompt (default: 4)')
+  add_sampling(sub)
+  sub.add_argument('--negative', default='', metavar='TEXT', help='a text to move away from')
+  sub.add_argument('--image', metavar='FILE', help='paint over this picture')
+  sub.add_argument('--strength', type=float, default=0.6, help='how much of the picture is lost (default: 0.6)')
+  sub.add_argument('--mask', metavar='FILE', help='paint anew only where this picture is white')
+  sub.add_argument('--expand', type=float, metavar='SHARE', help='paint a margin of this share around the picture')
+  sub.add_argument('--interpolate', action='store_true', help='go from the first prompt to the second in n pictures')
+  sub.add_argument('--output', default='generated', metavar='DIR', help='folder for the pictures (default: generated)')
+  sub = add(synthesize, 'Paint a labelled data set with a trained diffusion model.', model=True)
+  sub.add_argument('--to', required=True, metavar='DIR', help='a new folder of ArrayRecord shards')
+  sub.add_argument('-n', type=int, default=10, help='pictures of each prompt (default: 10)')
+  sub.add_argument('--prompts', metavar='FILE', help='a prompt a line (default: the names of the training data)')
+  add_sampling(sub)
+  sub = add(gallery, "Paint a sheet of a text-to-image model's prompts, and judge it by a trained CLIP.", model=True)
+  sub.add_argument('--judge', required=True, metavar='DIR', help='workdir of `fmcv demo`')
+  sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
+  sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt (default: 4)')
+  sub.add_argument('--seed', type=int, default=0)
   return top
 
 

@@ -1,9 +1,13 @@
 """A data set of real files and small configs on it, for tests that run whole experiments."""
 
+import json
+
+import jax
 import numpy as np
 from PIL import Image
 
 from fmcv_jax import experiment
+from fmcv_jax.train.checkpoint import Store
 
 
 def image_folder(path, count=24, classes=3, size=20):
@@ -81,6 +85,67 @@ def contrastive(folder, **changes):
     },
     changes,
   )
+
+
+def painter(folder, **changes):
+  """A diffusion of latents, told texts by a trained-nowhere tower."""
+  text = {'vocab_size': 300, 'length': 8, 'width': 16, 'depth': 1, 'heads': 2, 'causal': False, 'attend_padding': False}
+  source = {'name': 'image_folder', 'path': str(folder), 'captions': 'captions.csv'}
+  coder = {'channels': (4, 4), 'layers': 1, 'latent': 4, 'image_size': 16, 'middle_attention': False}
+  network = {'variant': 'mu/2', 'image_size': 8, 'channels': 4, 'cross_attention': True, 'pooled_text': True}
+  return _resolved(
+    {
+      'objective': {
+        'name': 'diffusion',
+        'network': {'name': 'dit', **network},
+        'process': {'schedule': 'flow', 'prediction': 'flow'},
+        'autoencoder': {'name': 'autoencoder', **coder},
+        'text': {'name': 'text_transformer', **text},
+      },
+      'tokenizer': {'name': 'bpe', 'vocab_size': 300, 'length': 8, 'corpus': source},
+      'data': {'source': source, 'image': {'name': 'resize', 'size': 16}},
+      'evaluators': {
+        'val': {'name': 'denoising', 'batch': 16, 'data': {'source': source, 'image': {'name': 'resize', 'size': 16}}}
+      },
+      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}},
+      'train': {'steps': 4, 'batch': 16},
+      'log': {'every': 1, 'tensorboard': False},
+    },
+    changes,
+  )
+
+
+def class_painter(folder, **changes):
+  """A diffusion of pixels, told classes."""
+  return _resolved(
+    {
+      'objective': {
+        'name': 'diffusion',
+        'network': {'name': 'dit', 'variant': 'mu/4', 'image_size': 16, 'channels': 3, 'classes': 3},
+        'process': {'schedule': 'cosine', 'prediction': 'velocity'},
+      },
+      'data': {
+        'source': {'name': 'image_folder', 'path': str(folder)},
+        'image': {'name': 'random_resized_crop', 'size': 16},
+      },
+      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}},
+      'train': {'steps': 4, 'batch': 16},
+      'log': {'every': 1, 'tensorboard': False},
+    },
+    changes,
+  )
+
+
+def untrained(config, workdir):
+  """A workdir with the state before the first step."""
+  run = experiment.Run(config, workdir)
+  (workdir / 'config.json').write_text(json.dumps(config))
+  if run.experiment.tokenizer:
+    run.experiment.tokenizer.save(workdir / 'tokenizer.json')
+  store = Store(workdir)
+  store.save(jax.jit(run.init, out_shardings=run.shardings)(), {}, {})
+  store.close()
+  return workdir
 
 
 def _resolved(config, changes):

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgpack
@@ -143,8 +144,6 @@ def decode_record(data: bytes) -> Example:
 
 def write_array_record(source: Source, path: str, shards: int = 1) -> None:
   """Writes every record of `source` in order to the new folder `path`, which appears only when it is complete."""
-  from array_record.python import array_record_module
-
   target = pathlib.Path(path).expanduser()
   if shards < 1:
     raise UserError(f'array record: shards must be at least 1, got {shards}')
@@ -155,15 +154,33 @@ def write_array_record(source: Source, path: str, shards: int = 1) -> None:
   try:
     bounds = [len(source) * shard // shards for shard in range(shards + 1)]
     for shard in range(shards):
-      name = f'data-{shard:05d}-of-{shards:05d}.array_record'
-      # Images are compressed already; groups of one make each record a separate read.
-      writer = array_record_module.ArrayRecordWriter(str(partial / name), 'group_size:1,uncompressed')
-      for index in range(bounds[shard], bounds[shard + 1]):
-        writer.write(encode_record(source[index]))
-      writer.close()
-    info = {'records': len(source), 'shards': shards, 'names': list(source.names)}
-    (partial / INFO).write_text(json.dumps(info, indent=1), encoding='utf-8')
+      rows = range(bounds[shard], bounds[shard + 1])
+      write_shard((source[index] for index in rows), shard_path(partial, shard, shards))
+    write_info(partial, len(source), shards, source.names)
     partial.rename(target)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+
+
+def shard_path(folder: pathlib.Path, shard: int, shards: int) -> pathlib.Path:
+  return folder / f'data-{shard:05d}-of-{shards:05d}.array_record'
+
+
+def write_shard(examples: Iterable[Example], path: pathlib.Path) -> None:
+  """Writes examples to one shard, which appears only when it is complete."""
+  from array_record.python import array_record_module
+
+  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+  # Images are compressed already; groups of one make each record a separate read.
+  writer = array_record_module.ArrayRecordWriter(str(partial), 'group_size:1,uncompressed')
+  for example in examples:
+    writer.write(encode_record(example))
+  writer.close()
+  partial.rename(path)
+
+
+def write_info(folder: pathlib.Path, records: int, shards: int, names: Sequence[str]) -> None:
+  """Writes what makes shards a data set, last of all."""
+  info = {'records': records, 'shards': shards, 'names': list(names)}
+  (folder / INFO).write_text(json.dumps(info, indent=1), encoding='utf-8')

@@ -68,32 +68,46 @@ class Emoji(Source):
     'all'       all concepts; `names` are theirs
   Training concepts come first in the list of all, so 'train' and 'seen' give a concept the same label.
 
-  Captions are the name and, with `aliases`, its other names. Drawings lie on white.
+  Captions are the name and, with `aliases`, its other names. Drawings lie on white. `only` keeps the concepts in whose
+  name this regular expression is found, here and among the names of all.
   """
 
   artists: tuple[str, ...] = ('openmoji', 'noto')
   split: Literal['train', 'seen', 'held_out', 'all'] = 'train'
   image_size: int = 64
   aliases: bool = True
+  only: str = ''
 
   def __post_init__(self) -> None:
     if unknown := set(self.artists) - set(ARTISTS):
       raise UserError(f'artists: {sorted(unknown)} are not known; choose from {list(ARTISTS)}')
     if self.split not in ('train', 'seen', 'held_out', 'all'):
       raise UserError(f"split: {self.split!r} is not one of 'train', 'seen', 'held_out', 'all'")
+    try:
+      re.compile(self.only)
+    except re.error as error:
+      raise UserError(f'only: {self.only!r} is no regular expression ({error})') from error
     object.__setattr__(self, 'artists', tuple(self.artists))
 
   @property
   def concepts(self) -> tuple[Concept, ...]:
     """The concepts that are drawn here: label -> concept."""
-    train, held_out = split_concepts()
+    train, held_out = self._both
     return {'train': train, 'seen': train, 'held_out': held_out, 'all': train + held_out}[self.split]
 
   @property
   def names(self) -> tuple[str, ...]:
     """label -> canonical name, for all the names to choose from."""
-    train, held_out = split_concepts()
+    train, held_out = self._both
     return tuple(c.name for c in (train + held_out if self.split == 'seen' else self.concepts))
+
+  @functools.cached_property
+  def _both(self) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
+    """The training concepts and those held out."""
+    train, held_out = (tuple(c for c in side if re.search(self.only, c.name)) for side in split_concepts())
+    if not train + held_out:
+      raise UserError(f'only: {self.only!r} is found in no name of an emoji')
+    return train, held_out
 
   def __len__(self) -> int:
     return len(self.concepts) * len(self.artists)

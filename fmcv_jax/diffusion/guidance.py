@@ -1,6 +1,7 @@
 """Wrappers of a denoiser: stronger conditions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ from fmcv_jax.diffusion.samplers import Denoise
 
 
 def guided(
-  denoise: Callable[[jax.Array, jax.Array, object], jax.Array],
-  condition: object,
-  without: object,
+  denoise: Callable[[jax.Array, jax.Array, Any], jax.Array],
+  condition: Any,
+  without: Any,
   scale: jax.Array | float,
   *,
   interval: tuple[float, float] | None = None,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.errors import nearest
 from fmcv_jax.models.layers import Dtype, dense
-from fmcv_jax.models.spatial import Downsample, ResidualBlock, SpatialAttention, Upsample, conv, group_norm
+from fmcv_jax.models.spatial import Downsample, ResidualBlock, SpatialAttention, Upsample, conv, group_norm, groups_of
 from fmcv_jax.parallel.rules import constrain
 
 
@@ -177,8 +177,8 @@ def autoencoder(
   channels = channels or own_channels
   if image_size % 2 ** (len(channels) - 1):
     raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(channels) - 1)}')
-  if any(c % min(32, c) for c in channels):
-    raise ValueError(f'channels: {channels} have to be multiples of 32, or smaller')
+  if any(c % groups_of(c) for c in channels):
+    raise ValueError(f'channels: {channels} have to be multiples of 32, or below 128 of 4')
   return Autoencoder(
     channels=channels,
     layers=layers or own_layers,

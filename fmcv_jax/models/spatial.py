@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from fmcv_jax.models.layers import Attention, BlockConfig, dense
 from fmcv_jax.parallel.rules import constrain
 
-GROUPS = 32  # of every group norm, or as many as there are channels
+# Of every group norm; narrow networks have fewer, of four channels: groups of one would lose a picture's colours.
+GROUPS = 32
 
 
 def conv(
@@ -30,9 +31,13 @@ def conv(
   )
 
 
+def groups_of(channels: int) -> int:
+  """How many groups a norm of so many channels has."""
+  return min(GROUPS, max(1, channels // 4))
+
+
 def group_norm(channels: int, dtype: str, name: str) -> nn.GroupNorm:
-  groups = min(GROUPS, channels)
-  return nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
+  return nn.GroupNorm(groups_of(channels), epsilon=1e-6, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
 
 
 class ResidualBlock(nn.Module):

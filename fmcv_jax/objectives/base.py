@@ -36,7 +36,7 @@ class Generator(NamedTuple):
 
   shape       of one x
   denoise     (x [B, *shape], time [B], Condition) -> the network's output
-  condition   of a batch with what the model was told in training, of `told`
+  condition   (batch with what is in `told`, told=True) -> Condition; told=False is that of nothing
   told        'tokens', 'label', both or neither
   encode      images [B, H, W, 3] in [0, 1] -> x
   decode      x -> images in [0, 1]
@@ -45,7 +45,7 @@ class Generator(NamedTuple):
   process: Process
   shape: tuple[int, ...]
   denoise: Callable[[jax.Array, jax.Array, Condition], jax.Array]
-  condition: Callable[[Batch], Condition]
+  condition: Callable[..., Condition]
   told: tuple[str, ...]
   encode: Callable[[jax.Array], jax.Array]
   decode: Callable[[jax.Array], jax.Array]

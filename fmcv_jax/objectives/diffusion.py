@@ -66,7 +66,7 @@ class Diffusion(Objective):
   align          REPA
   """
 
-  network: Any
+  network: nn.Module
   process: Process = Process()
   autoencoder: nn.Module | None = None
   latent_scale: float = 1.0
@@ -212,15 +212,14 @@ class Diffusion(Objective):
         x = self.autoencoder.apply({'params': extra['autoencoder']}, latent, method='decode')
       return jnp.clip(self.normalize.undo(x), 0, 1)
 
-    return Generator(
-      self.process,
-      self.shape,
-      lambda x, time, condition: self._apply(params, x, time, condition),
-      lambda batch: self.condition(extra, batch),
-      self.told,
-      encode,
-      decode,
-    )
+    def denoise(x, time, condition):
+      return self._apply(params, x, time, condition)
+
+    def condition(batch, told=True):
+      count = len(next(iter(batch.values())))
+      return self.condition(extra, batch, None if told else jnp.zeros(count, bool))
+
+    return Generator(self.process, self.shape, denoise, condition, self.told, encode, decode)
 
   def _apply(self, params, x, time, condition, **options) -> Any:
     return self.network.apply({'params': params['network']}, x, time, condition, **options)

@@ -1,8 +1,5 @@
 """`fmcv explain` on untrained models: every picture is there and shows something; what cannot be is said."""
 
-import json
-
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +8,6 @@ from fmcv_jax import __main__ as door
 from fmcv_jax import experiment
 from fmcv_jax.apps import explain
 from fmcv_jax.errors import UserError
-from fmcv_jax.train.checkpoint import Store
 from tests import runs
 
 
@@ -20,21 +16,9 @@ def folder(tmp_path_factory):
   return runs.image_folder(tmp_path_factory.mktemp('images'))
 
 
-def untrained(config, workdir):
-  """A workdir with the state before the first step."""
-  run = experiment.Run(config, workdir)
-  (workdir / 'config.json').write_text(json.dumps(config))
-  if run.experiment.tokenizer:
-    run.experiment.tokenizer.save(workdir / 'tokenizer.json')
-  store = Store(workdir)
-  store.save(jax.jit(run.init, out_shardings=run.shardings)(), {}, {})
-  store.close()
-  return workdir
-
-
 @pytest.fixture(scope='module')
 def clip(folder, tmp_path_factory):
-  return untrained(runs.contrastive(folder), tmp_path_factory.mktemp('clip'))
+  return runs.untrained(runs.contrastive(folder), tmp_path_factory.mktemp('clip'))
 
 
 def shows_something(path):
@@ -56,7 +40,7 @@ def test_texts_are_looked_for_in_several_images(folder, clip, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_classifier_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
-  workdir = untrained(runs.classification(folder), tmp_path)
+  workdir = runs.untrained(runs.classification(folder), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
   assert [path.stem for path in written] == ['attention', 'rollout', 'features', 'relevance']
   assert 'likeliest class a' in capsys.readouterr().out.replace('\n', ' ')  # its head is born zero: the first of equals
@@ -72,7 +56,7 @@ def test_masked_autoencoder_shows_what_it_fills_in(folder, tmp_path):
   source = {'name': 'image_folder', 'path': str(folder)}
   config |= {'objective': {'name': 'mae', 'network': network}, 'evaluators': {}}
   config |= {'data': {'source': source, 'image': {'name': 'resize', 'size': 32}}}
-  workdir = untrained(experiment.resolve(config), tmp_path)
+  workdir = runs.untrained(experiment.resolve(config), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
   assert [path.stem for path in written] == ['attention', 'rollout', 'features', 'reconstruction']
   assert all(shows_something(path) for path in written)

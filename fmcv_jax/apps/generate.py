@@ -1,0 +1,359 @@
+"""Pictures from a trained diffusion model: painted anew, from another picture, into a hole, between two texts.
+
+    painter = Painter('runs/painter')
+    pictures = painter.generate(['a red heart'] * 4, steps=20, guidance=4.0, seed=0)  # uint8 [4, H, W, 3]
+
+A picture depends on the seed, its place in the request and what it is to show; not on the mesh or on its neighbours.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, PngImagePlugin
+from rich.console import Console
+from rich.progress import Progress
+
+from fmcv_jax.data.decode import decode
+from fmcv_jax.data.source import BadRecord, Source
+from fmcv_jax.data.transforms import ResizeCrop
+from fmcv_jax.diffusion.guidance import guided
+from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, noised, normal, sample, times_of
+from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.evaluate.base import to_devices
+from fmcv_jax.experiment import Run
+from fmcv_jax.models.conditioning import Condition
+
+KNOWN = 1 << 20  # the draws with which what is known of a picture is noised
+
+
+class Painter:
+  """The diffusion model of a workdir, opened for use on all devices.
+
+  told    what it has to be told: texts ('tokens'), classes ('label'), or nothing
+  size    sides of its pictures, in pixels
+  """
+
+  def __init__(self, workdir: str | pathlib.Path, *, step: int | None = None, batch: int = 64):
+    self.workdir, self._run = workdir, Run.reopen(workdir)
+    self._objective = self._run.experiment.objective
+    abstract = self._run.abstract_state
+    generator = self._objective.generator(abstract.params, abstract.extra)
+    if generator is None:
+      raise UserError(f'{workdir}: its objective makes no pictures; give the workdir of a diffusion model')
+    self.process, self.told = generator.process, generator.told
+    self._subject, self.step = self._run.restored_subject(step)
+    size = self._objective.example_batch['image'].shape[0]
+    self.size, ways = size, self._run.placement.mesh.size
+    self._batch = -(-batch // ways) * ways
+
+  @property
+  def source(self) -> Source:
+    """What the model was trained on."""
+    return self._run.experiment.data.source
+
+  def generate(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Any) -> np.ndarray:
+    """One picture for each prompt: uint8 [N, H, W, 3].
+
+    prompts    texts, or classes by name or number, as the model was told; only their count for one told nothing
+    steps      of the sampler; solver: one of SOLVERS; spacing: of its times (`times_of`)
+    guidance   of the prompt (Ho & Salimans 2022), 1 for none; interval: (low, high) times of it; rescale: see `guided`
+    negative   a text to move away from, in the place of none
+    first      number of the first picture, for a request that is made in pieces
+    progress   called with the number of pictures that are ready
+    """
+    return self._paint(prompts, seed, **options)
+
+  def edit(
+    self, images: np.ndarray, prompts: Sequence[str | int], *, strength: float = 0.6, seed: int = 0, **options: Any
+  ) -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] painted over from a share `strength` of the noise on (Meng et al. 2022, SDEdit)."""
+    if not 0 < strength <= 1:
+      raise UserError(f'--strength: {strength} is not above 0 and at most 1')
+    return self._paint(prompts, seed, images=images, strength=strength, **options)
+
+  def fill(
+    self, images: np.ndarray, masks: np.ndarray, prompts: Sequence[str | int], *, seed: int = 0, **options: Any
+  ) -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] painted anew where masks bool [N, H, W] are true; the rest stays as it is."""
+    if masks.shape != images.shape[:3]:
+      raise UserError(f'--mask: {list(masks.shape[1:])} pixels for an image of {list(images.shape[1:3])}')
+    return self._paint(prompts, seed, images=images, masks=masks, **options)
+
+  def interpolate(self, first: str, last: str, count: int, *, seed: int = 0, **options: Any) -> np.ndarray:
+    """`count` pictures from the same noise, from one text to another: uint8 [count, H, W, 3]."""
+    if self.told != ('tokens',):
+      raise UserError('--interpolate: needs a model that is told texts')
+    return self._paint([first] * count, seed, other=last, **options)
+
+  def _paint(
+    self,
+    prompts: Sequence[str | int],
+    seed: int,
+    *,
+    steps: int = 20,
+    guidance: float = 4.0,
+    solver: str = 'dpm++',
+    spacing: Spacing = 'trailing',
+    negative: str = '',
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+    images: np.ndarray | None = None,
+    masks: np.ndarray | None = None,
+    strength: float = 1.0,
+    other: str | None = None,
+    first: int = 0,
+    progress: Callable[[int], Any] = lambda ready: None,
+  ) -> np.ndarray:
+    count = len(prompts)
+    if solver not in SOLVERS:
+      raise UserError(f'--solver: unknown {solver!r}; {nearest(solver, SOLVERS)}')
+    try:
+      times = times_of(self.process, steps, spacing)
+    except ValueError as error:
+      raise UserError(f'--{error}') from error
+    times = times[len(times) - max(1, round(strength * len(times))) :]
+    fields = self._fields(prompts)
+    if self.told and guidance != 1:
+      without = self._fields([negative] * count) if 'tokens' in self.told else {}
+      fields.update({f'without_{name}': value for name, value in without.items()})
+    if other is not None:
+      fields['other_tokens'] = self._fields([other] * count)['tokens']
+      fields['share'] = np.linspace(0, 1, count, dtype=np.float32)
+    if images is not None:
+      if images.shape[1:] != (self.size, self.size, 3) or len(images) != count:
+        raise UserError(f'{len(images)} images of {list(images.shape[1:3])}, but {count} of {self.size} are needed')
+      fields['image'] = images
+    if masks is not None:
+      fields['mask'] = masks
+    # Along an interpolation the noise is one.
+    fields['number'] = np.zeros(count, np.int32) if other is not None else first + np.arange(count, dtype=np.int32)
+    paint = self._compiled(solver, tuple(times), bool(self.told) and guidance != 1, interval, rescale)
+    made = []
+    for start in range(0, count, self._batch):
+      piece = {name: value[start : start + self._batch] for name, value in fields.items()}
+      real = len(piece['number'])
+      rows = min(self._batch, -(-real // self._run.placement.mesh.size) * self._run.placement.mesh.size)
+      padded = {name: np.concatenate([v, np.repeat(v[-1:], rows - real, axis=0)]) for name, v in piece.items()}
+      local = rows // jax.process_count()
+      mine = {name: v[jax.process_index() * local : (jax.process_index() + 1) * local] for name, v in padded.items()}
+      batch = to_devices(mine, self._run.placement)
+      pictures = paint(self._subject.params, self._subject.extra, batch, jnp.int32(seed), jnp.float32(guidance))
+      made.append(np.asarray(pictures)[:real])
+      progress(real)
+    return np.concatenate(made)
+
+  @functools.lru_cache(maxsize=8)  # noqa: B019 (a painter lives as long as what it compiled)
+  def _compiled(self, solver, times, is_guided, interval, rescale):
+    times = np.array(times)
+
+    def paint(params, extra, batch, seed, guidance):
+      with self._run.placement.active():
+        g = self._objective.generator(params, extra)
+        assert g is not None
+        condition = g.condition(batch)
+        if 'share' in batch:
+          condition = between(condition, g.condition({**batch, 'tokens': batch['other_tokens']}), batch['share'])
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
+
+        def denoise(x, time):
+          return g.denoise(x, time, condition)
+
+        if is_guided:
+          told = {name.removeprefix('without_'): v for name, v in batch.items() if name.startswith('without_')}
+          without = g.condition({**batch, **told}, told=bool(told))
+          denoise = guided(g.denoise, condition, without, guidance, interval=interval, rescale=rescale)
+        known = (
+          g.encode(batch['image'].astype(jnp.float32) / 255) if 'image' in batch else jnp.zeros((len(keys), *g.shape))
+        )
+        start, adjust = known, None
+        if 'mask' in batch:
+          start = jnp.zeros_like(known)
+          new = jax.image.resize(batch['mask'].astype(jnp.float32), (*known.shape[:3],), 'linear')[..., None] > 0
+          fixed = jax.vmap(lambda key: jax.random.fold_in(key, KNOWN))(keys)
+
+          def adjust(x, alpha, sigma, call):
+            return jnp.where(new, x, alpha * known + sigma * normal(fixed, g.shape, call))
+
+        x = noised(g.process, start, keys, g.shape, times[0])
+        x = sample(denoise, g.process, x, times, solver=SOLVERS[solver], keys=keys, adjust=adjust)
+        pictures = jnp.round(255 * g.decode(x)).astype(jnp.uint8)
+        return jnp.where(batch['mask'][..., None], pictures, batch['image']) if 'mask' in batch else pictures
+
+    return jax.jit(paint, out_shardings=self._run.placement.replicated())
+
+  def _fields(self, prompts: Sequence[str | int]) -> dict[str, np.ndarray]:
+    if 'tokens' in self.told:
+      tokenizer = self._subject.tokenizer
+      assert tokenizer is not None
+      return {'tokens': tokenizer([str(prompt) for prompt in prompts])}
+    if 'label' in self.told:
+      return {'label': np.array([self._class_of(prompt) for prompt in prompts], np.int32)}
+    return {}
+
+  def _class_of(self, prompt: str | int) -> int:
+    names = self.source.names
+    classes = self._run.experiment.objective.network.classes  # type: ignore[attr-defined]
+    if prompt in names:
+      return names.index(prompt)
+    if str(prompt).isdigit() and int(prompt) < classes:
+      return int(prompt)
+    raise UserError(
+      f'{prompt!r} is no class of this model, by name or by number below {classes}; {nearest(str(prompt), names)}'
+    )
+
+  def cut(self, prompt: str) -> str | None:
+    """What is left of a text that is too long for the model; None for one that is not."""
+    tokenizer = self._subject.tokenizer
+    if 'tokens' not in self.told or tokenizer is None:
+      return None
+    row = tokenizer([prompt])
+    if not row[0, -1] or tokenizer.decode(row) == _longer(tokenizer).decode(_longer(tokenizer)([prompt])):
+      return None
+    return tokenizer.decode(row)[0]
+
+
+def _longer(tokenizer: Any) -> Any:
+  return dataclasses.replace(tokenizer, length=8 * tokenizer.length)
+
+
+def between(first: Condition, last: Condition, share: jax.Array) -> Condition:
+  """The conditions [B, ...] at a share [B] of the way."""
+
+  def mix(a, b):
+    if a.dtype == bool:
+      return a | b
+    weight = share.reshape(-1, *(1,) * (a.ndim - 1))
+    return (1 - weight) * a + weight * b
+
+  return jax.tree.map(mix, first, last)
+
+
+def read_image(file: str, size: int) -> np.ndarray:
+  """An image file as uint8 [size, size, 3]: the square in its centre."""
+  try:
+    return ResizeCrop(size, crop=1.0)(pathlib.Path(file).read_bytes(), np.random.default_rng(0))
+  except BadRecord as error:
+    raise UserError(f'{file}: {error}') from error
+
+
+def read_mask(file: str, size: int) -> np.ndarray:
+  """bool [size, size], true where the file is white; UserError where it is not of these sides."""
+  path = pathlib.Path(file)
+  if not path.is_file():
+    raise UserError(f'--mask {file}: no such file')
+  try:
+    pixels = decode(path.read_bytes())
+  except BadRecord as error:
+    raise UserError(f'--mask {file}: {error}') from error
+  if pixels.shape[:2] != (size, size):
+    raise UserError(
+      f'--mask {file}: {list(pixels.shape[:2])} pixels, but the pictures of this model have {[size, size]}'
+    )
+  return pixels.mean(-1) > 127
+
+
+def expanded(image: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
+  """uint8 [H, W, 3] shrunk into the middle, with a margin of that share on every side, and the mask of the margin."""
+  if not 0 < margin < 0.5:
+    raise UserError(f'--expand: {margin} is not between 0 and 0.5')
+  size = len(image)
+  inner = max(1, round(size * (1 - 2 * margin)))
+  start = (size - inner) // 2
+  canvas, mask = np.full_like(image, 255), np.ones((size, size), bool)
+  small = Image.fromarray(image).resize((inner, inner), Image.Resampling.LANCZOS)
+  canvas[start : start + inner, start : start + inner] = np.asarray(small)
+  mask[start : start + inner, start : start + inner] = False
+  return canvas, mask
+
+
+def grid_of(pictures: np.ndarray, columns: int) -> np.ndarray:
+  """uint8 [N, H, W, 3] -> one picture, row by row on white, a pixel or more between them."""
+  count, height, width, _ = pictures.shape
+  gap = max(1, width // 32)
+  rows = -(-count // columns)
+  sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+  for index, picture in enumerate(pictures):
+    top, left = (
+      gap + place * (side + gap) for place, side in zip(divmod(index, columns), (height, width), strict=True)
+    )
+    sheet[top : top + height, left : left + width] = picture
+  return sheet
+
+
+def save_png(picture: np.ndarray, path: pathlib.Path, about: dict[str, Any]) -> None:
+  """Writes uint8 [H, W, 3] with `about` in the file's text chunk 'fmcv', as JSON."""
+  info = PngImagePlugin.PngInfo()
+  info.add_itxt('fmcv', json.dumps(about, ensure_ascii=False))
+  Image.fromarray(picture).save(path, pnginfo=info)
+
+
+def run(
+  prompts: Sequence[str],
+  model: str,
+  output: str | pathlib.Path = 'generated',
+  *,
+  step: int | None = None,
+  count: int = 4,
+  seed: int = 0,
+  image: str | None = None,
+  mask: str | None = None,
+  expand: float | None = None,
+  strength: float = 0.6,
+  interpolate: bool = False,
+  **options: Any,
+) -> pathlib.Path:
+  """`count` pictures for each prompt; writes them and a grid, a row a prompt, to `output`; returns the grid's path."""
+  if count < 1:
+    raise UserError(f'-n: {count} pictures; give at least 1')
+  if interpolate and (len(prompts) != 2 or image):
+    raise UserError('--interpolate: goes from one prompt to a second; give two, and no image')
+  if (mask or expand) and not image:
+    raise UserError('--mask and --expand: need an --image')
+  if image and not pathlib.Path(image).is_file():
+    raise UserError(f'{image}: no such image file')
+  console, painter = Console(), Painter(model, step=step)
+  if not painter.told:
+    prompts = ['']
+  if not prompts:
+    raise UserError('give at least one prompt')
+  for prompt in prompts:
+    if (left := painter.cut(prompt)) is not None:
+      console.print(f'prompt too long, cut to: {left}', highlight=False, markup=False)
+  rows = [prompts[0]] * count if interpolate else [prompt for prompt in prompts for _ in range(count)]
+
+  def repeated(x):
+    return np.repeat(x[None], len(rows), axis=0)
+
+  with Progress(console=console) as bar:
+    task = bar.add_task('painting', total=len(rows))
+    options['progress'] = lambda ready: bar.advance(task, ready)
+    if interpolate:
+      pictures = painter.interpolate(prompts[0], prompts[1], count, seed=seed, **options)
+    elif image is None:
+      pictures = painter.generate(rows, seed=seed, **options)
+    else:
+      given = read_image(image, painter.size)
+      if mask or expand:
+        given, hole = (given, read_mask(mask, painter.size)) if mask else expanded(given, expand or 0)
+        pictures = painter.fill(repeated(given), repeated(hole), rows, seed=seed, **options)
+      else:
+        pictures = painter.edit(repeated(given), rows, strength=strength, seed=seed, **options)
+  folder = pathlib.Path(output)
+  folder.mkdir(parents=True, exist_ok=True)
+  settings = {name: value for name, value in options.items() if name != 'progress'}
+  about = {'model': str(model), 'step': painter.step, 'seed': seed, **settings}
+  about |= {'image': image, 'mask': mask, 'expand': expand, 'strength': strength} if image else {}
+  for index, (prompt, picture) in enumerate(zip(rows, pictures, strict=True)):
+    said = list(prompts) if interpolate else prompt
+    save_png(picture, folder / f'{index:04d}.png', {'prompt': said, 'number': index, **about})
+  grid = folder / 'grid.png'
+  save_png(grid_of(pictures, count), grid, {'prompts': list(prompts), **about})
+  console.print(f'{len(pictures)} pictures and {grid}', highlight=False)
+  return grid

@@ -1,0 +1,76 @@
+"""A labelled data set that a diffusion model paints, for training others on."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from fmcv_jax.apps.generate import Painter
+from fmcv_jax.data.array_record import shard_path, write_info, write_shard
+from fmcv_jax.errors import UserError
+from fmcv_jax.parallel.distributed import is_main
+
+
+def run(
+  model: str,
+  to: str | pathlib.Path,
+  *,
+  per_prompt: int,
+  prompts: str | None = None,
+  step: int | None = None,
+  shard_size: int = 1024,
+  seed: int = 0,
+  **options: Any,
+) -> None:
+  """Paints `per_prompt` pictures of each prompt into ArrayRecord shards at `to`; run again, it goes on from there.
+
+  prompts: a file with one a line; by default the names of the data that the model was trained on. A record has the
+  picture, its prompt as `text`, and as `label` the prompt's number; its neighbours have other prompts.
+  """
+  if per_prompt < 1:
+    raise UserError(f'-n: {per_prompt} pictures of each prompt; give at least 1')
+  console, painter, folder = Console(), Painter(model, step=step), pathlib.Path(to)
+  names = painter.source.names if prompts is None else _lines(prompts)
+  if not names:
+    raise UserError(f'{model}: its data has no names to paint; give a file of --prompts')
+  if (folder / 'info.json').exists():
+    raise UserError(f'--to {to}: holds a complete data set; choose another folder')
+  count = per_prompt * len(names)
+  shards = -(-count // shard_size)
+  folder.mkdir(parents=True, exist_ok=True)
+  with Progress(console=console) as bar:
+    task = bar.add_task('painting', total=count)
+    for shard in range(shards):
+      path = shard_path(folder, shard, shards)
+      rows = range(shard * shard_size, min(count, (shard + 1) * shard_size))
+      if path.exists():
+        bar.advance(task, len(rows))
+        continue
+      labels = [row % len(names) for row in rows]
+      pictures = painter.generate(
+        [names[label] for label in labels],
+        seed=seed,
+        first=rows.start,
+        progress=lambda ready: bar.advance(task, ready),
+        **options,
+      )
+      if is_main():
+        write_shard(
+          (
+            {'image': picture, 'label': label, 'text': names[label]}
+            for picture, label in zip(pictures, labels, strict=True)
+          ),
+          path,
+        )
+  if is_main():
+    write_info(folder, count, shards, names)
+  console.print(f'{count} pictures of {len(names)} prompts in {folder}: data.source.name=array_record', highlight=False)
+
+
+def _lines(file: str) -> Sequence[str]:
+  path = pathlib.Path(file)
+  if not path.is_file():
+    raise UserError(f'--prompts {file}: no such file')
+  return [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]

@@ -1,0 +1,64 @@
+"""How far made pictures are from real ones, by features of any network: FID, KID, CMMD, precision and recall."""
+
+import numpy as np
+
+from fmcv_jax.evaluate.base import chunks
+
+
+def fid(made: np.ndarray, real: np.ndarray) -> float:
+  """Fréchet distance of two sets of features [N, D], taken for Gaussians (Heusel et al. 2017)."""
+  a, b = made.astype(np.float64), real.astype(np.float64)
+  one, other = (np.cov(x, rowvar=False) for x in (a, b))
+  # The trace of the root of a product is that of a symmetric matrix, whose eigenvalues are real and not negative.
+  root = _root(one)
+  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ other @ root), 0)).sum()
+  return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(one) + np.trace(other) - 2 * cross)
+
+
+def kid(made: np.ndarray, real: np.ndarray) -> float:
+  """Unbiased squared MMD of two sets of features [N, D], kernel (x . y / D + 1)^3 (Binkowski et al. 2018)."""
+  a, b = made.astype(np.float64), real.astype(np.float64)
+
+  def kernel(x, y):
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+  def among(x):
+    k = kernel(x, x)
+    return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+  return float(among(a) + among(b) - 2 * kernel(a, b).mean())
+
+
+def cmmd(made: np.ndarray, real: np.ndarray, sigma: float = 10.0) -> float:
+  """1000 times the squared MMD of unit embeddings [N, E], with a Gaussian kernel (Jayasumana et al. 2024)."""
+  a, b = made.astype(np.float64), real.astype(np.float64)
+
+  def kernel(x, y):
+    distance = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T
+    return np.exp(-distance / (2 * sigma**2)).mean()
+
+  return float(1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)))
+
+
+def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
+  """Share of made features [N, D] within the reach of a real one, and of real within that of a made one; a feature's
+  reach is its distance from its k-th neighbour in its own set (Kynkaanniemi et al. 2019)."""
+
+  def within(queries, centres):
+    reach = [np.partition(_distances(centres[part], centres), k, axis=1)[:, k] for part in chunks(len(centres), 1024)]
+    inside = [
+      (_distances(queries[part], centres) <= np.concatenate(reach)).any(axis=1) for part in chunks(len(queries), 1024)
+    ]
+    return float(np.concatenate(inside).mean())
+
+  return within(made, real), within(real, made)
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+  values, vectors = np.linalg.eigh(matrix)
+  return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  x, y = x.astype(np.float64), y.astype(np.float64)
+  return np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T
