@@ -67,6 +67,20 @@ def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
   gallery_app.run(args.model, args.judge, steps=args.steps, guidance=args.guidance, seed=args.seed)
 
 
+def plan(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.plan import planning
+
+  planning.run(
+    args.config,
+    overrides,
+    topology=args.topology,
+    slices=args.slices,
+    utilization=args.utilization,
+    json_file=args.json,
+    search=args.search,
+  )
+
+
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
   return {
     'steps': args.steps,
@@ -82,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
   commands = top.add_subparsers(dest='command', required=True, metavar='command')
 
   def add(
-    function: Callable[..., None], summary: str, *, config: str | None = None, model: bool = False
+    function: Callable[..., None], summary: str, *, config: str | None = None, model: bool = False, workdir: bool = True
   ) -> argparse.ArgumentParser:
     sub = commands.add_parser(
       function.__name__,
@@ -97,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     if model:
       sub.add_argument('--model', metavar='DIR', required=True, help='workdir of a trained model (local or gs://)')
       sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
-    else:
+    elif workdir:
       sub.add_argument('--workdir', required=True, help='folder of the run: checkpoints, metrics (local or gs://)')
     sub.add_argument('--cpu-devices', type=int, metavar='N', help='emulate a mesh of N devices on the CPU')
     return sub
@@ -140,6 +154,12 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
   sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt (default: 4)')
   sub.add_argument('--seed', type=int, default=0)
+  sub = add(plan, 'Compile a config for a TPU pod that is not here: memory, exchanges, cost.', config='', workdir=False)
+  sub.add_argument('--topology', help="such as v5e:16x16 or v5p:4x4x8 (default: the config's)")
+  sub.add_argument('--slices', type=int, default=1, help='of that topology, joined by the data-centre network')
+  sub.add_argument('--utilization', type=float, default=0.4, help='at which days are counted (default: 0.4)')
+  sub.add_argument('--json', metavar='FILE', help='also write the figures there')
+  sub.add_argument('--search', action='store_true', help='try meshes and rematerialization, and list what fits')
   return top
 
 

@@ -173,12 +173,17 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
 class Run:
   """A config made real on the devices of this process group: what train, evaluate and the apps all begin with."""
 
-  def __init__(self, config: dict[str, Any], workdir: str | pathlib.Path | None = None):
+  def __init__(
+    self,
+    config: dict[str, Any],
+    workdir: str | pathlib.Path | None = None,
+    devices: Sequence[jax.Device] | None = None,
+  ):
     self.config = config
     self._workdir = epath.Path(workdir) if workdir is not None else None
     e: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self._workdir), KINDS)
     self.experiment = e = dataclasses.replace(e, objective=e.objective.for_run(e.train.steps))
-    self.placement = Placement(make_mesh(e.mesh), e.rules)
+    self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
     self.tx = e.optimizer.make(e.train.steps)
     self._check_batches()
 

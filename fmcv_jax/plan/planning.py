@@ -1,0 +1,271 @@
+"""What a pod run needs, before the pod is bought: the real TPU compiler compiles the config's real train step for it.
+
+The compiler (libtpu) runs on any Linux x86-64 machine; no TPU is touched.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.experiment import Run, load_config, parameter_count
+from fmcv_jax.plan import hlo
+from fmcv_jax.train.flops import matmul_flops
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Figures of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes, interconnect bytes/s, clock in Hz."""
+
+  flops: float
+  hbm: float
+  interconnect: float
+  clock: float
+
+
+CHIPS = {
+  'v5e': Chip(197e12, 16e9, 200e9, 1.5e9),
+  'v5p': Chip(459e12, 95e9, 600e9, 1.75e9),
+  'v6e': Chip(918e12, 32e9, 448e9, 1.75e9),
+}
+
+
+class DoesNotFit(UserError):
+  """The program needs more memory than a chip has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Bytes and FLOPs are one chip's; `temporaries` are activations and all else that a step makes and drops."""
+
+  config: str
+  topology: str
+  mesh: dict[str, int]
+  chips: int
+  batch: int
+  parameters: int
+  parameter_bytes: int
+  optimizer_bytes: int
+  other_bytes: int
+  batch_bytes: int
+  temporaries: int
+  hbm: int
+  flops: float
+  model_flops: float
+  collectives: list[hlo.Collective]
+  estimated_seconds: float
+  compute_seconds: float
+  interconnect_seconds: float
+  steps: int
+
+  @property
+  def needed(self) -> int:
+    return self.parameter_bytes + self.optimizer_bytes + self.other_bytes + self.batch_bytes + self.temporaries
+
+  @property
+  def utilization(self) -> float:
+    """Of the peak by model FLOPs, if the compiler's estimate held and every exchange were hidden."""
+    return self.compute_seconds * self.model_flops / self.flops / self.estimated_seconds
+
+  def days(self, utilization: float) -> float:
+    return self.steps * self.compute_seconds * self.model_flops / self.flops / utilization / 86400
+
+
+def pod(topology: str, slices: int = 1) -> list[Any]:
+  """The devices of a topology such as 'v5e:16x16', described, not there; UserError where it or libtpu is unknown."""
+  kind = topology.partition(':')[0]
+  if kind not in CHIPS or not re.fullmatch(r'\w+:\d+(x\d+)+', topology):
+    raise UserError(f'--topology: {topology!r} is none; write v5e:4x4, v6e:16x16 or v5p:4x4x4 ({", ".join(CHIPS)})')
+  # The compiler looks for a machine that it is not on; any answer will do.
+  os.environ.update(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-16', TPU_WORKER_HOSTNAMES='localhost')
+  jax.config.update('jax_platforms', 'cpu')
+  from jax.experimental import topologies
+
+  options = {'num_slices': slices} if slices > 1 else {}
+  try:
+    return list(topologies.get_topology_desc(platform='tpu', topology_name=topology, **options).devices)
+  except Exception as error:  # a missing libtpu, or a shape that no pod has: each another class
+    if ('libtpu' in str(error) and 'open' in str(error)) or 'No module' in str(error):
+      raise UserError('plan needs the TPU compiler; pip install fmcv-jax[tpu] (Linux x86-64)') from error
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(f'--topology: {topology}: {reason}; if libtpu is missing: pip install fmcv-jax[tpu]') from error
+
+
+def make(config: str, overrides: Sequence[str] = (), topology: str | None = None, slices: int = 1) -> Plan:
+  """Compiles the train step of a config for a topology (default: the config's own).
+
+  Raises DoesNotFit with the compiler's largest buffers, and UserError for what does not divide.
+  """
+  resolved = load_config(config, overrides)
+  topology = topology or resolved['topology']
+  if not topology:
+    raise UserError(f'{config}: names no topology; give --topology, such as v5e:16x16')
+  chip = CHIPS.get(topology.partition(':')[0])
+  devices = pod(topology, slices)
+  assert chip is not None
+  run = Run(resolved, devices=devices)
+  step: Any = run.train_step()
+  lowered = step.lower(run.abstract_state, run.batch_shapes)
+  try:
+    compiled = lowered.compile()
+  except Exception as error:  # jaxlib's class is no subclass of one that can be named
+    if 'memory' not in str(error).lower():
+      raise
+    raise DoesNotFit(f'{config} does not fit {topology}: {_largest(str(error))}') from error
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  mesh, count = dict(run.placement.mesh.shape), len(devices)
+  exchanged = hlo.collectives(text, mesh)
+  state, shardings = run.abstract_state, run.shardings
+  parameters = _bytes(state.params, shardings.params)
+  optimizer = _bytes(state.opt_state, shardings.opt_state)
+  batch = _bytes(run.batch_shapes, run.placement.batch(run.batch_shapes))
+  executed = matmul_flops(step, state, run.batch_shapes)
+  return Plan(
+    config=config,
+    topology=topology if slices == 1 else f'{slices} x {topology}',
+    mesh=mesh,
+    chips=count,
+    batch=run.experiment.train.batch,
+    parameters=parameter_count(state.params),
+    parameter_bytes=parameters,
+    optimizer_bytes=optimizer,
+    other_bytes=memory.argument_size_in_bytes - parameters - optimizer - batch,
+    batch_bytes=batch,
+    temporaries=memory.temp_size_in_bytes,
+    hbm=int(chip.hbm),
+    flops=executed / count,
+    model_flops=run.step_flops() / count,
+    collectives=exchanged,
+    estimated_seconds=hlo.estimated_cycles(text) / chip.clock,
+    compute_seconds=executed / count / chip.flops,
+    interconnect_seconds=sum(row.bytes for row in exchanged) / chip.interconnect,
+    steps=run.experiment.train.steps,
+  )
+
+
+def show(plan: Plan, console: Console, utilization: float) -> None:
+  table = Table(title=f'{plan.config} on {plan.topology}, one chip of {plan.chips}', show_header=False)
+  axes = ' x '.join(f'{name} {size}' for name, size in plan.mesh.items() if size > 1) or '1 device'
+  bound = max(('compute', plan.compute_seconds), ('interconnect', plan.interconnect_seconds), key=lambda x: x[1])[0]
+  for name, value in {
+    'mesh': axes,
+    'global batch': f'{plan.batch:,}',
+    'parameters of the model': f'{plan.parameters / 1e6:,.1f} M',
+    'HBM: parameters': f'{plan.parameter_bytes / GIB:.2f} GiB',
+    'HBM: optimizer': f'{plan.optimizer_bytes / GIB:.2f} GiB',
+    'HBM: average, frozen networks, counters': f'{plan.other_bytes / GIB:.2f} GiB',
+    'HBM: batch': f'{plan.batch_bytes / GIB:.2f} GiB',
+    'HBM: temporaries': f'{plan.temporaries / GIB:.2f} GiB',
+    'HBM: all of': f'{plan.needed / GIB:.2f} of {plan.hbm / GIB:.2f} GiB',
+    'FLOPs executed in matrix products': f'{plan.flops / 1e12:.3f} T',
+    'model FLOPs over executed': f'{plan.model_flops / plan.flops:.2f}',
+    **{
+      f'{row.kind} over {", ".join(row.axes)}': f'{row.times} x, {row.bytes / 2**20:,.1f} MiB sent'
+      for row in plan.collectives
+    },
+    'at the peak of the chip': f'compute {1e3 * plan.compute_seconds:.1f} ms, interconnect '
+    f'{1e3 * plan.interconnect_seconds:.1f} ms: {bound} binds',
+    "step by the compiler's cycles (an estimate, no exchanges)": f'{1e3 * plan.estimated_seconds:.1f} ms',
+    'utilization by that estimate': f'{plan.utilization:.2f}',
+    f'{plan.steps:,} steps at a utilization of {utilization:g}': f'{plan.days(utilization):.2f} days, '
+    f'{24 * plan.days(utilization) * plan.chips:,.0f} chip-hours',
+  }.items():
+    table.add_row(name, value)
+  console.print(table)
+
+
+def run(
+  config: str,
+  overrides: Sequence[str],
+  *,
+  topology: str | None,
+  slices: int = 1,
+  utilization: float = 0.4,
+  json_file: str | None = None,
+  search: bool = False,
+) -> None:
+  """Prints a plan (and writes it as JSON), or with `search` a table of plans by mesh, remat and microbatches."""
+  console = Console()
+  if search:
+    plans = find(config, overrides, topology=topology, slices=slices, console=console)
+  else:
+    plans = [make(config, overrides, topology, slices)]
+    show(plans[0], console, utilization)
+  if json_file:
+    with open(json_file, 'w', encoding='utf-8') as file:
+      json.dump([_plain(plan) for plan in plans], file, indent=1)
+
+
+def find(config: str, overrides: Sequence[str], *, topology, slices, console) -> list[Plan]:
+  """Compiles a config with several meshes and rematerializations; prints them all, those first that fit."""
+  table = Table(title=f'{config}: what fits')
+  for heading in ('mesh', 'remat', 'HBM', 'model/executed', 'sent', 'cycles', ''):
+    table.add_column(heading, justify='right')
+  plans = []
+  fields = _paths(load_config(config, overrides)['objective'], 'objective', 'remat')
+  for (data, fsdp), remat in itertools.product(((-1, 1), (1, -1)), ('none', 'dots', 'full')):
+    more = [f'mesh.data={data}', f'mesh.fsdp={fsdp}', *(f'{field}={remat}' for field in fields)]
+    mesh = 'fsdp' if fsdp == -1 else 'data'
+    try:
+      plan = make(config, [*overrides, *more], topology, slices)
+    except DoesNotFit:
+      table.add_row(mesh, remat, '', '', '', '', 'does not fit')
+      continue
+    plans.append(plan)
+    sent = sum(row.bytes for row in plan.collectives)
+    table.add_row(
+      mesh,
+      remat,
+      f'{plan.needed / GIB:.2f} GiB',
+      f'{plan.model_flops / plan.flops:.2f}',
+      f'{sent / 2**20:,.0f} MiB',
+      f'{1e3 * plan.estimated_seconds:.1f} ms',
+      'fits',
+    )
+  console.print(table)
+  return plans
+
+
+def _paths(tree: Any, path: str, name: str) -> list[str]:
+  """Paths of all fields of a name in a config."""
+  if not isinstance(tree, dict):
+    return []
+  return [f'{path}.{key}' for key in tree if key == name] + [
+    found for key, value in tree.items() for found in _paths(value, f'{path}.{key}', name)
+  ]
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+  return {**dataclasses.asdict(plan), 'collectives': [row._asdict() for row in plan.collectives]}
+
+
+def _bytes(tree: Any, shardings: Any) -> int:
+  """What one device holds of a tree of ShapeDtypeStructs."""
+  sizes = jax.tree.map(lambda x, s: _count(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
+  return sum(jax.tree.leaves(sizes))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+  total = 1
+  for size in shape:
+    total *= size
+  return total
+
+
+def _largest(message: str) -> str:
+  """The need, and the three largest buffers, from the compiler's complaint."""
+  used = re.search(r'Used ([\d.]+\w?) of ([\d.]+\w?)', message)
+  sizes = re.findall(r'Size: ([\d.]+\w+)\s*\n\s*(?:Operator: op_name="([^"]*)"|Shape: (\S+))', message)[:3]
+  named = '; '.join(f'{size} {(operator or shape)[-80:]}' for size, operator, shape in sizes)
+  need = f'needs {used[1]} of {used[2]} bytes of HBM' if used else 'the compiler ran out of memory'
+  return f'{need}; largest: {named or "unknown"}; use remat, more fsdp, microbatches or a smaller batch'

@@ -1,0 +1,40 @@
+import importlib.util
+import json
+
+import pytest
+
+from fmcv_jax import __main__ as door
+from fmcv_jax.errors import UserError
+from fmcv_jax.plan import planning
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
+
+
+def test_a_topology_that_is_none_is_refused():
+  for name in ('v5e', 'v7x:2x2', 'v5e:2by2'):
+    with pytest.raises(UserError, match='--topology'):
+      planning.pod(name)
+
+
+def test_largest_buffers_are_read_from_the_compilers_complaint():
+  message = (
+    'XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 19.01G of 15.75G hbm.\n'
+    '  Size: 4.00G\n     Operator: op_name="jit(step)/dot_general"\n  Size: 2.00G\n     Shape: f32[1,2]{1,0}\n'
+  )
+  line = planning._largest(message)
+  assert line.startswith('needs 19.01G of 15.75G bytes of HBM; largest: 4.00G jit(step)/dot_general; 2.00G f32[1,2]')
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_plan_of_a_small_step(tmp_path, capsys):
+  file = tmp_path / 'plan.json'
+  args = ['plan', '--config', 'configs/demo/clip.py', '--topology', 'v5e:2x2', '--json', str(file)]
+  assert door.main(args) == 0
+  (plan,) = json.loads(file.read_text())
+  assert plan['chips'] == 4
+  # Muon keeps one moment of most parameters; nothing of it is split over the data axis.
+  assert plan['parameter_bytes'] == pytest.approx(4 * plan['parameters'], rel=0.01)
+  kinds = {row['kind'] for row in plan['collectives']}
+  assert {'all-reduce', 'collective-permute'} <= kinds
+  assert plan['flops'] > 0
