@@ -3,6 +3,7 @@
 #
 #     make demo ARGS='--workdir runs/longer --config.train.steps=2000'
 #     make test WORKERS=4 ARGS='tests/train -k resume'
+#     make demo-generate        a text-to-image model, trained from nothing
 #     make test-slow                              make test EXTRAS=demo,dev,parity
 #     make lint    make format    make types    make clean    (PYTHON=/path/to/python3.12 picks another Python)
 
@@ -21,17 +22,24 @@ EXTRAS ?= demo,dev
 BIN := .venv/bin
 # XLA on the CPU asks for large buffers again and again: glibc should keep them, not return them to the system.
 MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=1
+FMCV := $(MALLOC) $(BIN)/python -m fmcv_jax
 stamps = $(addprefix .venv/.installed-,$(subst $(comma), ,$(1)))
 TEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-slow lint format types clean
+.PHONY: help demo demo-generate test test-slow lint format types clean
 .NOTPARALLEL:
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(call stamps,demo)
-	$(MALLOC) $(BIN)/python -m fmcv_jax demo --workdir runs/demo --cpu-devices 8 $(ARGS)
+	$(FMCV) demo --workdir runs/demo --cpu-devices 8 $(ARGS)
+
+# An autoencoder, a CLIP, and a painter of the one's latents told by the other's words; then a sheet of prompts.
+demo-generate: demo
+	$(FMCV) train --config configs/demo/autoencoder.py --workdir runs/autoencoder --cpu-devices 8
+	$(FMCV) train --config configs/demo/text_to_image.py --workdir runs/painter --cpu-devices 8
+	$(FMCV) gallery --model runs/painter --judge runs/demo --cpu-devices 2
 
 test: $(call stamps,$(EXTRAS))
 	$(TEST) $(ARGS)

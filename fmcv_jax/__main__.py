@@ -67,6 +67,12 @@ def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
   gallery_app.run(args.model, args.judge, steps=args.steps, guidance=args.guidance, seed=args.seed)
 
 
+def report(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import report as report_app
+
+  report_app.run(args.workdir)
+
+
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.plan import planning
 
@@ -119,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
   add(train, 'Train a config; the same command goes on from where its workdir stands.', config='')
   sub = add(evaluate, "Run a trained workdir's evaluators on a checkpoint.")
   sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
+  add(report, 'Say where the time of a run went, and what became of its loss.')
   add(demo, 'Train the demo and draw what it learnt.', config='configs/demo/clip.py')
   sub = add(explain, 'Draw what a trained vision transformer looks at in images.', model=True)
   sub.add_argument('image', nargs='+', metavar='IMAGE', help='an image file')

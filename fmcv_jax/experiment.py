@@ -3,6 +3,7 @@
 `Experiment` is the root of every config: its fields, and those of what they name, are the whole schema.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -61,9 +62,10 @@ from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules
-from fmcv_jax.train import loop
+from fmcv_jax.train import goodput, lock, loop
 from fmcv_jax.train.checkpoint import Checkpointing, Store, write_json
 from fmcv_jax.train.flops import matmul_flops
+from fmcv_jax.train.goodput import Clock
 from fmcv_jax.train.metrics import Log, Writer, peak_of
 from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Linear, Lion, Muon, Optimizer, Rsqrt, Rule, Schedule
 from fmcv_jax.train.state import TrainState, init_state, state_shardings
@@ -291,10 +293,15 @@ def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console 
   """Runs a resolved config in a workdir, from where it stands there; returns the final state."""
   console = console or Console()
   run = Run(config, workdir)
-  e, main = run.experiment, is_main()
-  jax.config.update('jax_debug_nans', e.debug.nans)
+  jax.config.update('jax_debug_nans', run.experiment.debug.nans)
   _open_workdir(run, console)
+  with lock.held(run.workdir) if is_main() else contextlib.nullcontext():
+    return _train(run, console)
 
+
+def _train(run: Run, console: Console) -> TrainState:
+  e, main = run.experiment, is_main()
+  clock = Clock(run.workdir / goodput.FILE if main else None)
   store = Store(run.workdir, e.checkpoint)
   start = store.latest()
   if start is not None:
@@ -355,6 +362,7 @@ def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console 
       position=loader.state,
       store=store,
       writer=writer,
+      clock=clock,
     )
   finally:
     if writer:

@@ -11,6 +11,7 @@ import jax
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.goodput import Clock
 from fmcv_jax.train.metrics import Writer
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.step import StepFn
@@ -44,12 +45,14 @@ def run(
   position: Callable[[], dict[str, Any]],
   store: Store,
   writer: Writer | None,
+  clock: Clock,
 ) -> TrainState:
   """Trains from `state` to plan.steps and returns the final state, which is saved.
 
   `batches` yields device arrays; `position` describes the data position after the batches taken; `evaluate` gives
-  figures of the state at a step; step_flops and peak_flops are those of all devices. Raises Preempted after a SIGTERM
-  (or the cluster's preemption notice) once the state is saved, and UserError after plan.max_streak bad steps in a row.
+  figures of the state at a step; step_flops and peak_flops are those of all devices; `clock` is told where the time
+  goes. Raises Preempted after a SIGTERM (or the cluster's preemption notice) once the state is saved, and UserError
+  after plan.max_streak bad steps in a row.
   """
   step = int(state.step)
   figures: dict[str, float] = {}
@@ -58,19 +61,23 @@ def run(
   last_metrics = None
 
   def save():
-    store.save(state, {'data': position(), 'figures': figures}, figures)
+    with clock.during('save'):
+      store.save(state, {'data': position(), 'figures': figures}, figures)
 
+  clock.begin(step)
   while step < plan.steps:
-    with window.waiting():
+    with window.waiting(), clock.during('input'):
       batch = next(batches)
-    state, metrics = step_fn(state, batch)
-    step += 1
-    # One step stays in flight while the host prepares the next; more would only queue up memory.
-    jax.block_until_ready(last_metrics)
+    with clock.during('compile' if last_metrics is None else 'train'):
+      state, metrics = step_fn(state, batch)
+      step += 1
+      # One step stays in flight while the host prepares the next; more would only queue up memory.
+      jax.block_until_ready(last_metrics)
     last_metrics = metrics
 
     if step % plan.log_every == 0 or step == plan.steps:
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      with clock.during('train'):
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
       speed = window.close(step, batch_size, step_flops, peak_flops)
       if writer:
         writer.train(step, {**values, **speed})
@@ -82,7 +89,8 @@ def run(
           f'them is saved; look at the learning rate, or run again with --config.debug.nans=True to find the operation'
         )
     if plan.evaluate_every(step):
-      figures = evaluate(state, step)
+      with clock.during('evaluate'):
+        figures = evaluate(state, step)
       if writer and figures:
         writer.evaluation(step, figures)
       window.restart(step)
@@ -90,6 +98,8 @@ def run(
     if step % plan.save_every == 0 or step == plan.steps or stopping:
       save()
       window.restart(step)
+    if step % plan.log_every == 0 or step == plan.steps or stopping:
+      clock.write(step)
     if stopping and step < plan.steps:
       store.wait()
       raise Preempted(f'asked to stop at step {step}: saved; the same command goes on from here')

@@ -94,7 +94,7 @@ class Writer:
     # JSON has no NaN: a value that is none is written as null, so that every reader can read the line.
     row: dict[str, Any] = {'step': step, 'time': round(time.time(), 3)}
     row.update({name: float(value) if math.isfinite(value) else None for name, value in figures.items()})
-    _append(self.path, json.dumps(row) + '\n')
+    append_line(self.path, json.dumps(row) + '\n')
     if self._board is not None:
       for name, value in figures.items():
         self._board.add_scalar(name, value, step)
@@ -106,7 +106,7 @@ class Writer:
 
 
 def read(path: epath.Path) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; a last line that a kill left half-written is left out."""
+  """The rows of a file of JSON lines; a last line that a kill left half-written is left out."""
   rows = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
@@ -116,7 +116,8 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def _append(path: epath.Path, line: str) -> None:
+def append_line(path: epath.Path, line: str) -> None:
+  """Appends to a file, local or gs://."""
   if isinstance(path, pathlib.Path):
     with path.open('a') as file:
       file.write(line)

@@ -1,0 +1,67 @@
+"""What became of a run: its loss, and where its time went."""
+
+import itertools
+import pathlib
+
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.train import goodput, metrics
+
+BLOCKS = '▁▂▃▄▅▆▇█'
+INPUT_BOUND = 0.1  # share of the training time spent waiting for input from which on a run is told so
+
+
+def run(workdir: str | pathlib.Path) -> None:
+  """Prints the loss, the time by cause over all sessions, and the restarts of the run in a workdir."""
+  console, folder = Console(), epath.Path(workdir)
+  found = goodput.sessions(folder / goodput.FILE)
+  if not found:
+    raise UserError(f'{workdir}: no record of a run here ({goodput.FILE}); give the --workdir of a training run')
+  rows = metrics.read(folder / 'metrics.jsonl')
+  losses = [row['train/loss'] for row in rows if row.get('train/loss') is not None]
+  if losses:
+    console.print(f'loss {losses[0]:.4f} {curve(losses)} {losses[-1]:.4f} at step {found[-1].last}', highlight=False)
+
+  spent = {cause: sum(session.seconds[cause] for session in found) for cause in goodput.CAUSES}
+  gaps = [later.began - earlier.ended for earlier, later in itertools.pairwise(found)]
+  again = [max(0, earlier.last - later.first) for earlier, later in itertools.pairwise(found)]
+  spent['stopped'] = sum(gaps)
+  total = sum(spent.values())
+  table = Table(title=f'{workdir}: {_duration(total)} since its start')
+  for heading in ('cause', 'time', 'share'):
+    table.add_column(heading, justify='left' if heading == 'cause' else 'right')
+  for cause, seconds in spent.items():
+    table.add_row(cause, _duration(seconds), f'{seconds / total:.1%}')
+  console.print(table)
+  for number, (session, gap, steps) in enumerate(zip(found[1:], gaps, again), 1):
+    console.print(
+      f'restart {number} at step {session.first}: {_duration(gap)} after the last word, {steps} steps computed again',
+      highlight=False,
+    )
+  training = spent['input'] + spent['train']
+  if training and spent['input'] / training > INPUT_BOUND:
+    console.print(
+      f'input-bound: {spent["input"] / training:.0%} of the training time waits for data; raise data.workers, or store '
+      f'smaller images',
+      highlight=False,
+    )
+
+
+def curve(values: list[float], width: int = 60) -> str:
+  """Values as one line of blocks, means of equal parts, from the lowest to the highest."""
+  count = min(width, len(values))
+  parts = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
+  means = [sum(part) / len(part) for part in parts]
+  low, span = min(means), (max(means) - min(means)) or 1.0
+  return ''.join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1))] for mean in means)
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 60:
+    return f'{seconds:.1f} s'
+  if seconds < 3600:
+    return f'{seconds / 60:.1f} min'
+  return f'{seconds / 3600:.1f} h'

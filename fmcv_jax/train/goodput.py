@@ -1,0 +1,62 @@
+"""Where the time of a run goes, by cause, over all of its restarts."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from fmcv_jax.train.metrics import append_line, read
+
+FILE = 'goodput.jsonl'
+
+# In the order in which they are told. 'start' is what comes before the first batch: imports, restoring, tokenizers.
+CAUSES = ('start', 'compile', 'input', 'train', 'evaluate', 'save')
+
+
+class Clock:
+  """Seconds of one session by cause; `write` keeps them in the workdir (a `path` of None keeps nothing)."""
+
+  def __init__(self, path: epath.Path | None):
+    self._path, self._began, self._step = path, time.time(), 0
+    self.seconds = dict.fromkeys(CAUSES, 0.0)
+
+  def begin(self, step: int) -> None:
+    """The first batch is asked for at `step`."""
+    self.seconds['start'] = time.time() - self._began
+    self._step = step
+
+  @contextlib.contextmanager
+  def during(self, cause: str) -> Iterator[None]:
+    since = time.monotonic()
+    try:
+      yield
+    finally:
+      self.seconds[cause] += time.monotonic() - since
+
+  def write(self, step: int) -> None:
+    """Appends what was spent up to `step`; the last line of a session counts."""
+    if self._path is not None:
+      row = {'session': self._began, 'time': time.time(), 'from': self._step, 'step': step, **self.seconds}
+      append_line(self._path, json.dumps({k: round(v, 3) for k, v in row.items()}) + '\n')
+
+
+class Session(NamedTuple):
+  """One start of a run: when it began and was last heard of, between which steps, and its seconds by cause."""
+
+  began: float
+  ended: float
+  first: int
+  last: int
+  seconds: dict[str, float]
+
+
+def sessions(path: epath.Path) -> list[Session]:
+  """All sessions of a goodput.jsonl, in order."""
+  latest = {row['session']: row for row in read(path)}
+  return [
+    Session(row['session'], row['time'], row['from'], row['step'], {cause: row[cause] for cause in CAUSES})
+    for row in latest.values()
+  ]
