@@ -50,6 +50,7 @@ from fmcv_jax.models.dino import dino
 from fmcv_jax.models.dit import dit
 from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.models.mae import mae
+from fmcv_jax.models.swin import swin
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
 from fmcv_jax.objectives.autoencoder import Autoencoding
@@ -90,6 +91,7 @@ KINDS: config_lib.Kinds = {
     'dual_encoder': dual_encoder,
     'mae': mae,
     'siglip': siglip,
+    'swin': swin,
     'text_transformer': text_transformer,
     'vit': vit,
   },

@@ -70,6 +70,13 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-12))
 
 
+def drop_examples(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
+  """y [B, ...], in which each example is zero with probability `rate` and the others are scaled to keep the mean."""
+  keep = 1.0 - rate
+  kept = jax.random.bernoulli(rng, keep, (y.shape[0], *(1,) * (y.ndim - 1)))
+  return jnp.where(kept, y / keep, 0).astype(y.dtype)
+
+
 class Attention(nn.Module):
   """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D]."""
 
@@ -147,9 +154,7 @@ class Block(nn.Module):
     if self.train and self.config.dropout:
       y = nn.Dropout(self.config.dropout, deterministic=False)(y)
     if drop_path is not None:
-      keep = 1.0 - drop_path
-      kept = jax.random.bernoulli(self.make_rng('dropout'), keep, (y.shape[0], 1, 1))
-      y = jnp.where(kept, y / keep, 0).astype(y.dtype)
+      y = drop_examples(y, drop_path, self.make_rng('dropout'))
     return y
 
 

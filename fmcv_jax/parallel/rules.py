@@ -26,6 +26,8 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads')),
   (r'(.*/)?(query|key|value)/bias', ('heads',)),
   (r'(.*/)?(\w+_)?attention/out/kernel', ('heads', 'embed')),
+  (r'(.*/)?attention/relative', (None, 'heads')),
+  (r'(.*/)?merge/reduce/kernel', ('embed', None)),
   (r'(.*/)?mlp/(up|gate)/kernel', ('embed', 'mlp')),
   (r'(.*/)?mlp/(up|gate)/bias', ('mlp',)),
   (r'(.*/)?mlp/down/kernel', ('mlp', 'embed')),

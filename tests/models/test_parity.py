@@ -9,6 +9,7 @@ import pytest
 
 from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.models.positions import resize_grid
+from fmcv_jax.models.swin import swin
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
 from fmcv_jax.objectives.contrastive import Contrastive
@@ -17,10 +18,17 @@ from fmcv_jax.parallel.rules import path_of
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
 
+PAIR = ('plain', 'shifted')
+
 # transformers' names in ours, one substitution after the other.
 SPELLING = (
   (r'\.', '/'),
-  (r'^vit/|\b(embeddings|encoder)/', ''),
+  ('^swin/embeddings/norm', 'patch_norm'),
+  (r'^swin/encoder/layers/(\d)/blocks/(\d)', lambda m: f'stage{int(m[1]) + 1}/blocks/0/{PAIR[int(m[2]) % 2]}'),
+  (r'^swin/encoder/layers/(\d)/downsample', lambda m: f'stage{int(m[1]) + 2}/merge'),
+  ('relative_position_bias/relative_position_bias_table', 'relative'),
+  ('reduction', 'reduce'),
+  (r'^(vit|swin)/|\b(embeddings|encoder)/', ''),
   ('vision_model', 'image'),
   ('text_model', 'text'),
   ('visual_projection', 'image/head'),
@@ -108,15 +116,15 @@ def to_torch(x):
   return torch.from_numpy(x.transpose(0, 3, 1, 2).copy() if x.ndim == 4 else x).to(torch.long if x.ndim == 2 else None)
 
 
-def check_tower(reference, network, output, unused=()):
+def check_tower(reference, network, output, unused=(), images=IMAGES):
   """`output` reads the reference's features or logits; both are weighed at random to get gradients."""
-  params, shapes = parameters_of(reference, network, IMAGES, unused=unused)
-  theirs = output(reference(to_torch(IMAGES)))
+  params, shapes = parameters_of(reference, network, images, unused=unused)
+  theirs = output(reference(to_torch(images)))
   weights = np.random.default_rng(1).normal(size=theirs.shape).astype(np.float32)
   (theirs * torch.from_numpy(weights)).sum().backward()
 
   def weighed(params):
-    features = network.apply({'params': params}, IMAGES)
+    features = network.apply({'params': params}, images)
     ours = features.output if network.outputs else features.tokens
     return (ours * weights).sum(), ours
 
@@ -140,6 +148,15 @@ def test_dinov2_with_registers(gated):
   network = vit('mu/8', image_size=32, registers=4, layer_scale=1.0, **{**OURS, **mlp})
   reference = randomized(transformers.Dinov2WithRegistersModel(config))
   check_tower(reference, network, lambda y: y.last_hidden_state, unused={'embeddings.mask_token'})
+
+
+def test_swin_whose_windows_and_merges_do_not_fit_the_image():
+  config = transformers.SwinConfig(
+    image_size=32, patch_size=4, embed_dim=24, depths=[2, 4], num_heads=[2, 4], window_size=3, num_labels=7
+  )
+  network = swin('mu', image_size=32, window=3, width=24, depths=(2, 4), heads=(2, 4), outputs=7)
+  reference = randomized(transformers.SwinForImageClassification(config))
+  check_tower(reference, network, lambda y: y.logits, images=IMAGES[:, :28])  # 7 x 8, then 4 x 4 tokens
 
 
 def check_pair(reference, network, loss_name):

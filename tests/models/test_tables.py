@@ -1,7 +1,7 @@
 """Parameters and multiply-adds of the named networks against the reference implementations in torch.
 
 Parameters are exact; GMAC (linear layers, convolutions, both attention products) are as printed, to their last digit.
-The references are timm (ViT, DeiT-III, DINOv2), OpenAI's CLIP = open_clip = transformers, and transformers' SigLIP.
+The references are timm (ViT, DeiT, DINOv2, Swin), OpenAI's CLIP = open_clip = transformers, and transformers' SigLIP.
 """
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from fmcv_jax.models.dual_encoder import clip, siglip
+from fmcv_jax.models.swin import swin
 from fmcv_jax.models.vit import vit
 from fmcv_jax.train.flops import matmul_flops
 
@@ -93,6 +94,22 @@ def test_deit3_scales_its_layers_and_does_not_place_the_class_token(variant, par
 )
 def test_dinov2_at_518_pixels(variant, options, parameters, gmac):
   check(vit(variant, image_size=518, layer_scale=1e-5, **options), 518, parameters, gmac)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'size', 'window', 'parameters', 'backbone', 'gmac'),
+  [
+    ('T', 224, 7, 28_288_354, 27_519_354, '4.491'),
+    ('S', 224, 7, 49_606_258, 48_837_258, '8.741'),
+    ('B', 224, 7, 87_768_224, 86_743_224, '15.431'),
+    ('L', 224, 7, 196_532_476, 194_995_476, '34.476'),
+    ('B', 384, 12, 87_903_584, 86_878_584, '47.083'),
+    ('L', 384, 12, 196_735_516, 195_198_516, '103.919'),
+  ],
+)
+def test_swin_with_a_thousand_classes(variant, size, window, parameters, backbone, gmac):
+  variables = check(swin(variant, image_size=size, window=window, outputs=1000), size, parameters, gmac)
+  assert parameters - count(variables['params']['head']) == backbone
 
 
 def check_pair(network, size, parameters, tower, image_gmac, text_gmac):
