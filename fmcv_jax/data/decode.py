@@ -1,10 +1,14 @@
 """Encoded images to RGB, strictly: what comes out is the right picture, or `BadRecord` says why there is none."""
 
+import abc
 import io
+import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from fmcv_jax.data import jpeg
 from fmcv_jax.data.source import BadRecord
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own limit for a warning
@@ -25,6 +29,11 @@ _UPRIGHT = {
   8: Image.Transpose.ROTATE_90,
 }
 
+_TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
+
+_FACTORS = (1, 2, 4, 8)  # by which libjpeg reduces in the DCT domain
+_GAP = 1.5  # a picture is reduced only while the box keeps so many times the pixels that are wanted on each side
+
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """Encoded bytes -> uint8 [H, W, 3], read-only, upright by its EXIF orientation; the first frame of an animation.
@@ -32,7 +41,97 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   Grey, palette, CMYK and 16-bit images become RGB; what is transparent lies on white. Colour profiles are not applied.
   Raises BadRecord for what is no image, is truncated, or says in its header that it has more than `max_pixels`.
   """
+  head = jpeg.header(data)
+  if head and head.orientation == 1 and head.height * head.width <= max_pixels:
+    pixels = jpeg.decode_rows(data, head, head.height, 1)
+    if pixels is not None:
+      pixels.flags.writeable = False
+      return pixels
   return np.asarray(decode_pil(data, max_pixels))
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+class Region(NamedTuple):
+  """`pixels` uint8 [h, w, 3], the `box` in them, and how what is made of it is to be turned to be upright."""
+
+  pixels: np.ndarray
+  box: Box
+  turn: Image.Transpose | None = None
+
+
+class Picture(abc.ABC):
+  """An image whose size is known and whose pixels are not yet decoded: those of a crop may be all that is needed."""
+
+  height: int
+  width: int
+
+  @abc.abstractmethod
+  def region(self, box: Box, size: int) -> Region:
+    """What a resize of `box` to size x size pixels looks at; raises BadRecord if it cannot be decoded."""
+
+
+def picture(image: bytes | np.ndarray) -> Picture:
+  """Encoded bytes or uint8 [H, W, 3] as a picture; raises BadRecord for what is neither."""
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+      raise BadRecord(f'expected an image uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
+    return _Pixels(image)
+  head = jpeg.header(image)
+  if head and head.height * head.width <= MAX_PIXELS:
+    return _Jpeg(image, head)
+  return _Pixels(np.asarray(decode_pil(image)))
+
+
+class _Pixels(Picture):
+  def __init__(self, pixels: np.ndarray):
+    self._pixels = pixels
+    self.height, self.width = pixels.shape[:2]
+
+  def region(self, box, size):
+    return _rows(self._pixels, box, size)
+
+
+class _Jpeg(Picture):
+  def __init__(self, data: bytes, head: jpeg.Header):
+    self._data, self._head = data, head
+    sides = head.height, head.width
+    self.height, self.width = sides[::-1] if head.orientation in _TURNED else sides
+
+  def region(self, box, size):
+    stored = self._as_stored(box)
+    side = min(box[2] - box[0], box[3] - box[1])
+    factor = max(f for f in _FACTORS if f == 1 or side >= f * _GAP * size)
+    last = min(self._head.height, math.ceil(stored[3]) + _reach(stored, size))
+    pixels = jpeg.decode_rows(self._data, self._head, last, factor)
+    if pixels is None:
+      return _rows(np.asarray(decode_pil(self._data)), box, size)  # which knows the reason, or knows better
+    left, top, right, bottom = (edge / factor for edge in stored)
+    return _rows(pixels, (left, top, right, bottom), size)._replace(turn=_UPRIGHT.get(self._head.orientation))
+
+  def _as_stored(self, box: Box) -> Box:
+    """The box of the upright picture in the one that is stored."""
+    orientation, (left, top, right, bottom) = self._head.orientation, box
+    if orientation in _TURNED:
+      left, top, right, bottom = top, left, bottom, right
+    if orientation in (2, 3, 7, 8):
+      left, right = self._head.width - right, self._head.width - left
+    if orientation in (3, 4, 6, 7):
+      top, bottom = self._head.height - bottom, self._head.height - top
+    return left, top, right, bottom
+
+
+def _rows(pixels: np.ndarray, box: Box, size: int) -> Region:
+  """The rows that a resize of the box looks at."""
+  reach = _reach(box, size)
+  first, last = max(0, math.floor(box[1]) - reach), min(len(pixels), math.ceil(box[3]) + reach)
+  return Region(pixels[first:last], (box[0], box[1] - first, box[2], box[3] - first))
+
+
+def _reach(box: Box, size: int) -> int:
+  """How many rows outside its box a filter of three pixels looks at, at the box's scale."""
+  return math.ceil(3 * max(1.0, (box[3] - box[1]) / size)) + 1
 
 
 def decode_pil(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -8,17 +8,17 @@ import dataclasses
 import math
 from typing import Literal, TypeGuard
 
+import cykooz_resizer as resizer
 import numpy as np
 from PIL import Image
 
-from fmcv_jax.data.decode import decode_pil
-from fmcv_jax.data.source import BadRecord
+from fmcv_jax.data.decode import Box, Picture, picture
 
-Interpolation = Literal['bicubic', 'bilinear', 'lanczos']  # all with antialiasing
+Interpolation = Literal['bicubic', 'bilinear', 'lanczos']  # all with antialiasing: Pillow's filters
 _FILTERS = {
-  'bicubic': Image.Resampling.BICUBIC,
-  'bilinear': Image.Resampling.BILINEAR,
-  'lanczos': Image.Resampling.LANCZOS,
+  'bicubic': resizer.ResizeAlg.convolution(resizer.FilterType.catmull_rom),
+  'bilinear': resizer.ResizeAlg.convolution(resizer.FilterType.bilinear),
+  'lanczos': resizer.ResizeAlg.convolution(resizer.FilterType.lanczos3),
 }
 
 
@@ -56,9 +56,9 @@ class RandomResizedCrop(ImageTransform):
       raise ValueError(f'ratio: expected 0 < low <= high, got {self.ratio}')
 
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    picture = _picture(image)
-    left, top, width, height = sample_box(picture.height, picture.width, self.scale, self.ratio, rng)
-    return _resize(picture, self.size, self.interpolation, (left, top, left + width, top + height))
+    whole = picture(image)
+    left, top, width, height = sample_box(whole.height, whole.width, self.scale, self.ratio, rng)
+    return _resize(whole, self.size, self.interpolation, (left, top, left + width, top + height))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +78,15 @@ class ResizeCrop(ImageTransform):
     short = round(self.size / self.crop)
     if short == self.size and _fits(image, self.size):
       return image
-    picture = _picture(image)
+    whole = picture(image)
     # Whole pixels as torchvision counts them, by which published networks were scored.
-    width, height = (int(short * side / min(picture.size)) for side in picture.size)
+    width, height = (int(short * side / min(whole.width, whole.height)) for side in (whole.width, whole.height))
     left, top = round((width - self.size) / 2), round((height - self.size) / 2)
     # One resize out of a box of the original gives the same pixels as resizing everything and cropping.
-    x, y = picture.width / width, picture.height / height
-    right, bottom = min((left + self.size) * x, picture.width), min((top + self.size) * y, picture.height)
+    x, y = whole.width / width, whole.height / height
+    right, bottom = min((left + self.size) * x, whole.width), min((top + self.size) * y, whole.height)
     box = (left * x, top * y, right, bottom)
-    return _resize(picture, self.size, self.interpolation, box)
+    return _resize(whole, self.size, self.interpolation, box)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Resize(ImageTransform):
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if _fits(image, self.size):
       return image
-    return _resize(_picture(image), self.size, self.interpolation)
+    whole = picture(image)
+    return _resize(whole, self.size, self.interpolation, (0, 0, whole.width, whole.height))
 
 
 def sample_box(height, width, scale, ratio, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -133,16 +134,17 @@ def _fits(image: bytes | np.ndarray, size: int) -> TypeGuard[np.ndarray]:
   return isinstance(image, np.ndarray) and image.shape == (size, size, 3) and image.dtype == np.uint8
 
 
-def _picture(image: bytes | np.ndarray) -> Image.Image:
-  if not isinstance(image, np.ndarray):
-    return decode_pil(image)
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-    raise BadRecord(f'expected an image uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
-  return Image.fromarray(image)
-
-
-def _resize(picture: Image.Image, size: int, interpolation: str, box=None) -> np.ndarray:
-  return np.asarray(picture.resize((size, size), _FILTERS[interpolation], box=box))
+def _resize(whole: Picture, size: int, interpolation: str, box: Box) -> np.ndarray:
+  region = whole.region(box, size)
+  height, width, _ = region.pixels.shape
+  left, top, right, bottom = region.box
+  right, bottom = min(right, width), min(bottom, height)  # of a reduced picture the last pixel may be less than a whole
+  source = resizer.ImageData(width, height, resizer.PixelType.U8x3, region.pixels.tobytes())
+  target = resizer.ImageData(size, size, resizer.PixelType.U8x3)
+  crop = resizer.CropBox(left, top, right - left, bottom - top)
+  resizer.Resizer().resize(source, target, resizer.ResizeOptions(_FILTERS[interpolation], crop_box=crop))
+  pixels = np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+  return pixels if region.turn is None else np.asarray(Image.fromarray(pixels).transpose(region.turn))
 
 
 IMAGE_TRANSFORMS: dict[str, type[ImageTransform]] = {

@@ -68,7 +68,7 @@ def test_resize_crop_equals_resizing_everything_and_cropping_its_centre(interpol
   expected = np.asarray(whole)[top : top + size, left : left + size]
   out = ResizeCrop(size, crop=0.875, interpolation=interpolation)(image, rng())
   assert out.shape == (size, size, 3)
-  assert np.abs(out.astype(int) - expected).max() <= 1
+  assert np.abs(out.astype(int) - expected).max() <= 2  # Pillow rounds between its two passes, which go the other way
 
 
 def test_large_reductions_are_antialiased():
