@@ -68,7 +68,7 @@ from fmcv_jax.train.checkpoint import Checkpointing, Store, write_json
 from fmcv_jax.train.flops import matmul_flops
 from fmcv_jax.train.goodput import Clock
 from fmcv_jax.train.metrics import Log, Writer, peak_of
-from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Linear, Lion, Muon, Optimizer, Rsqrt, Rule, Schedule
+from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Lamb, Linear, Lion, Muon, Optimizer, Rsqrt, Rule, Schedule
 from fmcv_jax.train.state import TrainState, init_state, state_shardings
 from fmcv_jax.train.step import StepFn, make_train_step
 from fmcv_jax.train.warm_start import Part, begin_with
@@ -100,7 +100,7 @@ KINDS: config_lib.Kinds = {
   Tokenizer: {'bpe': Bpe, 'clip_bpe': ClipBpe},
   Augment: AUGMENTS,
   Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},
-  Rule: {'adafactor': Adafactor, 'adamw': AdamW, 'lion': Lion, 'muon': Muon},
+  Rule: {'adafactor': Adafactor, 'adamw': AdamW, 'lamb': Lamb, 'lion': Lion, 'muon': Muon},
   Evaluator: {
     'accuracy': Accuracy,
     'denoising': Denoising,

@@ -153,5 +153,11 @@ def pooled(network: ViT, params: Any, images: jax.Array) -> jax.Array:
   return _apply(network, params, images).pooled.astype(jnp.float32)
 
 
-# What can be read from a ViT of normalized images, by the names under which objectives offer it.
-READINGS = {'features': pooled, 'patch_features': patch_features, 'attention': class_attention}
+def readings(network: nn.Module) -> dict[str, Callable[[Any, Any, jax.Array], jax.Array]]:
+  """What can be read from a network of normalized images, by the names under which objectives offer it."""
+  found: dict[str, Callable[[Any, Any, jax.Array], jax.Array]] = {}
+  if hasattr(network, 'prefix'):
+    found |= {'features': pooled, 'patch_features': patch_features}
+  if isinstance(network, ViT):
+    found['attention'] = class_attention
+  return found

@@ -162,7 +162,8 @@ class Block(nn.Module):
 class Stack:
   """A stack of `depth` blocks; parameters carry a leading axis of that length.
 
-  drop_path rises linearly from 0 in the first block to its full value in the last. `unroll` blocks are laid out side
+  drop_path rises linearly from 0 in the first block to its full value in the last; without `drop_path_rise` it is the
+  same in all (DeiT III, Touvron et al. 2022). `unroll` blocks are laid out side
   by side in the scan's body: depth gives the fastest program and the longest compile, 1 the reverse; parameters and
   results are the same.
   """
@@ -172,6 +173,7 @@ class Stack:
   drop_path: float = 0.0
   remat: Remat = 'none'
   unroll: int = 1
+  drop_path_rise: bool = True
 
   def __call__(self, x, *, angles=None, mask=None, train: bool = False):
     """Runs x [B, T, D] through the blocks; to be called in the compact method that owns the scope `blocks`."""
@@ -187,5 +189,6 @@ class Stack:
       length=self.depth,
       unroll=min(self.unroll, self.depth),
     )(self.block, train, name='blocks')
-    rates = jnp.linspace(0, self.drop_path, self.depth) if drop else None
+    first = 0.0 if self.drop_path_rise else self.drop_path
+    rates = jnp.linspace(first, self.drop_path, self.depth) if drop else None
     return blocks(x, rates, angles, mask)[0]

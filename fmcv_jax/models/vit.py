@@ -27,11 +27,15 @@ Positions = Literal['learned', 'sincos2d', 'rope2d']
 
 
 class Features(NamedTuple):
-  """What a network makes of its input: output [B, out] (the head's, or pooled), pooled [B, D], tokens [B, T, D]."""
+  """What a network makes of its input: output [B, out] (the head's, or pooled), pooled [B, D], tokens [B, T, D].
+
+  heads: of a network with two, the class token's output and the distillation token's, whose mean is `output`.
+  """
 
   output: jax.Array
   pooled: jax.Array
   tokens: jax.Array
+  heads: tuple[jax.Array, jax.Array] | None = None
 
 
 class AttentionPool(nn.Module):
@@ -51,10 +55,12 @@ class AttentionPool(nn.Module):
 class ViT(nn.Module):
   """Images [B, height, width, 3], normalized, in multiples of `patch` -> Features.
 
-  Tokens are the class token (if pool is 'cls'), `registers` (Darcet et al. 2024), then the patches row by row. At
-  another resolution than image_size x image_size a learned table is interpolated; the others are computed for it.
-  `outputs` units of a linear head act on the pooled features; 0 leaves them as they are. `mask_token` learns what
-  stands for a patch that must not be seen (BEiT, Bao et al. 2022).
+  Tokens are the class token (if pool is 'cls'), the distillation token (if `distilled`), `registers` (Darcet et al.
+  2024), then the patches row by row. At another resolution than image_size x image_size a learned table is
+  interpolated; the others are computed for it. `outputs` units of a linear head act on the pooled features; 0 leaves
+  them as they are. `mask_token` learns what stands for a patch that must not be seen (BEiT, Bao et al. 2022).
+  `distilled` adds a token and a head that learn from a teacher (DeiT, Touvron et al. 2021): features and outputs are
+  the means of both tokens' and of both heads'.
   """
 
   patch: int
@@ -70,11 +76,12 @@ class ViT(nn.Module):
   outputs: int = 0
   outputs_bias: bool = True
   mask_token: bool = False
+  distilled: bool = False
 
   @property
   def prefix(self) -> int:
     """How many tokens come before the patches."""
-    return int(self.pool == 'cls') + self.registers
+    return int(self.pool == 'cls') + int(self.distilled) + self.registers
 
   @nn.compact
   def __call__(self, images, *, keep=None, masked=None, train: bool = False) -> Features:
@@ -91,14 +98,14 @@ class ViT(nn.Module):
       if masked is not None:
         x = jnp.where(masked[..., None], token.astype(x.dtype), x)
     prefix = self.prefix
-    has_place = self.pool == 'cls' and self.place_class_token
+    placed = (1 + self.distilled) * int(self.pool == 'cls' and self.place_class_token)
 
     class_place, angles = None, None
     if self.positions == 'learned':
       side = self.image_size // self.patch
-      shape = (int(has_place) + side * side, self.width)
+      shape = (placed + side * side, self.width)
       table = self.param('position', nn.initializers.normal(self.width**-0.5), shape)
-      class_place, places = table[: int(has_place)], resize_grid(table[int(has_place) :], (side, side), grid)
+      class_place, places = table[:placed], resize_grid(table[placed:], (side, side), grid)
       x = x + places.astype(x.dtype)
     elif self.positions == 'sincos2d':
       x = x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)
@@ -115,7 +122,10 @@ class ViT(nn.Module):
       x = jnp.concatenate([jnp.broadcast_to(registers.astype(x.dtype), (batch, *registers.shape)), x], axis=1)
     if self.pool == 'cls':
       token = self.param('class_token', nn.initializers.normal(1e-6), (1, self.width))
-      if class_place is not None and has_place:
+      if self.distilled:
+        second = self.param('distillation_token', nn.initializers.normal(1e-6), (1, self.width))
+        token = jnp.concatenate([token, second])
+      if class_place is not None and placed:
         token = token + class_place
       x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (batch, *token.shape)), x], axis=1)
 
@@ -125,14 +135,22 @@ class ViT(nn.Module):
     x = self.stack(x, angles=angles, train=train)
     x = layer_norm(block.eps, block.dtype, 'norm')(x)
 
-    if self.pool == 'cls':
+    if self.distilled:
+      pooled = (x[:, 0] + x[:, 1]) / 2
+    elif self.pool == 'cls':
       pooled = x[:, 0]
     elif self.pool == 'gap':
       pooled = jnp.mean(x[:, prefix:], axis=1, dtype=jnp.float32).astype(x.dtype)
     else:
       pooled = AttentionPool(block, name='map_pool')(x[:, prefix:])
-    output = linear_head(self.outputs, self.outputs_bias, block.dtype)(pooled) if self.outputs else pooled
-    return Features(output, pooled, x)
+    if not self.outputs:
+      return Features(pooled, pooled, x)
+    head = linear_head(self.outputs, self.outputs_bias, block.dtype)
+    if not self.distilled:
+      return Features(head(pooled), pooled, x)
+    second_head = linear_head(self.outputs, self.outputs_bias, block.dtype, 'distillation_head')
+    heads = head(x[:, 0]), second_head(x[:, 1])
+    return Features((heads[0] + heads[1]) / 2, pooled, x, heads)
 
 
 def patches_of(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:
@@ -145,8 +163,11 @@ def patches_of(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int
   return x.reshape(batch, rows * columns, -1), (rows, columns)
 
 
-def patch_features(network: ViT, params, images: jax.Array) -> jax.Array:
-  """The last tokens of normalized images [B, H, W, 3] at their patches' places: float32 [B, rows, columns, D]."""
+def patch_features(network: Any, params, images: jax.Array) -> jax.Array:
+  """The last tokens of normalized images [B, H, W, 3] at their patches' places: float32 [B, rows, columns, D].
+
+  Of any network whose `tokens` are `prefix` ones and then those of patches of `patch` x `patch` pixels.
+  """
   features: Any = network.apply({'params': params}, images)
   tokens = features.tokens[:, network.prefix :]
   batch, height, width, _ = images.shape
@@ -159,10 +180,10 @@ def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.A
   return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
 
 
-def linear_head(outputs: int, bias: bool, dtype: str) -> nn.Dense:
+def linear_head(outputs: int, bias: bool, dtype: str, name: str = 'head') -> nn.Dense:
   """The head on pooled features: with bias a classifier, born zero; without, a projection into an embedding space."""
   init = nn.initializers.zeros if bias else nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-  return dense(outputs, dtype, 'head', bias=bias, init=init)
+  return dense(outputs, dtype, name, bias=bias, init=init)
 
 
 # width, depth, heads, hidden width of the MLP. Ti, S: Touvron et al. 2021; B, L, H: Dosovitskiy et al. 2021; g, G: Zhai
@@ -195,6 +216,7 @@ def vit(
   patch_bias: bool = True,
   outputs_bias: bool = True,
   mask_token: bool = False,
+  distilled: bool = False,
   width: int | None = None,
   depth: int | None = None,
   heads: int | None = None,
@@ -205,6 +227,7 @@ def vit(
   layer_scale: float | None = None,
   dropout: float = 0.0,
   drop_path: float = 0.0,
+  drop_path_rise: bool = True,
   attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: int = 1,
@@ -217,6 +240,8 @@ def vit(
     raise ValueError(f'unknown ViT variant {variant!r}; {nearest(variant, known)}')
   if image_size % int(patch):
     raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  if distilled and pool != 'cls':
+    raise ValueError(f"distilled: the second token goes beside a class token, so pool must be 'cls', not {pool!r}")
   defaults = SIZES[size]
   width, depth = width or defaults[0], depth or defaults[1]
   block = BlockConfig(
@@ -233,7 +258,7 @@ def vit(
   return ViT(
     patch=int(patch),
     width=width,
-    stack=Stack(depth, block, drop_path, remat, unroll),
+    stack=Stack(depth, block, drop_path, remat, unroll, drop_path_rise),
     image_size=image_size,
     pool=pool,
     positions=positions,
@@ -244,4 +269,5 @@ def vit(
     outputs=outputs,
     outputs_bias=outputs_bias,
     mask_token=mask_token,
+    distilled=distilled,
   )

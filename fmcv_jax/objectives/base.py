@@ -14,13 +14,17 @@ import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Normalize
 from fmcv_jax.diffusion.process import Process
-from fmcv_jax.models.attention_maps import READINGS
+from fmcv_jax.models.attention_maps import readings
 from fmcv_jax.models.conditioning import Condition
 
 Params = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Outcome = tuple[jax.Array, tuple[Metrics, Any]]
+
+# Flax's name for what batch norms keep from step to step. A loss applies its network with mutable=[STATISTICS] and
+# hands what came back to update_extra; of a network without batch norms that is nothing.
+STATISTICS = 'batch_stats'
 
 
 class ImageTower(NamedTuple):
@@ -92,8 +96,8 @@ class Objective(abc.ABC):
     return None
 
 
-def tower_functions(objective: Objective) -> dict[str, Callable[[Params, Any, Batch], jax.Array]]:
-  """'features', 'patch_features' and 'attention' of an objective whose image tower is a ViT."""
+def tower_functions(objective: Objective, network: nn.Module) -> dict[str, Callable[[Params, Any, Batch], jax.Array]]:
+  """What can be read from an objective's image tower: of a ViT 'features', 'patch_features' and 'attention'."""
 
   def of_tower(read):
     def call(params, extra, batch):
@@ -102,7 +106,16 @@ def tower_functions(objective: Objective) -> dict[str, Callable[[Params, Any, Ba
 
     return call
 
-  return {name: of_tower(read) for name, read in READINGS.items()}
+  return {name: of_tower(read) for name, read in readings(network).items()}
+
+
+def variables(params: Params, extra: Mapping[str, Any], owner: str = '') -> dict[str, Any]:
+  """What `apply` takes: the parameters and, of a network with batch norms, its running statistics.
+
+  Those are carried in extra['batch_stats']; a frozen network's, such as a teacher's, in extra['teacher_batch_stats'].
+  """
+  statistics = extra.get(f'{owner}{STATISTICS}')
+  return {'params': params} if statistics is None else {'params': params, STATISTICS: statistics}
 
 
 class CoupledObjective(Objective):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.objectives.base import ImageTower, Objective
+from fmcv_jax.objectives.base import STATISTICS, ImageTower, Objective, tower_functions, variables
+from fmcv_jax.objectives.distillation import Distillation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Classification(Objective):
   loss_name   'softmax' (one class an image) or 'sigmoid' (each class for itself, summed; Beyer et al. 2020)
   mixup       alpha of the Beta distribution of the mixing weight (Zhang et al. 2018), 0 for none
   cutmix      the same for pasted boxes (Yun et al. 2019); where both are set each batch draws one of them
+  distillation  a teacher, from whom the distillation head learns (or, without one, the head)
   """
 
   network: nn.Module
@@ -28,10 +30,15 @@ class Classification(Objective):
   cutmix: float = 0.0
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
+  distillation: Distillation | None = None
 
   def __post_init__(self):
     if not getattr(self.network, 'outputs', 0):
       raise ValueError('classification needs a network with outputs=<number of classes>')
+    if self.distillation and self.distillation.teacher.outputs != self.network.outputs:  # type: ignore[attr-defined]
+      raise ValueError(f'distillation.teacher: expected its outputs to be the {self.network.outputs} of the network')
+    if not self.distillation and getattr(self.network, 'distilled', False):
+      raise ValueError('network.distilled: its second head learns from a teacher; add objective.distillation')
 
   @property
   def example_batch(self):
@@ -43,7 +50,11 @@ class Classification(Objective):
 
   def init(self, rng):
     size = self.network.image_size
-    return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
+    extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
+    params = extra.pop('params')
+    if self.distillation is not None:
+      extra |= self.distillation.init(jax.random.fold_in(rng, 1), size)
+    return params, extra
 
   def loss(self, params, batch, rng, extra):
     augment_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
@@ -51,24 +62,38 @@ class Classification(Objective):
     images = augmented(batch['image'], self.augment, augment_rng)
     images, targets = mix(images, targets, mix_rng, mixup=self.mixup, cutmix=self.cutmix)
     smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / self.network.outputs
-    features: Any = self.network.apply(
-      {'params': params}, self.normalize(images), train=True, rngs={'dropout': dropout_rng}
+    output: Any = self.network.apply(
+      variables(params, extra),
+      self.normalize(images),
+      train=True,
+      rngs={'dropout': dropout_rng},
+      mutable=[STATISTICS],
     )
-    logits = features.output.astype(jnp.float32)
+    features, statistics = output
+    logits, second = (x.astype(jnp.float32) for x in features.heads or (features.output, features.output))
     if self.loss_name == 'softmax':
       losses = optax.softmax_cross_entropy(logits, smooth)
     else:
       losses = optax.sigmoid_binary_cross_entropy(logits, smooth).sum(-1)
-    accuracy = jnp.mean(logits.argmax(-1) == targets.argmax(-1), dtype=jnp.float32)
-    return losses.mean(), ({'accuracy': accuracy}, {})
+    loss = losses.mean()
+    metrics = {'accuracy': jnp.mean(logits.argmax(-1) == targets.argmax(-1), dtype=jnp.float32)}
+    if self.distillation is not None:
+      metrics['distillation'] = self.distillation.loss(second, extra, images)
+      loss = (1 - self.distillation.weight) * loss + self.distillation.weight * metrics['distillation']
+    return loss, (metrics, statistics)
+
+  def update_extra(self, extra, params, aux, step):
+    return {**extra, **aux}
 
   def functions(self):
-    def forward(params, batch):
-      return self.network.apply({'params': params}, self.normalize(batch['image'].astype(jnp.float32) / 255))
+    def forward(params, extra, batch):
+      images = self.normalize(batch['image'].astype(jnp.float32) / 255)
+      return self.network.apply(variables(params, extra), images)
 
     return {
-      'logits': lambda params, extra, batch: forward(params, batch).output.astype(jnp.float32),
-      'features': lambda params, extra, batch: forward(params, batch).pooled.astype(jnp.float32),
+      **tower_functions(self, self.network),
+      'logits': lambda params, extra, batch: forward(params, extra, batch).output.astype(jnp.float32),
+      'features': lambda params, extra, batch: forward(params, extra, batch).pooled.astype(jnp.float32),
     }
 
   def image_tower(self, params, extra):

@@ -190,7 +190,7 @@ class SelfDistillation(Objective):
     return new
 
   def functions(self):
-    return tower_functions(self)
+    return tower_functions(self, self.network.encoder)
 
   def image_tower(self, params, extra):
     return ImageTower(self.network.encoder, extra['teacher']['encoder'], self.normalize)

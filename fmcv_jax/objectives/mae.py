@@ -63,7 +63,7 @@ class MaskedAutoencoding(Objective):
     return hidden_error(predicted.pixels, target, order, self.visible), ({}, {})
 
   def functions(self):
-    return {**tower_functions(self), 'reconstruct': self.reconstruct}
+    return {**tower_functions(self, self.network.encoder), 'reconstruct': self.reconstruct}
 
   def reconstruct(self, params, extra, batch):
     """[B, 2, H, W, 3] in [0, 1]: what the network sees, and that with the hidden patches as it fills them in.

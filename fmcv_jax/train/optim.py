@@ -137,6 +137,42 @@ class Adafactor(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Lamb(Rule):
+  """You et al. 2020: Adam's updates, decay included, at the length of the weights that they change.
+
+  As in NVIDIA's implementation and timm's only the weights that are decayed are treated so. Each layer of a stack has a
+  length of its own.
+  """
+
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-6
+
+  def make(self, rate, decay, mask):
+    def rescaled(updates, params):
+      return jax.tree_util.tree_map_with_path(
+        lambda key_path, u, w, decayed: u * _trust(u, w, 'blocks' in path_of(key_path).split('/')) if decayed else u,
+        updates,
+        params,
+        mask(params),
+      )
+
+    return optax.chain(
+      optax.scale_by_adam(self.b1, self.b2, self.eps),
+      optax.add_decayed_weights(decay, mask),
+      optax.stateless(rescaled),
+      optax.scale_by_learning_rate(rate),
+    )
+
+
+def _trust(update: jax.Array, weights: jax.Array, stacked: bool) -> jax.Array:
+  """Length of the weights over that of their update, layer by layer; 1 where either has none."""
+  axes = tuple(range(int(stacked), weights.ndim))
+  lengths = [jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)) for x in (weights, update)]
+  return jnp.where((lengths[0] > 0) & (lengths[1] > 0), lengths[0] / jnp.maximum(lengths[1], 1e-30), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Muon(Rule):
   """Jordan et al. 2024: orthogonalized momentum for the matrices inside blocks, Adam for everything else.
 

@@ -22,6 +22,7 @@ from fmcv_jax.data.augment import (
   RandAugment,
   RandomErasing,
   Solarize,
+  ThreeAugment,
   augmented,
   blurred,
   jittered_colors,
@@ -51,6 +52,7 @@ EVERY = [
   RandAugment(3, 9, magnitude_std=0.5, probability=0.9, recipe='timm', operations=OPERATIONS),
   RandomErasing(1.0),
   Solarize(probability=1.0),
+  ThreeAugment(),
 ]
 
 
@@ -315,6 +317,17 @@ def test_each_image_draws_its_own_the_same_for_the_same_key(augment):
   if augment != Solarize(probability=1.0):  # which has nothing to draw
     assert len(np.unique(one.reshape(16, -1), axis=0)) > 1
     assert (one != other).any()
+
+
+def test_three_augment_does_one_of_three_to_each_image_equally_often():
+  images = np.broadcast_to(batch(1), (96, HEIGHT, WIDTH, 3))
+  out = np.asarray(compiled(ThreeAugment())(images, KEY))
+  gray = np.ptp(out, axis=-1).max((1, 2)) < 1e-6
+  negative = np.abs(out - np.where(images >= 0.5, 1 - images, images)).max((1, 2, 3)) < 1e-6
+  assert not (gray & negative).any()
+  smooth = ~gray & ~negative
+  assert np.abs(np.diff(out[smooth], axis=1)).mean() < np.abs(np.diff(images, axis=1)).mean()
+  assert min(gray.sum(), negative.sum(), smooth.sum()) > 20
 
 
 @pytest.mark.parametrize('augment', EVERY, ids=show)

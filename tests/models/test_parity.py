@@ -28,12 +28,12 @@ SPELLING = (
   (r'^swin/encoder/layers/(\d)/downsample', lambda m: f'stage{int(m[1]) + 2}/merge'),
   ('relative_position_bias/relative_position_bias_table', 'relative'),
   ('reduction', 'reduce'),
-  (r'^(vit|swin)/|\b(embeddings|encoder)/', ''),
+  (r'^(vit|deit|swin)/|\b(embeddings|encoder)/', ''),
   ('vision_model', 'image'),
   ('text_model', 'text'),
   ('visual_projection', 'image/head'),
   ('text_projection', 'text/head'),
-  ('classifier', 'head'),
+  ('(cls_)?classifier', 'head'),
   (r'layers?/(\d)', r'blocks/\1'),
   (r'patch_embedding(s/projection)?', 'patch'),
   ('cls_token|class_embedding', 'class_token'),
@@ -137,6 +137,12 @@ def test_vit_classifier():
   config = transformers.ViTConfig(**TOWER, intermediate_size=96, image_size=32, patch_size=8, num_labels=7)
   network = vit('mu/8', image_size=32, outputs=7, **OURS)
   check_tower(randomized(transformers.ViTForImageClassification(config)), network, lambda y: y.logits)
+
+
+def test_deit_with_a_distillation_token():
+  config = transformers.DeiTConfig(**TOWER, intermediate_size=96, image_size=32, patch_size=8, num_labels=7)
+  network = vit('mu/8', image_size=32, outputs=7, distilled=True, **OURS)
+  check_tower(randomized(transformers.DeiTForImageClassificationWithTeacher(config)), network, lambda y: y.logits)
 
 
 @pytest.mark.parametrize('gated', [False, True])

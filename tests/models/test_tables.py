@@ -83,6 +83,21 @@ def test_deit3_scales_its_layers_and_does_not_place_the_class_token(variant, par
 
 
 @pytest.mark.parametrize(
+  ('variant', 'size', 'parameters', 'backbone', 'gmac'),
+  [
+    ('Ti/16', 224, 5_910_800, 5_524_800, '1.261'),
+    ('S/16', 224, 22_436_432, 21_666_432, '4.624'),
+    ('B/16', 224, 87_338_192, 85_800_192, '17.657'),
+    ('B/16', 384, 87_630_032, 86_092_032, '55.591'),
+  ],
+)
+def test_deit_with_a_distillation_token(variant, size, parameters, backbone, gmac):
+  variables = check(vit(variant, image_size=size, outputs=1000, distilled=True), size, parameters, gmac)
+  heads = (variables['params'][name] for name in ('head', 'distillation_head'))
+  assert parameters - count(list(heads)) == backbone
+
+
+@pytest.mark.parametrize(
   ('variant', 'options', 'parameters', 'gmac'),
   [
     ('S/14', {}, 22_056_192, '46.7'),

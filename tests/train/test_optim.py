@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Linear, Lion, Muon, Optimizer, Rsqrt
+from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Lamb, Linear, Lion, Muon, Optimizer, Rsqrt
 
 
 @pytest.mark.parametrize('kind', [Cosine, Linear])
@@ -55,6 +55,29 @@ def test_weight_decay_follows_half_a_cosine_to_its_end(rule):
     shrunk.append(-float(updates['blocks']['mlp']['up']['kernel'][0, 0, 0]))
   np.testing.assert_allclose(shrunk[::5], [0.04, 0.22, 0.4], rtol=1e-5)
   assert (np.diff(shrunk) > 0).all()
+
+
+def test_lamb_of_stacked_layers_equals_optaxs_of_each_alone():
+  generator = np.random.default_rng(0)
+  params = {
+    'blocks': {'kernel': generator.normal(size=(2, 3, 4)), 'bias': generator.normal(size=(2, 4))},
+    'head': {'kernel': generator.normal(size=(4, 5))},
+  }
+  params = jax.tree.map(jnp.asarray, params)
+  ours = Optimizer(Linear(0.1, end=0.1), Lamb(), weight_decay=0.3).make(10)
+  lamb, adam = optax.lamb(0.1, weight_decay=0.3), optax.adam(0.1, eps=1e-6)
+  alone = [params['blocks']['kernel'][0], params['blocks']['kernel'][1], params['head']['kernel']]
+  state, lambs, adams = ours.init(params), lamb.init(alone), adam.init(params['blocks']['bias'])
+  for _ in range(3):
+    gradient = jax.tree.map(lambda x: jnp.asarray(generator.normal(size=x.shape), x.dtype), params)
+    updates, state = ours.update(gradient, state, params)
+    pieces = [gradient['blocks']['kernel'][0], gradient['blocks']['kernel'][1], gradient['head']['kernel']]
+    expected, lambs = lamb.update(pieces, lambs, alone)
+    bias, adams = adam.update(gradient['blocks']['bias'], adams)
+    got = [updates['blocks']['kernel'][0], updates['blocks']['kernel'][1], updates['head']['kernel']]
+    for a, b in zip([*got, updates['blocks']['bias']], [*expected, bias], strict=True):
+      np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
+    params, alone = optax.apply_updates(params, updates), optax.apply_updates(alone, expected)
 
 
 def test_adamw_equals_optax_and_lion_takes_signs():

@@ -1,0 +1,64 @@
+"""Learning from a teacher's answers: hard (DeiT, Touvron et al. 2021) and soft (Hinton et al. 2015).
+
+Letters in shapes: B batch, K classes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmcv_jax.data.augment import Normalize
+from fmcv_jax.objectives.base import variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  """What a frozen teacher adds to a classifier's loss: (1 - weight) * loss + weight * its disagreement.
+
+  teacher      a network with as many outputs as the student, fed the same augmented and mixed images; its parameters
+               are `extra/teacher`, to be filled by config.init_from
+  kind         'hard': cross-entropy with the teacher's best class; 'soft': divergence of the two distributions
+  temperature  of the soft one
+  normalize    of the images that the teacher sees
+  """
+
+  teacher: nn.Module
+  kind: Literal['hard', 'soft'] = 'hard'
+  weight: float = 0.5
+  temperature: float = 1.0
+  normalize: Normalize = Normalize()
+
+  def __post_init__(self):
+    if not getattr(self.teacher, 'outputs', 0):
+      raise ValueError('teacher: it needs outputs=<number of classes>')
+    if not 0 <= self.weight <= 1:
+      raise ValueError(f'weight: expected a share between 0 and 1, got {self.weight}')
+
+  def init(self, rng: jax.Array, image_size: int) -> dict[str, Any]:
+    """What `extra` holds of the teacher, as it is born, for init_from to replace."""
+    born = dict(self.teacher.init(rng, jnp.zeros((1, image_size, image_size, 3))))
+    return {'teacher': born.pop('params'), **{f'teacher_{name}': tree for name, tree in born.items()}}
+
+  def loss(self, logits: jax.Array, extra: Mapping[str, Any], images: jax.Array) -> jax.Array:
+    """The disagreement of the student's logits [B, K] with the teacher of images [B, H, W, 3] in [0, 1]."""
+    features: Any = self.teacher.apply(variables(extra['teacher'], extra, 'teacher_'), self.normalize(images))
+    return disagreement(logits, jax.lax.stop_gradient(features.output), self.kind, self.temperature)
+
+
+def disagreement(
+  logits: jax.Array, teacher: jax.Array, kind: Literal['hard', 'soft'], temperature: float = 1.0
+) -> jax.Array:
+  """Mean cross-entropy of logits [B, K] with the teacher's best class (eq. 3), or their divergence at a temperature.
+
+  The soft one is T^2 KL(teacher || student) over B * K, as in DeiT's code: eq. 2 divides by B alone.
+  """
+  logits, teacher = logits.astype(jnp.float32), teacher.astype(jnp.float32)
+  if kind == 'hard':
+    return optax.softmax_cross_entropy_with_integer_labels(logits, teacher.argmax(-1)).mean()
+  student, target = (jax.nn.log_softmax(x / temperature) for x in (logits, teacher))
+  return temperature**2 * jnp.mean(jnp.exp(target) * (target - student))
