@@ -53,6 +53,7 @@ from fmcv_jax.models.mae import mae
 from fmcv_jax.models.swin import swin
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.adapted import Adapted
 from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.classification import Classification
@@ -76,6 +77,7 @@ from fmcv_jax.train.warm_start import Part, begin_with
 # What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
 KINDS: config_lib.Kinds = {
   Objective: {
+    'adapted': Adapted,
     'autoencoding': Autoencoding,
     'classification': Classification,
     'contrastive': Contrastive,
@@ -219,7 +221,7 @@ class Run:
 
   @functools.cached_property
   def shardings(self) -> TrainState:
-    return state_shardings(self.abstract_state, self.placement)
+    return state_shardings(self.abstract_state, self.placement, self.experiment.objective.frozen_networks)
 
   @property
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -385,9 +387,14 @@ def evaluate(subject: Subject, evaluators: Mapping[str, Evaluator]) -> dict[str,
 
 
 def trained_tree(workdir: str) -> dict[str, Any]:
-  """What a run has learnt: {'params': the parameters to evaluate, 'extra': what it carried along}."""
-  subject, _ = Run.reopen(workdir).restored_subject()
-  return {'params': subject.params, 'extra': subject.extra}
+  """What a run has learnt: {'params': the parameters to evaluate, 'extra': what it carried along, 'whole': ...}.
+
+  'whole' is the network's own parameters where the run trained but a part of them, or a LoRA beside them.
+  """
+  run = Run.reopen(workdir)
+  subject, _ = run.restored_subject()
+  whole = run.experiment.objective.whole(subject.params, subject.extra)
+  return {'params': subject.params, 'extra': subject.extra, 'whole': whole}
 
 
 def _device_batches(loader: TrainLoader, run: Run) -> Iterator[Any]:

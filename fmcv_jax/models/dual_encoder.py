@@ -39,7 +39,8 @@ class DualEncoder(nn.Module):
 
   def encode_image(self, images, *, keep=None, train: bool = False):
     """Normalized images [B, H, W, 3] -> unit vectors, float32 [B, E]."""
-    return embedding(self.image(images, keep=keep, train=train).output)
+    chosen = {} if keep is None else {'keep': keep}  # which only networks of patches take
+    return embedding(self.image(images, train=train, **chosen).output)
 
   def encode_text(self, tokens, *, train: bool = False):
     """Token ids int32 [B, T] -> unit vectors, float32 [B, E]."""

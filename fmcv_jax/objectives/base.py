@@ -59,6 +59,16 @@ class Objective(abc.ABC):
   """A loss family as a frozen dataclass whose fields are networks and numbers."""
 
   @property
+  def coupled(self) -> bool:
+    """Whether the loss couples the examples of a batch, and offers `embed` and `couple` (see CoupledObjective)."""
+    return False
+
+  @property
+  def frozen_networks(self) -> tuple[str, ...]:
+    """Subtrees of `extra` that are parameters of a network, such as a teacher, and placed on the mesh as such."""
+    return ()
+
+  @property
   @abc.abstractmethod
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, field by field, without the batch axis."""
@@ -74,6 +84,10 @@ class Objective(abc.ABC):
   def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     """The next `extra`, from the already updated `params`."""
     return extra
+
+  def whole(self, params: Params, extra: Any) -> Params:
+    """All parameters of the network, as an objective that trains all of them has them in `params`."""
+    return params
 
   def for_run(self, steps: int) -> 'Objective':
     """This objective in a run of so many steps, for schedules of its own that last as long as the run."""
@@ -125,13 +139,19 @@ class CoupledObjective(Objective):
   `couple` sees the embeddings of the whole batch (GradCache, Gao et al. 2021).
   """
 
+  @property
+  def coupled(self):
+    return True
+
   @abc.abstractmethod
-  def embed(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Any:
-    """A tree of float arrays [B, ...]."""
+  def embed(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> tuple[Any, dict[str, Any]]:
+    """(a tree of float arrays [B, ...], aux); aux goes to update_extra, averaged over the pieces of a batch."""
 
   @abc.abstractmethod
   def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Outcome:
     """The loss of the whole batch from its embeddings; `params` for scalars such as the temperature."""
 
   def loss(self, params, batch, rng, extra):
-    return self.couple(params, self.embed(params, batch, rng, extra), batch, extra)
+    embeddings, aux = self.embed(params, batch, rng, extra)
+    loss, (metrics, more) = self.couple(params, embeddings, batch, extra)
+    return loss, (metrics, {**aux, **more})

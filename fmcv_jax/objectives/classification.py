@@ -41,6 +41,10 @@ class Classification(Objective):
       raise ValueError('network.distilled: its second head learns from a teacher; add objective.distillation')
 
   @property
+  def frozen_networks(self):
+    return () if self.distillation is None else ('teacher',)
+
+  @property
   def example_batch(self):
     size = self.network.image_size
     return {

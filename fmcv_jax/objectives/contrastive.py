@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.models.vit import random_keep
-from fmcv_jax.objectives.base import CoupledObjective, ImageTower
+from fmcv_jax.models.vit import ViT, random_keep
+from fmcv_jax.objectives.base import STATISTICS, CoupledObjective, ImageTower, variables
 from fmcv_jax.objectives.pairs import LossName, pair_loss
 
 
@@ -33,7 +33,9 @@ class Contrastive(CoupledObjective):
     if self.label_smoothing and self.loss_name == 'sigmoid':
       raise ValueError('label_smoothing is for the softmax loss')
     if not hasattr(self.network, 'encode_text'):
-      raise ValueError('contrastive needs a dual encoder: network.name is clip, siglip or dual_encoder')
+      raise ValueError('contrastive needs a dual encoder: network.name is clip, siglip, align or dual_encoder')
+    if self.keep < 1 and not isinstance(self.network.image, ViT):
+      raise ValueError('keep: only a vit as the image tower can leave out patches')
 
   @property
   def example_batch(self):
@@ -45,16 +47,28 @@ class Contrastive(CoupledObjective):
 
   def init(self, rng):
     image, tokens = (jnp.zeros((1, *x.shape), x.dtype) for x in self.example_batch.values())
-    return self.network.init(rng, image.astype(jnp.float32), tokens)['params'], {}
+    extra = dict(self.network.init(rng, image.astype(jnp.float32), tokens))
+    return extra.pop('params'), extra
 
   def embed(self, params, batch, rng, extra):
     augment_rng, keep_rng, dropout_rng = jax.random.split(rng, 3)
     images = self.normalize(augmented(batch['image'], self.augment, augment_rng))
-    patches = (self.network.image.image_size // self.network.image.patch) ** 2
-    keep = random_keep(keep_rng, images.shape[0], patches, self.keep) if self.keep < 1 else None
+    keep = None
+    if self.keep < 1:
+      patches = (self.network.image.image_size // self.network.image.patch) ** 2
+      keep = random_keep(keep_rng, images.shape[0], patches, self.keep)
     return self.network.apply(
-      {'params': params}, images, batch['tokens'], keep=keep, train=True, rngs={'dropout': dropout_rng}
+      variables(params, extra),
+      images,
+      batch['tokens'],
+      keep=keep,
+      train=True,
+      rngs={'dropout': dropout_rng},
+      mutable=[STATISTICS],
     )
+
+  def update_extra(self, extra, params, aux, step):
+    return {**extra, **aux}
 
   def couple(self, params, embeddings, batch, extra):
     image, text = embeddings
@@ -65,7 +79,7 @@ class Contrastive(CoupledObjective):
   def functions(self):
     def encode_image(params, extra, batch):
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)
-      return self.network.apply({'params': params}, images, method='encode_image')
+      return self.network.apply(variables(params, extra), images, method='encode_image')
 
     def encode_text(params, extra, batch):
       return self.network.apply({'params': params}, batch['tokens'], method='encode_text')

@@ -23,6 +23,8 @@ LogicalAxes = tuple[str | None, ...]
 # The first pattern that matches the whole path wins. Parameters below a scope named `blocks` are stacked over depth:
 # their leading axis is `layers`, which the table leaves out.
 PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
+  (r'lora/.*/down', ('embed', None)),
+  (r'lora/.*/up', (None, None)),
   (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads')),
   (r'(.*/)?(query|key|value)/bias', ('heads',)),
   (r'(.*/)?(\w+_)?attention/out/kernel', ('heads', 'embed')),

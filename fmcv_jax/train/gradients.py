@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.objectives.base import CoupledObjective, Objective
+from fmcv_jax.objectives.base import Objective
 
 
 def gradients(objective: Objective, params: Any, batch: Any, rng: jax.Array, extra: Any, microbatches: int):
@@ -18,7 +18,7 @@ def gradients(objective: Objective, params: Any, batch: Any, rng: jax.Array, ext
     (loss, (metrics, aux)), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, batch, rng, extra)
     return loss, metrics, aux, gradient
   pieces = jax.tree.map(lambda x: split_batch(x, microbatches), batch)
-  if isinstance(objective, CoupledObjective):
+  if objective.coupled:
     return _coupled(objective, params, batch, pieces, rng, extra, microbatches)
   return _accumulated(objective, params, pieces, rng, extra, microbatches)
 
@@ -60,7 +60,7 @@ def _flat(result):
 def _coupled(objective, params, batch, pieces, rng, extra, count):
   """GradCache (Gao et al. 2021): embed all, differentiate by the embeddings, then embed again piece by piece."""
   keys = jax.vmap(lambda index: jax.random.fold_in(rng, index))(jnp.arange(count))
-  embeddings = jax.lax.map(lambda args: objective.embed(params, *args, extra), (pieces, keys))
+  embeddings, kept = jax.lax.map(lambda args: objective.embed(params, *args, extra), (pieces, keys))
 
   def couple(params, embeddings):
     return objective.couple(params, jax.tree.map(join_batch, embeddings), batch, extra)
@@ -71,8 +71,8 @@ def _coupled(objective, params, batch, pieces, rng, extra, count):
 
   def one(total, args):
     piece, key, cotangent = args
-    _, pull_back = jax.vjp(lambda p: objective.embed(p, piece, key, extra), params)
+    _, pull_back = jax.vjp(lambda p: objective.embed(p, piece, key, extra)[0], params)
     return jax.tree.map(jnp.add, total, pull_back(cotangent)[0]), None
 
   gradient, _ = jax.lax.scan(one, direct, (pieces, keys, cotangents))
-  return loss, metrics, aux, gradient
+  return loss, metrics, {**jax.tree.map(lambda x: x.mean(0), kept), **aux}, gradient

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from fmcv_jax.errors import UserError
 from fmcv_jax.models.layers import Dtype
 from fmcv_jax.parallel.rules import constrain, path_of, ways
 
@@ -226,7 +228,9 @@ def _split_longer_side(x: jax.Array) -> jax.Array:
 class Optimizer:
   """Clip the global norm, apply the rule at the schedule's rate, decay the weights whose paths match `decayed`.
 
-  weight_decay_end: where given, the decay goes there from `weight_decay` by half a cosine over the run.
+  weight_decay_end  where given, the decay goes there from `weight_decay` by half a cosine over the run
+  layer_decay       the rate of a layer is this times that of the next one (see layer_rates)
+  multipliers       pairs of a pattern and what the rate of paths that match it is multiplied by
   """
 
   schedule: Schedule
@@ -235,6 +239,8 @@ class Optimizer:
   weight_decay_end: float | None = None
   decayed: tuple[str, ...] = (r'.*/kernel',)
   clip_norm: float | None = None
+  layer_decay: float = 1.0
+  multipliers: tuple[tuple[str, float], ...] = ()
 
   def make(self, total_steps: int) -> optax.GradientTransformation:
     def mask(params):
@@ -244,8 +250,62 @@ class Optimizer:
     if self.weight_decay_end is not None:
       start, end = self.weight_decay, self.weight_decay_end
       decay = lambda step: end + (start - end) * (1 + jnp.cos(jnp.pi * step / total_steps)) / 2  # noqa: E731
-    rule = self.rule.make(self.schedule(total_steps), decay, mask)
-    return rule if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
+
+    def at_own_rates(updates, params):
+      rates = layer_rates(params, self.layer_decay)
+      for pattern, factor in self.multipliers:
+        rates = map_by_path(lambda path, x: x * (factor if re.fullmatch(pattern, path) else 1), rates)  # noqa: B023
+      return jax.tree.map(lambda u, rate: u * rate.astype(u.dtype), updates, rates)
+
+    parts = [self.rule.make(self.schedule(total_steps), decay, mask)]
+    if self.clip_norm is not None:
+      parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+    if self.layer_decay != 1 or self.multipliers:
+      parts.append(optax.stateless(at_own_rates))
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]
+
+
+# What a tower does before its first block.
+STEM = re.compile(r'(patch|patch_norm|pre_norm|tokens|position|registers|\w+_token)(/.*)?')
+
+
+def layer_rates(params: Any, decay: float) -> Any:
+  """decay^(L + 1 - l) for each parameter of layer l of L, shaped to multiply it (BEiT, Bao et al. 2022, appendix).
+
+  A layer is one entry of what is stacked below `blocks`, counted from 1 (a pair of blocks of a Swin, whose stages
+  follow one another); what stands before the blocks (patches, tokens, positions) is layer 0, what stands behind them
+  (last norm, pooling, heads) and what belongs to no tower L + 1, at the full rate.
+  """
+  flat = {path_of(key_path): x for key_path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+  stacks: dict[str, dict[int, int]] = {}  # tower -> stage -> its layers
+  for path, x in flat.items():
+    place = _BLOCKS.fullmatch(path)
+    if place:
+      stacks.setdefault(place['tower'], {})[int(place['stage'] or 0)] = x.shape[0]
+  if decay != 1 and not stacks:
+    raise UserError('config.optimizer.layer_decay: this network has no stack of blocks whose layers could be counted')
+
+  def rate(path, x):
+    towers = [tower for tower in stacks if path.startswith(tower)]
+    if not towers:
+      return np.ones(())
+    tower = max(towers, key=len)
+    stages, rest = stacks[tower], path[len(tower) :]
+    total = sum(stages.values())
+    stage = int(match[1]) if (match := re.match(r'stage(\d+)/', rest)) else 0
+    before = sum(layers for index, layers in stages.items() if index < stage)
+    if _BLOCKS.fullmatch(path):
+      layer = np.arange(before + 1, before + 1 + x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
+    elif stage:  # the merge before a stage's blocks
+      layer = np.array(before + 1)
+    else:
+      layer = np.array(0 if STEM.fullmatch(rest) else total + 1)
+    return np.asarray(decay ** (total + 1.0 - layer), np.float32)
+
+  return map_by_path(rate, params)
+
+
+_BLOCKS = re.compile(r'(?P<tower>(.*?/)??)(stage(?P<stage>\d+)/)?blocks/.*')
 
 
 def map_by_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:

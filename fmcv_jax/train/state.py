@@ -52,11 +52,12 @@ def init_state(objective: Objective, tx: optax.GradientTransformation, seed: int
   )
 
 
-def state_shardings(state: TrainState, placement: Placement) -> TrainState:
+def state_shardings(state: TrainState, placement: Placement, frozen: tuple[str, ...] = ()) -> TrainState:
   """Shardings of an abstract state (ShapeDtypeStructs), leaf by leaf.
 
-  The parameter rules place `params`, `ema` and every leaf of the optimizer's or of `extra` that mirrors a parameter:
-  same path at its end, same shape. What mirrors none (counters, factored moments, centres) is small and replicated.
+  The parameter rules place `params`, `ema`, the subtrees `frozen` of `extra`, and every leaf of the optimizer's or of
+  `extra` that mirrors a parameter: same path at its end, same shape. What mirrors none (counters, factored moments,
+  centres) is small and replicated.
   """
   params = placement.parameters(state.params)
   flat, _ = jax.tree_util.tree_flatten_with_path(state.params)
@@ -81,6 +82,9 @@ def state_shardings(state: TrainState, placement: Placement) -> TrainState:
     rng=scalar,
     params=params,
     opt_state=jax.tree_util.tree_map_with_path(mirrored, state.opt_state),
-    extra=jax.tree_util.tree_map_with_path(mirrored, state.extra),
+    extra={
+      **jax.tree_util.tree_map_with_path(mirrored, state.extra),
+      **{name: placement.parameters(state.extra[name]) for name in frozen},
+    },
     ema=None if state.ema is None else params,
   )

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.models.positions import resize_grid
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train.state import TrainState
 
@@ -17,12 +20,17 @@ from fmcv_jax.train.state import TrainState
 class Part:
   """Where values come from: `part` of what the run in `workdir` has learnt, such as 'params' or 'params/image'.
 
-  skip: regular expressions over paths below it; what matches one stays as it was born.
+  'whole' is all of a network of which the run trained but a part (objective 'adapted').
+
+  skip     regular expressions over paths below it; what matches one stays as it was born
+  resize   the same; tables of positions that are brought to another number of them by bicubic interpolation, as for
+           another image_size: '(.*/)?position' of a ViT, '(.*/)?relative' of a Swin with another window
   """
 
   workdir: str
   part: str = 'params'
   skip: tuple[str, ...] = ()
+  resize: tuple[str, ...] = ()
 
 
 def begin_with(state: TrainState, sources: Mapping[str, Part], learnt: Callable[[str], Any]) -> TrainState:
@@ -40,16 +48,36 @@ def begin_with(state: TrainState, sources: Mapping[str, Part], learnt: Callable[
     for path, own in _below(target, values, f'{field}: the state of this run').items():
       if any(re.fullmatch(pattern, path) for pattern in source.skip):
         continue
-      if path not in given or given[path].shape != own.shape:
+      value = given.get(path)
+      if value is not None and any(re.fullmatch(pattern, path) for pattern in source.resize):
+        value = resized(value, own.shape[-2])
+      if value is None or value.shape != own.shape:
         found = given[path].shape if path in given else 'missing'
         raise UserError(
           f'{field}: {path} is {found} in {source.workdir} and {own.shape} here; '
-          f'add a pattern for it to {field}.skip to train it anew'
+          f'add a pattern for it to {field}.skip to train it anew, or to {field}.resize for a table of positions'
         )
-      values[f'{target}/{path}' if path else target] = jax.device_put(given[path], own.sharding)
+      values[f'{target}/{path}' if path else target] = jax.device_put(value, own.sharding)
   tree = jax.tree_util.tree_unflatten(treedef, values.values())
   average = None if state.ema is None else jax.tree.map(lambda x: x.copy(), tree['params'])
   return state.replace(params=tree['params'], extra=tree['extra'], ema=average)
+
+
+def resized(table: jax.Array, rows: int) -> jax.Array:
+  """A table of positions [..., old rows, D] with another number of rows, those of special tokens left as they are.
+
+  Both numbers are a square and up to two rows of special tokens before it; otherwise the table is returned unchanged.
+  """
+  old = table.shape[-2]
+  for special in range(3):
+    sides = math.isqrt(max(old - special, 0)), math.isqrt(max(rows - special, 0))
+    if [side**2 + special for side in sides] == [old, rows]:
+      break
+  else:
+    return table
+  flat = table.reshape(-1, old, table.shape[-1])
+  grids = jax.vmap(lambda grid: resize_grid(grid, (sides[0],) * 2, (sides[1],) * 2))(flat[:, special:])
+  return jnp.concatenate([flat[:, :special], grids], axis=1).reshape(*table.shape[:-2], rows, -1)
 
 
 def _leaves(tree: Any) -> dict[str, jax.Array]:

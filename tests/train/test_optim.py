@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Lamb, Linear, Lion, Muon, Optimizer, Rsqrt
+from fmcv_jax.errors import UserError
+from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Lamb, Linear, Lion, Muon, Optimizer, Rsqrt, layer_rates
 
 
 @pytest.mark.parametrize('kind', [Cosine, Linear])
@@ -55,6 +56,54 @@ def test_weight_decay_follows_half_a_cosine_to_its_end(rule):
     shrunk.append(-float(updates['blocks']['mlp']['up']['kernel'][0, 0, 0]))
   np.testing.assert_allclose(shrunk[::5], [0.04, 0.22, 0.4], rtol=1e-5)
   assert (np.diff(shrunk) > 0).all()
+
+
+def test_layers_of_a_stack_go_at_rates_of_their_own():
+  generator = np.random.default_rng(0)
+  shapes = {
+    'patch': {'kernel': (4, 3)},
+    'class_token': (1, 3),
+    'blocks': {'mlp': {'up': {'kernel': (2, 3, 4)}}},
+    'head': {'kernel': (3, 2)},
+  }
+  params = jax.tree.map(lambda s: jnp.asarray(generator.normal(size=s)), shapes, is_leaf=lambda s: isinstance(s, tuple))
+  optimizer = Optimizer(
+    Linear(0.1, end=0.1), weight_decay=0.3, layer_decay=0.5, multipliers=(('patch/.*', 0.2),), clip_norm=1e9
+  )
+  ours = optimizer.make(10)
+
+  def cut(tree):  # each with its rate by hand: two layers, so the stem is three steps below the head
+    up = tree['blocks']['mlp']['up']['kernel']
+    return [tree['patch']['kernel'], tree['class_token'], up[0], up[1], tree['head']['kernel']]
+
+  rates = [0.1 * 0.125 * 0.2, 0.1 * 0.125, 0.1 * 0.25, 0.1 * 0.5, 0.1]
+  alone = cut(params)
+  rules = [optax.adamw(rate, weight_decay=0 if index == 1 else 0.3) for index, rate in enumerate(rates)]
+  state, states = ours.init(params), [rule.init(x) for rule, x in zip(rules, alone, strict=True)]
+  for _ in range(3):
+    gradient = jax.tree.map(lambda x: jnp.asarray(generator.normal(size=x.shape), x.dtype), params)
+    updates, state = ours.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    for index, g in enumerate(cut(gradient)):
+      update, states[index] = rules[index].update(g, states[index], alone[index])
+      alone[index] = optax.apply_updates(alone[index], update)
+  for a, b in zip(cut(params), alone, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_layers_are_counted_tower_by_tower_and_stage_by_stage():
+  x = {'a': np.zeros((2, 3))}
+  stages = {'patch': x, 'stage1': {'blocks': x}, 'stage2': {'merge': x, 'blocks': x}, 'norm': x}
+  rates = layer_rates({'image': stages, 'text': {'tokens': x, 'blocks': x}, 'temperature': np.zeros(())}, 0.5)
+  image, text = rates['image'], rates['text']
+  assert float(image['patch']['a']) == 0.5**5
+  np.testing.assert_array_equal(image['stage1']['blocks']['a'][:, 0], [0.5**4, 0.5**3])
+  assert float(image['stage2']['merge']['a']) == 0.5**2
+  np.testing.assert_array_equal(image['stage2']['blocks']['a'][:, 0], [0.5**2, 0.5])
+  assert float(image['norm']['a']) == float(rates['temperature']) == 1
+  assert float(text['tokens']['a']) == 0.5**3
+  with pytest.raises(UserError, match='layer_decay: this network has no stack of blocks'):
+    layer_rates({'conv': x}, 0.5)
 
 
 def test_lamb_of_stacked_layers_equals_optaxs_of_each_alone():

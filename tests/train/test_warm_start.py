@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from fmcv_jax.errors import UserError
+from fmcv_jax.models.positions import resize_grid
 from fmcv_jax.train.state import TrainState
-from fmcv_jax.train.warm_start import Part, begin_with
+from fmcv_jax.train.warm_start import Part, begin_with, resized
 
 
 def born():
@@ -40,6 +41,30 @@ def test_parts_of_several_runs_fill_parameters_and_what_is_carried_along():
   np.testing.assert_array_equal(state.params['scale'], 0.0)
   np.testing.assert_array_equal(state.extra['teacher']['patch'], 4.0)
   np.testing.assert_array_equal(state.extra['centre'], 5.0)
+
+
+@pytest.mark.parametrize(('old', 'new', 'special'), [(17, 37, 1), (16, 9, 0), (18, 51, 2)])
+def test_a_table_of_positions_is_resized_behind_its_special_tokens(old, new, special):
+  table = jnp.asarray(np.random.default_rng(0).normal(size=(2, old, 3)), jnp.float32)
+  got = resized(table, new)
+  assert got.shape == (2, new, 3)
+  np.testing.assert_array_equal(got[:, :special], table[:, :special])
+  sides = [(round((rows - special) ** 0.5),) * 2 for rows in (old, new)]
+  for one, other in zip(got, table, strict=True):
+    np.testing.assert_allclose(one[special:], resize_grid(other[special:], *sides), atol=1e-6)
+  assert resized(table, new + 1) is table
+
+
+def test_resolution_changes_where_it_is_asked_for():
+  position = {'position': jnp.arange(17 * 3.0).reshape(17, 3)}
+  zero = jnp.zeros((), jnp.int32)
+  own = {'position': jnp.zeros((10, 3))}
+  state = TrainState(step=zero, skipped=zero, streak=zero, rng=zero, params=own, opt_state={}, extra={}, ema=None)
+  learnt = {'runs/a': {'params': position}}.__getitem__
+  state_now = begin_with(state, {'params': Part('runs/a', resize=('position',))}, learnt)
+  np.testing.assert_allclose(state_now.params['position'], resized(position['position'], 10))
+  with pytest.raises(UserError, match=r'or to config\.init_from\.params\.resize for a table of positions'):
+    begin_with(state, {'params': Part('runs/a')}, learnt)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Trainer:
     tx = optimizer.make(steps)
     self.placement = Placement(make_mesh(mesh, jax.devices()[:devices]))
     init = lambda: init_state(objective, tx, 0, ema=ema is not None)  # noqa: E731
-    self.shardings = state_shardings(jax.eval_shape(init), self.placement)
+    self.shardings = state_shardings(jax.eval_shape(init), self.placement, objective.frozen_networks)
     self.state = jax.jit(init, out_shardings=self.shardings)()
     self.batch_shardings = self.placement.batch(batch_of(objective))
     self.step = make_train_step(

@@ -1,0 +1,153 @@
+"""Fine-tuning a part of a model: what is frozen is carried along without a gradient, and LoRA (Hu et al. 2022).
+
+What an objective would train is split by path: some of it is trained, the rest stays in `extra['frozen']`, where it
+costs neither gradients nor moments. Networks know nothing of it: they are given the whole.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.objectives.base import Objective, Params
+
+FROZEN, LORA = 'frozen', 'lora'
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Adds scale * down @ up, of a low rank, to the kernels whose paths match `targets`; `up` is born zero.
+
+  alpha: scale = alpha / rank; None for a scale of 1. The matrices of a stack of layers are stacked as they are.
+  """
+
+  rank: int = 8
+  alpha: float | None = None
+  targets: tuple[str, ...] = (r'(.*/)?attention/(query|value)/kernel',)
+
+  def __post_init__(self):
+    if self.rank < 1:
+      raise ValueError(f'rank: expected at least 1, got {self.rank}')
+
+  def init(self, rng: jax.Array, flat: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """New matrices [..., in, rank] and [..., rank, out] for kernels [..., in, out], by path."""
+    chosen = {path: x for path, x in flat.items() if matches(path, self.targets)}
+    if not chosen:
+      raise UserError(f'config.objective.lora.targets: no parameter matches {self.targets}')
+    born: dict[str, jax.Array] = {}
+    for index, (path, kernel) in enumerate(sorted(chosen.items())):
+      if kernel.ndim != 2 + ('blocks' in path.split('/')):
+        raise UserError(f'config.objective.lora.targets: {path} of shape {kernel.shape} is no matrix')
+      *stack, rows, columns = kernel.shape
+      draw = jax.random.normal(jax.random.fold_in(rng, index), (*stack, rows, self.rank))
+      born |= {f'{path}/down': draw * rows**-0.5, f'{path}/up': jnp.zeros((*stack, self.rank, columns))}
+    return born
+
+  def merged(self, flat: Mapping[str, jax.Array], added: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The parameters with what was learnt added to them."""
+    scale = 1.0 if self.alpha is None else self.alpha / self.rank
+    changed = {
+      path: flat[path] + scale * jnp.matmul(added[f'{path}/down'], added[f'{path}/up'], precision='highest')
+      for path in (name.removesuffix('/down') for name in added if name.endswith('/down'))
+    }
+    return {**flat, **changed}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted(Objective):
+  """Another objective, of whose parameters only those whose paths match `trained` are trained, and `lora` besides.
+
+  `config.init_from` fills what is frozen: the whole of another run is {'extra/frozen': {'workdir': ...}}, and those
+  of its parameters that are trained on, if any, {'params': {'workdir': ..., 'skip': ['lora/.*', ...]}}.
+  """
+
+  objective: Objective
+  trained: tuple[str, ...] = (r'(.*/)?head/.*',)
+  lora: Lora | None = None
+
+  def __post_init__(self):
+    if isinstance(self.objective, Adapted):
+      raise ValueError('objective: expected one that is not adapted itself')
+
+  @property
+  def example_batch(self):
+    return self.objective.example_batch
+
+  @property
+  def coupled(self):
+    return self.objective.coupled
+
+  @property
+  def frozen_networks(self):
+    return (FROZEN, *self.objective.frozen_networks)
+
+  def init(self, rng):
+    whole, extra = self.objective.init(rng)
+    flat = _flat(whole)
+    kept = {path: x for path, x in flat.items() if matches(path, self.trained)}
+    if self.trained and not kept:
+      raise UserError(f'config.objective.trained: no parameter matches {self.trained}')
+    params = _tree(kept)
+    if self.lora is not None:
+      params[LORA] = _tree(self.lora.init(jax.random.fold_in(rng, 1), flat))
+    if not params:
+      raise UserError('config.objective: nothing is trained; give paths in `trained`, or `lora`')
+    return params, {**extra, FROZEN: _tree({path: x for path, x in flat.items() if path not in kept})}
+
+  def whole(self, params, extra):
+    params = dict(params)
+    added = _flat(params.pop(LORA, {}))
+    flat = {**_flat(extra[FROZEN]), **_flat(params)}
+    return self.objective.whole(_tree(self.lora.merged(flat, added) if self.lora else flat), _rest(extra))
+
+  def loss(self, params, batch, rng, extra):
+    return self.objective.loss(self.whole(params, extra), batch, rng, _rest(extra))
+
+  def embed(self, params, batch, rng, extra):
+    inner: Any = self.objective
+    return inner.embed(self.whole(params, extra), batch, rng, _rest(extra))
+
+  def couple(self, params, embeddings, batch, extra):
+    inner: Any = self.objective
+    return inner.couple(self.whole(params, extra), embeddings, batch, _rest(extra))
+
+  def update_extra(self, extra, params, aux, step):
+    new = self.objective.update_extra(_rest(extra), self.whole(params, extra), aux, step)
+    return {**new, FROZEN: extra[FROZEN]}
+
+  def for_run(self, steps):
+    return dataclasses.replace(self, objective=self.objective.for_run(steps))
+
+  def functions(self):
+    def of_whole(function):
+      return lambda params, extra, batch: function(self.whole(params, extra), _rest(extra), batch)
+
+    return {name: of_whole(function) for name, function in self.objective.functions().items()}
+
+  def image_tower(self, params, extra):
+    return self.objective.image_tower(self.whole(params, extra), _rest(extra))
+
+  def generator(self, params, extra):
+    return self.objective.generator(self.whole(params, extra), _rest(extra))
+
+
+def matches(path: str, patterns: tuple[str, ...]) -> bool:
+  """Whether one of the regular expressions matches all of the path."""
+  return any(re.fullmatch(pattern, path) for pattern in patterns)
+
+
+def _flat(tree: Params) -> dict[str, jax.Array]:
+  return flax.traverse_util.flatten_dict(tree, sep='/')
+
+
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+  return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _rest(extra: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: tree for name, tree in extra.items() if name != FROZEN}
