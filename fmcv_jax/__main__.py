@@ -184,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   if args.cpu_devices:
     distributed.emulate(args.cpu_devices)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
-  logging.getLogger('absl').setLevel(logging.ERROR)  # libraries' own notes; what a user must know, we say
+  for library in ('absl', 'asyncio'):  # their own notes; what a user must know, we say
+    logging.getLogger(library).setLevel(logging.CRITICAL)
   from fmcv_jax.train.loop import Preempted
 
   try:

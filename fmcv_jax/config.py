@@ -8,6 +8,7 @@ field's path. A parameter annotated with a *kind* (a type listed in the `kinds` 
 
 import ast
 import collections.abc
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -15,7 +16,7 @@ import inspect
 import pathlib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import ml_collections
@@ -112,12 +113,19 @@ def build(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> An
   """Constructs what plain data describes. A ValueError of a constructor is reported with the field's path."""
 
   def construct(name, constructor, fields, path):
-    try:
+    with reported_at(path):
       return constructor(**fields)
-    except ValueError as error:
-      raise UserError(f'{path}: {error}') from error
 
   return _visit(annotation, value, kinds, path, construct)
+
+
+@contextlib.contextmanager
+def reported_at(path: str) -> Iterator[None]:
+  """A ValueError in the block becomes a UserError that names this place of the config."""
+  try:
+    yield
+  except ValueError as error:
+    raise UserError(f'{path}: {error}') from error
 
 
 def _visit(annotation: Any, value: Any, kinds: Kinds, path: str, make: Callable[..., Any]) -> Any:

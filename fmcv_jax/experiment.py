@@ -5,9 +5,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -162,6 +164,9 @@ class Experiment:
   debug: Debug = Debug()
 
 
+# Of a file system, whatever file it was: no space, quota, file too large, read-only, broken, gone.
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+
 # What a run may change between a stop and its resumption: where and how it runs, not what it computes.
 RESUMABLE = ('mesh', 'rules', 'evaluators', 'checkpoint', 'log', 'topology', 'debug', 'data.workers', 'data.max_bad')
 
@@ -188,9 +193,11 @@ class Run:
     self.config = config
     self._workdir = epath.Path(workdir) if workdir is not None else None
     e: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self._workdir), KINDS)
-    self.experiment = e = dataclasses.replace(e, objective=e.objective.for_run(e.train.steps))
+    with config_lib.reported_at('config.objective'):
+      self.experiment = e = dataclasses.replace(e, objective=e.objective.for_run(e.train.steps))
     self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
-    self.tx = e.optimizer.make(e.train.steps)
+    with config_lib.reported_at('config.optimizer.schedule'):
+      self.tx = e.optimizer.make(e.train.steps)
     self._check_batches()
 
   @classmethod
@@ -299,21 +306,38 @@ def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console 
   run = Run(config, workdir)
   jax.config.update('jax_debug_nans', run.experiment.debug.nans)
   _open_workdir(run, console)
-  with lock.held(run.workdir) if is_main() else contextlib.nullcontext():
+  with _storage_errors(run.workdir), lock.held(run.workdir) if is_main() else contextlib.nullcontext():
     return _train(run, console)
+
+
+@contextlib.contextmanager
+def _storage_errors(workdir: epath.Path) -> Iterator[None]:
+  """A disk that is full, gone or read-only becomes one line; what was saved stays."""
+  try:
+    yield
+  except OSError as error:
+    inside = error.filename is not None and str(error.filename).startswith(os.fspath(workdir))
+    if not inside and error.errno not in STORAGE_ERRORS:
+      raise
+    raise UserError(
+      f'{error.filename or workdir}: cannot be written ({error.strerror}); what was saved before is kept, and the same '
+      f'command goes on from there'
+    ) from error
 
 
 def _train(run: Run, console: Console) -> TrainState:
   e, main = run.experiment, is_main()
   clock = Clock(run.workdir / goodput.FILE if main else None)
   store = Store(run.workdir, e.checkpoint)
-  start = store.latest()
-  if start is not None:
-    state, kept = store.restore(run.abstract_state, run.shardings, start)
-    position = kept['data']
+  restored = store.restore_newest(
+    run.abstract_state, run.shardings, lambda notice: console.print(notice, highlight=False, soft_wrap=True)
+  )
+  start, position = None, None
+  if restored:
+    state, kept = restored
+    start, position = int(state.step), kept['data']
   else:
     state = jax.jit(run.init, out_shardings=run.shardings)()
-    position = None
     if e.init_from:
       state = begin_with(state, e.init_from, trained_tree)
 

@@ -1,13 +1,22 @@
 """A data set of real files and small configs on it, for tests that run whole experiments."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from fmcv_jax import experiment
+from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.train import metrics
 from fmcv_jax.train.checkpoint import Store
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+LOCAL = ('launch/local.py', '--processes', '2', '--devices', '2', '--')
 
 
 def image_folder(path, count=24, classes=3, size=20):
@@ -152,3 +161,23 @@ def _resolved(config, changes):
   from fmcv_jax.config import override
 
   return experiment.resolve(override(config, [f'{path.replace("__", ".")}={value}' for path, value in changes.items()]))
+
+
+def start(config, workdir, *, launcher=('-m', 'fmcv_jax'), **options):
+  """A run as a process of its own; `launcher` is what stands between python and `train`."""
+  file = pathlib.Path(f'{workdir}.py')
+  file.write_text(f'import json\n\n\ndef get_config():\n  return json.loads({json.dumps(config)!r})\n')
+  command = [sys.executable, *launcher, 'train', '--config', file, '--workdir', workdir]
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+  return subprocess.Popen([str(x) for x in command], cwd=REPOSITORY, text=True, **pipes, **options)
+
+
+def steps_of(workdir):
+  """The steps that a run has told figures of, so far."""
+  return [row['step'] for row in metrics.read(epath.Path(workdir) / 'metrics.jsonl')]
+
+
+def parameters(workdir):
+  """What a run has learnt, as {path: array}."""
+  params = experiment.trained_tree(str(workdir))['params']
+  return {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}

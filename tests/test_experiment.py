@@ -137,6 +137,7 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
     ({'train__batch': 20}, r'config\.train\.batch: 20 does not divide over data=8; use a multiple of 8'),
     ({'train__microbatches': 4}, r'16 does not divide over data=8 times 4 microbatches; use a multiple of 32'),
     ({'evaluators__val__batch': 12}, r'config\.evaluators\.val\.batch: 12 does not divide'),
+    ({'train__steps': 2}, r'config\.optimizer\.schedule: warmup_steps 2 leaves nothing of a run of 2 steps'),
     ({'mesh__tensor': 3}, 'tensor=3 needs a multiple of 3 devices'),
     ({'data__image__size': 24}, r'config\.data gives image of shape \(24, 24, 3\).* expects \(16, 16, 3\)'),
     (

@@ -49,7 +49,7 @@ def get_config():
   c.tokenizer = clip.tokenizer
   c.data = dict(source=emoji)
   c.evaluators = dict(
-    new_hand=dict(name='denoising', every=400, batch=64, data=dict(source=dict(emoji, artists=('twemoji',))))
+    new_hand=dict(name='denoising', every=300, batch=64, data=dict(source=dict(emoji, artists=('twemoji',))))
   )
   c.optimizer = dict(
     rule=dict(name='adamw', b2=0.99),
@@ -57,6 +57,7 @@ def get_config():
     weight_decay=0.01,
     clip_norm=1.0,
   )
-  c.train = dict(steps=1200, batch=64, ema=0.995)
+  c.train = dict(steps=900, batch=64, ema=0.995)
+  c.mesh = dict(data=1, fsdp=-1)  # the optimizer's work is shared by the emulated devices, not repeated in each
   c.log = dict(every=50)
   return c

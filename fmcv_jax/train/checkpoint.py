@@ -1,8 +1,11 @@
 """Checkpoints through orbax: asynchronous, atomic, the newest few and the best, with the data position inside."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,8 +13,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from fmcv_jax.errors import UserError
+from fmcv_jax.parallel.distributed import any_process, is_main
 from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.train import checksums
 from fmcv_jax.train.state import TrainState
+
+DAMAGED = 'damaged'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +38,8 @@ class Checkpointing:
 class Store:
   """The checkpoints of one workdir.
 
-  Each has the items `params`, `ema` and `extra` (where there are any), `rest`, and `run` (JSON).
+  Each has the items `params`, `ema` and `extra` (where there are any), `rest`, and `run` (JSON), and the checksums of
+  all their files.
   """
 
   def __init__(self, workdir: str | pathlib.Path, options: Checkpointing = Checkpointing(), *, create: bool = True):
@@ -39,6 +47,7 @@ class Store:
     if not create and not self.directory.exists():
       raise UserError(f'{workdir}: holds no checkpoints; give the workdir of a run that has saved at least once')
     self._best = options.best
+    self._saving = -1
     managers = ocp.checkpoint_managers
     policies: list[Any] = [managers.LatestN(options.keep)]
     figure = None
@@ -55,6 +64,8 @@ class Store:
         create=create,
         # Deleting a step is a rename: a kill in the middle leaves no half-deleted step behind in the list.
         todelete_subdir='deleted' if create else None,
+        # Before a step is committed: none is ever without its checksums.
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
       ),
     )
 
@@ -76,7 +87,10 @@ class Store:
     if self._best and self._best not in figures:
       figures = {}
     args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-    self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **args), metrics=figures or None)
+    self.wait()  # for the save before this one
+    self._saving = step
+    with self._reported(step):
+      self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **args), metrics=figures or None)
 
   def restore(self, abstract: TrainState, shardings: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
     """The state of `step` (default: the newest), placed as `shardings` say whatever mesh wrote it, and its `run`."""
@@ -87,6 +101,33 @@ class Store:
       params=loaded['params'], ema=loaded.get('ema'), extra=loaded.get('extra', target.extra), **loaded['rest']
     )
     return state, loaded['run']
+
+  def restore_newest(
+    self, abstract: TrainState, shardings: TrainState, report: Callable[[str], None]
+  ) -> tuple[TrainState, dict] | None:
+    """`restore` of the newest step whose files are as they were written, or None where nothing was saved yet.
+
+    Damaged steps are moved to `damaged` in the workdir and reported; UserError if no other is left.
+    """
+    damage = None
+    while (step := self.latest()) is not None:
+      try:
+        return self.restore(abstract, shardings, step)
+      except checksums.Damaged as error:
+        damage = error
+        self._set_aside(step)
+        report(f'{error}; moved to {self.directory.parent / DAMAGED}, and the newest whole checkpoint is taken')
+    if damage:
+      raise UserError(f'{damage}; no whole checkpoint is left: train anew in another --workdir') from damage
+    return None
+
+  def _set_aside(self, step: int) -> None:
+    if is_main():
+      folder = self.directory.parent / DAMAGED
+      folder.mkdir(exist_ok=True)
+      (self.directory / str(step)).rename(folder / f'{step}-{time.time():.0f}')
+    any_process(False)  # nobody looks at the list before it is moved
+    self._manager.reload()
 
   def restore_params(self, target: Any, step: int | None = None, *, extra: Any = None) -> tuple[Any, Any]:
     """(parameters to evaluate, extra) alone; the targets are ShapeDtypeStructs with shardings."""
@@ -107,6 +148,7 @@ class Store:
   def _load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
     args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
     try:
+      checksums.verify(self.directory / str(step), (*items, 'run'))
       for name, item in items.items():
         self._check(step, name, item)
       loaded = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **args))
@@ -130,11 +172,28 @@ class Store:
         )
 
   def wait(self) -> None:
-    """Returns when everything that was asked for is committed; raises what went wrong in the background."""
-    self._manager.wait_until_finished()
+    """Returns when everything that was asked for is committed; UserError if that went wrong in the background."""
+    with self._reported(self._saving):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     self._manager.close()
+
+  @contextlib.contextmanager
+  def _reported(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError, RuntimeError) as error:
+      self._manager.reload()
+      kept = f'step {self.latest()} is the newest that is whole' if self.latest() is not None else 'none is whole yet'
+      raise UserError(
+        f'{self.directory}: step {step} could not be saved ({_first_line(error)}); {kept}: free some space, or make '
+        f'the folder writable, and the same command goes on from there'
+      ) from error
+
+  def _write_checksums(self) -> None:
+    folder = next(path for path in self.directory.iterdir() if path.name.split('.')[0] == str(self._saving))
+    checksums.write(folder)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -150,7 +209,9 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _first_line(error: BaseException) -> str:
-  return str(error).strip().split('\n')[0][:200]
+  """The begin and the end of it, where orbax and tensorstore put what failed and why."""
+  line = str(error).strip().split('\n')[0]
+  return line if len(line) <= 240 else f'{line[:80]} ... {line[-150:]}'
 
 
 def write_json(path: epath.Path, data: Any) -> None:

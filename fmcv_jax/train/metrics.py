@@ -102,7 +102,10 @@ class Writer:
   def close(self) -> None:
     self._progress.stop()
     if self._board is not None:
-      self._board.close()
+      try:
+        self._board.close()
+      except OSError:  # a full disk, which metrics.jsonl or a checkpoint has told of
+        self._board.file_writer.event_writer._closed = True  # or tensorboardX tries once more as Python ends
 
 
 def read(path: epath.Path) -> list[dict[str, Any]]:

@@ -1,0 +1,110 @@
+"""Whole runs that meet a fault of the machine: it kills them, loses one of their processes, or their files."""
+
+import os
+import pathlib
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests import runs
+
+KILLS = int(os.environ.get('FMCV_KILLS', '6'))
+
+
+def wait_for(process, workdir, step):
+  """Returns when a run has told of `step`."""
+  while not any(found >= step for found in runs.steps_of(workdir)):
+    assert process.poll() is None, process.stderr.read()[-2000:]
+    time.sleep(0.02)
+
+
+def finish(process, status=0):
+  """The output and the errors of a run that must end with this status."""
+  output, errors = process.communicate(timeout=300)
+  assert process.returncode == status, errors[-2000:]
+  return output, errors
+
+
+def told(process):
+  """The one line on stderr of a run that must end with status 2."""
+  lines = [line for line in finish(process, 2)[1].splitlines() if line.startswith('fmcv train: ')]
+  assert len(lines) == 1
+  return lines[0]
+
+
+def assert_equal_runs(one, other):
+  parameters, others = runs.parameters(one), runs.parameters(other)
+  assert parameters.keys() == others.keys()
+  for name, value in parameters.items():
+    np.testing.assert_array_equal(value, others[name], err_msg=name)
+  assert runs.steps_of(one) == runs.steps_of(other)
+
+
+@pytest.fixture
+def config(tmp_path):
+  return lambda steps: runs.classification(
+    runs.image_folder(tmp_path / 'images'), evaluators={}, train__steps=steps, checkpoint__every=2, checkpoint__keep=3
+  )
+
+
+def test_a_full_disk_ends_the_run_with_the_last_good_step_and_it_goes_on_from_there(config, tmp_path):
+  run = runs.start(config(400), tmp_path / 'run')
+  wait_for(run, tmp_path / 'run', 3)
+  run.send_signal(signal.SIGTERM)
+  finish(run, 75)
+  reached = runs.steps_of(tmp_path / 'run')[-1]
+  # No file can grow beyond this: a quota, as on a full disk.
+  full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
+  line = told(runs.start(config(400), tmp_path / 'run', preexec_fn=full))
+  assert 'could not be saved' in line
+  assert f'step {reached} is the newest that is whole' in line
+  again = runs.start(config(400), tmp_path / 'run')
+  begin = next(line for line in again.stdout if 'M parameters' in line)
+  again.kill()
+  again.communicate()
+  assert begin.startswith(f'resumes at step {reached}')
+
+
+def test_a_workdir_that_goes_away_is_one_line(config, tmp_path):
+  run = runs.start(config(400), tmp_path / 'run')
+  wait_for(run, tmp_path / 'run', 2)
+  (tmp_path / 'run').rename(tmp_path / 'gone')
+  assert str(tmp_path / 'run') in told(run)
+
+
+@pytest.mark.slow
+def test_a_run_under_sigkill_ends_bitwise_as_one_left_alone(config, tmp_path):
+  finish(runs.start(config(60), tmp_path / 'alone'))
+  generator, killed = np.random.default_rng(0), 0
+  while killed < KILLS:
+    before = runs.steps_of(tmp_path / 'killed')
+    process = runs.start(config(60), tmp_path / 'killed')
+    while process.poll() is None and runs.steps_of(tmp_path / 'killed')[-1:] == before[-1:]:
+      time.sleep(0.02)
+    time.sleep(generator.uniform(0, 0.3))
+    if process.poll() is not None:  # it came to its end
+      break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed += 1
+  assert killed >= 3
+  finish(runs.start(config(60), tmp_path / 'killed'))
+  assert_equal_runs(tmp_path / 'alone', tmp_path / 'killed')
+
+
+@pytest.mark.slow
+def test_the_loss_of_one_process_is_named_and_all_start_again_from_the_last_checkpoint(config, tmp_path):
+  run = runs.start(config(30), tmp_path / 'run', launcher=runs.LOCAL)
+  wait_for(run, tmp_path / 'run', 6)
+  children = pathlib.Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()
+  second = next(pid for pid in children if b'FMCV_PROCESS=1\0' in pathlib.Path(f'/proc/{pid}/environ').read_bytes())
+  os.kill(int(second), signal.SIGKILL)
+  output, errors = finish(run)
+  assert 'process 1 of 2 ended with -9' in errors
+  assert 'starting again (1 of 3)' in errors
+  assert 'resumes at step' in output
+  finish(runs.start(config(30), tmp_path / 'alone', launcher=runs.LOCAL))
+  assert_equal_runs(tmp_path / 'alone', tmp_path / 'run')
