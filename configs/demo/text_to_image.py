@@ -33,7 +33,6 @@ def get_config():
       heads=3,
       cross_attention=True,
       pooled_text=True,
-      unroll=6,
     ),
     process=dict(schedule='flow', prediction='flow'),
     times='logit_normal',
