@@ -20,6 +20,11 @@ from fmcv_jax.train.state import TrainState
 
 DAMAGED = 'damaged'
 
+# Replicas share the writing of an array by slicing it, which compiles one program a shape: of use to large ones only.
+ocp.type_handlers.register_type_handler(
+  jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24), override=True
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
