@@ -54,6 +54,7 @@ from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.models.mae import mae
 from fmcv_jax.models.swin import swin
 from fmcv_jax.models.text import text_transformer
+from fmcv_jax.models.unet import unet
 from fmcv_jax.models.vit import vit
 from fmcv_jax.objectives.adapted import Adapted
 from fmcv_jax.objectives.autoencoder import Autoencoding
@@ -97,6 +98,7 @@ KINDS: config_lib.Kinds = {
     'siglip': siglip,
     'swin': swin,
     'text_transformer': text_transformer,
+    'unet': unet,
     'vit': vit,
   },
   Source: {'array_record': ArrayRecord, 'digits': Digits, 'emoji': Emoji, 'image_folder': ImageFolder, 'tfds': Tfds},

@@ -17,22 +17,27 @@ class Condition(NamedTuple):
   text     the words as a text tower sees them, [B, L, E]
   mask     bool [B, L], which of them are words; None for all
   pooled   the whole text, [B, P]
+  beside   what stands in further channels next to x, [B, H, W, K], such as a hole's mask and the picture around it
   """
 
   label: jax.Array | None = None
   text: jax.Array | None = None
   mask: jax.Array | None = None
   pooled: jax.Array | None = None
+  beside: jax.Array | None = None
 
 
 NOTHING = Condition()
 
 
-def sinusoids(time: jax.Array, dim: int) -> jax.Array:
-  """time [B] -> float32 [B, dim]: cosines, then sines, at frequencies from 1 to 1 / 10,000 (Vaswani et al. 2017)."""
+def sinusoids(time: jax.Array, dim: int, *, closed: bool = False) -> jax.Array:
+  """time [B] -> float32 [B, dim]: cosines, then sines, at frequencies from 1 to 1 / 10,000 (Vaswani et al. 2017).
+
+  closed: the last frequency is 1 / 10,000 itself, as in Ho et al. 2020, not the one that precedes it.
+  """
   half = dim // 2
   # In float64: an error of a frequency is multiplied by the time, up to 1000.
-  frequency = 10_000.0 ** -(np.arange(half) / half)
+  frequency = 10_000.0 ** -(np.arange(half) / (half - closed))
   angles = time.astype(jnp.float32)[:, None] * frequency.astype(np.float32)
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

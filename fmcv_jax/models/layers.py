@@ -38,14 +38,16 @@ class BlockConfig:
   """What the blocks of one stack have in common.
 
   eps is that of LayerNorm; layer_scale the initial value of LayerScale (Touvron et al. 2021), None for none; gated
-  makes the MLP a GLU (Shazeer 2020); `dropout` acts on both residual branches; `dtype` is that of the matmuls
-  (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
+  makes the MLP a GLU (Shazeer 2020); `qkv_bias` is that of the attentions' projections; `dropout` acts on both
+  residual branches; `dtype` is that of the matmuls (parameters, norm statistics, softmax and the residual sum of
+  float32 inputs stay float32).
   """
 
   heads: int
   mlp_dim: int
   activation: Activation = 'gelu'
   gated: bool = False
+  qkv_bias: bool = True
   eps: float = 1e-6
   layer_scale: float | None = None
   dropout: float = 0.0
@@ -93,7 +95,7 @@ class Attention(nn.Module):
     context = x if context is None else context
 
     def project(inputs, name, tokens):
-      y = dense(width, c.dtype, name)(inputs)
+      y = dense(width, c.dtype, name, bias=c.qkv_bias)(inputs)
       heads = 'heads' if c.heads > 1 else None  # a single head is whole on every mesh
       return constrain(y.reshape(*y.shape[:2], c.heads, -1), 'batch', tokens, heads, None)
 

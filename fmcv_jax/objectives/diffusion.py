@@ -104,6 +104,10 @@ class Diffusion(Objective):
       raise ValueError('text: a network with cross_attention or pooled_text needs a text tower, and no other does')
     if self.text is not None and not isinstance(self.text, TextTransformer):
       raise ValueError('text: needs text.name=text_transformer')
+    if getattr(network, 'beside', 0):
+      raise ValueError('network: beside is not 0, but this objective gives a network nothing beside x')
+    if self.align is not None and not hasattr(network, 'patch'):
+      raise ValueError('align: reads the tokens of a transformer; use network.name=dit')
     if self.align is not None and not 1 <= self.align.layer <= network.depth:
       raise ValueError(f'align.layer: {self.align.layer} is not one of the {network.depth} layers')
 

@@ -48,8 +48,8 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   # Diffusion and autoencoders: images and latents have few channels, which no mesh divides.
   (r'(.*/)?conv_(out|logit)/kernel', (None, None, 'embed', None)),
   (r'(.*/)?conv\w*/kernel', (None, None, None, 'embed')),
-  (r'(.*/)?(conv\w*|shortcut|modulation|quantize|unquantize)/bias', (None,)),
-  (r'(.*/)?(shortcut|modulation)/kernel', ('embed', None)),
+  (r'(.*/)?(conv\w*|shortcut|modulation|quantize|unquantize|enter|leave)/bias', (None,)),
+  (r'(.*/)?(shortcut|modulation|enter|leave)/kernel', ('embed', None)),
   (r'(.*/)?(quantize|unquantize)/kernel', (None, None)),
   (r'(.*/)?classes/embedding', (None, 'embed')),
   (r'temperature|bias', ()),

@@ -1,5 +1,6 @@
 """Denoisers and autoencoders in float32 equal diffusers' on the same random weights: outputs and every gradient."""
 
+import dataclasses
 import re
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from fmcv_jax.models.autoencoder import Autoencoder
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.dit import dit
+from fmcv_jax.models.unet import unet
 from fmcv_jax.parallel.rules import path_of
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
@@ -51,6 +53,8 @@ SPELLING = (
 
 def adopted(tensors, shapes, spelling=()):
   """A dict of torch parameters (or of their gradients) as our tree of these shapes; none is missing or left over."""
+  paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), shapes)
+  known = set(jax.tree.leaves(paths))
   found = {}
   for name, tensor in tensors.items():
     x = tensor.detach().numpy()
@@ -58,9 +62,13 @@ def adopted(tensors, shapes, spelling=()):
       name = re.sub(pattern, replacement, name)
     if name.endswith('kernel'):
       x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    found.setdefault(re.sub(r'blocks/\d+', 'blocks', name), []).append(x)
-  paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), shapes)
-  assert set(jax.tree.leaves(paths)) == set(found)
+    name = re.sub(r'blocks/\d+', 'blocks', name)
+    gate = name.replace('mlp/up', 'mlp/gate')
+    if gate != name and gate in known:  # theirs is one projection
+      x, other = np.split(x, 2, axis=-1)
+      found.setdefault(gate, []).append(other)
+    found.setdefault(name, []).append(x)
+  assert known == set(found)
   return jax.tree.map(lambda path, shape: np.stack(found[path]).reshape(shape.shape), paths, shapes)
 
 
@@ -152,3 +160,58 @@ def test_autoencoder():
     return network.apply({'params': params}, moments.mean + moments.log_variance, method='decode')
 
   compare(reference, theirs, apply, shapes, spelling)
+
+
+UNET = (
+  (r'(blocks/\d+)/norm2', r'\1/cross_norm'),
+  (r'(blocks/\d+)/norm3', r'\1/norm2'),
+  (r'attn2', 'cross_attention'),
+  (r'time_emb_proj', 'modulation'),
+  (r'proj_in', 'enter'),
+  (r'proj_out', 'leave'),
+  (r'middle/', 'middle_'),
+  (r'class_embedding/kernel', 'classes/embedding'),
+  (r'add_embedding', 'text_embedding'),
+  (r'^up(\d)_', lambda found: f'decoder/up{1 - int(found[1])}_'),
+  (r'^(norm|conv_out)/', r'decoder/\1/'),
+  (r'^(conv_in|time_embedding|classes|down\d|middle)', r'encoder/\1'),
+)
+EARLY = np.array([0.0, 3.0], np.float32)  # torch's frequencies are rounded to float32 by their exponent
+
+
+def test_ddpm_unet():
+  widths = (128, 160)
+  reference = randomized(
+    diffusers.UNet2DModel(
+      sample_size=8, block_out_channels=widths, layers_per_block=1, down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+      up_block_types=('AttnUpBlock2D', 'UpBlock2D'), attention_head_dim=None, norm_eps=1e-6, downsample_padding=0,
+      flip_sin_to_cos=True, freq_shift=1,
+    )
+  )  # fmt: skip
+  network = unet('ddpm-32', image_size=8, widths=widths, depths=(0, 1), layers=1)
+  x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY))['params']
+  theirs = reference(nchw(x), torch.from_numpy(EARLY)).sample
+  compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY), shapes, UNET)
+
+
+def test_stable_diffusions_unet():
+  widths = (128, 160)
+  reference = randomized(
+    diffusers.UNet2DConditionModel(
+      sample_size=8, in_channels=9, block_out_channels=widths, layers_per_block=1, cross_attention_dim=24,
+      attention_head_dim=4, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+      up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+    )
+  )  # fmt: skip
+  network = dataclasses.replace(
+    made := unet('sd1', image_size=8, widths=widths, depths=(1, 0), layers=1, context=24, beside=5),
+    pyramid=dataclasses.replace(made.pyramid, heads=(4, 4)),
+  )
+  rng = np.random.default_rng(0)
+  x, beside, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 8, 8, 5), (2, 7, 24)))
+  told = Condition(text=text, beside=beside)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
+  both = nchw(np.concatenate([x, beside], axis=-1))
+  theirs = reference(both, torch.from_numpy(EARLY), torch.from_numpy(text).double()).sample
+  compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY, told), shapes, UNET)

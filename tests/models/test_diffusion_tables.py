@@ -11,6 +11,7 @@ import pytest
 from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.dit import dit
+from fmcv_jax.models.unet import unet
 from tests.models.test_tables import assert_gmac, count
 
 
@@ -73,3 +74,36 @@ def test_work_of_stable_diffusions_autoencoder(size, encode, decode):
   assert_gmac(encode, lambda v, x: network.apply(v, x, method='encode'), variables, images)
   latent = abstract(1, size // 8, size // 8, 4)
   assert_gmac(decode, lambda v, z: network.apply(v, z, method='decode'), variables, latent)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'options', 'parameters', 'size', 'words', 'gmac'),
+  [
+    ('ddpm-32', {}, 35_746_307, 32, 0, '6.222'),
+    ('sd1', {}, 859_520_964, 64, 77, '401.637'),
+    pytest.param('ddpm-256', {}, 113_673_219, 256, 0, None, marks=pytest.mark.slow),
+    pytest.param('ldm4', {}, 274_056_163, 64, 0, '101.200', marks=pytest.mark.slow),
+    pytest.param('ldm4-classes', {'classes': 1000}, 400_920_579 + 1001 * 512, 64, 0, None, marks=pytest.mark.slow),
+    pytest.param('ldm8-classes', {'classes': 1000}, 394_984_196 + 1001 * 512, 32, 0, None, marks=pytest.mark.slow),
+    pytest.param('ldm8-text', {}, 872_300_484, 32, 77, '91.037', marks=pytest.mark.slow),
+    pytest.param('sd1', {'beside': 5}, 859_535_364, 64, 77, None, marks=pytest.mark.slow),
+    pytest.param('sd1', {'beside': 4}, 859_532_484, 64, 77, None, marks=pytest.mark.slow),
+    pytest.param('sd2', {}, 865_910_724, 64, 77, None, marks=pytest.mark.slow),
+    pytest.param('sdxl', {}, 2_567_463_684, 128, 77, None, marks=pytest.mark.slow),
+  ],
+)
+def test_unets(variant, options, parameters, size, words, gmac):
+  """The embedding of classes is no part of LDM's UNet. SDXL's whole text comes with its six sizes, 2816 wide."""
+  network = unet(variant, **options)
+  label = abstract(1, dtype=jnp.int32)
+  text = abstract(1, words, network.pyramid.context) if words else None
+  beside = abstract(1, size, size, network.beside)
+  inputs = (
+    abstract(1, size, size, network.channels),
+    abstract(1),
+    Condition(label=label, text=text, pooled=abstract(1, 2816), beside=beside),
+  )
+  variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+  assert count(variables) == parameters
+  if gmac:
+    assert_gmac(gmac, network.apply, variables, *inputs)
