@@ -14,6 +14,7 @@ from fmcv_jax.parallel.rules import constrain
 
 # Of every group norm; narrow networks have fewer, of four channels: groups of one would lose a picture's colours.
 GROUPS = 32
+GLOROT = nn.initializers.xavier_uniform()
 
 
 def conv(
@@ -24,7 +25,7 @@ def conv(
   size: int = 3,
   stride: int = 1,
   padding: str | Sequence[tuple[int, int]] = 'SAME',
-  init=nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+  init: nn.initializers.Initializer = GLOROT,
 ) -> nn.Conv:
   return nn.Conv(
     features, (size, size), (stride, stride), padding=padding, dtype=jnp.dtype(dtype), kernel_init=init, name=name
@@ -56,14 +57,14 @@ class ResidualBlock(nn.Module):
   def __call__(self, x, time=None):
     y = jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm1', self.eps)(x))
     y = conv(self.features, self.dtype, 'conv1')(y)
-    options = {}
+    last = GLOROT
     if time is not None:
       y = y + dense(self.features, self.dtype, 'modulation')(jax.nn.silu(time))[:, None, None]
-      options['init'] = nn.initializers.zeros
+      last = nn.initializers.zeros
     y = jax.nn.silu(group_norm(self.features, self.dtype, 'norm2', self.eps)(y))
     if self.dropout:
       y = nn.Dropout(self.dropout, deterministic=False)(y)
-    y = conv(self.features, self.dtype, 'conv2', **options)(y)
+    y = conv(self.features, self.dtype, 'conv2', init=last)(y)
     if x.shape[-1] != self.features:
       x = dense(self.features, self.dtype, 'shortcut')(x)
     return constrain(x + y, 'batch', None, None, None)

@@ -161,7 +161,7 @@ class Diffusion(Objective):
     x = self.process.diffuse(x0, noise, time)
     tap = self.align.layer if self.align else None
     output = self._apply(
-      params, x, time, self.condition(extra, batch, keep), train=True, **({'tap': tap} if tap else {})
+      params, x, time, self.condition(extra, batch, keep), train=True, rng=rng, **({'tap': tap} if tap else {})
     )
     output, tokens = output if tap else (output, None)
     errors = self._errors(output, x0, noise, time)
@@ -225,8 +225,9 @@ class Diffusion(Objective):
 
     return Generator(self.process, self.shape, denoise, condition, self.told, encode, decode)
 
-  def _apply(self, params, x, time, condition, **options) -> Any:
-    return self.network.apply({'params': params['network']}, x, time, condition, **options)
+  def _apply(self, params, x, time, condition, *, rng=None, **options) -> Any:
+    rngs = None if rng is None else {'dropout': jax.random.fold_in(rng, 5)}
+    return self.network.apply({'params': params['network']}, x, time, condition, rngs=rngs, **options)
 
   def _encode(self, extra, images, rng=None):
     """x of images [B, H, W, 3] in [0, 1]; with an rng, a sample of the autoencoder's latent, without one its mean."""

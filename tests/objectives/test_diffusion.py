@@ -7,6 +7,7 @@ from fmcv_jax.diffusion.process import Process, alphas_cumprod
 from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.dit import dit
 from fmcv_jax.models.text import text_transformer
+from fmcv_jax.models.unet import unet
 from fmcv_jax.models.vit import vit
 from fmcv_jax.objectives.diffusion import Alignment, Diffusion, empty_text
 from fmcv_jax.parallel.mesh import MeshShape
@@ -40,6 +41,17 @@ def test_training_on_eight_devices_equals_one_and_leaves_what_is_frozen_as_it_wa
   jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.state.extra))
   eight = Trainer(painter(), MeshShape(data=2, fsdp=2, tensor=2)).run(batches)
   np.testing.assert_allclose(eight, one, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_unet_is_born_saying_zero_and_trains_on_eight_devices_as_on_one():
+  objective = Diffusion(unet('mu', classes=10, channels=3, layers=1), Process('linear'))
+  batches = [batch_of(objective, seed) for seed in range(2)]
+  trainer = Trainer(objective, devices=1)
+  one = trainer.run(batches[:1])
+  assert one[0] == pytest.approx(1, abs=0.1)
+  one = [*one, *trainer.run(batches[1:])]
+  np.testing.assert_allclose(Trainer(objective, MeshShape(data=2, fsdp=2, tensor=2)).run(batches), one, rtol=2e-5)
 
 
 def test_the_best_network_has_no_loss_and_the_error_is_that_of_the_target():
@@ -126,6 +138,8 @@ def test_the_generator_gives_pictures_back():
     (dict(network=vit('mu/8')), 'needs a denoiser'),
     (dict(process=Process(learned_variance=True)), 'outputs is 4 for 4 channels'),
     (dict(text=None), 'needs a text tower'),
+    (dict(network=unet('mu', beside=5)), 'nothing beside x'),
+    (dict(network=unet('mu', image_size=8)), 'align: reads the tokens'),
     (
       dict(autoencoder=autoencoder(channels=(8, 8, 8), layers=1, latent=4, image_size=16)),
       'latents of the autoencoder',
