@@ -78,8 +78,9 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
   """Returns `config` with each 'a.b.c=value' applied; values are Python literals, anything else is a string."""
   for assignment in assignments:
     path, equals, text = assignment.partition('=')
-    if not equals or not path:
-      raise UserError(f'--config.{assignment}: write --config.path.to.field=value')
+    if not equals or not path or not path.isprintable():
+      shown = assignment if assignment.isprintable() else repr(assignment)
+      raise UserError(f'--config.{shown}: write --config.path.to.field=value')
     try:
       value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -183,10 +184,10 @@ def _visit_union(args, value, kinds, path, make):
 def _visit_spec(table, value, kinds, path, make):
   if isinstance(value, str):  # a name alone stands for the name with every default
     value = {'name': value}
-  if not isinstance(value, dict) or 'name' not in value:
+  if not isinstance(value, dict) or not isinstance(value.get('name'), str):
     raise UserError(f'{path}: expected a dict with a name; known names: {", ".join(sorted(table))}; got {value!r}')
   name = value['name']
-  constructor = _import(name, path) if ':' in str(name) else table.get(name)
+  constructor = _import(name, path) if ':' in name else table.get(name)
   if constructor is None:
     raise UserError(f'{path}.name: unknown {name!r}; {nearest(name, table)}')
   fields = {key: item for key, item in value.items() if key != 'name'}
@@ -249,5 +250,5 @@ def _import(name: str, path: str):
   module_name, _, attribute = name.partition(':')
   try:
     return getattr(importlib.import_module(module_name), attribute)
-  except (ImportError, AttributeError) as error:
+  except (ImportError, AttributeError, ValueError) as error:
     raise UserError(f'{path}.name: cannot import {name!r}: {error}') from error

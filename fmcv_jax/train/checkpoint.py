@@ -16,6 +16,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.parallel.distributed import any_process, is_main
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train import checksums
+from fmcv_jax.train.files import inode
 from fmcv_jax.train.state import TrainState
 
 DAMAGED = 'damaged'
@@ -74,6 +75,8 @@ class Store:
       ),
     )
 
+    self._inode = inode(self.directory)
+
   def latest(self) -> int | None:
     """The newest step that was committed, or None."""
     return self._manager.latest_step()
@@ -89,6 +92,8 @@ class Store:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
+    if inode(self.directory) != self._inode:  # orbax would make it anew, and nobody would know of the loss
+      raise UserError(f'{self.directory}: was moved or removed while the run wrote to it; nothing is saved any more')
     if self._best and self._best not in figures:
       figures = {}
     args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from fmcv_jax.errors import UserError
+from fmcv_jax.train.files import local
 
 FILE = '.lock'
 
@@ -19,10 +20,11 @@ def held(workdir: epath.Path) -> Iterator[None]:
   The kernel's lock goes with the process, however that ends, so there is never a stale one to remove. Object stores
   such as gs:// have no locks: nothing is held there.
   """
-  if '://' in os.fspath(workdir):
+  here = local(workdir)
+  if here is None:
     yield
     return
-  file = os.open(os.fspath(workdir / FILE), os.O_RDWR | os.O_CREAT, 0o644)
+  file = os.open(here / FILE, os.O_RDWR | os.O_CREAT, 0o644)
   try:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fmcv_jax.train.files import local
 
 # Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind (vendors' data sheets).
 PEAK_FLOPS: dict[str, float] = {
@@ -121,8 +122,8 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
 
 def append_line(path: epath.Path, line: str) -> None:
   """Appends to a file, local or gs://."""
-  if isinstance(path, pathlib.Path):
-    with path.open('a') as file:
+  if here := local(path):
+    with here.open('a') as file:
       file.write(line)
   else:  # an object store cannot append; what a run writes here stays small
     path.write_text((path.read_text() if path.exists() else '') + line)

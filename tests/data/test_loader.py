@@ -95,13 +95,21 @@ def test_a_resumed_run_continues_bitwise(stop):
   assert_equal(take(pipeline, 8 - stop, start=resume(state, pipeline, 5), **kwargs), whole[stop:])
 
 
-def test_another_batch_size_and_number_of_processes_continue_the_same_order():
-  pipeline = Pipeline(Counting(29))
-  whole = labels(take(pipeline, 20, batch=6, seed=3))
-  head = labels(take(pipeline, 7, batch=6, seed=3))
-  shares = [take(pipeline, 10, batch=4, seed=3, start=42, process_index=p, process_count=2) for p in range(2)]
-  tail = [label for step in zip(*shares) for share in step for label in share['label'].tolist()]
-  assert head + tail == whole[: len(head + tail)]
+@given(
+  records=st.integers(1, 40),
+  legs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5)), min_size=1, max_size=4),
+  seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_whatever_the_processes_and_batches_of_each_leg_the_order_goes_on(records, legs, seed):
+  pipeline, seen = Pipeline(Counting(records)), []
+  for processes, share, steps in legs:
+    position = {'process_count': processes, 'batch': processes * share, 'start': len(seen)}
+    shares = [take(pipeline, steps, seed=seed, process_index=index, **position) for index in range(processes)]
+    seen += [label for step in zip(*shares, strict=True) for batch in step for label in batch['label'].tolist()]
+  assert not seen or seen == labels(take(pipeline, len(seen), batch=1, seed=seed))
+  for epoch in range(len(seen) // records):
+    assert sorted(seen[epoch * records : (epoch + 1) * records]) == list(range(records))
 
 
 def test_start_may_be_any_number_of_examples():
