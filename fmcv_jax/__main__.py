@@ -73,6 +73,12 @@ def report(args: argparse.Namespace, overrides: list[str]) -> None:
   report_app.run(args.workdir)
 
 
+def replay(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import replay as replay_app
+
+  replay_app.run(args.workdir, args.at, overrides)
+
+
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.plan import planning
 
@@ -125,6 +131,8 @@ def parser() -> argparse.ArgumentParser:
   add(train, 'Train a config; the same command goes on from where its workdir stands.', config='')
   sub = add(evaluate, "Run a trained workdir's evaluators on a checkpoint.")
   sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
+  sub = add(replay, 'Compute one step of a run again, and name what is not finite in it.')
+  sub.add_argument('--at', type=int, required=True, metavar='STEP', help='the step, the first being 1')
   add(report, 'Say where the time of a run went, and what became of its loss.')
   add(demo, 'Train the demo and draw what it learnt.', config='configs/demo/clip.py')
   sub = add(explain, 'Draw what a trained vision transformer looks at in images.', model=True)

@@ -153,6 +153,12 @@ def resume(state: Mapping[str, Any], pipeline: Pipeline, seed: int) -> int:
   return int(state['examples'])
 
 
+def record_keys(pipeline: Pipeline, seed: int, start: int, count: int) -> list[str]:
+  """What the source calls the records at `count` positions of a run's order, from position `start` on."""
+  order = Order(_length(pipeline.source), seed, pipeline.shuffle)
+  return [pipeline.source.key_of(order(position)) for position in range(start, start + count)]
+
+
 def evaluation_batches(
   pipeline: Pipeline,
   *,

@@ -81,6 +81,10 @@ class Store:
     """The newest step that was committed, or None."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """All steps that are kept, in order."""
+    return sorted(self._manager.all_steps())
+
   def best(self) -> int | None:
     """The step with the best figure among those kept, or None."""
     figures = {step: (self._manager.metrics(step) or {}).get(self._best) for step in self._manager.all_steps()}
@@ -150,9 +154,9 @@ class Store:
   def kept(self, step: int | None) -> int:
     """`step`, or the newest for None; UserError if it is not there."""
     step = self.latest() if step is None else step
-    if step is None or step not in self._manager.all_steps():
+    if step is None or step not in self.steps():
       raise UserError(f'{self.directory}: no checkpoint{"" if step is None else f" of step {step}"}; '
-                      f'steps there: {", ".join(map(str, self._manager.all_steps())) or "none"}')  # fmt: skip
+                      f'steps there: {", ".join(map(str, self.steps())) or "none"}')  # fmt: skip
     return step
 
   def _load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:

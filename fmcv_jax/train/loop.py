@@ -58,7 +58,7 @@ def run(
   figures: dict[str, float] = {}
   stop = StopSignal()
   window = Window(step)
-  last_metrics = None
+  last_metrics, skipped = None, float(state.skipped)
 
   def save():
     with clock.during('save'):
@@ -81,12 +81,16 @@ def run(
       speed = window.close(step, batch_size, step_flops, peak_flops)
       if writer:
         writer.train(step, {**values, **speed})
+        if values['skipped'] > skipped:
+          writer.note(f'{values["skipped"] - skipped:.0f} steps up to {step} were skipped: loss or gradient not finite')
+      skipped = values['skipped']
       if values['streak'] >= plan.max_streak:
         save()
         store.wait()
+        first = step - int(values['streak']) + 1
         raise UserError(
-          f'step {step}: loss or gradient was not finite for {values["streak"]:.0f} steps in a row; the state before '
-          f'them is saved; look at the learning rate, or run again with --config.debug.nans=True to find the operation'
+          f'step {step}: loss or gradient was not finite since step {first}; the state before it is saved; look at the '
+          f'learning rate, or at that step: fmcv replay --workdir {store.directory.parent} --at {first}'
         )
     if plan.evaluate_every(step):
       with clock.during('evaluate'):

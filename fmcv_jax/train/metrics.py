@@ -85,6 +85,10 @@ class Writer:
       self.console.print(f'step {step}  {line}', highlight=False)
     self._write(step, {f'train/{name}': value for name, value in figures.items()})
 
+  def note(self, text: str) -> None:
+    """A line for the person who watches."""
+    self.console.print(text, highlight=False)
+
   def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
     """Figures of the evaluators, named evaluator/figure."""
     shown = '  '.join(f'{name} {value:.4f}' for name, value in figures.items())

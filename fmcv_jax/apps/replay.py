@@ -1,0 +1,106 @@
+"""One step of a run again, from its checkpoints: what it looked at, and which operation gave no finite number."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from fmcv_jax.data.loader import TrainLoader, record_keys, resume
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import to_devices
+from fmcv_jax.experiment import Run
+from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.gradients import gradients
+from fmcv_jax.train.state import TrainState
+
+SHOWN = 8
+
+
+def run(workdir: str, at: int, overrides: Sequence[str] = ()) -> None:
+  """Prints the loss, the records and the parts of the gradient that are not finite of step `at`, the first being 1.
+
+  The step is reached from the newest checkpoint before it; or from a later one whose steps since were all skipped, for
+  then nothing else has changed. UserError if there is none of either.
+  """
+  console = Console()
+  replayed = Run.reopen(workdir, overrides)
+  e = replayed.experiment
+  state, examples = _before(replayed, at)
+  loader = TrainLoader(
+    e.data, batch=e.train.batch, seed=e.seed, fields=tuple(replayed.batch_shapes), tokenizer=e.tokenizer, start=examples
+  )
+  batches = (to_devices(local, replayed.placement) for local in loader)
+  try:
+    step_fn = replayed.train_step()
+    for batch in itertools.islice(batches, at - 1 - int(state.step)):
+      state, _ = step_fn(state, batch)
+    batch = next(batches)
+  finally:
+    loader.close()
+
+  loss, norm, bad = _measured(replayed, state, batch)
+  console.print(f'step {at}: loss {loss:g}, gradient norm {norm:g}', highlight=False)
+  keys = record_keys(e.data, e.seed, (at - 1) * e.train.batch, e.train.batch)
+  console.print(f'its records: {_some(keys)}', highlight=False)
+  if not bad and np.isfinite(loss):
+    overflow = '' if np.isfinite(norm) else ', but it is so large that its square is not'
+    console.print(f'all of the gradient is finite{overflow}', highlight=False)
+    return
+  console.print(f'not finite in the gradient of: {_some(bad)}', highlight=False)
+  jax.config.update('jax_debug_nans', True)
+  jax.config.update('jax_debug_infs', True)
+  try:
+    _measured(replayed, state, batch)
+    console.print('no single operation is to blame when they run one by one', highlight=False)
+  except FloatingPointError as error:
+    console.print(f'first seen: {str(error).strip().splitlines()[0]}', highlight=False)
+  finally:
+    jax.config.update('jax_debug_nans', e.debug.nans)
+    jax.config.update('jax_debug_infs', False)
+
+
+def _before(run: Run, at: int) -> tuple[TrainState, int]:
+  """A state from which step `at` follows, and the number of examples behind it."""
+  store = Store(run.workdir, run.experiment.checkpoint, create=False)
+  try:
+    steps = store.steps()
+    if before := [step for step in steps if step < at]:
+      state, kept = store.restore(run.abstract_state, run.shardings, before[-1])
+      return state, resume(kept['data'], run.experiment.data, run.experiment.seed)
+    for step in steps:
+      state, kept = store.restore(run.abstract_state, run.shardings, step)
+      if step - int(state.streak) < at:
+        examples = resume(kept['data'], run.experiment.data, run.experiment.seed)
+        back = step - (at - 1)
+        first = jax.device_put(jnp.int32(at - 1), run.shardings.step)
+        return state.replace(step=first), examples - back * run.experiment.train.batch
+  finally:
+    store.close()
+  raise UserError(f'{run.workdir}: step {at} lies before its checkpoints, which are of {", ".join(map(str, steps))}')
+
+
+def _measured(run: Run, state: TrainState, batch: Any) -> tuple[float, float, list[str]]:
+  """The loss, the norm of the gradient, and the paths of the parameters whose gradient is not finite."""
+  e = run.experiment
+
+  @jax.jit
+  def measured(state: TrainState, batch: Any):
+    with run.placement.active():
+      rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+      loss, _, _, gradient = gradients(e.objective, state.params, batch, rng, state.extra, e.train.microbatches)
+      return loss, optax.tree.norm(gradient), jax.tree.map(lambda x: jnp.isfinite(x).all(), gradient)
+
+  loss, norm, finite = measured(state, batch)
+  flat, _ = jax.tree_util.tree_flatten_with_path(finite)
+  return float(loss), float(norm), [path_of(path) for path, good in flat if not good]
+
+
+def _some(names: Sequence[str]) -> str:
+  more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+  return ', '.join(names[:SHOWN]) + more
