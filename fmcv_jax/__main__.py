@@ -67,6 +67,18 @@ def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
   gallery_app.run(args.model, args.judge, steps=args.steps, guidance=args.guidance, seed=args.seed)
 
 
+def import_(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import conversion
+
+  conversion.import_checkpoint(args.file, args.to, args.family, overrides)
+
+
+def export(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import conversion
+
+  conversion.export_checkpoint(args.workdir, args.to, args.format, args.step)
+
+
 def report(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.apps import report as report_app
 
@@ -111,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     function: Callable[..., None], summary: str, *, config: str | None = None, model: bool = False, workdir: bool = True
   ) -> argparse.ArgumentParser:
     sub = commands.add_parser(
-      function.__name__,
+      function.__name__.rstrip('_'),
       help=summary,
       description=summary,
       epilog='Any field of the config is set by --config.path.to.field=value, such as --config.train.steps=200.',
@@ -133,6 +145,14 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
   sub = add(replay, 'Compute one step of a run again, and name what is not finite in it.')
   sub.add_argument('--at', type=int, required=True, metavar='STEP', help='the step, the first being 1')
+  sub = add(import_, 'Make a workdir of a checkpoint that others published.', workdir=False)
+  sub.add_argument('file', metavar='FILE', help='.safetensors, .npz, .pth, or a folder of .safetensors')
+  sub.add_argument('--as', dest='family', metavar='FAMILY', help='vit, dinov2, clip, ... (default: judged)')
+  sub.add_argument('--to', required=True, metavar='DIR', help='a new folder')
+  sub = add(export, 'Write what a workdir has learnt as a file that other libraries read.')
+  sub.add_argument('--format', required=True, help='timm, transformers or open_clip')
+  sub.add_argument('--to', required=True, metavar='FILE', help='a .safetensors file')
+  sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
   add(report, 'Say where the time of a run went, and what became of its loss.')
   add(demo, 'Train the demo and draw what it learnt.', config='configs/demo/clip.py')
   sub = add(explain, 'Draw what a trained vision transformer looks at in images.', model=True)

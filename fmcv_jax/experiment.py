@@ -21,6 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from etils import epath
 from rich.console import Console
 
@@ -32,7 +33,7 @@ from fmcv_jax.data.digits import Digits
 from fmcv_jax.data.emoji import Emoji
 from fmcv_jax.data.folder import ImageFolder
 from fmcv_jax.data.loader import Pipeline, TrainLoader, resume
-from fmcv_jax.data.source import Source
+from fmcv_jax.data.source import NoData, Source
 from fmcv_jax.data.tfds import Tfds
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe, Tokenizer
 from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, ResizeCrop
@@ -63,6 +64,7 @@ from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
+from fmcv_jax.objectives.encoder import Encoder
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
@@ -86,6 +88,7 @@ KINDS: config_lib.Kinds = {
     'contrastive': Contrastive,
     'diffusion': Diffusion,
     'dino': SelfDistillation,
+    'encoder': Encoder,
     'mae': MaskedAutoencoding,
   },
   nn.Module: {
@@ -101,7 +104,14 @@ KINDS: config_lib.Kinds = {
     'unet': unet,
     'vit': vit,
   },
-  Source: {'array_record': ArrayRecord, 'digits': Digits, 'emoji': Emoji, 'image_folder': ImageFolder, 'tfds': Tfds},
+  Source: {
+    'none': NoData,
+    'array_record': ArrayRecord,
+    'digits': Digits,
+    'emoji': Emoji,
+    'image_folder': ImageFolder,
+    'tfds': Tfds,
+  },
   ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
   Tokenizer: {'bpe': Bpe, 'clip_bpe': ClipBpe},
   Augment: AUGMENTS,
@@ -151,9 +161,9 @@ class Experiment:
   """
 
   objective: Objective
-  data: Pipeline
-  optimizer: Optimizer
-  train: Training
+  data: Pipeline = Pipeline(NoData())
+  optimizer: Optimizer = Optimizer(Cosine(peak=0.0))
+  train: Training = Training(steps=0, batch=0)
   tokenizer: Tokenizer | None = None
   mesh: MeshShape = MeshShape()
   rules: Rules = Rules()
@@ -199,7 +209,7 @@ class Run:
       self.experiment = e = dataclasses.replace(e, objective=e.objective.for_run(e.train.steps))
     self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
     with config_lib.reported_at('config.optimizer.schedule'):
-      self.tx = e.optimizer.make(e.train.steps)
+      self.tx = e.optimizer.make(e.train.steps) if e.train.steps else optax.identity()
     self._check_batches()
 
   @classmethod
@@ -306,6 +316,8 @@ def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console 
   """Runs a resolved config in a workdir, from where it stands there; returns the final state."""
   console = console or Console()
   run = Run(config, workdir)
+  if not run.experiment.train.steps:
+    raise UserError('config.train: steps and batch are missing')
   jax.config.update('jax_debug_nans', run.experiment.debug.nans)
   _open_workdir(run, console)
   with _storage_errors(run.workdir), lock.held(run.workdir) if is_main() else contextlib.nullcontext():

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fmcv_jax.apps import sheets
 from fmcv_jax.apps.generate import Painter
+from fmcv_jax.apps.model import Pictures
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.source import Source
 from fmcv_jax.errors import UserError
@@ -20,19 +21,6 @@ from fmcv_jax.experiment import Run
 from fmcv_jax.train.checkpoint import write_json
 
 ROWS, COLUMNS = 8, 6
-
-
-class Pictures(Source):
-  """Pictures in memory, as a source."""
-
-  def __init__(self, images: np.ndarray):
-    self._images = images
-
-  def __len__(self) -> int:
-    return len(self._images)
-
-  def __getitem__(self, index: int):
-    return {'image': self._images[index], 'key': str(index)}
 
 
 def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed: int = 0) -> None:

@@ -1,7 +1,10 @@
 """What every data set looks like from above: a random-access sequence of example dicts."""
 
 import abc
+import dataclasses
 from typing import Any
+
+from fmcv_jax.errors import UserError
 
 Example = dict[str, Any]
 
@@ -43,3 +46,14 @@ class Source(abc.ABC):
     """Every text of record `index`. A source overrides this where it can answer without reading the image."""
     example = self[index]
     return tuple(example.get('texts') or ((example['text'],) if 'text' in example else ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class NoData(Source):
+  """What a config reads that names no data, such as that of a model that was imported."""
+
+  def __len__(self) -> int:
+    raise UserError('config.data.source: this config names no data; set it')
+
+  def __getitem__(self, index: int) -> Example:
+    raise UserError('config.data.source: this config names no data; set it')

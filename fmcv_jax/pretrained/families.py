@@ -1,0 +1,110 @@
+"""The families of published checkpoints: how their files look, and which objective and tokenizer go with them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.pretrained import pairs, vit
+from fmcv_jax.pretrained.layout import Layout, Shape, outline
+from fmcv_jax.pretrained.tensors import Tensors
+
+HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
+IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+OPENAI = {'mean': (0.48145466, 0.4578275, 0.40821073), 'std': (0.26862954, 0.26130258, 0.27577711)}
+
+
+class Family(NamedTuple):
+  """layouts: by the name of the format, the first of a format being the one that is written."""
+
+  layouts: tuple[tuple[str, Layout], ...]
+  config: Callable[[Mapping[str, Shape]], dict[str, Any]]
+
+
+def _encoder(normalize: Mapping[str, Any]) -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
+  def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    return {'objective': {'name': 'encoder', 'network': vit.tower(shapes), 'normalize': dict(normalize)}}
+
+  return config
+
+
+def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
+  def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    network = pairs.dual_encoder(shapes, sigmoid=sigmoid, activation=activation)
+    objective = {'name': 'contrastive', 'network': network, 'normalize': dict(normalize)}
+    length = network['text']['length']
+    if sigmoid:
+      return {'objective': objective | {'loss_name': 'sigmoid'}}
+    return {'objective': objective, 'tokenizer': {'name': 'clip_bpe', 'length': length}}
+
+  return config
+
+
+_TIMM = (
+  ('timm', vit.timm()),
+  ('timm', vit.timm(final_norm='fc_norm')),
+  ('timm', vit.timm(gated=True)),
+  ('timm', vit.timm(registers='register_tokens')),
+  ('timm', vit.timm(registers='register_tokens', gated=True)),
+)
+
+
+def _transformers(*prefixes: str) -> tuple[tuple[str, Layout], ...]:
+  return tuple(('transformers', vit.transformers(prefix, hub=hub)) for prefix in prefixes for hub in (True, False))
+
+
+_CLIP = (('open_clip', pairs.open_clip()), ('transformers', pairs.transformers_clip()))
+
+# In the order in which they are tried where none is named. Files do not tell how images were normalized, nor which
+# GELU was meant: that is what the names of one layout differ by.
+FAMILIES: dict[str, Family] = {
+  'deit': Family((*_TIMM, *_transformers('deit.')), _encoder(IMAGENET)),
+  'vit': Family((*_TIMM, *_transformers('vit.', '')), _encoder(HALF)),
+  'dino': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET)),
+  'mae': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET)),
+  'dinov2': Family(_TIMM, _encoder(IMAGENET)),
+  'clip': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='gelu')),
+  'clip_openai': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='quick_gelu')),
+  'siglip': Family((('transformers', pairs.transformers_siglip()),), _dual(HALF, sigmoid=True, activation='gelu_tanh')),
+}
+
+
+class Recognized(NamedTuple):
+  name: str
+  layout: Layout
+  shapes: dict[str, Shape]
+
+
+def recognize(tensors: Tensors, name: str | None, what: str) -> Recognized:
+  """The family, layout and shapes of our parameters of a checkpoint; `name` None tries all families.
+
+  UserError for an unknown name and for names of arrays that fit no layout, with the nearest layout's complaint.
+  """
+  if name is not None and name not in FAMILIES:
+    raise UserError(f'--as {name}: unknown family; {nearest(name, FAMILIES)}')
+  complaints = []
+  for candidate in [name] if name else FAMILIES:
+    for _, layout in FAMILIES[candidate].layouts:
+      shapes, unknown = outline(layout, tensors)
+      if not unknown and shapes:
+        return Recognized(candidate if name else _by_signs(candidate, shapes), layout, shapes)
+      complaints.append((len(unknown), unknown))
+  unknown = min(complaints, default=(0, ['nothing']))[1]
+  more = f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''
+  family = f'family {name!r}' if name else 'any family'
+  raise UserError(f'{what}: no layout of {family} knows {unknown[0] if unknown else "an empty file"}{more}')
+
+
+def family_of(shapes: Mapping[str, Shape]) -> str:
+  """The family whose formats have a place for these parameters of ours."""
+  if 'tokens/embedding' in {path.removeprefix('text/') for path in shapes}:
+    return 'siglip' if 'image/map_pool/probe' in shapes else 'clip'
+  return _by_signs('deit', shapes)
+
+
+def _by_signs(candidate: str, shapes: Mapping[str, Shape]) -> str:
+  """The likeliest of the families of one layout."""
+  if candidate != 'deit' or 'distillation_token' in shapes:
+    return candidate
+  if 'mask_token' in shapes or 'registers' in shapes:
+    return 'dinov2'
+  return 'deit' if 'blocks/scale1' in shapes else 'vit' if 'head/kernel' in shapes else 'dino'

@@ -1,0 +1,197 @@
+"""Tables that say which array of a published checkpoint is which of ours, read in both directions.
+
+A row names our path, theirs, and how the array changes. '{i}' stands for the layer in their name; we stack layers along
+a first axis. Where several rows name the same array of theirs, it is ours joined along its first axis, in their order:
+queries, keys and values in one matrix.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.pretrained.tensors import Tensors
+
+Shape = tuple[int, ...]
+
+
+class Form(NamedTuple):
+  """How one layer's array changes: ours -> theirs, theirs -> ours (whose shape is given), and their shape -> ours."""
+
+  write: Callable[[np.ndarray], np.ndarray]
+  read: Callable[[np.ndarray, Shape], np.ndarray]
+  shape: Callable[[Shape], Shape]
+
+
+def _reshaped(x: np.ndarray, shape: Shape) -> np.ndarray:
+  return x.reshape(shape)
+
+
+SAME = Form(lambda x: x, _reshaped, lambda shape: shape)
+LINEAR = Form(lambda x: x.T, lambda x, shape: x.T, lambda shape: shape[::-1])
+BATCHED = Form(lambda x: x[None], _reshaped, lambda shape: shape[1:])  # [N, D] and [1, N, D]
+ROW = Form(lambda x: x[0], _reshaped, lambda shape: (1, *shape))  # [1, D] and [D]
+ONE = Form(lambda x: x[None], _reshaped, lambda shape: ())  # [] and [1]
+
+
+def convolution(channels: int) -> Form:
+  """Ours [rows * columns * channels, outputs], theirs [outputs, channels, rows, columns] with a square kernel."""
+
+  def write(x: np.ndarray) -> np.ndarray:
+    side = math.isqrt(x.shape[0] // channels)
+    return x.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
+
+  def read(x: np.ndarray, shape: Shape) -> np.ndarray:
+    return x.transpose(2, 3, 1, 0).reshape(shape)
+
+  return Form(write, read, lambda shape: (math.prod(shape[1:]), shape[0]))
+
+
+class Row(NamedTuple):
+  ours: str
+  theirs: str
+  form: Form = SAME
+
+
+class Layout(NamedTuple):
+  """All rows of a format, optional ones among them, and patterns of names that are left out on purpose."""
+
+  rows: tuple[Row, ...]
+  ignored: tuple[str, ...] = ()
+
+
+def linear(ours: str, theirs: str) -> tuple[Row, ...]:
+  return Row(f'{ours}/kernel', f'{theirs}.weight', LINEAR), Row(f'{ours}/bias', f'{theirs}.bias')
+
+
+def norm(ours: str, theirs: str) -> tuple[Row, ...]:
+  return Row(f'{ours}/scale', f'{theirs}.weight'), Row(f'{ours}/bias', f'{theirs}.bias')
+
+
+def fused(ours: str, theirs: str) -> tuple[Row, ...]:
+  """Queries, keys and values in one; `theirs` is all of the name before 'weight' and 'bias'."""
+  weight, bias = f'{theirs}weight', f'{theirs}bias'
+  parts = ('query', 'key', 'value')
+  return (
+    *(Row(f'{ours}/{part}/kernel', weight, LINEAR) for part in parts),
+    *(Row(f'{ours}/{part}/bias', bias) for part in parts),
+  )
+
+
+def below(prefix: str, rows: Iterable[Row], theirs: str = '') -> tuple[Row, ...]:
+  """The rows of a part, with a prefix to our paths and one to their names."""
+  return tuple(Row(f'{prefix}/{row.ours}', f'{theirs}{row.theirs}', row.form) for row in rows)
+
+
+def _joined(layout: Layout, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, list[Row]]]:
+  """Their names, and the rows of ours that each is made of; only of rows whose path is there."""
+  groups: dict[str, list[Row]] = {}
+  for row in layout.rows:
+    if row.ours in shapes:
+      groups.setdefault(row.theirs, []).append(row)
+  filled = [row.ours for rows in groups.values() for row in rows]
+  if missing := sorted(set(shapes) - set(filled)):
+    raise UserError(f'this format has no place for {missing[0]}{_more(missing)}')
+  yield from groups.items()
+
+
+def _layers(theirs: str, shapes: Mapping[str, Shape], row: Row) -> list[tuple[str, int | None]]:
+  """Their names of a row, layer by layer."""
+  if '{i}' not in theirs:
+    return [(theirs, None)]
+  return [(theirs.replace('{i}', str(i)), i) for i in range(shapes[row.ours][0])]
+
+
+def _one(row: Row, shapes: Mapping[str, Shape]) -> Shape:
+  """Our shape of one layer."""
+  return shapes[row.ours][1:] if '{i}' in row.theirs else shapes[row.ours]
+
+
+def write(layout: Layout, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Our parameters, by path, as their arrays; UserError for one that the format has no place for."""
+  shapes = {path: x.shape for path, x in params.items()}
+  found = {}
+  for theirs, rows in _joined(layout, shapes):
+    for name, layer in _layers(theirs, shapes, rows[0]):
+      parts = [row.form.write(params[row.ours] if layer is None else params[row.ours][layer]) for row in rows]
+      found[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+  return found
+
+
+def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], what: str) -> None:
+  """UserError that names what is missing, left over or of another shape; nothing is read."""
+  expected: dict[str, Shape] = {}
+  for theirs, rows in _joined(layout, shapes):
+    parts = [_shape(row.form, _one(row, shapes)) for row in rows]
+    joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+    expected |= {name: joined for name, _ in _layers(theirs, shapes, rows[0])}
+  found = tensors.shapes
+  if missing := sorted(set(expected) - set(found)):
+    raise UserError(f'{what}: {missing[0]} is missing{_more(missing)}; {nearest(missing[0], list(found))}')
+  extra = [name for name in found if name not in expected and not _ignored(layout, name)]
+  if extra:
+    raise UserError(f'{what}: nothing is known of {sorted(extra)[0]}{_more(extra)}; is it of another family?')
+  for name, shape in expected.items():
+    if tuple(found[name]) != shape:
+      raise UserError(f'{what}: {name} is {tuple(found[name])}, but the network needs {shape}')
+
+
+def read(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], what: str) -> Iterator[tuple[str, np.ndarray]]:
+  """(our path, array) one after the other, float32; UserError for a number that is none. Call `check` before."""
+  for theirs, rows in _joined(layout, shapes):
+    layers = _layers(theirs, shapes, rows[0])
+    results = [np.empty(shapes[row.ours], np.float32) for row in rows]
+    for name, layer in layers:
+      x = tensors[name]
+      if not np.isfinite(x).all():
+        raise UserError(f'{what}: {name} holds numbers that are not finite')
+      parts = [x]
+      if len(rows) > 1:
+        parts = np.split(x, np.cumsum([_shape(row.form, _one(row, shapes))[0] for row in rows[:-1]]))
+      for row, result, part in zip(rows, results, parts, strict=True):
+        value = row.form.read(part, _one(row, shapes))
+        if layer is None:
+          result[...] = value
+        else:
+          result[layer] = value
+    yield from zip((row.ours for row in rows), results, strict=True)
+
+
+def outline(layout: Layout, tensors: Tensors) -> tuple[dict[str, Shape], list[str]]:
+  """The shapes of our parameters that a checkpoint holds, by path, and the names in it that the layout knows not."""
+  rows: dict[str, list[Row]] = {}
+  for row in layout.rows:
+    rows.setdefault(row.theirs, []).append(row)
+  patterns = {name: re.compile(re.escape(name).replace(r'\{i\}', r'(\d+)')) for name in rows}
+  found: dict[str, Shape] = {}
+  layers: dict[str, int] = {}
+  unknown: list[str] = []
+  for name, shape in tensors.shapes.items():
+    if _ignored(layout, name):
+      continue
+    match = next(((theirs, hit) for theirs, pattern in patterns.items() if (hit := pattern.fullmatch(name))), None)
+    if match is None:
+      unknown.append(name)
+      continue
+    theirs, hit = match
+    for row in rows[theirs]:
+      part = (shape[0] // len(rows[theirs]), *shape[1:]) if len(rows[theirs]) > 1 else tuple(shape)
+      found[row.ours] = row.form.shape(part)
+      if hit.groups():
+        layers[row.ours] = max(layers.get(row.ours, 0), int(hit.group(1)) + 1)
+  return {path: (layers[path], *shape) if path in layers else shape for path, shape in found.items()}, unknown
+
+
+def _ignored(layout: Layout, name: str) -> bool:
+  return any(re.fullmatch(pattern, name) for pattern in layout.ignored)
+
+
+def _shape(form: Form, ours: Shape) -> Shape:
+  return form.write(np.broadcast_to(np.float32(0), ours)).shape
+
+
+def _more(names: list[str]) -> str:
+  return f' and {len(names) - 1} more' if len(names) > 1 else ''

@@ -1,0 +1,149 @@
+"""Dual encoders as OpenAI and OpenCLIP, and as transformers name them: CLIP and SigLIP."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fmcv_jax.pretrained.layout import (
+  BATCHED,
+  LINEAR,
+  ONE,
+  ROW,
+  Layout,
+  Row,
+  Shape,
+  below,
+  convolution,
+  fused,
+  linear,
+  norm,
+)
+from fmcv_jax.pretrained.vit import heads_of, tower
+
+
+def open_clip() -> Layout:
+  """OpenAI's names, which OpenCLIP kept."""
+
+  def blocks(theirs: str) -> tuple[Row, ...]:
+    return (
+      *norm('blocks/norm1', f'{theirs}.ln_1'),
+      *fused('blocks/attention', f'{theirs}.attn.in_proj_'),
+      *linear('blocks/attention/out', f'{theirs}.attn.out_proj'),
+      *norm('blocks/norm2', f'{theirs}.ln_2'),
+      *linear('blocks/mlp/up', f'{theirs}.mlp.c_fc'),
+      *linear('blocks/mlp/down', f'{theirs}.mlp.c_proj'),
+    )
+
+  image = (
+    Row('class_token', 'class_embedding', ROW),
+    Row('position', 'positional_embedding'),
+    Row('patch/kernel', 'conv1.weight', convolution(3)),
+    *norm('pre_norm', 'ln_pre'),
+    *blocks('transformer.resblocks.{i}'),
+    *norm('norm', 'ln_post'),
+    Row('head/kernel', 'proj'),  # a bare matrix, not transposed
+  )
+  text = (
+    Row('tokens/embedding', 'token_embedding.weight'),
+    Row('position', 'positional_embedding'),
+    *blocks('transformer.resblocks.{i}'),
+    *norm('norm', 'ln_final'),
+    Row('head/kernel', 'text_projection'),
+  )
+  rows = (*below('image', image, 'visual.'), *below('text', text), Row('temperature', 'logit_scale'))
+  return Layout(rows, ignored=('input_resolution', 'context_length', 'vocab_size', 'attn_mask'))
+
+
+def _blocks(theirs: str) -> tuple[Row, ...]:
+  parts = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'out': 'out_proj'}
+  return (
+    *norm('blocks/norm1', f'{theirs}.layer_norm1'),
+    *(row for ours, name in parts.items() for row in linear(f'blocks/attention/{ours}', f'{theirs}.self_attn.{name}')),
+    *norm('blocks/norm2', f'{theirs}.layer_norm2'),
+    *linear('blocks/mlp/up', f'{theirs}.mlp.fc1'),
+    *linear('blocks/mlp/down', f'{theirs}.mlp.fc2'),
+  )
+
+
+def transformers_clip() -> Layout:
+  image = (
+    Row('class_token', 'embeddings.class_embedding', ROW),
+    Row('position', 'embeddings.position_embedding.weight'),
+    Row('patch/kernel', 'embeddings.patch_embedding.weight', convolution(3)),
+    *norm('pre_norm', 'pre_layrnorm'),  # so spelt
+    *_blocks('encoder.layers.{i}'),
+    *norm('norm', 'post_layernorm'),
+  )
+  text = (
+    Row('tokens/embedding', 'embeddings.token_embedding.weight'),
+    Row('position', 'embeddings.position_embedding.weight'),
+    *_blocks('encoder.layers.{i}'),
+    *norm('norm', 'final_layer_norm'),
+  )
+  rows = (
+    *below('image', image, 'vision_model.'),
+    Row('image/head/kernel', 'visual_projection.weight', LINEAR),
+    *below('text', text, 'text_model.'),
+    Row('text/head/kernel', 'text_projection.weight', LINEAR),
+    Row('temperature', 'logit_scale'),
+  )
+  return Layout(rows, ignored=(r'.*\.position_ids',))
+
+
+def transformers_siglip() -> Layout:
+  head = (
+    Row('probe', 'probe', BATCHED),
+    *fused('attention', 'attention.in_proj_'),
+    *linear('attention/out', 'attention.out_proj'),
+    *norm('norm', 'layernorm'),
+    *linear('mlp/up', 'mlp.fc1'),
+    *linear('mlp/down', 'mlp.fc2'),
+  )
+  image = (
+    Row('position', 'embeddings.position_embedding.weight'),
+    Row('patch/kernel', 'embeddings.patch_embedding.weight', convolution(3)),
+    Row('patch/bias', 'embeddings.patch_embedding.bias'),
+    *_blocks('encoder.layers.{i}'),
+    *norm('norm', 'post_layernorm'),
+    *below('map_pool', head, 'head.'),
+  )
+  text = (
+    Row('tokens/embedding', 'embeddings.token_embedding.weight'),
+    Row('position', 'embeddings.position_embedding.weight'),
+    *_blocks('encoder.layers.{i}'),
+    *norm('norm', 'final_layer_norm'),
+    *linear('head', 'head'),
+  )
+  rows = (
+    *below('image', image, 'vision_model.'),
+    *below('text', text, 'text_model.'),
+    Row('temperature', 'logit_scale', ONE),
+    Row('bias', 'logit_bias', ONE),
+  )
+  return Layout(rows, ignored=(r'.*\.position_ids',))
+
+
+def dual_encoder(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:
+  """The network that has these parameters, as a config; `activation` is what shapes do not tell."""
+  image, text = (
+    {path.removeprefix(f'{part}/'): shape for path, shape in shapes.items() if path.startswith(f'{part}/')}
+    for part in ('image', 'text')
+  )
+  eps = 1e-6 if sigmoid else 1e-5
+  depth, width = text['blocks/norm1/scale']
+  vocabulary, length = text['tokens/embedding'][0], text['position'][0]
+  shared = {'activation': activation, 'eps': eps}
+  words = {
+    'name': 'text_transformer',
+    'vocab_size': vocabulary,
+    'length': length,
+    'width': width,
+    'depth': depth,
+    'mlp_dim': text['blocks/mlp/up/kernel'][-1],
+    'heads': heads_of(width, depth, text['blocks/mlp/up/kernel'][-1]),
+    'outputs': text['head/kernel'][-1],
+    **shared,
+  }
+  if sigmoid:
+    words |= {'causal': False, 'pool': 'last', 'outputs_bias': True}
+  network = {'name': 'dual_encoder', 'image': {**tower(image), **shared}, 'text': words}
+  return network | ({'initial_scale': 10.0, 'initial_bias': -10.0} if sigmoid else {})

@@ -1,0 +1,201 @@
+"""Files of named arrays that others published, read one array at a time; nothing in them is ever executed."""
+
+import abc
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fmcv_jax.errors import UserError
+
+# What a training script wraps around the weights, the moving average before the rest.
+WRAPPERS = ('ema', 'model_ema', 'teacher', 'model', 'state_dict', 'module')
+PREFIXES = ('module.', 'backbone.', '_orig_mod.')
+
+INDEX = '*.safetensors.index.json'
+
+
+class Tensors(abc.ABC):
+  """Arrays by name, of which none is read before it is asked for."""
+
+  @property
+  @abc.abstractmethod
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    """The name and shape of each."""
+
+  @abc.abstractmethod
+  def __getitem__(self, name: str) -> np.ndarray:
+    """One of them, in float32 if it was stored in fewer bits."""
+
+
+def open_tensors(path: str | os.PathLike[str]) -> Tensors:
+  """A file, or a folder of safetensors (one, or shards with their index); UserError for anything else.
+
+  .safetensors, .npz without objects, and .pth, .pt, .bin or .ckpt by torch's weights-only loading.
+  """
+  file = pathlib.Path(path)
+  if file.is_dir():
+    return _folder(file)
+  if not file.exists():
+    raise UserError(f'{file}: no such file or folder')
+  kinds: dict[str, Callable[[pathlib.Path], Tensors]] = {
+    '.safetensors': _Safetensors,
+    '.npz': _Npz,
+    **dict.fromkeys(('.pth', '.pt', '.bin', '.ckpt', '.pyth'), _Torch),
+  }
+  if file.suffix not in kinds:
+    raise UserError(f'{file}: unknown kind of file; known are {", ".join(kinds)} and folders of .safetensors')
+  return kinds[file.suffix](file)
+
+
+def write_safetensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes all or nothing."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  temporary = file.with_name(f'.{file.name}.{os.getpid()}')
+  try:
+    contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    save_file(contiguous, temporary, metadata={'format': 'pt'})
+    temporary.replace(file)
+  except (OSError, SafetensorError) as error:
+    raise UserError(f'{file}: cannot be written ({error})') from error
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+  return x.astype(np.float32) if x.dtype.kind in 'fV' and x.dtype.itemsize < 4 else x
+
+
+class _Safetensors(Tensors):
+  def __init__(self, file: pathlib.Path):
+    self._file = file
+    try:
+      self._open = safe_open(file, 'np')
+      names = list(self._open.keys())
+      self._shapes = {name: tuple(self._open.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+      raise UserError(f'{file}: is no whole safetensors file ({_line(error)})') from error
+
+  @property
+  def shapes(self):
+    return self._shapes
+
+  def __getitem__(self, name):
+    try:
+      return _wide(self._open.get_tensor(name))
+    except (SafetensorError, TypeError) as error:
+      raise UserError(f'{self._file}: {name} cannot be read ({_line(error)})') from error
+
+
+class _Several(Tensors):
+  """Shards of one set."""
+
+  def __init__(self, parts: list[Tensors]):
+    self._owner = {name: part for part in parts for name in part.shapes}
+
+  @property
+  def shapes(self):
+    return {name: part.shapes[name] for name, part in self._owner.items()}
+
+  def __getitem__(self, name):
+    return self._owner[name][name]
+
+
+def _folder(folder: pathlib.Path) -> Tensors:
+  indices = sorted(folder.glob(INDEX))
+  if indices:
+    try:
+      names = json.loads(indices[0].read_text())['weight_map']
+      files = sorted(set(names.values()))
+    except (ValueError, KeyError, AttributeError) as error:
+      raise UserError(f'{indices[0]}: is no index of safetensors ({_line(error)})') from error
+    for name in files:
+      if '/' in name or not (folder / name).exists():
+        raise UserError(f'{indices[0]}: names the shard {name}, which is not in {folder}')
+    whole = _Several([_Safetensors(folder / name) for name in files])
+    if missing := sorted(set(names) - set(whole.shapes)):
+      raise UserError(f'{indices[0]}: names {missing[0]}, which is in none of its shards')
+    return whole
+  files = sorted(folder.glob('*.safetensors'))
+  if len(files) != 1:
+    raise UserError(f'{folder}: expected one .safetensors file or an index of shards, found {len(files)} files')
+  return _Safetensors(files[0])
+
+
+class _Npz(Tensors):
+  def __init__(self, file: pathlib.Path):
+    self._file = file
+    try:
+      self._open = np.load(file, allow_pickle=False)
+      self._shapes = {name: self._header(name) for name in self._open.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+      raise UserError(f'{file}: is no whole npz file of plain arrays ({_line(error)})') from error
+
+  def _header(self, name: str) -> tuple[int, ...]:
+    """The shape, without reading what may claim to be far larger than the file is."""
+    with self._open.zip.open(f'{name}.npy') as data:
+      version = np.lib.format.read_magic(data)
+      read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+      shape, _, dtype = read(data)
+    if dtype.hasobject:
+      raise ValueError(f'{name} holds objects, which only pickle could read')
+    return shape
+
+  @property
+  def shapes(self):
+    return self._shapes
+
+  def __getitem__(self, name):
+    try:
+      x = self._open[name]
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+      raise UserError(f'{self._file}: {name} cannot be read ({_line(error)})') from error
+    # big_vision stores bfloat16 as two bytes of no type.
+    return x.view('<u2').astype('<u4').__lshift__(16).view('<f4') if x.dtype.str == '|V2' else _wide(x)
+
+
+class _Torch(Tensors):
+  def __init__(self, file: pathlib.Path):
+    try:
+      import torch
+    except ImportError as error:
+      raise UserError(f'{file}: to read it, pip install torch (or convert it to .safetensors)') from error
+    try:
+      loaded = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises of every kind: pickle, zip, runtime, EOF, OS
+      raise UserError(f'{file}: is no whole file of plain tensors ({_line(error)})') from error
+    self._tensors = {name: x for name, x in unwrapped(loaded).items() if isinstance(x, torch.Tensor)}
+    if not self._tensors:
+      raise UserError(f'{file}: holds no tensors')
+
+  @property
+  def shapes(self):
+    return {name: tuple(x.shape) for name, x in self._tensors.items()}
+
+  def __getitem__(self, name):
+    x = self._tensors[name]
+    return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).numpy()
+
+
+def unwrapped(tree: Any) -> dict[str, Any]:
+  """The weights in what a training script saved, without the names that its wrappers put before theirs."""
+  while isinstance(tree, dict) and (inner := next((tree[key] for key in WRAPPERS if key in tree), None)) is not None:
+    if not isinstance(inner, dict):
+      break
+    tree = inner
+  tree = tree if isinstance(tree, dict) else {}
+  for prefix in PREFIXES:
+    if any(str(name).startswith(prefix) for name in tree):
+      tree = {str(name).removeprefix(prefix): x for name, x in tree.items()}
+  return tree
+
+
+def _line(error: BaseException) -> str:
+  lines = str(error).strip().splitlines()
+  return (lines[0] if lines else type(error).__name__)[:160]

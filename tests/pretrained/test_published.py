@@ -1,0 +1,84 @@
+"""Published checkpoints, as the reference libraries write them, give their outputs here and come back bitwise."""
+
+import jax
+import numpy as np
+import pytest
+
+from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
+from fmcv_jax.pretrained.tensors import open_tensors
+
+torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
+transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
+
+TOWER = {'hidden_size': 128, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'intermediate_size': 192}
+IMAGE = {**TOWER, 'image_size': 32, 'patch_size': 8}
+TEXT = {
+  **TOWER,
+  'vocab_size': 92,
+  'max_position_embeddings': 6,
+  'bos_token_id': 90,
+  'eos_token_id': 91,
+  'pad_token_id': 0,
+}
+PIXELS = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+TOKENS = np.array([[90, 5, 7, 91, 0, 0], [90, 62, 9, 11, 3, 91]], np.int32)
+
+
+def published(model, folder):
+  """A folder as the hub has it, with weights that are no initial values."""
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+  model.eval().save_pretrained(folder)
+  return model
+
+
+def imported(folder, tmp_path, family):
+  run = import_checkpoint(str(folder), str(tmp_path / 'ours'), family)
+  subject, _ = run.restored_subject()
+  return run.experiment.objective, jax.device_get(subject.params)
+
+
+def comes_back(folder, tmp_path, form):
+  export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out' / 'model.safetensors'), form)
+  first, again = open_tensors(folder), open_tensors(tmp_path / 'out')
+  for name in again.shapes:
+    np.testing.assert_array_equal(first[name], again[name], err_msg=name)
+  left = {name for name in set(first.shapes) - set(again.shapes) if 'position_ids' not in name and 'pooler' not in name}
+  assert not left
+
+
+def torch_images():
+  return torch.from_numpy(PIXELS.transpose(0, 3, 1, 2).copy())
+
+
+@pytest.mark.parametrize('family', ['vit', 'deit'])
+def test_vision_transformers(tmp_path, family):
+  configs = {'vit': transformers.ViTConfig, 'deit': transformers.DeiTConfig}
+  models = {'vit': transformers.ViTForImageClassification, 'deit': transformers.DeiTForImageClassificationWithTeacher}
+  eps = {'layer_norm_eps': 1e-6}
+  model = published(models[family](configs[family](**IMAGE, **eps, num_labels=7)), tmp_path / 'theirs')
+  objective, params = imported(tmp_path / 'theirs', tmp_path, family)
+  with torch.no_grad():
+    theirs = model(torch_images()).logits.numpy()
+  np.testing.assert_allclose(objective.network.apply({'params': params}, PIXELS).output, theirs, atol=1e-5)
+  comes_back(tmp_path / 'theirs', tmp_path, 'transformers')
+
+
+@pytest.mark.parametrize(('family', 'activation'), [('clip', 'gelu'), ('clip_openai', 'quick_gelu'), ('siglip', '')])
+def test_dual_encoders(tmp_path, family, activation):
+  if family == 'siglip':
+    model = transformers.SiglipModel(transformers.SiglipConfig(vision_config=IMAGE, text_config=TEXT))
+  else:
+    act = {'hidden_act': activation}
+    config = transformers.CLIPConfig(vision_config={**IMAGE, **act}, text_config={**TEXT, **act}, projection_dim=24)
+    model = transformers.CLIPModel(config)
+  published(model, tmp_path / 'theirs')
+  objective, params = imported(tmp_path / 'theirs', tmp_path, family)
+  with torch.no_grad():
+    theirs = model(input_ids=torch.from_numpy(TOKENS).long(), pixel_values=torch_images())
+  ours = objective.network.apply({'params': params}, PIXELS, TOKENS)
+  np.testing.assert_allclose(ours.image, theirs.image_embeds, atol=1e-5)
+  np.testing.assert_allclose(ours.text, theirs.text_embeds, atol=1e-5)
+  comes_back(tmp_path / 'theirs', tmp_path, 'transformers')
