@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.pretrained import pairs, vit
+from fmcv_jax.pretrained import pairs, swin, vit
 from fmcv_jax.pretrained.layout import Layout, Shape, outline
 from fmcv_jax.pretrained.tensors import Tensors
 
@@ -20,9 +20,11 @@ class Family(NamedTuple):
   config: Callable[[Mapping[str, Shape]], dict[str, Any]]
 
 
-def _encoder(normalize: Mapping[str, Any]) -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
+def _encoder(
+  normalize: Mapping[str, Any], network: Callable[[Mapping[str, Shape]], dict[str, Any]] = vit.tower
+) -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    return {'objective': {'name': 'encoder', 'network': vit.tower(shapes), 'normalize': dict(normalize)}}
+    return {'objective': {'name': 'encoder', 'network': network(shapes), 'normalize': dict(normalize)}}
 
   return config
 
@@ -52,6 +54,11 @@ def _transformers(*prefixes: str) -> tuple[tuple[str, Layout], ...]:
   return tuple(('transformers', vit.transformers(prefix, hub=hub)) for prefix in prefixes for hub in (True, False))
 
 
+_SWIN = (
+  ('timm', swin.published(timm=True)),
+  ('official', swin.published(timm=False)),
+  *(('transformers', swin.transformers(hub=hub)) for hub in (True, False)),
+)
 _CLIP = (('open_clip', pairs.open_clip()), ('transformers', pairs.transformers_clip()))
 
 # In the order in which they are tried where none is named. Files do not tell how images were normalized, nor which
@@ -62,6 +69,7 @@ FAMILIES: dict[str, Family] = {
   'dino': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET)),
   'mae': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET)),
   'dinov2': Family(_TIMM, _encoder(IMAGENET)),
+  'swin': Family(_SWIN, _encoder(IMAGENET, swin.network)),
   'clip': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='gelu')),
   'clip_openai': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='quick_gelu')),
   'siglip': Family((('transformers', pairs.transformers_siglip()),), _dual(HALF, sigmoid=True, activation='gelu_tanh')),
@@ -98,7 +106,7 @@ def family_of(shapes: Mapping[str, Shape]) -> str:
   """The family whose formats have a place for these parameters of ours."""
   if 'tokens/embedding' in {path.removeprefix('text/') for path in shapes}:
     return 'siglip' if 'image/map_pool/probe' in shapes else 'clip'
-  return _by_signs('deit', shapes)
+  return 'swin' if 'patch_norm/scale' in shapes else _by_signs('deit', shapes)
 
 
 def _by_signs(candidate: str, shapes: Mapping[str, Shape]) -> str:

@@ -1,8 +1,8 @@
 """Tables that say which array of a published checkpoint is which of ours, read in both directions.
 
 A row names our path, theirs, and how the array changes. '{i}' stands for the layer in their name; we stack layers along
-a first axis. Where several rows name the same array of theirs, it is ours joined along its first axis, in their order:
-queries, keys and values in one matrix.
+a first axis, and where blocks come in pairs, those of '{2i}' and of '{2i+1}' apart. Where several rows name the same
+array of theirs, it is ours joined along its first axis, in their order: queries, keys and values in one matrix.
 """
 
 import math
@@ -16,6 +16,10 @@ from fmcv_jax.errors import UserError, nearest
 from fmcv_jax.pretrained.tensors import Tensors
 
 Shape = tuple[int, ...]
+
+# How layers are counted in a name: {layer of theirs} = step * i + offset.
+_PLACES = {'{i}': (1, 0), '{2i}': (2, 0), '{2i+1}': (2, 1)}
+_LAYER = re.compile('|'.join(re.escape(place) for place in _PLACES))
 
 
 class Form(NamedTuple):
@@ -100,14 +104,16 @@ def _joined(layout: Layout, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, 
 
 def _layers(theirs: str, shapes: Mapping[str, Shape], row: Row) -> list[tuple[str, int | None]]:
   """Their names of a row, layer by layer."""
-  if '{i}' not in theirs:
+  place = _LAYER.search(theirs)
+  if place is None:
     return [(theirs, None)]
-  return [(theirs.replace('{i}', str(i)), i) for i in range(shapes[row.ours][0])]
+  step, offset = _PLACES[place[0]]
+  return [(theirs.replace(place[0], str(step * i + offset)), i) for i in range(shapes[row.ours][0])]
 
 
 def _one(row: Row, shapes: Mapping[str, Shape]) -> Shape:
   """Our shape of one layer."""
-  return shapes[row.ours][1:] if '{i}' in row.theirs else shapes[row.ours]
+  return shapes[row.ours][1:] if _LAYER.search(row.theirs) else shapes[row.ours]
 
 
 def write(layout: Layout, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -165,24 +171,35 @@ def outline(layout: Layout, tensors: Tensors) -> tuple[dict[str, Shape], list[st
   rows: dict[str, list[Row]] = {}
   for row in layout.rows:
     rows.setdefault(row.theirs, []).append(row)
-  patterns = {name: re.compile(re.escape(name).replace(r'\{i\}', r'(\d+)')) for name in rows}
+  patterns = {name: re.compile(r'(\d+)'.join(map(re.escape, _LAYER.split(name)))) for name in rows}
   found: dict[str, Shape] = {}
   layers: dict[str, int] = {}
   unknown: list[str] = []
   for name, shape in tensors.shapes.items():
     if _ignored(layout, name):
       continue
-    match = next(((theirs, hit) for theirs, pattern in patterns.items() if (hit := pattern.fullmatch(name))), None)
-    if match is None:
+    theirs, layer = next(_places(name, patterns), (None, None))
+    if theirs is None:
       unknown.append(name)
       continue
-    theirs, hit = match
     for row in rows[theirs]:
       part = (shape[0] // len(rows[theirs]), *shape[1:]) if len(rows[theirs]) > 1 else tuple(shape)
       found[row.ours] = row.form.shape(part)
-      if hit.groups():
-        layers[row.ours] = max(layers.get(row.ours, 0), int(hit.group(1)) + 1)
+      if layer is not None:
+        layers[row.ours] = max(layers.get(row.ours, 0), layer + 1)
   return {path: (layers[path], *shape) if path in layers else shape for path, shape in found.items()}, unknown
+
+
+def _places(name: str, patterns: Mapping[str, re.Pattern[str]]) -> Iterator[tuple[str, int | None]]:
+  """(the name in the table, the layer) for each row that a name of theirs is of."""
+  for theirs, pattern in patterns.items():
+    if hit := pattern.fullmatch(name):
+      if not hit.groups():
+        yield theirs, None
+        continue
+      step, offset = _PLACES[_LAYER.findall(theirs)[0]]
+      if (int(hit[1]) - offset) % step == 0:
+        yield theirs, (int(hit[1]) - offset) // step
 
 
 def _ignored(layout: Layout, name: str) -> bool:
