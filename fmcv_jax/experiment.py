@@ -37,6 +37,7 @@ from fmcv_jax.data.source import NoData, Source
 from fmcv_jax.data.tfds import Tfds
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe, Tokenizer
 from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, ResizeCrop
+from fmcv_jax.data.webdataset import WebDataset
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.accuracy import Accuracy
 from fmcv_jax.evaluate.base import Evaluator, Subject, to_devices
@@ -111,6 +112,7 @@ KINDS: config_lib.Kinds = {
     'emoji': Emoji,
     'image_folder': ImageFolder,
     'tfds': Tfds,
+    'webdataset': WebDataset,
   },
   ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
   Tokenizer: {'bpe': Bpe, 'clip_bpe': ClipBpe},

@@ -1,0 +1,154 @@
+"""Files wherever they lie: on this machine, or at a URL that fsspec knows (gs://, s3://, az://, hf://, https://)."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import glob
+import io
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+
+from fmcv_jax.errors import UserError
+
+_OPEN_FILES = 128  # kept open by each reader
+_THREADS = 16
+_T = TypeVar('_T')
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """`stamp` changes when the file does: its modification time in ns, or of a remote file what its store calls it."""
+
+  path: str
+  size: int
+  stamp: str = ''
+
+
+def is_remote(path: str) -> bool:
+  return '://' in path
+
+
+def find(path: str, suffix: str, what: str) -> list[File]:
+  """The files that `path` names, sorted: of a folder those that end in `suffix`, of a pattern (*, ?, [a-z], {00..99})
+  those that fit, or one file. Raises UserError, begun by `what`, where there is none or a file of {} is missing."""
+  path = path if is_remote(path) else os.path.expanduser(path)
+  try:
+    if re.search(r'\{\d+\.\.\d+\}', path):
+      found = in_threads(_file, _expanded(path))
+    else:
+      found = _found_remote(path, suffix) if is_remote(path) else _found_local(path, suffix)
+  except FileNotFoundError as error:
+    raise UserError(f'{what}: no file {error.args[-1] if error.filename is None else error.filename!r}') from error
+  if not found:
+    raise UserError(f'{what}: no {suffix} at {path!r} (seen from {os.getcwd()}); give a folder, a file or a pattern')
+  return found
+
+
+def in_threads(function: Callable[[Any], _T], items: Iterable[Any]) -> list[_T]:
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return list(pool.map(function, items))
+
+
+def _expanded(path: str) -> list[str]:
+  range_ = re.search(r'\{(\d+)\.\.(\d+)\}', path)
+  if not range_:
+    return [path]
+  first, last = range_[1], range_[2]
+  numbers = [f'{number:0{len(first)}d}' for number in range(int(first), int(last) + 1)]
+  return [whole for number in numbers for whole in _expanded(path[: range_.start()] + number + path[range_.end() :])]
+
+
+def _file(path: str) -> File:
+  if is_remote(path):
+    fs, inner = filesystem(path)
+    return _remote_file(fs, fs.info(inner))
+  stat = os.stat(path)
+  return File(path, stat.st_size, str(stat.st_mtime_ns))
+
+
+def _found_local(path: str, suffix: str) -> list[File]:
+  if os.path.isdir(path):
+    path = os.path.join(glob.escape(path), f'*{suffix}')
+  return [_file(name) for name in sorted(glob.glob(path)) if os.path.isfile(name)]
+
+
+def _found_remote(path: str, suffix: str) -> list[File]:
+  fs, inner = filesystem(path)
+  if not glob.has_magic(inner):
+    infos = fs.ls(inner, detail=True) if fs.isdir(inner) else [fs.info(inner)] if fs.exists(inner) else []
+    infos = [info for info in infos if info['name'].endswith(suffix) or len(infos) == 1]
+  else:
+    infos = list(fs.glob(inner, detail=True).values())
+  found = [_remote_file(fs, info) for info in infos if info['type'] == 'file']
+  return sorted(found, key=lambda file: file.path)
+
+
+def _remote_file(fs: Any, info: dict[str, Any]) -> File:
+  stamp = next((str(info[key]) for key in ('etag', 'ETag', 'md5Hash', 'mtime', 'LastModified') if info.get(key)), '')
+  return File(fs.unstrip_protocol(info['name']), int(info['size']), stamp)
+
+
+@functools.cache
+def _filesystem(protocol: str) -> Any:
+  try:
+    return fsspec.filesystem(protocol)
+  except (ImportError, ValueError) as error:  # no package for it, or no such protocol
+    raise UserError(f'{protocol}:// cannot be read: {" ".join(str(error).split())}') from error
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+  """fsspec's file system of a URL, and the path inside it."""
+  fs = _filesystem(path.split('://')[0])
+  return fs, fs._strip_protocol(path)
+
+
+def open_file(path: str) -> BinaryIO:
+  """A whole file to be read from its beginning, or at random places."""
+  if not is_remote(path):
+    return open(path, 'rb')
+  fs, inner = filesystem(path)
+  return fs.open(inner, 'rb')
+
+
+class Ranges:
+  """Reads pieces of files from any thread, and keeps those of this machine open. It travels to other processes."""
+
+  def __init__(self) -> None:
+    self._open: collections.OrderedDict[str, io.FileIO] = collections.OrderedDict()
+    self._lock = threading.Lock()
+
+  def read(self, path: str, start: int, size: int) -> bytes:
+    """Bytes start to start + size; fewer where the file ends before."""
+    if is_remote(path):
+      fs, inner = filesystem(path)
+      return fs.cat_file(inner, start=start, end=start + size)
+    return os.pread(self._file(path).fileno(), size, start)
+
+  def _file(self, path: str) -> io.FileIO:
+    with self._lock:
+      file = self._open.get(path) or io.FileIO(path)
+      self._open[path] = file
+      self._open.move_to_end(path)
+      if len(self._open) > _OPEN_FILES:
+        self._open.popitem(last=False)  # closed once no thread reads from it
+    return file
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__init__()  # type: ignore[misc]
+
+
+def cache_folder() -> pathlib.Path:
+  """Where what can be made again is kept: $FMCV_CACHE, or fmcv_jax in the user's cache."""
+  if given := os.environ.get('FMCV_CACHE'):
+    return pathlib.Path(given).expanduser()
+  return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'fmcv_jax'
