@@ -33,6 +33,8 @@ from fmcv_jax.data.digits import Digits
 from fmcv_jax.data.emoji import Emoji
 from fmcv_jax.data.folder import ImageFolder
 from fmcv_jax.data.loader import Pipeline, TrainLoader, resume
+from fmcv_jax.data.mixture import Mixture
+from fmcv_jax.data.parquet import Parquet
 from fmcv_jax.data.source import NoData, Source
 from fmcv_jax.data.tfds import Tfds
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe, Tokenizer
@@ -111,6 +113,8 @@ KINDS: config_lib.Kinds = {
     'digits': Digits,
     'emoji': Emoji,
     'image_folder': ImageFolder,
+    'mixture': Mixture,
+    'parquet': Parquet,
     'tfds': Tfds,
     'webdataset': WebDataset,
   },

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.data.decode import decode
-from fmcv_jax.data.order import Order
+from fmcv_jax.data.order import Order, RunOrder
 from fmcv_jax.data.source import BadRecord, Example, Source
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.data.transforms import ImageTransform
@@ -103,7 +103,7 @@ class TrainLoader:
     process_count: int = 1,
   ):
     rows = _local_rows(batch, process_index, process_count)
-    order = Order(_length(pipeline.source), seed, pipeline.shuffle)
+    order = _order(pipeline, seed)
     batches = _Batches(pipeline, order, tuple(fields), tokenizer, batch, start, rows, train=True)
     batches.check()
     self._tally = _Tally(order.records, pipeline.max_bad)
@@ -138,8 +138,7 @@ class TrainLoader:
 
 def fingerprint(pipeline: Pipeline, seed: int) -> str:
   """Whatever determines which record stands at which position."""
-  source = pipeline.source
-  return f'{type(source).__name__} records={len(source)} shuffle={pipeline.shuffle} seed={seed}'
+  return f'{pipeline.source.order_name} shuffle={pipeline.shuffle} seed={seed}'
 
 
 def resume(state: Mapping[str, Any], pipeline: Pipeline, seed: int) -> int:
@@ -155,7 +154,7 @@ def resume(state: Mapping[str, Any], pipeline: Pipeline, seed: int) -> int:
 
 def record_keys(pipeline: Pipeline, seed: int, start: int, count: int) -> list[str]:
   """What the source calls the records at `count` positions of a run's order, from position `start` on."""
-  order = Order(_length(pipeline.source), seed, pipeline.shuffle)
+  order = _order(pipeline, seed)
   return [pipeline.source.key_of(order(position)) for position in range(start, start + count)]
 
 
@@ -200,7 +199,7 @@ class _Batches:
   could not be read. This is all that a worker is given."""
 
   pipeline: Pipeline
-  order: Order
+  order: RunOrder
   fields: tuple[str, ...]
   tokenizer: Tokenizer | None
   batch: int
@@ -327,6 +326,11 @@ def _local_rows(batch: int, process_index: int, process_count: int) -> range:
     raise UserError(f'data: a batch of {batch} cannot be divided among {process_count} processes; choose a multiple')
   local = batch // process_count
   return range(process_index * local, (process_index + 1) * local)
+
+
+def _order(pipeline: Pipeline, seed: int) -> RunOrder:
+  _length(pipeline.source)
+  return pipeline.source.order(seed, pipeline.shuffle)
 
 
 def _length(source: Source) -> int:

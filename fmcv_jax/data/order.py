@@ -5,7 +5,9 @@ of a permutation that seed and epoch determine. So each record comes once per ep
 of hosts and at any batch size, from one integer: the number of examples seen.
 """
 
+import abc
 import dataclasses
+import fractions
 import functools
 
 import numpy as np
@@ -14,8 +16,23 @@ from grain.experimental import index_shuffle
 _TABLE_LIMIT = 1 << 16  # index_shuffle walks cycles of 2**16 and more: 4 us a call above this, 9 ms at two records
 
 
+class RunOrder(abc.ABC):
+  """Which of a source's `records` stands at which position of a run."""
+
+  records: int
+  seed: int
+
+  @abc.abstractmethod
+  def __call__(self, position: int, attempt: int = 0) -> int:
+    """Record for a position; for `attempt` > 0 the one that stands in, if those before it cannot be read."""
+
+  def rng(self, position: int) -> np.random.Generator:
+    """The generator for the example at this position: its crop, its caption."""
+    return np.random.default_rng((self.seed, position))
+
+
 @dataclasses.dataclass(frozen=True)
-class Order:
+class Order(RunOrder):
   """`records` of a source, permuted anew in each epoch if `shuffle`."""
 
   records: int
@@ -27,14 +44,7 @@ class Order:
       raise ValueError(f'expected at least one record and a seed of at least 0, got {self}')
 
   def __call__(self, position: int, attempt: int = 0) -> int:
-    """Record for a position; for `attempt` > 0 the one that stands in, if those before it cannot be read.
-
-    Stand-ins are half an epoch away: next to it they would often be in the same batch, where a contrastive loss takes
-    the second copy for a negative.
-    """
-    epoch, place = divmod(position, self.records)
-    if attempt:
-      place = (place + self.records // 2 + attempt - 1) % self.records
+    epoch, place = _epoch_and_place(position, attempt, self.records)
     if not self.shuffle:
       return place
     if self.records <= _TABLE_LIMIT:
@@ -48,15 +58,114 @@ class Order:
       if place < self.records:
         return place
 
-  def rng(self, position: int) -> np.random.Generator:
-    """The generator for the example at this position: its crop, its caption."""
-    return np.random.default_rng((self.seed, position))
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WindowedOrder(RunOrder):
+  """For a source that is read cheaply only in blocks of neighbours: record r is in the first block with ends[i] > r.
+
+  In each epoch the blocks are permuted, every `window` of them in a row are taken together, and what they hold is
+  permuted. So a reader has that many blocks in hand at a time, and two records of a batch come from the same block with
+  a probability of 1 / window instead of 1 / blocks: with blocks of one class each, a batch sees about `window` classes.
+  """
+
+  ends: np.ndarray
+  window: int
+  seed: int = 0
+  shuffle: bool = True
+  _tables: dict[tuple[int, int], np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+  def __post_init__(self) -> None:
+    if self.window < 1 or self.seed < 0 or not len(self.ends) or self.ends[-1] < 1:
+      raise ValueError(f'expected at least one record, a window and a seed of at least 0, got {self}')
+
+  @property
+  def records(self) -> int:  # type: ignore[override]
+    return int(self.ends[-1])
+
+  def __call__(self, position, attempt=0):
+    epoch, place = _epoch_and_place(position, attempt, self.records)
+    if not self.shuffle:
+      return place
+    ends = self._remembered(epoch, -1)
+    window = int(np.searchsorted(ends, place, 'right'))
+    return int(self._remembered(epoch, window)[place - (ends[window - 1] if window else 0)])
+
+  def _remembered(self, epoch: int, window: int) -> np.ndarray:
+    key = epoch, window
+    if key not in self._tables:
+      if len(self._tables) > 8:  # a batch may straddle two epochs and several windows, and threads read ahead
+        self._tables.clear()
+      self._tables[key] = self._window(epoch, window) if window >= 0 else self._window_ends(epoch)
+    return self._tables[key]
+
+  def _blocks(self, epoch: int) -> np.ndarray:
+    return _permutation(len(self.ends), self.seed, epoch)
+
+  def _window_ends(self, epoch: int) -> np.ndarray:
+    sizes = np.diff(self.ends, prepend=0)[self._blocks(epoch)]
+    return np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), self.window)))
+
+  def _window(self, epoch: int, number: int) -> np.ndarray:
+    blocks = self._blocks(epoch)[number * self.window : (number + 1) * self.window]
+    held = np.concatenate([np.arange(self.ends[b - 1] if b else 0, self.ends[b]) for b in blocks])
+    return held[_permutation(len(held), self.seed, epoch, number + 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedOrder(RunOrder):
+  """Several orders interleaved by their shares, as evenly as can be; their records are numbered one after the other.
+
+  Each order goes through epochs of its own: of its records each comes once before any comes twice. Of any n positions
+  in a row, order k has share_k n, to within the number of orders.
+  """
+
+  orders: tuple[RunOrder, ...]
+  shares: tuple[float, ...]
+  seed: int = 0
+
+  @property
+  def records(self) -> int:  # type: ignore[override]
+    return sum(order.records for order in self.orders)
+
+  def __call__(self, position, attempt=0):
+    part, position = self.part(position)
+    return self._offsets[part] + self.orders[part](position, attempt)
+
+  def part(self, position: int) -> tuple[int, int]:
+    """Which order stands at a position, and at which position of its own."""
+    for part, (over, under) in enumerate(self._splits):  # one is split from the rest at a time, in whole numbers
+      before = position * over // under
+      if (position + 1) * over // under > before:
+        return part, before
+      position -= before
+    return len(self.orders) - 1, position
+
+  @functools.cached_property
+  def _splits(self) -> list[tuple[int, int]]:
+    shares = [fractions.Fraction(share).limit_denominator(1 << 40) for share in self.shares]
+    splits = [share / sum(shares[part:]) for part, share in enumerate(shares[:-1])]
+    return [(split.numerator, split.denominator) for split in splits]
+
+  @functools.cached_property
+  def _offsets(self) -> list[int]:
+    return np.cumsum([0] + [order.records for order in self.orders]).tolist()
+
+
+def _epoch_and_place(position: int, attempt: int, records: int) -> tuple[int, int]:
+  """Stand-ins are half an epoch away: next to it they would often be in the same batch, where a contrastive loss takes
+  the second copy for a negative."""
+  epoch, place = divmod(position, records)
+  return epoch, (place + records // 2 + attempt - 1) % records if attempt else place
 
 
 @functools.lru_cache(maxsize=4)  # a batch may straddle two epochs, and threads read ahead
 def _table(records: int, seed: int, epoch: int) -> np.ndarray:
+  return _permutation(records, seed, epoch)
+
+
+def _permutation(count: int, *entropy: int) -> np.ndarray:
   # numpy promises that raw bits never change between versions; it does not promise that of `permutation`.
-  bits = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(records)
+  bits = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
   return np.argsort(bits, kind='stable')
 
 

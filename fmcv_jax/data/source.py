@@ -4,6 +4,7 @@ import abc
 import dataclasses
 from typing import Any
 
+from fmcv_jax.data.order import Order, RunOrder
 from fmcv_jax.errors import UserError
 
 Example = dict[str, Any]
@@ -46,6 +47,15 @@ class Source(abc.ABC):
     """Every text of record `index`. A source overrides this where it can answer without reading the image."""
     example = self[index]
     return tuple(example.get('texts') or ((example['text'],) if 'text' in example else ()))
+
+  def order(self, seed: int, shuffle: bool) -> RunOrder:
+    """The order of a training run: by default every record once an epoch, each epoch anew if `shuffle`."""
+    return Order(len(self), seed, shuffle)
+
+  @property
+  def order_name(self) -> str:
+    """What, besides seed and shuffle, determines which record stands at which position."""
+    return f'{type(self).__name__} records={len(self)}'
 
 
 @dataclasses.dataclass(frozen=True)

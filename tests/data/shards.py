@@ -34,3 +34,25 @@ def write_tars(folder, samples, shards=3, **options):
           info = tarfile.TarInfo(f'{index:09d}.{name}')
           info.size = len(data)
           out.addfile(info, io.BytesIO(data))
+
+
+def write_parquet(folder, samples, files=2, group=3, damage=None, **options):
+  """Samples 0 to `samples` as the `datasets` library writes them."""
+  import pyarrow
+  import pyarrow.parquet
+
+  folder.mkdir(exist_ok=True)
+  features = {'image': {'_type': 'Image'}, 'label': {'names': list('abcdefg'), '_type': 'ClassLabel'}}
+  metadata = {'huggingface': json.dumps({'info': {'features': features}})}
+  for number in range(files):
+    rows = range(samples * number // files, samples * (number + 1) // files)
+    table = pyarrow.table(
+      {
+        'image': [{'bytes': picture(index)[0], 'path': None} for index in rows],
+        'label': [index % 7 for index in rows],
+        'caption': [f'caption {index}' for index in rows],
+        'captions': [[f'caption {index}', f'other {index}'] for index in rows],
+      }
+    )
+    path = folder / f'train-{number:05d}-of-{files:05d}.parquet'
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path, row_group_size=group, **options)
