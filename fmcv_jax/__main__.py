@@ -91,6 +91,12 @@ def replay(args: argparse.Namespace, overrides: list[str]) -> None:
   replay_app.run(args.workdir, args.at, overrides)
 
 
+def pack(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import pack as pack_app
+
+  pack_app.run(args.source, args.to, overrides, shards=args.shards, workers=args.workers, max_bad=args.max_bad)
+
+
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.plan import planning
 
@@ -189,6 +195,12 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
   sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt (default: 4)')
   sub.add_argument('--seed', type=int, default=0)
+  sub = add(pack, 'Write any data source as ArrayRecord shards; run again, it goes on.', workdir=False)
+  sub.add_argument('source', metavar='SOURCE', help="a config's FILE.py[:ARG], a path, or a name such as emoji")
+  sub.add_argument('--to', required=True, metavar='DIR', help='a new folder')
+  sub.add_argument('--shards', type=int, metavar='N', help='files (default: of half a GiB)')
+  sub.add_argument('--workers', type=int, metavar='N', help='processes (default: one a core)')
+  sub.add_argument('--max-bad', type=float, default=0.01, metavar='SHARE', help='may be unreadable (default: 0.01)')
   sub = add(plan, 'Compile a config for a TPU pod that is not here: memory, exchanges, cost.', config='', workdir=False)
   sub.add_argument('--topology', help="such as v5e:16x16 or v5p:4x4x8 (default: the config's)")
   sub.add_argument('--slices', type=int, default=1, help='of that topology, joined by the data-centre network')

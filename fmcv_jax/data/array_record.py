@@ -180,7 +180,17 @@ def write_shard(examples: Iterable[Example], path: pathlib.Path) -> None:
   partial.rename(path)
 
 
-def write_info(folder: pathlib.Path, records: int, shards: int, names: Sequence[str]) -> None:
-  """Writes what makes shards a data set, last of all."""
+def write_info(
+  folder: pathlib.Path,
+  records: int,
+  shards: int,
+  names: Sequence[str],
+  counts: Sequence[int] = (),
+  skipped: int = 0,
+  origin: Any = None,
+) -> None:
+  """Writes what makes shards a data set, last of all. `counts` are the records of each shard, `skipped` those that
+  could not be read when it was made of `origin`."""
   info = {'records': records, 'shards': shards, 'names': list(names)}
-  (folder / INFO).write_text(json.dumps(info, indent=1), encoding='utf-8')
+  made = {'counts': list(counts), 'skipped': skipped, 'origin': origin} if counts else {}
+  (folder / INFO).write_text(json.dumps({**info, **made}, indent=1), encoding='utf-8')

@@ -132,7 +132,7 @@ def _start_worker(index: int, count: int) -> None:
   _keep_memory()
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
   signal.signal(signal.SIGTERM, lambda *_: _exit_after(_TERM_GRACE_S))
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  threading.Thread(target=end_with_parent, daemon=True).start()
   # Should a transform use JAX, it must not take the accelerator, nor emulate the parent's eight devices.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ.pop('XLA_FLAGS', None)
@@ -157,7 +157,8 @@ def _exit_after(seconds: float) -> None:
   timer.start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+  """For a thread of a worker process: ends it when the process that started it does, of whatever cause."""
   parent = multiprocessing.parent_process()
   assert parent is not None
   parent.join()

@@ -1,0 +1,84 @@
+"""`fmcv pack`: any source as ArrayRecord shards."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fmcv_jax import config as config_lib
+from fmcv_jax import experiment
+from fmcv_jax.data import packing, storage
+from fmcv_jax.data.source import Source
+from fmcv_jax.errors import UserError, nearest
+
+# What a path is taken for, by the files that it names or that lie in it.
+_KINDS = {'.tar': 'webdataset', '.parquet': 'parquet', '.array_record': 'array_record'}
+
+
+def run(
+  what: str,
+  to: str,
+  overrides: Sequence[str] = (),
+  *,
+  shards: int | None = None,
+  workers: int | None = None,
+  max_bad: float = 0.01,
+) -> None:
+  """Writes the source `what` (see source_spec) to the folder `to`; run again, it goes on from what is written."""
+  console, spec = Console(), source_spec(what, overrides)
+  source = config_lib.build(Source, spec, experiment.KINDS, 'config')
+  columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+  with Progress(*columns, console=console) as bar:
+    task = bar.add_task('packing', total=None)
+    made = packing.pack(
+      source,
+      to,
+      origin=spec,
+      shards=shards,
+      workers=workers or os.cpu_count() or 1,
+      max_bad=max_bad,
+      progress=lambda done, total: bar.update(task, completed=done, total=total),
+    )
+  for key, reason in list(made['reasons'].items())[:3]:
+    console.print(f'left out: {key}: {reason}', highlight=False, soft_wrap=True)
+  if made['skipped']:
+    console.print(f'{made["skipped"]} records could not be read and were left out', highlight=False)
+  console.print(
+    f'{made["records"]} records, {made["bytes"] / 1e6:.1f} MB in {to}: data.source.name=array_record '
+    f'data.source.path={to}; its checksums: sha256sum -c {packing.SUMS}',
+    highlight=False,
+    soft_wrap=True,
+  )
+
+
+def source_spec(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+  """The resolved description of a source: that of a config file (FILE.py[:ARG]), of a path, or of a name.
+
+  Overrides are of the config, or of the source's own fields.
+  """
+  if what.partition(':')[0].endswith('.py'):
+    return experiment.load_config(what, overrides)['data']['source']
+  spec = {'name': what} if what in experiment.KINDS[Source] else {'name': _judged(what), 'path': what}
+  return config_lib.resolve(Source, config_lib.override(spec, overrides), experiment.KINDS)
+
+
+def _judged(path: str) -> str:
+  """The kind of source that lies at a path."""
+  for suffix, name in _KINDS.items():
+    if path.endswith(suffix):
+      return name
+  if not storage.is_remote(path) and not pathlib.Path(path).expanduser().exists() and not any(c in path for c in '*?{'):
+    known = [name for name in experiment.KINDS[Source] if name != 'none']
+    raise UserError(
+      f'{path!r} is no config (.py), no file, no folder and no source (seen from {os.getcwd()}); {nearest(path, known)}'
+    )
+  for suffix, name in _KINDS.items():
+    try:
+      storage.find(path, suffix, 'pack')
+      return name
+    except UserError:
+      continue
+  return 'image_folder'

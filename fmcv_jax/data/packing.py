@@ -1,0 +1,259 @@
+"""Writing a data set as ArrayRecord shards, by several processes, and going on where an earlier attempt ended.
+
+Until it is complete a set lies beside its place, as `.NAME.partial`: a shard counts once it is renamed to its name and
+its note (counts, checksum) lies beside it. The last act gives the folder its name, so that no half of a set is ever
+taken for the whole.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from fmcv_jax.data.array_record import encode_record, shard_path, write_info, write_shard
+from fmcv_jax.data.source import BadRecord, Example, Source
+from fmcv_jax.data.workers import end_with_parent
+from fmcv_jax.errors import UserError
+
+SHARD_BYTES = 512 << 20
+SUMS = 'SHA256SUMS'
+_PLAN = 'plan.json'
+_NAMED_BAD = 100  # of each shard, in its note
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is to be written: `origin`, plain data, says what from; it must be the same when writing goes on."""
+
+  records: int
+  shards: int
+  names: tuple[str, ...]
+  origin: Any
+
+  def rows(self, shard: int) -> range:
+    return range(self.records * shard // self.shards, self.records * (shard + 1) // self.shards)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+  """A set that is being written; it may travel to other processes, which write shards of it."""
+
+  target: pathlib.Path
+  folder: pathlib.Path
+  plan: Plan
+
+  def missing(self) -> list[int]:
+    """The shards that are not there yet, or not whole."""
+    return [shard for shard in range(self.plan.shards) if self.note(shard) is None]
+
+  def note(self, shard: int) -> dict[str, Any] | None:
+    path = shard_path(self.folder, shard, self.plan.shards)
+    try:
+      note = json.loads(_note_path(path).read_text())
+      return note if path.stat().st_size == note['bytes'] else None
+    except (OSError, ValueError, KeyError):
+      return None
+
+  def write(self, shard: int, examples: Iterable[Example], skipped: dict[str, str] | None = None) -> None:
+    """Writes a shard and then its note, with what `skipped` holds at the end: key -> reason of what is left out."""
+    path, counted = shard_path(self.folder, shard, self.plan.shards), _Counted(examples)
+    write_shard(counted, path)
+    with path.open('rb') as file:
+      digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      os.fsync(file.fileno())
+    reasons = dict(list((skipped or {}).items())[:_NAMED_BAD])
+    note = {'records': counted.count, 'bytes': path.stat().st_size, 'sha256': digest}
+    partial = _note_path(path).with_suffix('.partial')
+    partial.write_text(json.dumps({**note, 'skipped': len(skipped or {}), 'reasons': reasons}))
+    partial.rename(_note_path(path))
+
+  def finish(self) -> dict[str, Any]:
+    """Gives the complete set its name; returns {'records', 'bytes', 'skipped', 'reasons'} of all."""
+    notes = [self.note(shard) for shard in range(self.plan.shards)]
+    whole: list[dict[str, Any]] = [note for note in notes if note is not None]
+    assert len(whole) == self.plan.shards, 'finished before all shards are there'
+    paths = [shard_path(self.folder, shard, self.plan.shards) for shard in range(self.plan.shards)]
+    (self.folder / SUMS).write_text(''.join(f'{note["sha256"]}  {path.name}\n' for note, path in zip(whole, paths)))
+    counts = [note['records'] for note in whole]
+    skipped = sum(note['skipped'] for note in whole)
+    write_info(self.folder, sum(counts), self.plan.shards, self.plan.names, counts, skipped, self.plan.origin)
+    for path in paths:
+      _note_path(path).unlink()
+    (self.folder / _PLAN).unlink()
+    self.folder.rename(self.target)
+    reasons = {key: reason for note in whole for key, reason in note['reasons'].items()}
+    return {
+      'records': sum(counts),
+      'bytes': sum(note['bytes'] for note in whole),
+      'skipped': skipped,
+      'reasons': reasons,
+    }
+
+
+class _Counted:
+  def __init__(self, examples: Iterable[Example]):
+    self._examples, self.count = examples, 0
+
+  def __iter__(self) -> Iterator[Example]:
+    for example in self._examples:
+      self.count += 1
+      yield example
+
+
+def _note_path(shard: pathlib.Path) -> pathlib.Path:
+  return shard.with_suffix('.json')
+
+
+@contextlib.contextmanager
+def unfinished(to: str | os.PathLike[str], plan: Plan) -> Iterator[Unfinished]:
+  """Begins the set `to`, or goes on with it, by the plan of its beginning; only one at a time may.
+
+  Raises UserError where it is complete, was begun from something else, or is being written.
+  """
+  target = pathlib.Path(to).expanduser()
+  if target.exists():
+    raise UserError(f'--to {target}: exists already; choose another folder or remove it')
+  folder = target.with_name(f'.{target.name}.partial')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+  except OSError as error:
+    raise UserError(f'--to {target}: cannot be written ({error.strerror})') from error
+  try:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f'--to {target}: another process is writing it; wait for it') from error
+    except OSError:  # a file system without locks
+      pass
+    yield Unfinished(target, folder, _agreed(folder, target, plan))
+  finally:
+    os.close(lock)
+
+
+def _agreed(folder: pathlib.Path, target: pathlib.Path, plan: Plan) -> Plan:
+  """The plan that the folder was begun with, if it is the same but for the number of shards."""
+  for leftover in folder.glob('.*.partial'):
+    leftover.unlink()
+  file = folder / _PLAN
+  now = json.loads(json.dumps(dataclasses.asdict(plan)))
+  try:
+    begun = json.loads(file.read_text())
+  except FileNotFoundError:
+    partial = folder / '.plan.partial'
+    partial.write_text(json.dumps(now))
+    partial.rename(file)
+    begun = now
+  if different := [key for key in now if key != 'shards' and begun[key] != now[key]]:
+    key = different[0]
+    raise UserError(
+      f'--to {target}: was begun from other data ({key} was {begun[key]!r}, now {now[key]!r}); choose another folder, '
+      f'or remove {folder}'
+    )
+  return dataclasses.replace(plan, shards=begun['shards'])
+
+
+def pack(
+  source: Source,
+  to: str | os.PathLike[str],
+  *,
+  origin: Any,
+  shards: int | None = None,
+  workers: int = 1,
+  max_bad: float = 0.01,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+  """Writes every record of `source` in its order; returns what `Unfinished.finish` does.
+
+  shards    by default so many that one holds about half a GiB, and the workers all have some
+  max_bad   share of records that may be left out since they cannot be read; more raise UserError
+  progress  is called with the records done and to be done
+  """
+  if not len(source):
+    raise UserError('pack: the source has no records')
+  if shards is not None and not 1 <= shards <= len(source):
+    raise UserError(f'--shards {shards}: expected between 1 and the {len(source)} records')
+  plan = Plan(len(source), shards or _shards(source, workers), source.names, origin)
+  with unfinished(to, plan) as begun:
+    missing = begun.missing()
+    done = plan.records - sum(len(begun.plan.rows(shard)) for shard in missing)
+    progress(done, plan.records)
+    for shard in _written(begun, source, missing, workers):
+      done += len(begun.plan.rows(shard))
+      progress(done, plan.records)
+    _judge(begun, max_bad)
+    return begun.finish()
+
+
+def _written(begun: Unfinished, source: Source, missing: list[int], workers: int) -> Iterator[int]:
+  """The missing shards, each once it is written: by this process, or by several."""
+  if workers == 1:
+    for shard in missing:
+      _pack_shard(begun, source, shard)
+      yield shard
+    return
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(min(workers, len(missing)) or 1, context, _start) as pool:
+    futures = {pool.submit(_pack_shard, begun, source, shard): shard for shard in missing}
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        future.result()
+        yield futures[future]
+    except BrokenProcessPool as error:
+      raise UserError(
+        'pack: a worker process died, most often for want of memory; the same command goes on from what is written, '
+        'and fewer --workers need less'
+      ) from error
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
+def _judge(begun: Unfinished, max_bad: float) -> None:
+  notes = [begun.note(shard) or {} for shard in range(begun.plan.shards)]
+  skipped = sum(note['skipped'] for note in notes)
+  if skipped > max_bad * begun.plan.records:
+    reasons = [f'{key}: {reason}' for note in notes for key, reason in note['reasons'].items()]
+    raise UserError(
+      f'pack: {skipped} of {begun.plan.records} records cannot be read, more than --max-bad {max_bad:g}; the first '
+      f'are {"; ".join(reasons[:3])}; repair the source and remove {begun.folder}, or allow more'
+    )
+
+
+def _shards(source: Source, workers: int) -> int:
+  """By the size of some records; no fewer than the workers can share out evenly, where there are enough records."""
+  sizes = []
+  for index in range(0, len(source), max(1, len(source) // 16)):
+    with contextlib.suppress(BadRecord, OSError, ValueError):
+      sizes.append(len(encode_record(source[index])))
+  mean = sum(sizes) / len(sizes) if sizes else 0
+  return max(1, round(mean * len(source) / SHARD_BYTES), min(4 * workers, len(source) // 1000))
+
+
+def _start() -> None:
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+  threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _pack_shard(begun: Unfinished, source: Source, shard: int) -> None:
+  skipped: dict[str, str] = {}
+
+  def examples() -> Iterator[Example]:
+    for index in begun.plan.rows(shard):
+      try:
+        yield source[index]
+      except (BadRecord, OSError, ValueError) as error:
+        name = '' if isinstance(error, BadRecord) else f'{type(error).__name__}: '
+        skipped[source.key_of(index)] = name + ' '.join(str(error).split())
+
+  begun.write(shard, examples(), skipped)
