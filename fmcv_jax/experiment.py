@@ -29,6 +29,7 @@ import fmcv_jax
 from fmcv_jax import config as config_lib
 from fmcv_jax.data.array_record import ArrayRecord
 from fmcv_jax.data.augment import AUGMENTS, Augment
+from fmcv_jax.data.controls import Coarse, Control, Edges, Gray
 from fmcv_jax.data.digits import Digits
 from fmcv_jax.data.emoji import Emoji
 from fmcv_jax.data.folder import ImageFolder
@@ -56,6 +57,7 @@ from fmcv_jax.models.dino import dino
 from fmcv_jax.models.dit import dit
 from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.models.mae import mae
+from fmcv_jax.models.mmdit import mmdit
 from fmcv_jax.models.swin import swin
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.unet import unet
@@ -101,6 +103,7 @@ KINDS: config_lib.Kinds = {
     'dit': dit,
     'dual_encoder': dual_encoder,
     'mae': mae,
+    'mmdit': mmdit,
     'siglip': siglip,
     'swin': swin,
     'text_transformer': text_transformer,
@@ -121,6 +124,7 @@ KINDS: config_lib.Kinds = {
   ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
   Tokenizer: {'bpe': Bpe, 'clip_bpe': ClipBpe},
   Augment: AUGMENTS,
+  Control: {'coarse': Coarse, 'edges': Edges, 'gray': Gray},
   Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},
   Rule: {'adafactor': Adafactor, 'adamw': AdamW, 'lamb': Lamb, 'lion': Lion, 'muon': Muon},
   Evaluator: {

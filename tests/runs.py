@@ -145,6 +145,13 @@ def class_painter(folder, **changes):
   )
 
 
+def follower(folder, **changes):
+  """A diffusion of pixels, told classes, that a ControlNet steers by edges."""
+  unet = {'variant': 'mu', 'image_size': 16, 'channels': 3, 'widths': (16,), 'depths': (0,), 'layers': 1, 'context': 0}
+  objective = {'name': 'diffusion', 'network': {'name': 'unet', 'classes': 3, **unet}, 'control': {'name': 'edges'}}
+  return _resolved({**class_painter(folder), 'objective': objective}, changes)
+
+
 def untrained(config, workdir):
   """A workdir with the state before the first step."""
   run = experiment.Run(config, workdir)

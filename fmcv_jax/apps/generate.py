@@ -36,8 +36,9 @@ KNOWN = 1 << 20  # the draws with which what is known of a picture is noised
 class Painter:
   """The diffusion model of a workdir, opened for use on all devices.
 
-  told    what it has to be told: texts ('tokens'), classes ('label'), or nothing
-  size    sides of its pictures, in pixels
+  told      what it has to be told: texts ('tokens'), classes ('label'), or nothing
+  steered   whether it has a ControlNet, and so needs pictures to follow
+  size      sides of its pictures, in pixels
   """
 
   def __init__(self, workdir: str | pathlib.Path, *, step: int | None = None, batch: int = 64):
@@ -47,7 +48,7 @@ class Painter:
     generator = self._objective.generator(abstract.params, abstract.extra)
     if generator is None:
       raise UserError(f'{workdir}: its objective makes no pictures; give the workdir of a diffusion model')
-    self.process, self.told = generator.process, generator.told
+    self.process, self.told, self.steered = generator.process, generator.told, generator.control is not None
     self._subject, self.step = self._run.restored_subject(step)
     size = self._objective.example_batch['image'].shape[0]
     self.size, ways = size, self._run.placement.mesh.size
@@ -65,6 +66,8 @@ class Painter:
     steps      of the sampler; solver: one of SOLVERS; spacing: of its times (`times_of`)
     guidance   of the prompt (Ho & Salimans 2022), 1 for none; interval: (low, high) times of it; rescale: see `guided`
     negative   a text to move away from, in the place of none
+    control    for a model with a ControlNet, pictures uint8 [N, H, W, 3] to follow: it is shown what the model was
+               shown of images in training (edges, say) or, with drawn=True, themselves; control_scale: how much
     first      number of the first picture, for a request that is made in pieces
     progress   called with the number of pictures that are ready
     """
@@ -108,6 +111,9 @@ class Painter:
     masks: np.ndarray | None = None,
     strength: float = 1.0,
     other: str | None = None,
+    control: np.ndarray | None = None,
+    drawn: bool = False,
+    control_scale: float = 1.0,
     first: int = 0,
     progress: Callable[[int], Any] = lambda ready: None,
   ) -> np.ndarray:
@@ -132,9 +138,16 @@ class Painter:
       fields['image'] = images
     if masks is not None:
       fields['mask'] = masks
+    if self.steered != (control is not None):
+      wants = 'follows a picture; give one' if self.steered else 'has no ControlNet that could follow a picture'
+      raise UserError(f'--control: {self.workdir} {wants}')
+    if control is not None:
+      if control.shape != (count, self.size, self.size, 3):
+        raise UserError(f'--control: {list(control.shape[:3])} pixels, but {[count, self.size, self.size]} are needed')
+      fields |= {'control': control, 'control_scale': np.full(count, control_scale, np.float32)}
     # Along an interpolation the noise is one.
     fields['number'] = np.zeros(count, np.int32) if other is not None else first + np.arange(count, dtype=np.int32)
-    paint = self._compiled(solver, tuple(times), bool(self.told) and guidance != 1, interval, rescale)
+    paint = self._compiled(solver, tuple(times), bool(self.told) and guidance != 1, interval, rescale, drawn)
     made = []
     for start in range(0, count, self._batch):
       piece = {name: value[start : start + self._batch] for name, value in fields.items()}
@@ -150,16 +163,25 @@ class Painter:
     return np.concatenate(made)
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 (a painter lives as long as what it compiled)
-  def _compiled(self, solver, times, is_guided, interval, rescale):
+  def _compiled(self, solver, times, is_guided, interval, rescale, drawn):
     times = np.array(times)
 
     def paint(params, extra, batch, seed, guidance):
       with self._run.placement.active():
         g = self._objective.generator(params, extra)
         assert g is not None
+
+        def steered(condition):
+          if g.control is None:
+            return condition
+          pictures = batch['control'].astype(jnp.float32) / 255
+          pictures = pictures if drawn else g.control(pictures)
+          return condition._replace(control=pictures, control_scale=batch['control_scale'])
+
         condition = g.condition(batch)
         if 'share' in batch:
           condition = between(condition, g.condition({**batch, 'tokens': batch['other_tokens']}), batch['share'])
+        condition = steered(condition)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
 
         def denoise(x, time):
@@ -167,7 +189,7 @@ class Painter:
 
         if is_guided:
           told = {name.removeprefix('without_'): v for name, v in batch.items() if name.startswith('without_')}
-          without = g.condition({**batch, **told}, told=bool(told))
+          without = steered(g.condition({**batch, **told}, told=bool(told)))
           denoise = guided(g.denoise, condition, without, guidance, interval=interval, rescale=rescale)
         known = (
           g.encode(batch['image'].astype(jnp.float32) / 255) if 'image' in batch else jnp.zeros((len(keys), *g.shape))
@@ -307,6 +329,7 @@ def run(
   expand: float | None = None,
   strength: float = 0.6,
   interpolate: bool = False,
+  control: str | None = None,
   **options: Any,
 ) -> pathlib.Path:
   """`count` pictures for each prompt; writes them and a grid, a row a prompt, to `output`; returns the grid's path."""
@@ -316,8 +339,9 @@ def run(
     raise UserError('--interpolate: goes from one prompt to a second; give two, and no image')
   if (mask or expand) and not image:
     raise UserError('--mask and --expand: need an --image')
-  if image and not pathlib.Path(image).is_file():
-    raise UserError(f'{image}: no such image file')
+  for file in (image, control):
+    if file and not pathlib.Path(file).is_file():
+      raise UserError(f'{file}: no such image file')
   console, painter = Console(), Painter(model, step=step)
   if not painter.told:
     prompts = ['']
@@ -331,6 +355,8 @@ def run(
   def repeated(x):
     return np.repeat(x[None], len(rows), axis=0)
 
+  if control:
+    options['control'] = repeated(read_image(control, painter.size))
   with Progress(console=console) as bar:
     task = bar.add_task('painting', total=len(rows))
     options['progress'] = lambda ready: bar.advance(task, ready)
@@ -347,7 +373,7 @@ def run(
         pictures = painter.edit(repeated(given), rows, strength=strength, seed=seed, **options)
   folder = pathlib.Path(output)
   folder.mkdir(parents=True, exist_ok=True)
-  settings = {name: value for name, value in options.items() if name != 'progress'}
+  settings = {name: value for name, value in options.items() if name != 'progress'} | {'control': control}
   about = {'model': str(model), 'step': painter.step, 'seed': seed, **settings}
   about |= {'image': image, 'mask': mask, 'expand': expand, 'strength': strength} if image else {}
   for index, (prompt, picture) in enumerate(zip(rows, pictures, strict=True)):

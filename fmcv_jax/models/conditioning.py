@@ -18,6 +18,7 @@ class Condition(NamedTuple):
   mask     bool [B, L], which of them are words; None for all
   pooled   the whole text, [B, P]
   beside   what stands in further channels next to x, [B, H, W, K], such as a hole's mask and the picture around it
+  control  a picture [B, rows, columns, 3] in [0, 1] that steers by a ControlNet, and how much [B], None for 1
   """
 
   label: jax.Array | None = None
@@ -25,6 +26,8 @@ class Condition(NamedTuple):
   mask: jax.Array | None = None
   pooled: jax.Array | None = None
   beside: jax.Array | None = None
+  control: jax.Array | None = None
+  control_scale: jax.Array | None = None
 
 
 NOTHING = Condition()

@@ -36,10 +36,14 @@ def modulation(c: jax.Array, parts: int, width: int, dtype: str) -> list[jax.Arr
 
 def plain_norm(x: jax.Array, config: BlockConfig, shift: jax.Array, scale: jax.Array) -> jax.Array:
   """LayerNorm whose scale and shift are the condition's."""
-  norm = nn.LayerNorm(
+  return bare_norm(config)(x) * (1 + scale) + shift
+
+
+def bare_norm(config: BlockConfig) -> nn.LayerNorm:
+  """LayerNorm without parameters."""
+  return nn.LayerNorm(
     epsilon=config.eps, dtype=jnp.dtype(config.dtype), use_bias=False, use_scale=False, use_fast_variance=False
   )
-  return norm(x) * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):

@@ -5,15 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> np.ndarray:
+def sincos_2d(
+  height: int,
+  width: int,
+  dim: int,
+  temperature: float = 10_000.0,
+  *,
+  first: tuple[float, float] = (0.0, 0.0),
+  step: float = 1.0,
+) -> np.ndarray:
   """Fixed 2-D table, float32 [height * width, dim], row by row (MoCo v3, Chen et al. 2021; MAE, He et al. 2022).
 
   The four quarters of `dim` are sin and cos of the column, then sin and cos of the row, at `dim / 4` frequencies.
+  Rows and columns are counted from `first` on, by `step`.
   """
   if dim % 4:
     raise ValueError(f'a 2-D sine-cosine table needs a width divisible by 4, got {dim}')
   frequency = temperature ** -(np.arange(dim // 4) / (dim // 4))
-  rows, columns = np.mgrid[:height, :width].astype(np.float64).reshape(2, -1, 1)
+  rows, columns = np.array(first).reshape(2, 1, 1) + step * np.mgrid[:height, :width].reshape(2, -1, 1)
   parts = (np.sin(columns * frequency), np.cos(columns * frequency), np.sin(rows * frequency), np.cos(rows * frequency))
   return np.concatenate(parts, axis=1).astype(np.float32)
 

@@ -128,18 +128,30 @@ class Pyramid:
     return nn.remat(module, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
 
+class Residuals(NamedTuple):
+  """What steers a UNet: to be added to the inputs of its way up, one for each, and to its lowest level."""
+
+  skips: list[jax.Array]
+  middle: jax.Array
+
+
 class Encoder(nn.Module):
-  """x [B, H, W, C] -> the inputs of the way up, one for each block and conv; the lowest level [B, h, w, D]; Told."""
+  """x [B, H, W, C] -> the inputs of the way up, one for each block and conv; the lowest level [B, h, w, D]; Told.
+
+  `hint` [B, H, W, widths[0]] is added to what the first convolution makes of x.
+  """
 
   pyramid: Pyramid
   classes: int = 0
   pooled_text: bool = False
 
   @nn.compact
-  def __call__(self, x, time, condition: Condition = NOTHING, *, train: bool = False):
+  def __call__(self, x, time, condition: Condition = NOTHING, *, hint: jax.Array | None = None, train: bool = False):
     p = self.pyramid
     told = self._told(time, condition)
     x = conv(p.widths[0], p.dtype, 'conv_in')(constrain(x, 'batch', None, None, None))
+    if hint is not None:
+      x = x + hint
     skips = [x]
     for level, features in enumerate(p.widths):
       for layer in range(p.layers):
@@ -197,7 +209,7 @@ class UNet(nn.Module):
 
   `classes` is their number, 0 for a network that is told none: with words a class is a text of one word, without it is
   added to the time. `pooled_text` adds Condition.pooled to the time; `beside` is the number of further channels that
-  Condition.beside has. With dropout, training needs the rng 'dropout'.
+  Condition.beside has. `residuals` are those of a ControlNet. With dropout, training needs the rng 'dropout'.
   """
 
   pyramid: Pyramid
@@ -214,12 +226,17 @@ class UNet(nn.Module):
     return bool(self.pyramid.context) and not self.classes
 
   @nn.compact
-  def __call__(self, x, time, condition: Condition = NOTHING, *, train: bool = False):
+  def __call__(
+    self, x, time, condition: Condition = NOTHING, *, residuals: Residuals | None = None, train: bool = False
+  ):
     if self.beside:
       beside: Any = condition.beside
       x = jnp.concatenate([x, beside.astype(x.dtype)], axis=-1)
     encoder = Encoder(self.pyramid, self.classes, self.pooled_text, name='encoder')
     skips, x, told = encoder(x, time, condition, train=train)
+    if residuals is not None:
+      skips = [skip + more for skip, more in zip(skips, residuals.skips, strict=True)]
+      x = x + residuals.middle
     return Decoder(self.pyramid, self.outputs, name='decoder')(skips, x, told, train=train).astype(jnp.float32)
 
 

@@ -44,6 +44,7 @@ class Generator(NamedTuple):
   told        'tokens', 'label', both or neither
   encode      images [B, H, W, 3] in [0, 1] -> x
   decode      x -> images in [0, 1]
+  control     images -> the pictures that steer (Condition.control); None for a model that is not steered
   """
 
   process: Process
@@ -53,6 +54,7 @@ class Generator(NamedTuple):
   told: tuple[str, ...]
   encode: Callable[[jax.Array], jax.Array]
   decode: Callable[[jax.Array], jax.Array]
+  control: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Objective(abc.ABC):

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
+from fmcv_jax.data.controls import Control
 from fmcv_jax.diffusion.process import Process, TimesName, WeightName, alphas_cumprod
 from fmcv_jax.models.autoencoder import Autoencoder
 from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.models.controlnet import ControlNet, controlnet
 from fmcv_jax.models.layers import dense, unit
 from fmcv_jax.models.text import TextTransformer
+from fmcv_jax.models.unet import UNet
 from fmcv_jax.models.vit import ViT, patch_features
 from fmcv_jax.objectives.base import Generator, Objective
 
@@ -64,6 +67,8 @@ class Diffusion(Objective):
   weighting      of the error by noise level (`Process.weight`), and its `strength`
   times          distribution of the times (`Process.draw_times`), with mean and standard deviation where it is normal
   align          REPA
+  control        what a ControlNet is shown of each image; it alone is trained, and begins with a copy of the network's
+                 way down, which is frozen: by init_from at 'extra/network' and 'params/control/encoder'
   """
 
   network: nn.Module
@@ -79,6 +84,7 @@ class Diffusion(Objective):
   times_mean: float = 0.0
   times_std: float = 1.0
   align: Alignment | None = None
+  control: Control | None = None
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
@@ -110,6 +116,14 @@ class Diffusion(Objective):
       raise ValueError('align: reads the tokens of a transformer; use network.name=dit')
     if self.align is not None and not 1 <= self.align.layer <= network.depth:
       raise ValueError(f'align.layer: {self.align.layer} is not one of the {network.depth} layers')
+    if self.control is not None:
+      if not isinstance(network, UNet):
+        raise ValueError('control: steers a convolutional network; use network.name=unet')
+      controlnet(network, self.image_size // network.image_size)
+
+  @property
+  def frozen_networks(self):
+    return ('network',) if self.control is not None else ()
 
   @property
   def image_size(self) -> int:
@@ -135,7 +149,7 @@ class Diffusion(Objective):
     return shapes
 
   def init(self, rng):
-    keys = iter(jax.random.split(rng, 5))
+    keys = iter(jax.random.split(rng, 6))
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     extra = {}
     if self.autoencoder is not None:
@@ -143,8 +157,11 @@ class Diffusion(Objective):
     if self.text is not None:
       extra['text'] = self.text.init(next(keys), jnp.zeros((1, self.text.length), jnp.int32))['params']
     batch = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.example_batch.items()}
-    condition, x = self.condition(extra, batch), jnp.zeros((1, *self.shape))
+    condition, x = self.condition(extra, batch, images=images), jnp.zeros((1, *self.shape))
     params = {'network': self.network.init(next(keys), x, jnp.zeros(1), condition)['params']}
+    if self.control is not None:
+      extra |= params
+      params = {'control': self._controlnet.init(next(keys), x, jnp.zeros(1), condition)['params']}
     if self.align is not None:
       extra['teacher'] = self.align.teacher.init(next(keys), self._for_teacher(images))['params']
       tokens = jnp.zeros((1, 1, self.network.width))
@@ -160,9 +177,8 @@ class Diffusion(Objective):
     noise = jax.random.normal(noise_rng, x0.shape)
     x = self.process.diffuse(x0, noise, time)
     tap = self.align.layer if self.align else None
-    output = self._apply(
-      params, x, time, self.condition(extra, batch, keep), train=True, rng=rng, **({'tap': tap} if tap else {})
-    )
+    condition = self.condition(extra, batch, keep, images)
+    output = self._apply(params, extra, x, time, condition, rng=rng, **({'tap': tap} if tap else {}))
     output, tokens = output if tap else (output, None)
     errors = self._errors(output, x0, noise, time)
     loss = jnp.mean(self.process.weight(time, self.weighting, self.strength) * errors)
@@ -175,8 +191,10 @@ class Diffusion(Objective):
       loss -= self.align.weight * metrics['alignment']
     return loss, (metrics, {})
 
-  def condition(self, extra, batch, keep=None) -> Condition:
-    """What a batch tells the network; nothing of examples whose `keep` (bool [B]) is false."""
+  def condition(self, extra, batch, keep=None, images=None) -> Condition:
+    """What a batch tells the network; nothing of examples whose `keep` (bool [B]) is false. What steers is always told,
+    and made of `images` [B, H, W, 3] in [0, 1].
+    """
     label = text = mask = pooled = None
     if self.network.classes:
       label = batch['label'] if keep is None else jnp.where(keep, batch['label'], self.network.classes)
@@ -186,21 +204,22 @@ class Diffusion(Objective):
         tokens = jnp.where(keep[:, None], tokens, empty_text(tokens))
       features: Any = self.text.apply({'params': extra['text']}, tokens)
       text, mask, pooled = features.tokens, tokens != 0, features.pooled
-    return Condition(label, text, mask, pooled)
+    control = None if self.control is None or images is None else self.control(images)
+    return Condition(label, text, mask, pooled, control=control)
 
   def functions(self):
     return {'denoising_errors': self.denoising_errors}
 
   def denoising_errors(self, params, extra, batch):
     """float32 [B, LEVELS]: the squared error at as many times from none to all of the noise, drawn for each record."""
-    x0 = self._encode(extra, batch['image'].astype(jnp.float32) / 255)
-    condition = self.condition(extra, batch)
+    images = batch['image'].astype(jnp.float32) / 255
+    x0, condition = self._encode(extra, images), self.condition(extra, batch, images=images)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), batch['index'])
 
     def at(time, level):
       noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), x0.shape[1:]))(keys)
       times = jnp.full(x0.shape[:1], time)
-      output = self._apply(params, self.process.diffuse(x0, noise, times), times, condition)
+      output = self._apply(params, extra, self.process.diffuse(x0, noise, times), times, condition)
       return self._errors(output, x0, noise, times)
 
     times = jnp.asarray((np.arange(LEVELS) + 0.5) / LEVELS * self.process.last, jnp.float32)
@@ -217,17 +236,21 @@ class Diffusion(Objective):
       return jnp.clip(self.normalize.undo(x), 0, 1)
 
     def denoise(x, time, condition):
-      return self._apply(params, x, time, condition)
+      return self._apply(params, extra, x, time, condition)
 
     def condition(batch, told=True):
       count = len(next(iter(batch.values())))
       return self.condition(extra, batch, None if told else jnp.zeros(count, bool))
 
-    return Generator(self.process, self.shape, denoise, condition, self.told, encode, decode)
+    return Generator(self.process, self.shape, denoise, condition, self.told, encode, decode, self.control)
 
-  def _apply(self, params, x, time, condition, *, rng=None, **options) -> Any:
-    rngs = None if rng is None else {'dropout': jax.random.fold_in(rng, 5)}
-    return self.network.apply({'params': params['network']}, x, time, condition, rngs=rngs, **options)
+  def _apply(self, params, extra, x, time, condition, *, rng=None, **options) -> Any:
+    """With an rng, as in training."""
+    train: dict[str, Any] = {} if rng is None else {'train': True, 'rngs': {'dropout': jax.random.fold_in(rng, 5)}}
+    if self.control is None:
+      return self.network.apply({'params': params['network']}, x, time, condition, **train, **options)
+    residuals = self._controlnet.apply({'params': params['control']}, x, time, condition, **train)
+    return self.network.apply({'params': extra['network']}, x, time, condition, residuals=residuals)
 
   def _encode(self, extra, images, rng=None):
     """x of images [B, H, W, 3] in [0, 1]; with an rng, a sample of the autoencoder's latent, without one its mean."""
@@ -263,6 +286,11 @@ class Diffusion(Objective):
     divergence = 0.5 * (ratio - 1 + jnp.exp(-ratio) * (1 + jnp.square(off) / at(small)))
     bits = divergence.mean((1, 2, 3)) / np.log(2)
     return jnp.mean(jnp.where(time > 0, bits, 0))
+
+  @property
+  def _controlnet(self) -> ControlNet:
+    unet: Any = self.network
+    return controlnet(unet, self.image_size // unet.image_size)
 
   @property
   def _projector(self) -> Projector:

@@ -46,10 +46,11 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?prototypes', ('embed', 'vocab')),
   (r'(.*/)?lengths', ('vocab',)),
   # Diffusion and autoencoders: images and latents have few channels, which no mesh divides.
+  (r'(.*/)?hint/\w+/kernel', (None, None, None, None)),
   (r'(.*/)?conv_(out|logit)/kernel', (None, None, 'embed', None)),
   (r'(.*/)?conv\w*/kernel', (None, None, None, 'embed')),
-  (r'(.*/)?(conv\w*|shortcut|modulation|quantize|unquantize|enter|leave)/bias', (None,)),
-  (r'(.*/)?(shortcut|modulation|enter|leave)/kernel', ('embed', None)),
+  (r'(.*/)?(conv\w*|shortcut|modulation|quantize|unquantize|enter|leave|zero_\w+)/bias', (None,)),
+  (r'(.*/)?(shortcut|modulation|enter|leave|zero_\w+)/kernel', ('embed', None)),
   (r'(.*/)?(quantize|unquantize)/kernel', (None, None)),
   (r'(.*/)?classes/embedding', (None, 'embed')),
   (r'temperature|bias', ()),

@@ -11,6 +11,7 @@ from fmcv_jax import __main__ as door
 from fmcv_jax.apps import generate
 from fmcv_jax.apps.generate import Painter, expanded
 from fmcv_jax.data.array_record import ArrayRecord
+from fmcv_jax.data.controls import Edges
 from fmcv_jax.errors import UserError
 from tests import runs
 
@@ -107,12 +108,46 @@ def test_classes_are_named_or_numbered_and_become_a_data_set(folder, tmp_path):
   assert made[1]['text'] == 'b'
 
 
+@pytest.mark.slow
+def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_path, capsys):
+  model = runs.untrained(runs.follower(folder), tmp_path)
+  args = ['generate', 'a', '--model', str(model), '-n', '1', '--steps', '2', '--output', str(tmp_path / 'out')]
+  assert door.main(args) == 2
+  assert f'--control: {model} follows a picture; give one' in capsys.readouterr().err
+  file = str(folder / 'a' / '0.png')
+  assert door.main([*args, '--control', file, '--control-scale', '0.5']) == 0
+  about = json.loads(Image.open(tmp_path / 'out' / 'grid.png').text['fmcv'])
+  assert (about['control'], about['control_scale'], about['drawn']) == (file, 0.5, False)
+
+  painter = Painter(model)
+  keys = iter(jax.random.split(jax.random.key(5), 1000))
+  for tree in (painter._subject.params, painter._subject.extra):
+    tree.update(jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), tree))
+  shapes = np.zeros((2, 16, 16, 3), np.uint8)
+  shapes[0, 4:12, 4:12] = 255
+  shapes[1, :, 8:] = 255
+  edges = np.round(255 * np.asarray(Edges()(shapes / np.float32(255)))).astype(np.uint8)
+  plain, square, half, drawn = (
+    painter.generate(['a'], steps=2, **options)[0].astype(int)
+    for options in (
+      dict(control=shapes[:1], control_scale=0.0),
+      dict(control=shapes[:1]),
+      dict(control=shapes[1:]),
+      dict(control=edges[:1], drawn=True),
+    )
+  )
+  np.testing.assert_array_equal(drawn, square)
+  assert np.abs(square - plain).max() > 1
+  assert np.abs(square - half).max() > 1
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
     (['--steps', '0'], '--steps: 0 is not between 1 and 1000'),
     (['--image', 'IMAGE', '--mask', 'IMAGE'], 'IMAGE: [20, 20] pixels, but the pictures of this model have [16, 16]'),
     (['--image', 'TEXT'], 'no image: 8 bytes'),
+    (['--control', 'IMAGE'], 'has no ControlNet that could follow a picture'),
   ],
 )
 def test_bad_requests_end_in_one_line(texts, folder, tmp_path, options, message, capsys):

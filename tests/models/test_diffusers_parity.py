@@ -10,7 +10,9 @@ import pytest
 
 from fmcv_jax.models.autoencoder import Autoencoder
 from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.models.controlnet import controlnet
 from fmcv_jax.models.dit import dit
+from fmcv_jax.models.mmdit import mmdit
 from fmcv_jax.models.unet import unet
 from fmcv_jax.parallel.rules import path_of
 
@@ -215,3 +217,93 @@ def test_stable_diffusions_unet():
   both = nchw(np.concatenate([x, beside], axis=-1))
   theirs = reference(both, torch.from_numpy(EARLY), torch.from_numpy(text).double()).sample
   compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY, told), shapes, UNET)
+
+
+def test_controlnet_steers_the_unet():
+  widths = (128, 160)
+  shape = dict(block_out_channels=widths, layers_per_block=1, cross_attention_dim=24, attention_head_dim=4)
+  down = ('CrossAttnDownBlock2D', 'DownBlock2D')
+  base = diffusers.UNet2DConditionModel(
+    sample_size=4, **shape, down_block_types=down, up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D')
+  )
+  base = randomized(base).requires_grad_(False)
+  reference = randomized(diffusers.ControlNetModel(**shape, down_block_types=down))
+  made = unet('sd1', image_size=4, widths=widths, depths=(1, 0), layers=1, context=24)
+  network = dataclasses.replace(made, pyramid=dataclasses.replace(made.pyramid, heads=(4, 4)))
+  steering = controlnet(network, 8)
+  rng = np.random.default_rng(0)
+  x, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 4, 4, 4), (2, 7, 24)))
+  told = Condition(text=text, control=rng.uniform(size=(2, 32, 32, 3)).astype(np.float32))
+  told = told._replace(control_scale=np.array([0.7, 0.7], np.float32))
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
+  unet_params = adopted(dict(base.named_parameters()), shapes, UNET)
+  shapes = jax.eval_shape(lambda: steering.init(jax.random.key(0), x, EARLY, told))['params']
+  inputs = nchw(x), torch.from_numpy(EARLY), torch.from_numpy(text).double()
+  down, middle = reference(*inputs, nchw(told.control), conditioning_scale=0.7, return_dict=False)
+  theirs = base(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+
+  def apply(params):
+    residuals = steering.apply({'params': params}, x, EARLY, told)
+    return network.apply({'params': unet_params}, x, EARLY, told, residuals=residuals)
+
+  spelling = (
+    (r'controlnet_cond_embedding/blocks/', 'hint/conv'),
+    (r'controlnet_cond_embedding/', 'hint/'),
+    (r'controlnet_down_blocks/', 'zero_'),
+    *UNET,
+    (r'controlnet_mid_block/', 'zero_middle/'),
+  )
+  compare(reference, theirs, apply, shapes, spelling)
+
+
+MMDIT = (
+  (r'pos_embed/proj', 'patch'),
+  (r'time_text_embed/timestep_embedder', 'time_embedding'),
+  (r'time_text_embed/time_embedding', 'time_embedding'),
+  (r'time_text_embed/text_embedder', 'text_embedding'),
+  (r'context_embedder', 'enter'),
+  (r'norm_out/linear', 'modulation'),
+  (r'proj_out', 'head'),
+  (r'blocks/2/', 'last/'),
+  (r'(blocks/\d|last)/norm1_context/linear', r'\1/text/modulation'),
+  (r'(blocks/\d|last)/modulation', r'\1/image/modulation'),
+  (r'ff_context/net/0/proj', 'text/mlp/up'),
+  (r'ff_context/net/2', 'text/mlp/down'),
+  (r'(blocks/\d|last)/mlp', r'\1/image/mlp'),
+  (r'attn/add_q_proj', 'text/attention/query'),
+  (r'attn/add_k_proj', 'text/attention/key'),
+  (r'attn/add_v_proj', 'text/attention/value'),
+  (r'attn/to_add_out', 'text/attention/out'),
+  (r'attn/norm_added_q/kernel', 'text/attention/query_norm/scale'),
+  (r'attn/norm_added_k/kernel', 'text/attention/key_norm/scale'),
+  (r'attn/norm_q/kernel', 'image/attention/query_norm/scale'),
+  (r'attn/norm_k/kernel', 'image/attention/key_norm/scale'),
+  (r'attn/', 'image/attention/'),
+)
+
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_mmdit(qk_norm):
+  reference = randomized(
+    diffusers.SD3Transformer2DModel(
+      sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+      num_attention_heads=4, joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=20,
+      pos_embed_max_size=6, qk_norm='rms_norm' if qk_norm else None,
+    )
+  )  # fmt: skip
+  network = mmdit('mu/2', image_size=8, channels=4, depth=3, heads=4, qk_norm=qk_norm, positions=6)
+  rng = np.random.default_rng(0)
+  x, text, pooled = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
+  told = Condition(text=text, pooled=pooled)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
+  theirs = reference(
+    nchw(x), torch.from_numpy(text).double(), torch.from_numpy(pooled).double(), torch.from_numpy(EARLY)
+  ).sample
+
+  def apply(params):
+    # Two of their modulations give the scale before the shift.
+    for part in (params, params['last']['text']):
+      part['modulation'] = jax.tree.map(lambda x: jnp.roll(x, x.shape[-1] // 2, axis=-1), part['modulation'])
+    return network.apply({'params': params}, x, EARLY, told)
+
+  compare(reference, theirs, apply, shapes, MMDIT)

@@ -10,7 +10,9 @@ import pytest
 
 from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.models.controlnet import controlnet
 from fmcv_jax.models.dit import dit
+from fmcv_jax.models.mmdit import mmdit
 from fmcv_jax.models.unet import unet
 from tests.models.test_tables import assert_gmac, count
 
@@ -107,3 +109,31 @@ def test_unets(variant, options, parameters, size, words, gmac):
   assert count(variables) == parameters
   if gmac:
     assert_gmac(gmac, network.apply, variables, *inputs)
+
+
+@pytest.mark.slow
+def test_controlnet_of_stable_diffusion():
+  network = controlnet(unet('sd1'), 8)
+  told = Condition(text=abstract(1, 77, 768), control=abstract(1, 512, 512, 3))
+  inputs = abstract(1, 64, 64, 4), abstract(1), told
+  variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+  assert count(variables) == 361_279_120
+  assert count(variables['params']['hint']) == 1_086_480
+  assert_gmac('141.646', network.apply, variables, *inputs)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'qk_norm', 'parameters'),
+  [
+    ('d15/2', False, 496_066_624),
+    ('d18/2', False, 856_159_552),
+    ('d24/2', False, 2_028_328_000),  # Stable Diffusion 3 medium
+    ('d38/2', True, 8_056_627_520),  # 3.5 large
+  ],
+)
+def test_mmdit_with_the_text_towers_of_stable_diffusion_3(variant, qk_norm, parameters):
+  told = Condition(text=abstract(1, 154, 4096), pooled=abstract(1, 2048))
+  network = mmdit(variant, qk_norm=qk_norm, positions=192)
+  assert (
+    count(jax.eval_shape(network.init, jax.random.key(0), abstract(1, 128, 128, 16), abstract(1), told)) == parameters
+  )

@@ -1,12 +1,16 @@
 """Claims about the diffusion transformer that no published network is needed for."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.conditioning import Condition, sinusoids
 from fmcv_jax.models.dit import dit, picture_of
+from fmcv_jax.models.mmdit import mmdit
 from fmcv_jax.models.vit import patches_of
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
@@ -20,6 +24,7 @@ TEXT = Condition(
   pooled=RNG.normal(size=(8, 16)).astype(np.float32),
 )
 TOLD = dict(image_size=8, cross_attention=True, pooled_text=True)
+MMDIT = mmdit('mu/2', image_size=8, channels=4, positions=6)
 
 
 def test_picture_of_undoes_patches_of_on_oblong_pictures_of_any_channels():
@@ -36,8 +41,8 @@ def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
   np.testing.assert_array_equal(first, last)
 
 
-def test_text_reaches_the_picture_and_masked_words_do_not(random_variables):
-  network = dit('mu/2', **TOLD)
+@pytest.mark.parametrize('network', [dit('mu/2', **TOLD), MMDIT], ids=['dit', 'mmdit'])
+def test_text_reaches_the_picture_and_masked_words_do_not(network, random_variables):
   variables = random_variables(network, X, TIME, TEXT)
   apply = jax.jit(network.apply)
   before = apply(variables, X, TIME, TEXT)
@@ -45,6 +50,19 @@ def test_text_reaches_the_picture_and_masked_words_do_not(random_variables):
   np.testing.assert_array_equal(apply(variables, X, TIME, hidden), before)
   for other in (TEXT._replace(text=TEXT.text + 1), TEXT._replace(pooled=TEXT.pooled + 1)):
     assert np.abs(apply(variables, X, TIME, other) - before).max() > 1e-3
+
+
+def test_an_mmdit_taps_every_block_and_the_last_one_ends_the_scan(random_variables):
+  network = mmdit('mu/2', image_size=8, channels=4, depth=3)
+  variables = random_variables(network, X, TIME, TEXT)
+  apply = jax.jit(network.apply)
+  plain = apply(variables, X, TIME, TEXT)
+  taps = []
+  for tap in (1, 2, 3):
+    output, tokens = apply(variables, X, TIME, TEXT, tap=tap)
+    np.testing.assert_allclose(output, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
+    taps.append(tokens)
+  assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.pairwise(taps))
 
 
 def test_remat_and_unrolling_change_no_result(random_variables):
@@ -82,8 +100,8 @@ def assert_same_on_a_mesh(network, variables, *inputs):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-def test_dit_split_over_eight_devices_equals_one(random_variables):
-  network = dit('mu/2', **TOLD)
+@pytest.mark.parametrize('network', [dit('mu/2', **TOLD), MMDIT], ids=['dit', 'mmdit'])
+def test_denoisers_split_over_eight_devices_equal_one(network, random_variables):
   assert_same_on_a_mesh(network, random_variables(network, X, TIME, TEXT), X, TIME, TEXT)
 
 

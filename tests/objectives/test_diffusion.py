@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmcv_jax.data.controls import Edges
 from fmcv_jax.diffusion.process import Process, alphas_cumprod
 from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.dit import dit
@@ -41,6 +42,53 @@ def test_training_on_eight_devices_equals_one_and_leaves_what_is_frozen_as_it_wa
   jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.state.extra))
   eight = Trainer(painter(), MeshShape(data=2, fsdp=2, tensor=2)).run(batches)
   np.testing.assert_allclose(eight, one, rtol=2e-5)
+
+
+def steered():
+  network = unet('mu', image_size=8, channels=3, widths=(16,), depths=(0,), layers=1, classes=10, context=0)
+  return Diffusion(network, Process('linear'), control=Edges(), drop=0.5)
+
+
+def shaken(tree):
+  """Away from its birth a network's last convolution says something, and so does what steers it."""
+  keys = iter(jax.random.split(jax.random.key(7), 200))
+  return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), tree)
+
+
+def test_a_new_controlnet_changes_nothing_and_one_that_learnt_steers():
+  objective = steered()
+  params, extra = jax.jit(lambda key: (lambda params, extra: (params, shaken(extra)))(*objective.init(key)))(
+    jax.random.key(1)
+  )
+  images, time = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
+  batch = {'image': (255 * images).astype(jnp.uint8), 'label': jnp.array([1, 2])}
+
+  @jax.jit
+  def said(params):
+    paints = objective.generator(params, extra)
+    condition = paints.condition(batch)._replace(control=paints.control(images))
+    return paints.denoise(images, time, condition)
+
+  alone = Diffusion(objective.network, objective.process).generator(extra, {})
+  expected = jax.jit(lambda: alone.denoise(images, time, alone.condition(batch)))()
+  np.testing.assert_allclose(said(params), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+  assert np.abs(said(shaken(params)) - expected).max() > 1e-3
+  assert (set(params), set(extra), objective.frozen_networks) == ({'control'}, {'network'}, ('network',))
+  assert jax.tree.map(jnp.shape, params['control']['encoder']) == jax.tree.map(jnp.shape, extra['network']['encoder'])
+
+
+@pytest.mark.slow
+def test_a_controlnet_trains_on_eight_devices_as_on_one():
+  batches = [batch_of(steered(), seed) for seed in range(3)]
+  losses = []
+  for devices, mesh in ((1, MeshShape()), (8, MeshShape(data=2, fsdp=2, tensor=2))):
+    trainer = Trainer(steered(), mesh, devices)
+    extra = jax.jit(shaken, out_shardings=trainer.shardings.extra)(trainer.state.extra)
+    trainer.state = trainer.state.replace(extra=extra)
+    before = jax.device_get(extra)
+    losses.append(trainer.run(batches))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.state.extra))
+  np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
 @pytest.mark.slow
@@ -145,6 +193,7 @@ def test_the_generator_gives_pictures_back():
       'latents of the autoencoder',
     ),
     (dict(align=Alignment(vit('mu/8'), layer=3)), 'align.layer: 3 is not one of the 2 layers'),
+    (dict(control=Edges()), 'control: steers a convolutional network'),
   ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
