@@ -100,6 +100,17 @@ def pack(args: argparse.Namespace, overrides: list[str]) -> None:
   pack_app.run(args.source, args.to, overrides, shards=args.shards, workers=args.workers, max_bad=args.max_bad)
 
 
+def data(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import data_bench, data_show
+
+  if args.show is None and not args.bench:
+    raise UserError('give --show N, --bench or both')
+  if args.show is not None:
+    data_show.run(args.config, overrides, count=args.show, output=args.output)
+  if args.bench:
+    data_bench.run(args.config, overrides, seconds=args.seconds, step=not args.no_step)
+
+
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.plan import planning
 
@@ -203,6 +214,12 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
   sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt (default: 4)')
   sub.add_argument('--seed', type=int, default=0)
+  sub = add(data, "Show what a config's model sees, or how fast its data comes.", config='', workdir=False)
+  sub.add_argument('--show', type=int, metavar='N', help='draw so many examples as the network is given them')
+  sub.add_argument('--output', default='data.png', metavar='FILE', help='for the picture (default: data.png)')
+  sub.add_argument('--bench', action='store_true', help='images a second of every stage, and the bottleneck')
+  sub.add_argument('--seconds', type=float, default=5.0, help='for each stage of --bench (default: 5)')
+  sub.add_argument('--no-step', action='store_true', help='bench the input alone, without the train step')
   sub = add(pack, 'Write any data source as ArrayRecord shards; run again, it goes on.', workdir=False)
   sub.add_argument('source', metavar='SOURCE', help="a config's FILE.py[:ARG], a path, or a name such as emoji")
   sub.add_argument('--to', required=True, metavar='DIR', help='a new folder')

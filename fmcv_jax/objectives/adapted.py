@@ -123,6 +123,9 @@ class Adapted(Objective):
   def for_run(self, steps):
     return dataclasses.replace(self, objective=self.objective.for_run(steps))
 
+  def hidden_patches(self, rng, images):
+    return self.objective.hidden_patches(rng, images)
+
   def functions(self):
     def of_whole(function):
       return lambda params, extra, batch: function(self.whole(params, extra), _rest(extra), batch)

@@ -95,6 +95,13 @@ class Objective(abc.ABC):
     """This objective in a run of so many steps, for schedules of its own that last as long as the run."""
     return self
 
+  def hidden_patches(self, rng: jax.Array, images: int) -> jax.Array | None:
+    """What the loss of a batch of so many images hides from the network with this rng, bool [B, views, rows, columns].
+
+    The views are the first of those that it gives the network. None where nothing is hidden.
+    """
+    return None
+
   def functions(self) -> Mapping[str, Callable[[Params, Any, Batch], jax.Array]]:
     """What a trained model offers to evaluators and apps: name -> fn(params, extra, batch) -> [B, ...].
 

@@ -153,6 +153,12 @@ class SelfDistillation(Objective):
     picked = jnp.argsort(~masked, axis=1)[:, : most_hidden(self.grid, self.hidden)].astype(jnp.int32)
     return masked, picked, jnp.take_along_axis(masked, picked, axis=1).astype(jnp.float32)
 
+  def hidden_patches(self, rng, images):
+    if not self.patch_weight:
+      return None
+    masked, _, _ = self.masks(jax.random.split(rng, 4)[2], images * GLOBALS)
+    return masked.reshape(images, GLOBALS, *self.grid)
+
   def targets_of(self, scores, extra, name, temperature, valid=None):
     """The teacher's answers, probabilities [N, K], from its scores."""
     if self.targets == 'sinkhorn':

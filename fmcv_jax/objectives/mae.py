@@ -52,15 +52,23 @@ class MaskedAutoencoding(Objective):
     return self.network.init(rng, images, order, visible=self.visible)['params'], {}
 
   def loss(self, params, batch, rng, extra):
-    augment_rng, order_rng, dropout_rng = jax.random.split(rng, 3)
+    augment_rng, _, dropout_rng = jax.random.split(rng, 3)
     images = self.normalize(augmented(batch['image'], self.augment, augment_rng))
-    order = random_order(order_rng, images.shape[0], self.patches)
+    order = self.order(rng, images.shape[0])
     predicted: Any = self.network.apply(
       {'params': params}, images, order, visible=self.visible, train=True, rngs={'dropout': dropout_rng}
     )
     target, _ = patches_of(images, self.network.encoder.patch)
     target = standardized(target)[0] if self.normalized else target
     return hidden_error(predicted.pixels, target, order, self.visible), ({}, {})
+
+  def order(self, rng, images):
+    """int32 [B, T]: for each image its patches in an order of which the first are seen."""
+    return random_order(jax.random.split(rng, 3)[1], images, self.patches)
+
+  def hidden_patches(self, rng, images):
+    side = self.network.image_size // self.network.encoder.patch
+    return (jnp.argsort(self.order(rng, images), axis=1) >= self.visible).reshape(images, 1, side, side)
 
   def functions(self):
     return {**tower_functions(self, self.network.encoder), 'reconstruct': self.reconstruct}

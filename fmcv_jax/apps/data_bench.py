@@ -1,0 +1,170 @@
+"""`fmcv data --bench`: what each stage of a config's input gives, and which one holds the training up."""
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fmcv_jax.data.decode import decode
+from fmcv_jax.data.loader import TrainLoader
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import to_devices
+from fmcv_jax.experiment import Run, load_config
+
+_STEPS = 3  # at least, of a stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """`rate` in images a second; of the stages of one worker, of all of them, or of the devices, as `by` says."""
+
+  name: str
+  by: str
+  rate: float
+
+
+def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, step: bool = True) -> list[Stage]:
+  """Measures every stage for about so many seconds and prints the table and the bottleneck.
+
+  step   whether the train step is compiled and measured too, and how long it waits for data
+  """
+  if seconds <= 0:
+    raise UserError(f'--seconds {seconds:g}: expected more than 0')
+  console, benched = Console(), Run(load_config(config, overrides))
+  stages = [*_worker_stages(benched, seconds), *_loader_stages(benched, seconds)]
+  waited = None
+  if step:
+    made, waited = _step_stage(benched, seconds)
+    stages.append(made)
+  table = Table('stage', 'by', 'images/s', 'ms an image')
+  for stage in stages:
+    table.add_row(stage.name, stage.by, f'{stage.rate:,.0f}', f'{1000 / stage.rate:.3f}')
+  console.print(table)
+  for line in verdict(stages, benched.experiment.data.workers, waited):
+    console.print(line, highlight=False, soft_wrap=True)
+  return stages
+
+
+def verdict(stages: Sequence[Stage], workers: int, waited: float | None) -> list[str]:
+  """What to say of the stages: what is slowest, and what would help."""
+  rates = {stage.name: stage.rate for stage in stages}
+  ends = [stage for stage in stages if stage.name in ('loader', 'transfer', 'step')]
+  slowest = min(ends, key=lambda stage: stage.rate)
+  lines = []
+  if slowest.name == 'step':
+    spare = min(stage.rate for stage in ends if stage.name != 'step') / slowest.rate
+    lines.append(f'bottleneck: the step; data could come {spare:.1f} times as fast')
+  elif slowest.name == 'transfer':
+    lines.append('bottleneck: the transfer to the devices')
+  else:
+    inside = min((stage for stage in stages if stage.by == 'one core'), key=lambda stage: stage.rate)
+    lines.append(f'bottleneck: the loader, most of it in: {inside.name}')
+    alone = 1 / sum(1 / stage.rate for stage in stages if stage.by == 'one core')
+    if 'step' in rates:
+      wanted, cores = int(np.ceil(rates['step'] / alone)), os.cpu_count() or 1
+      more = f'; this machine has {cores} cores' if wanted > cores else f' (now {workers})'
+      lines.append(f'the step takes {rates["step"]:,.0f} images/s: --config.data.workers={wanted}{more}')
+  if waited is not None:
+    lines.append(f'training waits for data {waited:.1%} of the time')
+  return lines
+
+
+def _timed(work: Iterator[Any], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
+  """Elements of `work` a second, after the first."""
+  next(work)
+  start, count = clock(), 0
+  while count < _STEPS or clock() - start < seconds:
+    next(work)
+    count += 1
+  return count / (clock() - start)
+
+
+def _worker_stages(benched: Run, seconds: float) -> list[Stage]:
+  """Reading, decoding and tokenizing, one after the other in this thread, over the first records of the run."""
+  e = benched.experiment
+  fields, data = tuple(benched.batch_shapes), e.data
+  order = data.source.order(e.seed, data.shuffle)
+  positions = itertools.count()
+  stages = [Stage('read', 'one core', _timed((data.source[order(p)] for p in positions), seconds))]
+  some = [data.source[order(position)] for position in range(min(order.records, 256))]
+  images: Iterator[Any] = itertools.cycle([record.get('image') for record in some])
+  rng = np.random.default_rng(e.seed)
+  if 'image' in fields and data.image is not None:
+    transform = data.image
+    stages.append(Stage('decode, crop', 'one core', _timed((transform(x, rng) for x in images), seconds)))
+  if views := [data.views[name] for name in data.views if name in fields]:
+
+    def cropped(image):
+      image = image if isinstance(image, np.ndarray) else decode(image)
+      return [view.image(image, rng) for view in views for _ in range(view.count)]
+
+    stages.append(Stage('decode, views', 'one core', _timed(map(cropped, images), seconds)))
+  if 'tokens' in fields and e.tokenizer is not None:
+    texts = [(*record.get('texts', ()), record.get('text', ''))[0] for record in some]
+    tokenizer = e.tokenizer
+    rate = _timed((tokenizer(texts) for _ in itertools.count()), seconds / 5)
+    stages.append(Stage('tokenize', 'one core', rate * len(texts)))
+  return stages
+
+
+def _loader_stages(benched: Run, seconds: float) -> list[Stage]:
+  e = benched.experiment
+  workers = f'{e.data.workers} workers' if e.data.workers else '2 threads'
+  with_loader = _loader(benched)
+  try:
+    rate = _timed(with_loader, seconds)
+    local = next(with_loader)
+  finally:
+    with_loader.close()
+  transfer = _timed(
+    (jax.block_until_ready(to_devices(local, benched.placement)) for _ in itertools.count()), seconds / 5
+  )
+  return [
+    Stage('loader', workers, rate * e.train.batch),
+    Stage('transfer', f'{jax.device_count()} devices', transfer * e.train.batch),
+  ]
+
+
+def _step_stage(benched: Run, seconds: float) -> tuple[Stage, float]:
+  """The train step on one batch that stays; then what share of the time it waits when it is fed by the loader."""
+  e = benched.experiment
+  state = jax.jit(benched.init, out_shardings=benched.shardings)()
+  step_fn, with_loader = benched.train_step(), _loader(benched)
+  try:
+    batch = to_devices(next(with_loader), benched.placement)
+
+    def steps() -> Iterator[None]:
+      nonlocal state
+      while True:
+        state, metrics = step_fn(state, batch)
+        jax.block_until_ready(metrics)
+        yield
+
+    rate = _timed(steps(), seconds)
+    waited, count, start, last = 0.0, 0, time.perf_counter(), None
+    while count < _STEPS or time.perf_counter() - start < seconds:
+      before = time.perf_counter()
+      batch = to_devices(next(with_loader), benched.placement)
+      waited += time.perf_counter() - before
+      state, metrics = step_fn(state, batch)
+      jax.block_until_ready(last)  # as the loop does: one step in flight
+      last, count = metrics, count + 1
+    jax.block_until_ready(last)
+    share = waited / (time.perf_counter() - start)
+  finally:
+    with_loader.close()
+  return Stage('step', f'{jax.device_count()} devices', rate * e.train.batch), share
+
+
+def _loader(benched: Run) -> TrainLoader:
+  e = benched.experiment
+  return TrainLoader(
+    e.data, batch=e.train.batch, seed=e.seed, fields=tuple(benched.batch_shapes), tokenizer=e.tokenizer
+  )

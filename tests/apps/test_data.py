@@ -1,0 +1,87 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmcv_jax.__main__ import main
+from fmcv_jax.apps import data_bench, data_show
+from fmcv_jax.apps.data_bench import Stage, verdict
+from tests import runs
+
+
+@pytest.fixture
+def config(tmp_path):
+  """A classifier of red, green and blue pictures, which are all turned into their negatives on the device."""
+  spec = runs.classification(runs.image_folder(tmp_path / 'images'))
+  spec['objective'] |= {'augment': [{'name': 'invert', 'probability': 1.0}], 'mixup': 0.0}
+  file = tmp_path / 'config.py'
+  file.write_text(f'import json\n\ndef get_config():\n  return json.loads({json.dumps(spec)!r})\n')
+  return str(file)
+
+
+def test_the_sheet_shows_what_the_network_sees_under_the_names_of_the_classes(config, tmp_path, capsys, monkeypatch):
+  words = []
+  draw = data_show.contact_sheet
+  monkeypatch.setattr(data_show, 'contact_sheet', lambda *args: words.extend(args[1]) or draw(*args))
+  file = tmp_path / 'sheet.png'
+  assert main(['data', '--config', config, '--show', '6', '--output', str(file)]) == 0
+  assert '6 examples, pictures each: 1 of 16 pixels' in capsys.readouterr().out
+  sheet = np.asarray(Image.open(file).convert('RGB')).astype(int)
+  side, gap, line = 96, 3, 16
+  assert len(words) == 6
+  columns = sheet.shape[1] // (side + 2 * gap)
+  for index, word in enumerate(words):
+    top, left = index // columns * (side + 2 * gap + line) + gap, index % columns * (side + 2 * gap) + gap
+    colour = sheet[top : top + side, left : left + side].mean((0, 1))
+    assert 'abc'[colour.argmin()] == word  # red became cyan
+    assert (sheet[top + side + gap : top + side + gap + line, left : left + side] < 128).any()  # and its word below
+
+
+def test_hidden_patches_are_grey_and_control_images_stand_beside():
+  images = np.zeros((2, 3, 8, 8, 3))
+  hidden = np.zeros((2, 2, 2, 2), bool)
+  hidden[1, 0, 0, 1] = True
+  shown = data_show._greyed(images, hidden)
+  assert shown.shape == images.shape
+  grey = np.argwhere(shown[..., 0] > 0.4)
+  assert {tuple(place) for place in grey} == {(1, 0, y, x) for y in range(4) for x in range(4, 8)}
+
+
+def test_the_verdict_names_the_bottleneck_and_what_helps():
+  parts = [Stage('read', 'one core', 2000.0), Stage('decode, crop', 'one core', 500.0)]
+  ends = [Stage('transfer', '1 devices', 9000.0), Stage('step', '1 devices', 1000.0)]
+  lines = verdict([*parts, Stage('loader', '2 threads', 700.0), *ends], 0, 0.31)
+  assert lines[0] == 'bottleneck: the loader, most of it in: decode, crop'
+  assert '--config.data.workers=3' in lines[1]  # 400 images/s a core
+  assert lines[2] == 'training waits for data 31.0% of the time'
+  assert verdict([*parts, Stage('loader', '8 workers', 3000.0), *ends], 8, None) == [
+    'bottleneck: the step; data could come 3.0 times as fast'
+  ]
+  slow = [Stage('transfer', '1 devices', 90.0), ends[1]]
+  assert verdict([*parts, Stage('loader', '8 workers', 3000.0), *slow], 8, None) == [
+    'bottleneck: the transfer to the devices'
+  ]
+
+
+def test_the_bench_measures_every_stage_of_the_input(config, capsys):
+  assert main(['data', '--config', config, '--bench', '--no-step', '--seconds', '0.2']) == 0
+  out = capsys.readouterr().out
+  for name in ('read', 'decode, crop', 'loader', 'transfer', 'bottleneck'):
+    assert name in out
+  assert main(['data', '--config', config]) == 2
+  assert 'give --show N, --bench or both' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_bench_sees_a_loader_that_is_too_slow(config, monkeypatch):
+  import time
+
+  from fmcv_jax.data.folder import ImageFolder
+
+  read = ImageFolder.__getitem__
+  monkeypatch.setattr(ImageFolder, '__getitem__', lambda self, index: time.sleep(0.05) or read(self, index))
+  stages = {stage.name: stage.rate for stage in data_bench.run(config, seconds=1)}
+  assert 15 < stages['read'] < 20
+  assert 25 < stages['loader'] < 40  # two threads
+  assert stages['step'] > 2 * stages['loader']
