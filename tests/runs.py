@@ -16,6 +16,16 @@ from fmcv_jax.train import metrics
 from fmcv_jax.train.checkpoint import Store
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
+UNET = {
+  'name': 'unet',
+  'variant': 'mu',
+  'image_size': 16,
+  'channels': 3,
+  'widths': (16,),
+  'depths': (0,),
+  'layers': 1,
+  'context': 0,
+}
 LOCAL = ('launch/local.py', '--processes', '2', '--devices', '2', '--')
 
 
@@ -147,8 +157,13 @@ def class_painter(folder, **changes):
 
 def follower(folder, **changes):
   """A diffusion of pixels, told classes, that a ControlNet steers by edges."""
-  unet = {'variant': 'mu', 'image_size': 16, 'channels': 3, 'widths': (16,), 'depths': (0,), 'layers': 1, 'context': 0}
-  objective = {'name': 'diffusion', 'network': {'name': 'unet', 'classes': 3, **unet}, 'control': {'name': 'edges'}}
+  objective = {'name': 'diffusion', 'network': {**UNET, 'classes': 3}, 'control': {'name': 'edges'}}
+  return _resolved({**class_painter(folder), 'objective': objective}, changes)
+
+
+def filler(folder, **changes):
+  """A diffusion of pixels, told what is around a hole."""
+  objective = {'name': 'diffusion', 'network': {**UNET, 'beside': 4}, 'holes': {'whole': 0.5}}
   return _resolved({**class_painter(folder), 'objective': objective}, changes)
 
 

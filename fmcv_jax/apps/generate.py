@@ -171,31 +171,36 @@ class Painter:
         g = self._objective.generator(params, extra)
         assert g is not None
 
-        def steered(condition):
-          if g.control is None:
-            return condition
-          pictures = batch['control'].astype(jnp.float32) / 255
-          pictures = pictures if drawn else g.control(pictures)
-          return condition._replace(control=pictures, control_scale=batch['control_scale'])
+        image = batch['image'].astype(jnp.float32) / 255 if 'image' in batch else None
 
+        def shown(condition):
+          if g.control is not None:
+            pictures = batch['control'].astype(jnp.float32) / 255
+            pictures = pictures if drawn else g.control(pictures)
+            condition = condition._replace(control=pictures, control_scale=batch['control_scale'])
+          if g.around is not None:  # without a mask, all is to be painted
+            whole = jnp.zeros((len(keys), self.size, self.size))
+            masks = batch.get('mask', jnp.ones_like(whole, bool))
+            condition = condition._replace(beside=g.around(whole[..., None] if image is None else image, masks))
+          return condition
+
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
         condition = g.condition(batch)
         if 'share' in batch:
           condition = between(condition, g.condition({**batch, 'tokens': batch['other_tokens']}), batch['share'])
-        condition = steered(condition)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
+        condition = shown(condition)
 
         def denoise(x, time):
           return g.denoise(x, time, condition)
 
         if is_guided:
           told = {name.removeprefix('without_'): v for name, v in batch.items() if name.startswith('without_')}
-          without = steered(g.condition({**batch, **told}, told=bool(told)))
+          without = shown(g.condition({**batch, **told}, told=bool(told)))
           denoise = guided(g.denoise, condition, without, guidance, interval=interval, rescale=rescale)
-        known = (
-          g.encode(batch['image'].astype(jnp.float32) / 255) if 'image' in batch else jnp.zeros((len(keys), *g.shape))
-        )
+        told_around = 'mask' in batch and g.around is not None
+        known = jnp.zeros((len(keys), *g.shape)) if image is None or told_around else g.encode(image)
         start, adjust = known, None
-        if 'mask' in batch:
+        if 'mask' in batch and not told_around:
           start = jnp.zeros_like(known)
           new = jax.image.resize(batch['mask'].astype(jnp.float32), (*known.shape[:3],), 'linear')[..., None] > 0
           fixed = jax.vmap(lambda key: jax.random.fold_in(key, KNOWN))(keys)

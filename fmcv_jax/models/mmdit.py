@@ -107,9 +107,9 @@ class JointBlock(nn.Module):
 class MMDiT(nn.Module):
   """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
 
-  Reads Condition.text [B, L, E] and adds Condition.pooled to the time. `positions`: side, in patches, of the largest
-  grid that the table of positions is laid out for. It reaches as far as the grid of `image_size`, and smaller pictures
-  are its middle (their appendix B.2); 0 for a table of each picture's own size.
+  Reads Condition.text [B, L, E] and adds Condition.pooled to the time. `positions` (reach, side): the table of them is
+  laid out for side x side patches, reach / side apart, and smaller pictures are its middle, so that one network sees
+  several sizes (their section 5.3.2); None for a table of each picture's own size, one apart.
   """
 
   patch: int
@@ -120,7 +120,7 @@ class MMDiT(nn.Module):
   outputs: int = 16
   image_size: int = 128
   qk_norm: bool = False
-  positions: int = 0
+  positions: tuple[int, int] | None = None
   remat: Remat = 'none'
   unroll: int = 1
   classes: int = 0
@@ -164,10 +164,11 @@ class MMDiT(nn.Module):
     return x if tap is None else (x, tapped)
 
   def _table(self, rows: int, columns: int):
-    if not self.positions:
+    if self.positions is None:
       return sincos_2d(rows, columns, self.width)
-    step = self.image_size // self.patch / self.positions
-    top, left = ((self.positions - side) // 2 * step for side in (rows, columns))
+    reach, largest = self.positions
+    step = reach / largest
+    top, left = ((largest - side) // 2 * step for side in (rows, columns))
     return sincos_2d(rows, columns, self.width, first=(top, left), step=step)
 
 
@@ -188,7 +189,7 @@ def mmdit(
   depth: int | None = None,
   heads: int | None = None,
   qk_norm: bool = True,
-  positions: int = 0,
+  positions: tuple[int, int] | None = None,
   activation: Activation = 'gelu_tanh',
   attention: Backend = 'auto',
   remat: Remat = 'none',
@@ -198,15 +199,15 @@ def mmdit(
   """A named MMDiT, 'depth/patch' as in 'd24/2'. image_size is a side of what it denoises: 128 for 1024 pixels in f8.
 
   qk_norm    queries and keys at unit scale before they meet (RMSNorm), which bfloat16 needs at high resolution
-  positions  as in `MMDiT`; 192 in Stable Diffusion 3
+  positions  as in `MMDiT`; (64, 192) in Stable Diffusion 3
   """
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
     raise ValueError(f'unknown MMDiT variant {variant!r}; {nearest(variant, [f"{name}/2" for name in SIZES])}')
   if image_size % int(patch):
     raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
-  if positions and positions < image_size // int(patch):
-    raise ValueError(f'positions: {positions} is less than the {image_size // int(patch)} patches of a side')
+  if positions is not None and positions[1] < image_size // int(patch):
+    raise ValueError(f'positions: {positions[1]} is less than the {image_size // int(patch)} patches of a side')
   defaults = SIZES[size]
   width, depth = width or defaults[0], depth or defaults[1]
   if depth < 2:

@@ -45,6 +45,7 @@ class Generator(NamedTuple):
   encode      images [B, H, W, 3] in [0, 1] -> x
   decode      x -> images in [0, 1]
   control     images -> the pictures that steer (Condition.control); None for a model that is not steered
+  around      (images, masks bool [B, H, W]) -> Condition.beside, for a model that fills holes; None for others
   """
 
   process: Process
@@ -55,6 +56,7 @@ class Generator(NamedTuple):
   encode: Callable[[jax.Array], jax.Array]
   decode: Callable[[jax.Array], jax.Array]
   control: Callable[[jax.Array], jax.Array] | None = None
+  around: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 class Objective(abc.ABC):

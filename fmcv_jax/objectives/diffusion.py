@@ -1,6 +1,7 @@
 """Denoising (Ho et al. 2020) of pictures or an autoencoder's latents (Rombach et al. 2022), told classes or texts."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import numpy as np
 
 from fmcv_jax.data.augment import Augment, Normalize, augmented
 from fmcv_jax.data.controls import Control
+from fmcv_jax.data.holes import Holes
 from fmcv_jax.diffusion.process import Process, TimesName, WeightName, alphas_cumprod
 from fmcv_jax.models.autoencoder import Autoencoder
 from fmcv_jax.models.conditioning import Condition
@@ -69,6 +71,8 @@ class Diffusion(Objective):
   align          REPA
   control        what a ControlNet is shown of each image; it alone is trained, and begins with a copy of the network's
                  way down, which is frozen: by init_from at 'extra/network' and 'params/control/encoder'
+  holes          what is missing of each image, for a UNet that is told what is around: its `beside` is one channel for
+                 the hole and those of x for the rest, as in Stable Diffusion's inpainting model
   """
 
   network: nn.Module
@@ -85,6 +89,7 @@ class Diffusion(Objective):
   times_std: float = 1.0
   align: Alignment | None = None
   control: Control | None = None
+  holes: Holes | None = None
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
@@ -110,8 +115,12 @@ class Diffusion(Objective):
       raise ValueError('text: a network with cross_attention or pooled_text needs a text tower, and no other does')
     if self.text is not None and not isinstance(self.text, TextTransformer):
       raise ValueError('text: needs text.name=text_transformer')
-    if getattr(network, 'beside', 0):
-      raise ValueError('network: beside is not 0, but this objective gives a network nothing beside x')
+    beside, wanted = getattr(network, 'beside', 0), 0 if self.holes is None else 1 + network.channels
+    if beside != wanted:
+      raise ValueError(
+        f'network: beside is {beside}, but what is told beside x has {wanted} channels '
+        f'{"(the hole, and x around it)" if wanted else "(without holes)"}'
+      )
     if self.align is not None and not hasattr(network, 'patch'):
       raise ValueError('align: reads the tokens of a transformer; use network.name=dit')
     if self.align is not None and not 1 <= self.align.layer <= network.depth:
@@ -149,7 +158,7 @@ class Diffusion(Objective):
     return shapes
 
   def init(self, rng):
-    keys = iter(jax.random.split(rng, 6))
+    keys = iter(jax.random.split(rng, 7))
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     extra = {}
     if self.autoencoder is not None:
@@ -157,7 +166,8 @@ class Diffusion(Objective):
     if self.text is not None:
       extra['text'] = self.text.init(next(keys), jnp.zeros((1, self.text.length), jnp.int32))['params']
     batch = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.example_batch.items()}
-    condition, x = self.condition(extra, batch, images=images), jnp.zeros((1, *self.shape))
+    condition = self._shown(self.condition(extra, batch), extra, images, jax.random.split(next(keys), 1))
+    x = jnp.zeros((1, *self.shape))
     params = {'network': self.network.init(next(keys), x, jnp.zeros(1), condition)['params']}
     if self.control is not None:
       extra |= params
@@ -170,6 +180,7 @@ class Diffusion(Objective):
 
   def loss(self, params, batch, rng, extra):
     augment_rng, latent_rng, drop_rng, time_rng, noise_rng = jax.random.split(rng, 5)
+    hole_rng = jax.random.fold_in(rng, 6)
     images = augmented(batch['image'], self.augment, augment_rng)
     x0, count = self._encode(extra, images, latent_rng), images.shape[0]
     keep = jax.random.uniform(drop_rng, (count,)) >= self.drop
@@ -177,7 +188,7 @@ class Diffusion(Objective):
     noise = jax.random.normal(noise_rng, x0.shape)
     x = self.process.diffuse(x0, noise, time)
     tap = self.align.layer if self.align else None
-    condition = self.condition(extra, batch, keep, images)
+    condition = self._shown(self.condition(extra, batch, keep), extra, images, jax.random.split(hole_rng, count))
     output = self._apply(params, extra, x, time, condition, rng=rng, **({'tap': tap} if tap else {}))
     output, tokens = output if tap else (output, None)
     errors = self._errors(output, x0, noise, time)
@@ -191,10 +202,8 @@ class Diffusion(Objective):
       loss -= self.align.weight * metrics['alignment']
     return loss, (metrics, {})
 
-  def condition(self, extra, batch, keep=None, images=None) -> Condition:
-    """What a batch tells the network; nothing of examples whose `keep` (bool [B]) is false. What steers is always told,
-    and made of `images` [B, H, W, 3] in [0, 1].
-    """
+  def condition(self, extra, batch, keep=None) -> Condition:
+    """What a batch tells the network; nothing of examples whose `keep` (bool [B]) is false."""
     label = text = mask = pooled = None
     if self.network.classes:
       label = batch['label'] if keep is None else jnp.where(keep, batch['label'], self.network.classes)
@@ -204,8 +213,23 @@ class Diffusion(Objective):
         tokens = jnp.where(keep[:, None], tokens, empty_text(tokens))
       features: Any = self.text.apply({'params': extra['text']}, tokens)
       text, mask, pooled = features.tokens, tokens != 0, features.pooled
-    control = None if self.control is None or images is None else self.control(images)
-    return Condition(label, text, mask, pooled, control=control)
+    return Condition(label, text, mask, pooled)
+
+  def _shown(self, condition, extra, images, keys) -> Condition:
+    """The condition with what is told of the images [B, H, W, 3] themselves, always: what steers, what is around a
+    hole, which a key [B] draws."""
+    if self.control is not None:
+      condition = condition._replace(control=self.control(images))
+    if self.holes is not None:
+      condition = condition._replace(beside=self._around(extra, images, self.holes(keys, self.image_size)))
+    return condition
+
+  def _around(self, extra, images, masks):
+    """Of images with holes where masks [B, H, W] are true, [B, h, w, 1 + C]: the mask, and x without what is there."""
+    factor = self.image_size // self.network.image_size
+    known = jnp.where(masks[..., None], jnp.array(self.normalize.mean), images)
+    mask = masks[:, ::factor, ::factor, None].astype(jnp.float32)
+    return jnp.concatenate([mask, self._encode(extra, known)], axis=-1)
 
   def functions(self):
     return {'denoising_errors': self.denoising_errors}
@@ -213,8 +237,9 @@ class Diffusion(Objective):
   def denoising_errors(self, params, extra, batch):
     """float32 [B, LEVELS]: the squared error at as many times from none to all of the noise, drawn for each record."""
     images = batch['image'].astype(jnp.float32) / 255
-    x0, condition = self._encode(extra, images), self.condition(extra, batch, images=images)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), batch['index'])
+    condition = self._shown(self.condition(extra, batch), extra, images, keys)
+    x0 = self._encode(extra, images)
 
     def at(time, level):
       noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), x0.shape[1:]))(keys)
@@ -242,7 +267,8 @@ class Diffusion(Objective):
       count = len(next(iter(batch.values())))
       return self.condition(extra, batch, None if told else jnp.zeros(count, bool))
 
-    return Generator(self.process, self.shape, denoise, condition, self.told, encode, decode, self.control)
+    around = None if self.holes is None else functools.partial(self._around, extra)
+    return Generator(self.process, self.shape, denoise, condition, self.told, encode, decode, self.control, around)
 
   def _apply(self, params, extra, x, time, condition, *, rng=None, **options) -> Any:
     """With an rng, as in training."""

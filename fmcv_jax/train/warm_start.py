@@ -25,12 +25,15 @@ class Part:
   skip     regular expressions over paths below it; what matches one stays as it was born
   resize   the same; tables of positions that are brought to another number of them by bicubic interpolation, as for
            another image_size: '(.*/)?position' of a ViT, '(.*/)?relative' of a Swin with another window
+  widen    the same; kernels that read more channels here, such as 'encoder/conv_in/kernel' of a UNet that is told what
+           is beside x: what reads the further ones begins at zero, and changes nothing
   """
 
   workdir: str
   part: str = 'params'
   skip: tuple[str, ...] = ()
   resize: tuple[str, ...] = ()
+  widen: tuple[str, ...] = ()
 
 
 def begin_with(state: TrainState, sources: Mapping[str, Part], learnt: Callable[[str], Any]) -> TrainState:
@@ -51,11 +54,14 @@ def begin_with(state: TrainState, sources: Mapping[str, Part], learnt: Callable[
       value = given.get(path)
       if value is not None and any(re.fullmatch(pattern, path) for pattern in source.resize):
         value = resized(value, own.shape[-2])
+      if value is not None and any(re.fullmatch(pattern, path) for pattern in source.widen):
+        value = widened(value, own.shape)
       if value is None or value.shape != own.shape:
         found = given[path].shape if path in given else 'missing'
         raise UserError(
           f'{field}: {path} is {found} in {source.workdir} and {own.shape} here; '
-          f'add a pattern for it to {field}.skip to train it anew, or to {field}.resize for a table of positions'
+          f'add a pattern for it to {field}.skip to train it anew, to {field}.resize for a table of positions, or to '
+          f'{field}.widen for a kernel that reads more channels'
         )
       values[f'{target}/{path}' if path else target] = jax.device_put(value, own.sharding)
   tree = jax.tree_util.tree_unflatten(treedef, values.values())
@@ -78,6 +84,14 @@ def resized(table: jax.Array, rows: int) -> jax.Array:
   flat = table.reshape(-1, old, table.shape[-1])
   grids = jax.vmap(lambda grid: resize_grid(grid, (sides[0],) * 2, (sides[1],) * 2))(flat[:, special:])
   return jnp.concatenate([flat[:, :special], grids], axis=1).reshape(*table.shape[:-2], rows, -1)
+
+
+def widened(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A kernel [..., inputs, outputs] with zeros for further inputs; unchanged where that does not give this shape."""
+  more = shape[-2] - kernel.shape[-2] if kernel.ndim == len(shape) > 1 else 0
+  if more <= 0:
+    return kernel
+  return jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 2) + [(0, more), (0, 0)])
 
 
 def _leaves(tree: Any) -> dict[str, jax.Array]:

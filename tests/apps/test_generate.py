@@ -108,6 +108,31 @@ def test_classes_are_named_or_numbered_and_become_a_data_set(folder, tmp_path):
   assert made[1]['text'] == 'b'
 
 
+def shaken(painter):
+  """With every parameter away from its initial value."""
+  keys = iter(jax.random.split(jax.random.key(5), 1000))
+  for tree in (painter._subject.params, painter._subject.extra):
+    tree.update(jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), tree))
+  return painter
+
+
+@pytest.mark.slow
+def test_a_model_that_fills_sees_what_is_around_the_hole_and_not_what_was_in_it(folder, tmp_path):
+  painter = shaken(Painter(runs.untrained(runs.filler(folder), tmp_path)))
+  images = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
+  mask = np.zeros((1, 16, 16), bool)
+  mask[:, 4:12, 4:12] = True
+  inside, outside = (np.where(where[..., None], 0, images).astype(np.uint8) for where in (mask, ~mask))
+  filled, same, other = (painter.fill(x, mask, [''], steps=2) for x in (images, inside, outside))
+  np.testing.assert_array_equal(filled[~mask], images[~mask])
+  np.testing.assert_array_equal(filled[mask], same[mask])
+  assert (filled[mask] != other[mask]).any()
+  assert painter.generate([''], steps=2).shape == (1, 16, 16, 3)
+  assert (
+    painter.edit(images, [''], strength=0.1, steps=10) != painter.edit(inside, [''], strength=0.1, steps=10)
+  ).any()
+
+
 @pytest.mark.slow
 def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_path, capsys):
   model = runs.untrained(runs.follower(folder), tmp_path)
@@ -119,10 +144,7 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
   about = json.loads(Image.open(tmp_path / 'out' / 'grid.png').text['fmcv'])
   assert (about['control'], about['control_scale'], about['drawn']) == (file, 0.5, False)
 
-  painter = Painter(model)
-  keys = iter(jax.random.split(jax.random.key(5), 1000))
-  for tree in (painter._subject.params, painter._subject.extra):
-    tree.update(jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), tree))
+  painter = shaken(Painter(model))
   shapes = np.zeros((2, 16, 16, 3), np.uint8)
   shapes[0, 4:12, 4:12] = 255
   shapes[1, :, 8:] = 255

@@ -291,7 +291,7 @@ def test_mmdit(qk_norm):
       pos_embed_max_size=6, qk_norm='rms_norm' if qk_norm else None,
     )
   )  # fmt: skip
-  network = mmdit('mu/2', image_size=8, channels=4, depth=3, heads=4, qk_norm=qk_norm, positions=6)
+  network = mmdit('mu/2', image_size=8, channels=4, depth=3, heads=4, qk_norm=qk_norm, positions=(4, 6))
   rng = np.random.default_rng(0)
   x, text, pooled = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
   told = Condition(text=text, pooled=pooled)

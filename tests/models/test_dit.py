@@ -24,7 +24,7 @@ TEXT = Condition(
   pooled=RNG.normal(size=(8, 16)).astype(np.float32),
 )
 TOLD = dict(image_size=8, cross_attention=True, pooled_text=True)
-MMDIT = mmdit('mu/2', image_size=8, channels=4, positions=6)
+MMDIT = mmdit('mu/2', image_size=8, channels=4, positions=(4, 6))
 
 
 def test_picture_of_undoes_patches_of_on_oblong_pictures_of_any_channels():

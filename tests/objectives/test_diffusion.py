@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.data.controls import Edges
+from fmcv_jax.data.holes import Holes
 from fmcv_jax.diffusion.process import Process, alphas_cumprod
 from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.dit import dit
@@ -89,6 +90,26 @@ def test_a_controlnet_trains_on_eight_devices_as_on_one():
     losses.append(trainer.run(batches))
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(trainer.state.extra))
   np.testing.assert_allclose(*losses, rtol=2e-5)
+
+
+def test_a_network_that_fills_is_told_the_hole_and_nothing_of_what_is_in_it():
+  network = unet('mu', image_size=8, channels=4, widths=(16,), depths=(0,), layers=1, context=0, beside=5)
+  coder = autoencoder(channels=(4, 4), layers=1, latent=4, image_size=16, middle_attention=False)
+  objective = Diffusion(network, autoencoder=coder, latent_scale=0.5, holes=Holes())
+  images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
+  extra = {'autoencoder': jax.jit(coder.init)(jax.random.key(0), images)['params']}
+  paints = objective.generator({}, extra)
+  masks = np.zeros((2, 16, 16), bool)
+  masks[0, :, 8:] = True
+  other = jnp.where(masks[..., None], 0.9, images)
+  around, encode = jax.jit(paints.around), jax.jit(paints.encode)
+  told = around(images, masks)
+  np.testing.assert_array_equal(told, around(other, masks))
+  np.testing.assert_array_equal(told[..., 0], masks[:, ::2, ::2])
+  # Without a hole it is told all, with one that of a picture which is grey there.
+  np.testing.assert_allclose(told[1, ..., 1:], encode(images)[1], atol=1e-5)
+  gray = jnp.where(masks[..., None], 0.5, images)
+  np.testing.assert_allclose(told[0, ..., 1:], encode(gray)[0], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -186,7 +207,8 @@ def test_the_generator_gives_pictures_back():
     (dict(network=vit('mu/8')), 'needs a denoiser'),
     (dict(process=Process(learned_variance=True)), 'outputs is 4 for 4 channels'),
     (dict(text=None), 'needs a text tower'),
-    (dict(network=unet('mu', beside=5)), 'nothing beside x'),
+    (dict(network=unet('mu', beside=5)), 'beside is 5, but what is told beside x has 0 channels'),
+    (dict(holes=Holes()), 'beside is 0, but what is told beside x has 5 channels'),
     (dict(network=unet('mu', image_size=8)), 'align: reads the tokens'),
     (
       dict(autoencoder=autoencoder(channels=(8, 8, 8), layers=1, latent=4, image_size=16)),

@@ -7,7 +7,7 @@ import pytest
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.positions import resize_grid
 from fmcv_jax.train.state import TrainState
-from fmcv_jax.train.warm_start import Part, begin_with, resized
+from fmcv_jax.train.warm_start import Part, begin_with, resized, widened
 
 
 def born():
@@ -79,3 +79,18 @@ def test_resolution_changes_where_it_is_asked_for():
 def test_what_is_not_there_or_does_not_fit_is_named(target, part, message):
   with pytest.raises(UserError, match=message):
     begin_with(born(), {target: part}, LEARNT.__getitem__)
+
+
+def test_a_kernel_that_reads_more_channels_computes_the_same_of_those_it_knew():
+  rng = np.random.default_rng(0)
+  kernel, x = jnp.asarray(rng.normal(size=(3, 3, 4, 5))), rng.normal(size=(3, 3, 9))
+  wide = widened(kernel, (3, 3, 9, 5))
+  np.testing.assert_allclose(np.tensordot(x, wide, 3), np.tensordot(x[..., :4], kernel, 3), rtol=1e-12)
+  for other in ((3, 3, 3, 5), (3, 3, 4, 5), (9, 5)):
+    assert widened(kernel, other) is kernel
+  state = begin_with(
+    born(),
+    {'params/encoder': Part('runs/c', skip=('head/.*',), widen=('patch',))},
+    {'runs/c': {'params': {'patch': jnp.full((1, 2), 3.0)}, 'extra': {}}}.__getitem__,
+  )
+  np.testing.assert_array_equal(state.params['encoder']['patch'], [[3.0, 3.0], [0.0, 0.0]])

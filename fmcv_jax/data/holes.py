@@ -1,0 +1,68 @@
+"""Which parts of a picture a model learns to fill: boxes and strokes, drawn at random on the device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Holes:
+  """Up to so many boxes and one brush stroke of so many straight pieces (LaMa's wide masks, Suvorov et al. 2022).
+
+  whole    share of the pictures that are to be painted altogether, so that the model can do that as well
+  boxes    each of a tenth to half of the side, in both directions
+  strokes  each up to a third of the side long, and a twentieth to a seventh wide
+  """
+
+  whole: float = 0.25
+  boxes: int = 3
+  strokes: int = 5
+
+  def __post_init__(self):
+    if not 0 <= self.whole <= 1:
+      raise ValueError(f'whole: expected a share from 0 to 1, got {self.whole}')
+    if self.boxes < 0 or self.strokes < 0 or not self.boxes + self.strokes:
+      raise ValueError(f'boxes, strokes: expected at least 0, and one of them above; got {self.boxes}, {self.strokes}')
+
+  def __call__(self, keys: jax.Array, size: int) -> jax.Array:
+    """A mask for each key [B]: bool [B, size, size], true where there is nothing yet."""
+    return jax.vmap(lambda key: self._one(key, size))(keys)
+
+  def _one(self, key, size):
+    keys = jax.random.split(key, 9)
+    places = (np.arange(size) + 0.5) / size
+    y, x = places[:, None, None], places[None, :, None]
+
+    sides = jax.random.uniform(keys[0], (self.boxes, 2), minval=0.1, maxval=0.5)
+    starts = jax.random.uniform(keys[1], (self.boxes, 2)) * (1 - sides)
+    # At least one of something: a picture without a hole teaches nothing.
+    boxes = jax.random.randint(keys[2], (), 0 if self.strokes else 1, self.boxes + 1)
+    (top, left), (bottom, right) = starts.T, (starts + sides).T
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    mask = (inside & (np.arange(self.boxes) < boxes)).any(-1)
+
+    pieces = jnp.where(boxes > 0, 0, 1) if self.strokes else 0
+    pieces = jax.random.randint(keys[3], (), pieces, self.strokes + 1)
+    angles = jax.random.uniform(keys[4], (self.strokes,), maxval=2 * np.pi)
+    lengths = jax.random.uniform(keys[5], (self.strokes,), minval=0.1, maxval=1 / 3)
+    radius = jax.random.uniform(keys[6], minval=1 / 40, maxval=1 / 14)
+    turns = lengths[:, None] * jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+    def walk(here, turn):
+      there = jnp.clip(here + turn, 0, 1)
+      return there, (here, there)
+
+    first = jax.random.uniform(keys[7], (2,), minval=0.1, maxval=0.9)
+    _, (start, end) = jax.lax.scan(walk, first, turns)
+    mask |= ((_distance(y, x, start.T, end.T) < radius) & (np.arange(self.strokes) < pieces)).any(-1)
+    return mask | jax.random.bernoulli(keys[8], self.whole)
+
+
+def _distance(y, x, start, end):
+  """From the points (y, x) to the lines between two others each, start and end [2, N]: [..., N]."""
+  along = end - start
+  share = ((y - start[0]) * along[0] + (x - start[1]) * along[1]) / jnp.maximum(jnp.square(along).sum(0), 1e-6)
+  share = jnp.clip(share, 0, 1)
+  return jnp.hypot(y - start[0] - share * along[0], x - start[1] - share * along[1])
