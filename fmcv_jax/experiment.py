@@ -36,6 +36,7 @@ from fmcv_jax.data.folder import ImageFolder
 from fmcv_jax.data.loader import Pipeline, TrainLoader, resume
 from fmcv_jax.data.mixture import Mixture
 from fmcv_jax.data.parquet import Parquet
+from fmcv_jax.data.scattered import Scattered
 from fmcv_jax.data.source import NoData, Source
 from fmcv_jax.data.tfds import Tfds
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe, Tokenizer
@@ -55,7 +56,8 @@ from fmcv_jax.evaluate.zero_shot import ZeroShot
 from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.dino import dino
 from fmcv_jax.models.dit import dit
-from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
+from fmcv_jax.models.dual_encoder import align, clip, dual_encoder, siglip
+from fmcv_jax.models.efficientnet import efficientnet
 from fmcv_jax.models.mae import mae
 from fmcv_jax.models.mmdit import mmdit
 from fmcv_jax.models.swin import swin
@@ -97,11 +99,13 @@ KINDS: config_lib.Kinds = {
     'mae': MaskedAutoencoding,
   },
   nn.Module: {
+    'align': align,
     'autoencoder': autoencoder,
     'clip': clip,
     'dino': dino,
     'dit': dit,
     'dual_encoder': dual_encoder,
+    'efficientnet': efficientnet,
     'mae': mae,
     'mmdit': mmdit,
     'siglip': siglip,
@@ -118,6 +122,7 @@ KINDS: config_lib.Kinds = {
     'image_folder': ImageFolder,
     'mixture': Mixture,
     'parquet': Parquet,
+    'scattered': Scattered,
     'tfds': Tfds,
     'webdataset': WebDataset,
   },

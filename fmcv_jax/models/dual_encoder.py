@@ -1,4 +1,7 @@
-"""Image and text towers that meet in one embedding space (CLIP, Radford et al. 2021; SigLIP, Zhai et al. 2023)."""
+"""Image and text towers that meet in one embedding space.
+
+CLIP (Radford et al. 2021), ALIGN (Jia et al. 2021), SigLIP (Zhai et al. 2023), or any two towers.
+"""
 
 import math
 from typing import NamedTuple
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.errors import nearest
 from fmcv_jax.models.attention import Backend
+from fmcv_jax.models.efficientnet import efficientnet
 from fmcv_jax.models.layers import Activation, Dtype, Remat, unit
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
@@ -172,3 +176,52 @@ def siglip(
     dtype=dtype,
   )
   return DualEncoder(image, text, initial_scale=10.0, initial_bias=-10.0)
+
+
+# Image tower; width, depth, heads of the text tower. L2: Jia et al. 2021, with BERT-Large; B7: Kakao's align-base.
+ALIGN_SIZES: dict[str, tuple[str, int, int, int]] = {
+  'mu': ('mu', 32, 2, 2),
+  'B7': ('B7', 768, 12, 12),
+  'L2': ('L2', 1024, 24, 16),
+}
+
+
+def align(
+  variant: str = 'L2',
+  *,
+  image_size: int = 289,
+  vocab_size: int = 100_000,
+  length: int = 64,
+  drop_path: float = 0.2,
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  unroll: int = 1,
+  dtype: Dtype = 'float32',
+) -> DualEncoder:
+  """ALIGN (Jia et al. 2021): an EfficientNet without its last convolution, and BERT read at its first token.
+
+  BERT's second kind of segment has no use here, and that of the first, one vector for all, is part of the positions.
+  """
+  if variant not in ALIGN_SIZES:
+    raise ValueError(f'unknown ALIGN variant {variant!r}; {nearest(variant, ALIGN_SIZES)}')
+  tower, width, depth, heads = ALIGN_SIZES[variant]
+  image = efficientnet(tower, image_size=image_size, top=False, drop_path=drop_path, remat=remat, dtype=dtype)
+  text = text_transformer(
+    vocab_size,
+    length,
+    width,
+    depth,
+    heads,
+    causal=False,
+    pool='first',
+    attend_padding=False,
+    outputs=image.width,
+    outputs_bias=True,
+    eps=1e-12,
+    post_norm=True,
+    attention=attention,
+    remat=remat,
+    unroll=unroll,
+    dtype=dtype,
+  )
+  return DualEncoder(image, text, initial_scale=1.0)

@@ -39,8 +39,9 @@ class BlockConfig:
 
   eps is that of LayerNorm; layer_scale the initial value of LayerScale (Touvron et al. 2021), None for none; gated
   makes the MLP a GLU (Shazeer 2020); `qkv_bias` is that of the attentions' projections; `dropout` acts on both
-  residual branches; `dtype` is that of the matmuls (parameters, norm statistics, softmax and the residual sum of
-  float32 inputs stay float32).
+  residual branches; `post_norm` normalizes after each residual sum instead of before each branch (Vaswani et al. 2017,
+  BERT); `dtype` is that of the matmuls (parameters, norm statistics, softmax and the residual sum of float32 inputs
+  stay float32).
   """
 
   heads: int
@@ -52,6 +53,7 @@ class BlockConfig:
   layer_scale: float | None = None
   dropout: float = 0.0
   causal: bool = False
+  post_norm: bool = False
   attention: Backend = 'auto'
   dtype: Dtype = 'float32'
 
@@ -130,7 +132,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block, x [B, T, D] -> [B, T, D], in the (carry, input) -> (carry, output) form of a scan."""
+  """Transformer block, x [B, T, D] -> [B, T, D], in the (carry, input) -> (carry, output) form of a scan."""
 
   config: BlockConfig
   train: bool = False
@@ -141,12 +143,13 @@ class Block(nn.Module):
     c = self.config
     # The scan's body must return what it takes, so the residual stream has one dtype throughout.
     x = constrain(x, 'batch', 'tokens', 'width')
-    y = layer_norm(c.eps, c.dtype, 'norm1')(x)
-    y = Attention(c, name='attention')(y, angles=angles, mask=mask)
+    norm1, norm2 = (layer_norm(c.eps, c.dtype, name) for name in ('norm1', 'norm2'))
+    y = Attention(c, name='attention')(x if c.post_norm else norm1(x), angles=angles, mask=mask)
     x = x + self._branch(y, 'scale1', drop_path).astype(x.dtype)
-    y = layer_norm(c.eps, c.dtype, 'norm2')(x)
-    y = Mlp(c, name='mlp')(y)
+    x = norm1(x).astype(x.dtype) if c.post_norm else x
+    y = Mlp(c, name='mlp')(x if c.post_norm else norm2(x))
     x = x + self._branch(y, 'scale2', drop_path).astype(x.dtype)
+    x = norm2(x).astype(x.dtype) if c.post_norm else x
     return constrain(x, 'batch', 'tokens', 'width'), None
 
   def _branch(self, y, scale, drop_path):

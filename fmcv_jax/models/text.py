@@ -1,4 +1,7 @@
-"""Text transformer: CLIP's causal one (Radford et al. 2021) and SigLIP's bidirectional one (Zhai et al. 2023)."""
+"""Text transformer: CLIP's causal one (Radford et al. 2021), and two that look both ways: SigLIP's and BERT.
+
+SigLIP: Zhai et al. 2023. BERT: Devlin et al. 2019, as ALIGN's text tower (Jia et al. 2021).
+"""
 
 from typing import Literal
 
@@ -6,9 +9,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fmcv_jax.models.attention import Backend
-from fmcv_jax.models.layers import Activation, BlockConfig, Dtype, Remat, Stack, layer_norm
-from fmcv_jax.models.vit import Features, linear_head
+from fmcv_jax.models.layers import Activation, BlockConfig, Dtype, Remat, Stack, dense, layer_norm
+from fmcv_jax.models.vit import Features
 from fmcv_jax.parallel.rules import constrain
+
+Pool = Literal['eot', 'first', 'last', 'mean']
+PROJECTION = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
 
 class Embedding(nn.Module):
@@ -28,14 +34,16 @@ class TextTransformer(nn.Module):
   """Token ids int32 [B, T <= length] -> Features.
 
   pool 'eot' reads the position of the largest id, which is the end-of-text token of our tokenizers as of CLIP's;
-  'last' the last position (SigLIP, whose texts are padded to full length); 'mean' averages what is not padding (id 0).
+  'first' the start-of-text token (BERT's [CLS]); 'last' the last position (SigLIP, whose texts are padded to full
+  length); 'mean' averages what is not padding (id 0). Post-norm blocks (BERT) have a norm before the first instead of
+  one after the last.
   """
 
   vocab_size: int
   length: int
   width: int
   stack: Stack
-  pool: Literal['eot', 'last', 'mean'] = 'eot'
+  pool: Pool = 'eot'
   attend_padding: bool = True
   outputs: int = 0
   outputs_bias: bool = False
@@ -48,18 +56,23 @@ class TextTransformer(nn.Module):
     x = Embedding(self.vocab_size, self.width, name='tokens')(tokens).astype(block.dtype)
     place = self.param('position', nn.initializers.normal(0.01), (self.length, self.width))
     x = constrain(x + place[: tokens.shape[1]].astype(x.dtype), 'batch', 'tokens', 'width')
+    if block.post_norm:
+      x = layer_norm(block.eps, block.dtype, 'embed_norm')(x)
     words = tokens != 0
     x = self.stack(x, mask=None if self.attend_padding else words[:, None, None, :], train=train)
-    x = layer_norm(block.eps, block.dtype, 'norm')(x)
+    if not block.post_norm:
+      x = layer_norm(block.eps, block.dtype, 'norm')(x)
     if self.pool == 'eot':
       pooled = x[jnp.arange(x.shape[0]), jnp.argmax(tokens, axis=1)]
-    elif self.pool == 'last':
-      pooled = x[:, -1]
+    elif self.pool in ('first', 'last'):
+      pooled = x[:, 0 if self.pool == 'first' else -1]
     else:
       weights = words / jnp.maximum(words.sum(axis=1, keepdims=True), 1)
       pooled = jnp.einsum('bt,btd->bd', weights, x.astype(jnp.float32)).astype(x.dtype)
-    output = linear_head(self.outputs, self.outputs_bias, block.dtype)(pooled) if self.outputs else pooled
-    return Features(output, pooled, x)
+    if not self.outputs:
+      return Features(pooled, pooled, x)
+    head = dense(self.outputs, block.dtype, 'head', bias=self.outputs_bias, init=PROJECTION)
+    return Features(head(pooled), pooled, x)
 
 
 def text_transformer(
@@ -71,13 +84,14 @@ def text_transformer(
   *,
   mlp_dim: int | None = None,
   causal: bool = True,
-  pool: Literal['eot', 'last', 'mean'] = 'eot',
+  pool: Pool = 'eot',
   attend_padding: bool = True,
   outputs: int = 0,
   outputs_bias: bool = False,
   activation: Activation = 'gelu',
   eps: float = 1e-5,
   dropout: float = 0.0,
+  post_norm: bool = False,
   attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: int = 1,
@@ -91,6 +105,7 @@ def text_transformer(
     eps=eps,
     dropout=dropout,
     causal=causal,
+    post_norm=post_norm,
     attention=attention,
     dtype=dtype,
   )

@@ -45,6 +45,15 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?(hidden\d+|bottleneck)/bias', (None,)),
   (r'(.*/)?prototypes', ('embed', 'vocab')),
   (r'(.*/)?lengths', ('vocab',)),
+  # Inverted bottlenecks: what is wide inside is split as an MLP's hidden units are.
+  (r'(.*/)?expand/kernel', ('embed', 'mlp')),
+  (r'(.*/)?depthwise/kernel', (None, None, None, 'mlp')),
+  (r'(.*/)?squeeze/kernel', ('mlp', None)),
+  (r'(.*/)?excite/kernel', (None, 'mlp')),
+  (r'(.*/)?excite/bias', ('mlp',)),
+  (r'(.*/)?project/kernel', ('mlp', 'embed')),
+  (r'(.*/)?top/kernel', ('embed', None)),
+  (r'(.*/)?squeeze/bias', (None,)),
   # Diffusion and autoencoders: images and latents have few channels, which no mesh divides.
   (r'(.*/)?hint/\w+/kernel', (None, None, None, None)),
   (r'(.*/)?conv_(out|logit)/kernel', (None, None, 'embed', None)),

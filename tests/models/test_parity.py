@@ -91,12 +91,12 @@ def randomized(model, seed=0):
   return model.eval()
 
 
-def assert_same_gradients(ours, reference, shapes, unused=()):
-  """Every parameter's gradient, to 1e-5 of its own largest entry and 1e-6 of the largest of all."""
+def assert_same_gradients(ours, reference, shapes, unused=(), near=1e-5):
+  """Every parameter's gradient, to 1e-5 (or `near`) of its own largest entry and 1e-6 of the largest of all."""
   theirs = to_ours({k: p.grad for k, p in reference.named_parameters() if k not in unused}, shapes)
   largest = max(np.abs(g).max() for g in jax.tree.leaves(theirs))
   for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(ours)[0], jax.tree.leaves(theirs)):
-    atol = 1e-5 * np.abs(b).max() + 1e-6 * largest
+    atol = near * np.abs(b).max() + 1e-6 * largest
     np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=path_of(path))
 
 

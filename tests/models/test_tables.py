@@ -1,14 +1,16 @@
 """Parameters and multiply-adds of the named networks against the reference implementations in torch.
 
 Parameters are exact; GMAC (linear layers, convolutions, both attention products) are as printed, to their last digit.
-The references are timm (ViT, DeiT, DINOv2, Swin), OpenAI's CLIP = open_clip = transformers, and transformers' SigLIP.
+The references are timm (ViT, DeiT, DINOv2, Swin, EfficientNet), OpenAI's CLIP = open_clip = transformers, and
+transformers' SigLIP and ALIGN.
 """
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from fmcv_jax.models.dual_encoder import clip, siglip
+from fmcv_jax.models.dual_encoder import align, clip, siglip
+from fmcv_jax.models.efficientnet import efficientnet
 from fmcv_jax.models.swin import swin
 from fmcv_jax.models.vit import vit
 from fmcv_jax.train.flops import matmul_flops
@@ -125,6 +127,34 @@ def test_dinov2_at_518_pixels(variant, options, parameters, gmac):
 def test_swin_with_a_thousand_classes(variant, size, window, parameters, backbone, gmac):
   variables = check(swin(variant, image_size=size, window=window, outputs=1000), size, parameters, gmac)
   assert parameters - count(variables['params']['head']) == backbone
+
+
+@pytest.mark.parametrize(
+  ('variant', 'size', 'parameters', 'gmac'),
+  [
+    ('B0', 224, 5_288_548, '0.39'),
+    ('B1', 240, 7_794_184, '0.69'),
+    ('B2', 260, 9_109_994, '0.99'),
+    ('B3', 300, 12_233_232, '1.8'),
+    ('B4', 380, 19_341_616, '4.4'),
+    ('B5', 456, 30_389_784, '10.3'),
+    ('B6', 528, 43_040_704, '19'),
+    ('B7', 600, 66_347_960, '37.746'),
+    ('L2', 800, 480_309_308, '476'),
+  ],
+)
+def test_efficientnet_with_a_thousand_classes(variant, size, parameters, gmac):
+  network = efficientnet(variant, outputs=1000)
+  assert network.image_size == size
+  variables = variables_of(network, images(size))
+  assert count(variables['params']) == parameters
+  assert_gmac(gmac, network.apply, variables, images(size))
+
+
+def test_align_is_kakaos_less_the_pooler_and_the_kinds_of_segments_that_it_never_uses():
+  network = align('B7', vocab_size=30_522, length=512)
+  variables = variables_of(network, images(289), jax.ShapeDtypeStruct((1, 64), jnp.int32))
+  assert count(variables['params']) == 172_117_841 - (768 * 768 + 768) - 2 * 768
 
 
 def check_pair(network, size, parameters, tower, image_gmac, text_gmac):
