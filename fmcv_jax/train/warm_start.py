@@ -60,8 +60,8 @@ def begin_with(state: TrainState, sources: Mapping[str, Part], learnt: Callable[
         found = given[path].shape if path in given else 'missing'
         raise UserError(
           f'{field}: {path} is {found} in {source.workdir} and {own.shape} here; '
-          f'add a pattern for it to {field}.skip to train it anew, to {field}.resize for a table of positions, or to '
-          f'{field}.widen for a kernel that reads more channels'
+          f'add a pattern for it to {field}.skip to train it anew, to {field}.widen for a kernel that reads more, '
+          f'or to {field}.resize for a table of positions'
         )
       values[f'{target}/{path}' if path else target] = jax.device_put(value, own.sharding)
   tree = jax.tree_util.tree_unflatten(treedef, values.values())
