@@ -39,7 +39,7 @@ from fmcv_jax.data.parquet import Parquet
 from fmcv_jax.data.scattered import Scattered
 from fmcv_jax.data.source import NoData, Source
 from fmcv_jax.data.tfds import Tfds
-from fmcv_jax.data.tokenizers import Bpe, ClipBpe, Tokenizer
+from fmcv_jax.data.tokenizers import KEPT, TOKENIZERS, Bpe, Tokenizer
 from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, ResizeCrop
 from fmcv_jax.data.webdataset import WebDataset
 from fmcv_jax.errors import UserError
@@ -127,7 +127,7 @@ KINDS: config_lib.Kinds = {
     'webdataset': WebDataset,
   },
   ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
-  Tokenizer: {'bpe': Bpe, 'clip_bpe': ClipBpe},
+  Tokenizer: TOKENIZERS,
   Augment: AUGMENTS,
   Control: {'coarse': Coarse, 'edges': Edges, 'gray': Gray},
   Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},
@@ -319,12 +319,28 @@ class Run:
 
 
 def with_own_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> dict[str, Any]:
-  """The config with a tokenizer that was trained by this run replaced by the file that the run keeps of it."""
+  """The config with a tokenizer of this run's own, trained or from a file, read from the file that the run keeps."""
   spec = config.get('tokenizer')
-  kept = workdir / 'tokenizer.json' if workdir else None
-  if not spec or spec['name'] != 'bpe' or kept is None or not kept.exists():
+  if not spec or workdir is None or spec['name'] not in KEPT:
     return config
-  return {**config, 'tokenizer': {**spec, 'corpus': None, 'file': str(kept)}}
+  kept = workdir / KEPT[spec['name']]
+  if not kept.exists():
+    return config
+  return {**config, 'tokenizer': {**spec, **({'corpus': None} if 'corpus' in spec else {}), 'file': str(kept)}}
+
+
+def keep_tokenizer(run: Run) -> None:
+  """Writes the tokenizer's file to the workdir, so that the run needs neither the corpus nor another file again."""
+  tokenizer, spec = run.experiment.tokenizer, run.config.get('tokenizer')
+  if spec is None or spec['name'] not in KEPT:
+    return
+  kept = run.workdir / KEPT[spec['name']]
+  if kept.exists():
+    return
+  if isinstance(tokenizer, Bpe):
+    tokenizer.save(kept)
+  else:
+    epath.Path(spec['file']).copy(kept)
 
 
 def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console | None = None) -> TrainState:
@@ -485,9 +501,7 @@ def _open_workdir(run: Run, console: Console) -> None:
     write_json(workdir / 'run.json', identity(run))
   except OSError as error:
     raise UserError(f'--workdir {workdir}: cannot be written ({error.strerror})') from error
-  tokenizer, kept = run.experiment.tokenizer, workdir / 'tokenizer.json'
-  if isinstance(tokenizer, Bpe) and not kept.exists():
-    tokenizer.save(kept)
+  keep_tokenizer(run)
 
 
 def first_difference(saved: Any, config: Any, path: str = '') -> tuple[str, Any, Any] | None:

@@ -1,8 +1,7 @@
 """Checkpoints that others published become workdirs, and workdirs become files that others read."""
 
-import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +12,15 @@ from rich.progress import track
 
 from fmcv_jax import config as config_lib
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.experiment import Run, resolve
+from fmcv_jax.experiment import Run, keep_tokenizer, resolve, trained_tree
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained.families import FAMILIES, family_of, recognize
 from fmcv_jax.pretrained.layout import check, read, write
-from fmcv_jax.pretrained.tensors import open_tensors, write_safetensors
+from fmcv_jax.pretrained.tensors import open_tensors, write_tensors
 from fmcv_jax.train.checkpoint import Store, write_json
-from fmcv_jax.train.state import init_state
+from fmcv_jax.train.warm_start import Part, begin_with
+
+BESIDE = ('discriminator', 'projector')  # parameters that training alone needs
 
 
 def import_checkpoint(file: str, to: str, family: str | None = None, overrides: Sequence[str] = ()) -> Run:
@@ -38,35 +39,47 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   name, layout, found = recognize(tensors, family, file)
   if family is None:
     console.print(f'{file} looks like {name!r}; if it is another, name it by --as', highlight=False)
-  config = resolve(config_lib.override(config_lib.plain(FAMILIES[name].config(found)), overrides))
+  own = FAMILIES[name].config(found)
+  config = resolve(config_lib.override(config_lib.plain(own | _tokenizer_beside(file, own)), overrides))
   run = Run(config, to)
-  objective = run.experiment.objective
-  abstract = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
-  flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-  shapes = {path_of(path): leaf.shape for path, leaf in flat}
-  check(layout, tensors, shapes, file)
-  shardings = dict(zip(shapes, jax.tree.leaves(run.placement.parameters(abstract)), strict=True))
-  values = {}
-  for path, value in track(
-    read(layout, tensors, shapes, file),
-    'reading',
-    len(shapes),
-    console=console,
-    transient=True,
-    disable=len(shapes) < 1,
+  objective, abstract = run.experiment.objective, run.abstract_state
+  sources: Mapping[str, Part] = run.experiment.init_from
+  flat, treedef = jax.tree_util.tree_flatten_with_path({'params': abstract.params, 'extra': abstract.extra})
+  placed = jax.tree.leaves({'params': run.shardings.params, 'extra': run.shardings.extra})
+  leaves = {path_of(path): (leaf, sharding) for (path, leaf), sharding in zip(flat, placed, strict=True)}
+  # What the file is to hold: all that a network has learnt, but for what comes from elsewhere. Arrays of `extra` that
+  # are no part of a network are born.
+  born = {path for path in leaves if path.startswith('extra/') and path.count('/') == 1}
+  elsewhere = {path for path in leaves if any(f'{path}/'.startswith(f'{target}/') for target in sources)}
+  shapes = {path.removeprefix('params/'): leaves[path][0].shape for path in leaves if path not in born | elsewhere}
+  apart = {path.split('/')[1] for path in set(shapes) - set(found) if path.startswith('extra/')}
+  apart -= {path.split('/')[1] for path in found if path.startswith('extra/')}
+  if apart:
+    name_apart = sorted(apart)[0]
+    raise UserError(
+      f'{file}: {name!r} also needs the {name_apart}, which is not in it; import that to a folder of its own, and give '
+      f'--config.init_from.extra/{name_apart}.workdir=FOLDER and .part=params/... of it'
+    )
+  network = getattr(objective, 'network', None)
+  check(layout, tensors, shapes, network, file)
+  values = {path: _zeros(*leaves[path]) for path in born | elsewhere}
+  for name_of, value in track(
+    read(layout, tensors, shapes, file), 'reading', len(shapes), console=console, transient=True
   ):
-    values[path] = jax.device_put(value, shardings[path])
-  params = jax.tree_util.tree_unflatten(treedef, [values[path] for path in shapes])
+    path = name_of if name_of.startswith('extra/') else f'params/{name_of}'
+    values[path] = jax.device_put(value, leaves[path][1])
+  tree = jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
   # An import is step 0 of a run that learns nothing.
-  born = jax.eval_shape(lambda: init_state(objective, run.tx, 0, ema=False))
   counters = {
-    name: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), run.placement.replicated())
-    for name, leaf in dataclasses.asdict(born).items()
-    if name in ('step', 'skipped', 'streak', 'rng')
+    name: _zeros(getattr(abstract, name), run.placement.replicated()) for name in ('step', 'skipped', 'streak', 'rng')
   }
-  state = born.replace(params=params, opt_state=run.tx.init(params), **counters)
+  params = tree['params']
+  state = abstract.replace(**tree, opt_state=run.tx.init(params), ema=None, **counters)
+  if sources:
+    state = begin_with(state, sources, trained_tree)
   run.workdir.mkdir(parents=True, exist_ok=True)
   write_json(run.workdir / 'config.json', config)
+  keep_tokenizer(run)
   store = Store(run.workdir)
   store.save(state, {'imported': {'file': str(file), 'family': name}}, {})
   store.wait()
@@ -76,31 +89,59 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   return run
 
 
-def export_checkpoint(workdir: str, to: str, format: str, step: int | None = None) -> None:
-  """Writes what a workdir has learnt (the average where one is kept) as safetensors with the names of `format`."""
-  run = Run.reopen(workdir)
-  params = {
-    path_of(path): np.asarray(leaf, np.float32)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(_network_params(run, step))[0]
+def _tokenizer_beside(file: str, config: dict[str, Any]) -> dict[str, Any]:
+  """The tokenizer that lies in a folder with a model whose texts no tokenizer of ours reads: SigLIP's."""
+  text = config['objective']['network'].get('text')
+  if text is None or 'tokenizer' in config:
+    return {}
+  known: dict[str, dict[str, Any]] = {
+    'spiece.model': {'name': 'sentencepiece'},
+    'tokenizer.json': {'name': 'tokenizer_json', 'end': '<eos>', 'lowercase': True},
   }
-  family = family_of({path: x.shape for path, x in params.items()})
+  for name, spec in known.items():
+    beside = pathlib.Path(file) / name
+    if beside.is_file():
+      return {'tokenizer': {**spec, 'file': str(beside), 'length': text['length']}}
+  return {}
+
+
+def export_checkpoint(workdir: str, to: str, format: str, step: int | None = None) -> None:
+  """Writes what a workdir has learnt, the average where one is kept, with the names of `format`.
+
+  `to` is a file, .safetensors or .npz, or, where the format is of several networks in a folder, that folder.
+  """
+  run = Run.reopen(workdir)
+  subject, _ = run.restored_subject(step)
+  objective = run.experiment.objective
+  params = _arrays(objective.whole(subject.params, subject.extra))
+  params = {path: x for path, x in params.items() if path.split('/')[0] not in BESIDE}
+  variant = run.config['objective'].get('network', {}).get('variant', '')
+  family = family_of({path: x.shape for path, x in params.items()}, variant)
   layouts = [layout for name, layout in FAMILIES[family].layouts if name == format]
   if not layouts:
     known = sorted({name for name, _ in FAMILIES[family].layouts})
     raise UserError(f'--format {format}: unknown for a model such as {family!r}; {nearest(format, known)}')
+  frozen = {f'extra/{path}': x for path, x in _arrays(subject.extra).items() if '/' in path}
   written, complaints = None, []
   for layout in layouts:
+    several = any(row.ours.startswith('extra/') for row in layout.rows)
     try:
-      written = write(layout, params)
+      written = write(layout, params | (frozen if several else {}), getattr(objective, 'network', None))
       break
     except UserError as error:
       complaints.append(error)
   if written is None:
     raise UserError(f'{workdir}: cannot be written as {format}: {complaints[0]}')
-  write_safetensors(pathlib.Path(to), written)
+  for prefix, file in layout.files or (('', ''),):
+    of_file = {name.removeprefix(prefix): x for name, x in written.items() if name.startswith(prefix)}
+    write_tensors(pathlib.Path(to) / file, of_file)
   Console(stderr=True).print(f'{len(written)} arrays in {to}', highlight=False)
 
 
-def _network_params(run: Run, step: int | None) -> Any:
-  subject, _ = run.restored_subject(step)
-  return run.experiment.objective.whole(subject.params, subject.extra)
+def _arrays(tree: Any) -> dict[str, np.ndarray]:
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {path_of(path): np.asarray(leaf, np.float32) for path, leaf in flat}
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+  return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)

@@ -1,7 +1,8 @@
-"""Texts to ids: CLIP's published vocabulary, or a byte-pair vocabulary trained on the data set's own captions.
+"""Texts to ids: CLIP's published vocabulary, a byte-pair vocabulary trained on the data set's own captions, or files.
 
-All agree on this: rows are zero-padded, start with one id and end with another, and the end id is the largest of the
-vocabulary, so that a text tower may pool at `tokens.argmax(-1)`, as CLIP's does.
+CLIP's and our own agree on this: rows are zero-padded, start with one id and end with another, and the end id is the
+largest of the vocabulary, so that a text tower may pool at `tokens.argmax(-1)`, as CLIP's does. Those read from others'
+files keep the rules of the towers that they belong to, which pool at the last place.
 """
 
 import abc
@@ -10,6 +11,8 @@ import functools
 import html
 import os
 import pathlib
+import re
+import string
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +31,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    """N texts -> int32 [N, length]: start, ids, end, zeros. A long text is cut; its end id stays last."""
+    """N texts -> int32 [N, length]: start, ids, end, padding. A long text is cut; its end id stays last."""
 
   @abc.abstractmethod
   def decode(self, tokens: np.ndarray) -> list[str]:
@@ -152,6 +155,124 @@ class Bpe(Tokenizer):
       raise UserError(f'tokenizer: the corpus {type(self.corpus).__name__} has no texts to learn a vocabulary from')
 
 
+@dataclasses.dataclass(frozen=True)
+class SentencePiece(Tokenizer):
+  """A vocabulary of SentencePiece (Kudo & Richardson 2018) in its own file, as SigLIP has; rows are ids and ends.
+
+  Texts lose their case and ASCII punctuation, and white space is one blank, as SigLIP's were in training.
+  """
+
+  file: str
+  length: int = 64
+
+  def __post_init__(self) -> None:
+    _check_length(self.length)
+
+  @property
+  def vocab_size(self) -> int:  # type: ignore[override]
+    return self._model.vocab_size()
+
+  def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    end = self._model.eos_id()
+    rows = np.full((len(texts), self.length), end, np.int32)
+    for row, ids in zip(rows, self._model.encode([_canonical(_encodable(text)) for text in texts])):
+      row[: len(ids[: self.length - 1])] = ids[: self.length - 1]
+    return rows
+
+  def decode(self, tokens: np.ndarray) -> list[str]:
+    end = self._model.eos_id()
+    rows = (row[: int(np.argmax(np.append(row, end) == end))] for row in np.asarray(tokens))
+    return [self._model.decode([int(i) for i in row]) for row in rows]
+
+  @property
+  def _model(self) -> Any:
+    return _sentencepiece(_existing(self.file))
+
+
+_PUNCTUATION = str.maketrans('', '', string.punctuation)
+
+
+def _canonical(text: str) -> str:
+  return re.sub(r'\s+', ' ', text.lower().translate(_PUNCTUATION)).strip()
+
+
+@functools.cache
+def _sentencepiece(file: str) -> Any:
+  try:
+    import sentencepiece
+  except ImportError as error:
+    raise UserError(f'tokenizer: {file!r} needs the package sentencepiece: pip install sentencepiece') from error
+  try:
+    return sentencepiece.SentencePieceProcessor(model_file=file)
+  except (RuntimeError, OSError) as error:
+    raise UserError(f'tokenizer: {file!r} is no SentencePiece model: {error}') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerJson(Tokenizer):
+  """A tokenizer.json of Hugging Face, with the special ids that its own rules give a text.
+
+  padding     its token for the places after a text
+  end         a token that closes every text whether the file's rules do so or not; a cut text keeps it
+  lowercase   as SigLIP 2 (Tschannen et al. 2025) wants it, whose file does not say so
+  """
+
+  file: str
+  length: int = 64
+  padding: str = '<pad>'
+  end: str | None = None
+  lowercase: bool = False
+
+  def __post_init__(self) -> None:
+    _check_length(self.length)
+
+  @property
+  def vocab_size(self) -> int:  # type: ignore[override]
+    return self._model.get_vocab_size()
+
+  def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    end = () if self.end is None else (self._id(self.end),)
+    rows = np.full((len(texts), self.length), self._id(self.padding), np.int32)
+    cleaned = [_encodable(text.lower() if self.lowercase else text) for text in texts]
+    for row, encoding in zip(rows, self._model.encode_batch(cleaned)):
+      ids = encoding.ids[:-1] if end and encoding.ids[-1:] == list(end) else encoding.ids
+      ids = [*ids[: self.length - len(end)], *end]
+      row[: len(ids)] = ids
+    return rows
+
+  def decode(self, tokens: np.ndarray) -> list[str]:
+    return [self._model.decode([int(i) for i in row]) for row in np.asarray(tokens)]
+
+  def _id(self, token: str) -> int:
+    found = self._model.token_to_id(token)
+    if found is None:
+      raise UserError(f'tokenizer: {self.file!r} has no token {token!r}')
+    return found
+
+  @property
+  def _model(self) -> Any:
+    return _opened_file(_existing(self.file))
+
+
+def _existing(file: str) -> str:
+  if not os.path.isfile(file):
+    raise UserError(f'tokenizer: no file {file!r} (seen from {os.getcwd()})')
+  return file
+
+
+@functools.cache
+def _opened_file(file: str) -> Any:
+  import tokenizers
+
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(file)
+  except Exception as error:  # the package raises bare Exceptions
+    raise UserError(f'tokenizer: {file!r} is no tokenizer file: {error}') from error
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  return tokenizer
+
+
 @functools.cache
 def _open(text: str) -> Any:
   import tokenizers
@@ -200,4 +321,12 @@ def _check_length(length: int) -> None:
     raise ValueError(f'length: expected at least 3 (start, one id, end), got {length}')
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {'clip_bpe': ClipBpe, 'bpe': Bpe}
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+  'bpe': Bpe,
+  'clip_bpe': ClipBpe,
+  'sentencepiece': SentencePiece,
+  'tokenizer_json': TokenizerJson,
+}
+
+# Under which name a run keeps the file of its tokenizer.
+KEPT = {'bpe': 'tokenizer.json', 'sentencepiece': 'tokenizer.model', 'tokenizer_json': 'tokenizer.json'}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -65,6 +65,8 @@ class Diffusion(Objective):
   network        told by `classes` a label, by `cross_attention` or `pooled_text` a text, or nothing
   autoencoder    x is its latent, (latent - latent_shift) * latent_scale; frozen, by init_from at 'extra/autoencoder'
   text           the tower that reads the captions; frozen, by init_from at 'extra/text'
+  padding        of texts: 'masked', the network does not see it; 'zeros', it does (Stable Diffusion 2); 'end', the end
+                 id stands in its place, and the network sees it (Stable Diffusion 1)
   drop           share of examples that are told nothing, for classifier-free guidance
   weighting      of the error by noise level (`Process.weight`), and its `strength`
   times          distribution of the times (`Process.draw_times`), with mean and standard deviation where it is normal
@@ -81,6 +83,7 @@ class Diffusion(Objective):
   latent_scale: float = 1.0
   latent_shift: float = 0.0
   text: nn.Module | None = None
+  padding: Literal['masked', 'zeros', 'end'] = 'masked'
   drop: float = 0.1
   weighting: WeightName = 'simple'
   strength: float = 5.0
@@ -211,8 +214,11 @@ class Diffusion(Objective):
       tokens = batch['tokens']
       if keep is not None:
         tokens = jnp.where(keep[:, None], tokens, empty_text(tokens))
+      after = jnp.arange(tokens.shape[1]) > jnp.argmax(tokens, axis=1)[:, None]
+      if self.padding == 'end':
+        tokens = jnp.where(after, tokens.max(axis=1, keepdims=True), tokens)
       features: Any = self.text.apply({'params': extra['text']}, tokens)
-      text, mask, pooled = features.tokens, tokens != 0, features.pooled
+      text, mask, pooled = features.tokens, ~after if self.padding == 'masked' else None, features.pooled
     return Condition(label, text, mask, pooled)
 
   def _shown(self, condition, extra, images, keys) -> Condition:

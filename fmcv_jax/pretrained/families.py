@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.pretrained import pairs, swin, vit
-from fmcv_jax.pretrained.layout import Layout, Shape, outline
+from fmcv_jax.pretrained import flax, latent, pairs, swin, vit
+from fmcv_jax.pretrained.layout import Layout, Shape, linear, outline, point
 from fmcv_jax.pretrained.tensors import Tensors
 
 HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
@@ -59,20 +59,34 @@ _SWIN = (
   ('official', swin.published(timm=False)),
   *(('transformers', swin.transformers(hub=hub)) for hub in (True, False)),
 )
+_GOOGLE = (
+  *(('augreg', layout) for layout in flax.augreg()),
+  *(('big_vision', layout) for layout in flax.big_vision()),
+)
+_SIGLIP = (
+  ('transformers', pairs.transformers_siglip()),
+  *(('big_vision', layout) for layout in flax.siglip()),
+)
 _CLIP = (('open_clip', pairs.open_clip()), ('transformers', pairs.transformers_clip()))
 
 # In the order in which they are tried where none is named. Files do not tell how images were normalized, nor which
 # GELU was meant: that is what the names of one layout differ by.
 FAMILIES: dict[str, Family] = {
   'deit': Family((*_TIMM, *_transformers('deit.')), _encoder(IMAGENET)),
-  'vit': Family((*_TIMM, *_transformers('vit.', '')), _encoder(HALF)),
+  'vit': Family((*_TIMM, *_transformers('vit.', ''), *_GOOGLE), _encoder(HALF)),
   'dino': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET)),
   'mae': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET)),
   'dinov2': Family(_TIMM, _encoder(IMAGENET)),
   'swin': Family(_SWIN, _encoder(IMAGENET, swin.network)),
   'clip': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='gelu')),
   'clip_openai': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='quick_gelu')),
-  'siglip': Family((('transformers', pairs.transformers_siglip()),), _dual(HALF, sigmoid=True, activation='gelu_tanh')),
+  'siglip': Family(_SIGLIP, _dual(HALF, sigmoid=True, activation='gelu_tanh')),
+  'dit': Family((('dit', latent.dit_original()), ('diffusers', latent.dit_diffusers())), latent.dit_config),
+  'sd_vae': Family(latent.coders(), latent.coder_config),
+  # Stable Diffusion 1 lengthens texts by their end, 2 by zeros; the larger model of 2 predicts velocities.
+  'sd1': Family(latent.stable_diffusion(point), latent.sd_config('sd1', 'quick_gelu', 'end')),
+  'sd2': Family(latent.stable_diffusion(linear), latent.sd_config('sd2', 'gelu', 'zeros')),
+  'sd2_velocity': Family(latent.stable_diffusion(linear), latent.sd_config('sd2', 'gelu', 'zeros', 'velocity')),
 }
 
 
@@ -102,8 +116,14 @@ def recognize(tensors: Tensors, name: str | None, what: str) -> Recognized:
   raise UserError(f'{what}: no layout of {family} knows {unknown[0] if unknown else "an empty file"}{more}')
 
 
-def family_of(shapes: Mapping[str, Shape]) -> str:
-  """The family whose formats have a place for these parameters of ours."""
+def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
+  """The family whose formats have a place for these parameters of ours, of a network that is called `variant`."""
+  if any(path.startswith('autoencoder/') for path in shapes):
+    return 'sd_vae'
+  if 'network/blocks/modulation/kernel' in shapes:
+    return 'dit'
+  if 'network/encoder/conv_in/kernel' in shapes:
+    return 'sd2' if variant == 'sd2' else 'sd1'
   if 'tokens/embedding' in {path.removeprefix('text/') for path in shapes}:
     return 'siglip' if 'image/map_pool/probe' in shapes else 'clip'
   return 'swin' if 'patch_norm/scale' in shapes else _by_signs('deit', shapes)

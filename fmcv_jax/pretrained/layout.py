@@ -1,14 +1,15 @@
 """Tables that say which array of a published checkpoint is which of ours, read in both directions.
 
-A row names our path, theirs, and how the array changes. '{i}' stands for the layer in their name; we stack layers along
-a first axis, and where blocks come in pairs, those of '{2i}' and of '{2i+1}' apart. Where several rows name the same
-array of theirs, it is ours joined along its first axis, in their order: queries, keys and values in one matrix.
+A row names our path, theirs, and how the array changes. '{i}' stands for the layer in their name; we stack layers
+along a first axis, and where blocks come in pairs, those of '{2i}' and of '{2i+1}' apart. '{*}' is in a name that
+they repeat, with the same array, in every layer, and that we have once. Where several rows name the same array of
+theirs, it is ours joined along its first axis, in their order: queries, keys and values in one matrix.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,10 +21,14 @@ Shape = tuple[int, ...]
 # How layers are counted in a name: {layer of theirs} = step * i + offset.
 _PLACES = {'{i}': (1, 0), '{2i}': (2, 0), '{2i+1}': (2, 1)}
 _LAYER = re.compile('|'.join(re.escape(place) for place in _PLACES))
+_EVERY = '{*}'
 
 
 class Form(NamedTuple):
-  """How one layer's array changes: ours -> theirs, theirs -> ours (whose shape is given), and their shape -> ours."""
+  """How one layer's array changes: ours -> theirs, theirs -> ours (whose shape is given), and their shape -> ours.
+
+  The last raises ValueError for a number of axes that the form does not have.
+  """
 
   write: Callable[[np.ndarray], np.ndarray]
   read: Callable[[np.ndarray, Shape], np.ndarray]
@@ -34,8 +39,25 @@ def _reshaped(x: np.ndarray, shape: Shape) -> np.ndarray:
   return x.reshape(shape)
 
 
+def _turned(shape: Shape) -> Shape:
+  outputs, inputs = shape
+  return inputs, outputs
+
+
+def _of_a_point(shape: Shape) -> Shape:
+  outputs, inputs, _, _ = shape
+  return inputs, outputs
+
+
+def _spatial(shape: Shape) -> Shape:
+  outputs, inputs, rows, columns = shape
+  return rows, columns, inputs, outputs
+
+
 SAME = Form(lambda x: x, _reshaped, lambda shape: shape)
-LINEAR = Form(lambda x: x.T, lambda x, shape: x.T, lambda shape: shape[::-1])
+LINEAR = Form(lambda x: x.T, lambda x, shape: x.T, _turned)
+POINT = Form(lambda x: x.T[..., None, None], lambda x, shape: x[..., 0, 0].T, _of_a_point)  # a convolution of one pixel
+SPATIAL = Form(lambda x: x.transpose(3, 2, 0, 1), lambda x, shape: x.transpose(2, 3, 1, 0), _spatial)
 BATCHED = Form(lambda x: x[None], _reshaped, lambda shape: shape[1:])  # [N, D] and [1, N, D]
 ROW = Form(lambda x: x[0], _reshaped, lambda shape: (1, *shape))  # [1, D] and [D]
 ONE = Form(lambda x: x[None], _reshaped, lambda shape: ())  # [] and [1]
@@ -54,6 +76,44 @@ def convolution(channels: int) -> Form:
   return Form(write, read, lambda shape: (math.prod(shape[1:]), shape[0]))
 
 
+def patches(channels: int) -> Form:
+  """Ours [rows * columns * channels, outputs], flax's [rows, columns, channels, outputs] with a square kernel."""
+
+  def write(x: np.ndarray) -> np.ndarray:
+    side = math.isqrt(x.shape[0] // channels)
+    return x.reshape(side, side, channels, -1)
+
+  def shape(theirs: Shape) -> Shape:
+    rows, columns, inputs, outputs = theirs
+    return rows * columns * inputs, outputs
+
+  return Form(write, _reshaped, shape)
+
+
+def into_heads(width: int) -> Form:
+  """Ours [..., heads * width], flax's [..., heads, width]."""
+
+  def shape(theirs: Shape) -> Shape:
+    *before, heads, own = theirs
+    if own != width:
+      raise ValueError(f'heads are {own} wide, not {width}')
+    return (*before, heads * own)
+
+  return Form(lambda x: x.reshape(*x.shape[:-1], -1, width), _reshaped, shape)
+
+
+def out_of_heads(width: int) -> Form:
+  """Ours [..., heads * width, D], flax's [..., heads, width, D]."""
+
+  def shape(theirs: Shape) -> Shape:
+    *before, heads, own, outputs = theirs
+    if own != width:
+      raise ValueError(f'heads are {own} wide, not {width}')
+    return (*before, heads * own, outputs)
+
+  return Form(lambda x: x.reshape(*x.shape[:-2], -1, width, x.shape[-1]), _reshaped, shape)
+
+
 class Row(NamedTuple):
   ours: str
   theirs: str
@@ -61,14 +121,29 @@ class Row(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """All rows of a format, optional ones among them, and patterns of names that are left out on purpose."""
+  """All rows of a format, optional ones among them.
+
+  ignored   patterns of names that are left out on purpose
+  fixed     arrays of theirs that nobody learns, made from the network's numbers
+  files     (prefix, file) where a checkpoint is a folder: names with the prefix, without it, are in that file
+  """
 
   rows: tuple[Row, ...]
   ignored: tuple[str, ...] = ()
+  fixed: tuple[tuple[str, Callable[[Any], np.ndarray]], ...] = ()
+  files: tuple[tuple[str, str], ...] = ()
 
 
 def linear(ours: str, theirs: str) -> tuple[Row, ...]:
   return Row(f'{ours}/kernel', f'{theirs}.weight', LINEAR), Row(f'{ours}/bias', f'{theirs}.bias')
+
+
+def point(ours: str, theirs: str) -> tuple[Row, ...]:
+  return Row(f'{ours}/kernel', f'{theirs}.weight', POINT), Row(f'{ours}/bias', f'{theirs}.bias')
+
+
+def spatial(ours: str, theirs: str) -> tuple[Row, ...]:
+  return Row(f'{ours}/kernel', f'{theirs}.weight', SPATIAL), Row(f'{ours}/bias', f'{theirs}.bias')
 
 
 def norm(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -87,7 +162,8 @@ def fused(ours: str, theirs: str) -> tuple[Row, ...]:
 
 def below(prefix: str, rows: Iterable[Row], theirs: str = '') -> tuple[Row, ...]:
   """The rows of a part, with a prefix to our paths and one to their names."""
-  return tuple(Row(f'{prefix}/{row.ours}', f'{theirs}{row.theirs}', row.form) for row in rows)
+  path = f'{prefix}/' if prefix else ''
+  return tuple(Row(path + row.ours, theirs + row.theirs, row.form) for row in rows)
 
 
 def _joined(layout: Layout, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, list[Row]]]:
@@ -102,8 +178,11 @@ def _joined(layout: Layout, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, 
   yield from groups.items()
 
 
-def _layers(theirs: str, shapes: Mapping[str, Shape], row: Row) -> list[tuple[str, int | None]]:
+def _layers(layout: Layout, theirs: str, shapes: Mapping[str, Shape], row: Row) -> list[tuple[str, int | None]]:
   """Their names of a row, layer by layer."""
+  if _EVERY in theirs:
+    depth = max(shapes[other.ours][0] for other in layout.rows if '{i}' in other.theirs and other.ours in shapes)
+    return [(theirs.replace(_EVERY, str(i)), None) for i in range(depth)]
   place = _LAYER.search(theirs)
   if place is None:
     return [(theirs, None)]
@@ -116,24 +195,25 @@ def _one(row: Row, shapes: Mapping[str, Shape]) -> Shape:
   return shapes[row.ours][1:] if _LAYER.search(row.theirs) else shapes[row.ours]
 
 
-def write(layout: Layout, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Our parameters, by path, as their arrays; UserError for one that the format has no place for."""
+def write(layout: Layout, params: Mapping[str, np.ndarray], network: Any) -> dict[str, np.ndarray]:
+  """Our parameters, by path, as their arrays, with those that the format makes of the network; UserError for one that
+  it has no place for."""
   shapes = {path: x.shape for path, x in params.items()}
   found = {}
   for theirs, rows in _joined(layout, shapes):
-    for name, layer in _layers(theirs, shapes, rows[0]):
+    for name, layer in _layers(layout, theirs, shapes, rows[0]):
       parts = [row.form.write(params[row.ours] if layer is None else params[row.ours][layer]) for row in rows]
       found[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-  return found
+  return found | {name: make(network) for name, make in layout.fixed}
 
 
-def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], what: str) -> None:
+def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str) -> None:
   """UserError that names what is missing, left over or of another shape; nothing is read."""
-  expected: dict[str, Shape] = {}
+  expected: dict[str, Shape] = {name: make(network).shape for name, make in layout.fixed}
   for theirs, rows in _joined(layout, shapes):
     parts = [_shape(row.form, _one(row, shapes)) for row in rows]
     joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
-    expected |= {name: joined for name, _ in _layers(theirs, shapes, rows[0])}
+    expected |= {name: joined for name, _ in _layers(layout, theirs, shapes, rows[0])}
   found = tensors.shapes
   if missing := sorted(set(expected) - set(found)):
     raise UserError(f'{what}: {missing[0]} is missing{_more(missing)}; {nearest(missing[0], list(found))}')
@@ -148,9 +228,9 @@ def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], what: s
 def read(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], what: str) -> Iterator[tuple[str, np.ndarray]]:
   """(our path, array) one after the other, float32; UserError for a number that is none. Call `check` before."""
   for theirs, rows in _joined(layout, shapes):
-    layers = _layers(theirs, shapes, rows[0])
+    layers = _layers(layout, theirs, shapes, rows[0])
     results = [np.empty(shapes[row.ours], np.float32) for row in rows]
-    for name, layer in layers:
+    for name, layer in layers[:1] if _EVERY in theirs else layers:
       x = tensors[name]
       if not np.isfinite(x).all():
         raise UserError(f'{what}: {name} holds numbers that are not finite')
@@ -167,39 +247,51 @@ def read(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], what: st
 
 
 def outline(layout: Layout, tensors: Tensors) -> tuple[dict[str, Shape], list[str]]:
-  """The shapes of our parameters that a checkpoint holds, by path, and the names in it that the layout knows not."""
+  """The shapes of our parameters that a checkpoint holds, by path, and the names in it that the layout knows not.
+
+  Those of its fixed arrays are there as 'fixed/NAME'.
+  """
   rows: dict[str, list[Row]] = {}
   for row in layout.rows:
     rows.setdefault(row.theirs, []).append(row)
-  patterns = {name: re.compile(r'(\d+)'.join(map(re.escape, _LAYER.split(name)))) for name in rows}
+  fixed = dict(layout.fixed)
   found: dict[str, Shape] = {}
   layers: dict[str, int] = {}
   unknown: list[str] = []
   for name, shape in tensors.shapes.items():
     if _ignored(layout, name):
       continue
-    theirs, layer = next(_places(name, patterns), (None, None))
+    if name in fixed:
+      found[f'fixed/{name}'] = tuple(shape)
+      continue
+    theirs, layer = next(_places(name, rows), (None, None))
     if theirs is None:
       unknown.append(name)
       continue
     for row in rows[theirs]:
       part = (shape[0] // len(rows[theirs]), *shape[1:]) if len(rows[theirs]) > 1 else tuple(shape)
-      found[row.ours] = row.form.shape(part)
+      try:
+        found[row.ours] = row.form.shape(part)
+      except ValueError:
+        unknown.append(name)
+        break
       if layer is not None:
         layers[row.ours] = max(layers.get(row.ours, 0), layer + 1)
   return {path: (layers[path], *shape) if path in layers else shape for path, shape in found.items()}, unknown
 
 
-def _places(name: str, patterns: Mapping[str, re.Pattern[str]]) -> Iterator[tuple[str, int | None]]:
-  """(the name in the table, the layer) for each row that a name of theirs is of."""
-  for theirs, pattern in patterns.items():
-    if hit := pattern.fullmatch(name):
-      if not hit.groups():
-        yield theirs, None
-        continue
-      step, offset = _PLACES[_LAYER.findall(theirs)[0]]
-      if (int(hit[1]) - offset) % step == 0:
-        yield theirs, (int(hit[1]) - offset) // step
+def _places(name: str, rows: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
+  """(the name in the table, the layer) for each of `rows` that a name of theirs is of."""
+  if name in rows:
+    yield name, None
+  for number in re.finditer(r'\d+', name):
+    before, after = name[: number.start()], name[number.end() :]
+    if (theirs := before + _EVERY + after) in rows:
+      yield theirs, None
+    for place, (step, offset) in _PLACES.items():
+      layer, rest = divmod(int(number[0]) - offset, step)
+      if not rest and layer >= 0 and (theirs := before + place + after) in rows:
+        yield theirs, layer
 
 
 def _ignored(layout: Layout, name: str) -> bool:

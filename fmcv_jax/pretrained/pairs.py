@@ -64,6 +64,15 @@ def _blocks(theirs: str) -> tuple[Row, ...]:
   )
 
 
+def transformers_text() -> tuple[Row, ...]:
+  return (
+    Row('tokens/embedding', 'embeddings.token_embedding.weight'),
+    Row('position', 'embeddings.position_embedding.weight'),
+    *_blocks('encoder.layers.{i}'),
+    *norm('norm', 'final_layer_norm'),
+  )
+
+
 def transformers_clip() -> Layout:
   image = (
     Row('class_token', 'embeddings.class_embedding', ROW),
@@ -73,16 +82,10 @@ def transformers_clip() -> Layout:
     *_blocks('encoder.layers.{i}'),
     *norm('norm', 'post_layernorm'),
   )
-  text = (
-    Row('tokens/embedding', 'embeddings.token_embedding.weight'),
-    Row('position', 'embeddings.position_embedding.weight'),
-    *_blocks('encoder.layers.{i}'),
-    *norm('norm', 'final_layer_norm'),
-  )
   rows = (
     *below('image', image, 'vision_model.'),
     Row('image/head/kernel', 'visual_projection.weight', LINEAR),
-    *below('text', text, 'text_model.'),
+    *below('text', transformers_text(), 'text_model.'),
     Row('text/head/kernel', 'text_projection.weight', LINEAR),
     Row('temperature', 'logit_scale'),
   )
@@ -106,13 +109,7 @@ def transformers_siglip() -> Layout:
     *norm('norm', 'post_layernorm'),
     *below('map_pool', head, 'head.'),
   )
-  text = (
-    Row('tokens/embedding', 'embeddings.token_embedding.weight'),
-    Row('position', 'embeddings.position_embedding.weight'),
-    *_blocks('encoder.layers.{i}'),
-    *norm('norm', 'final_layer_norm'),
-    *linear('head', 'head'),
-  )
+  text = (*transformers_text(), *linear('head', 'head'))
   rows = (
     *below('image', image, 'vision_model.'),
     *below('text', text, 'text_model.'),
@@ -129,21 +126,23 @@ def dual_encoder(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str)
     for part in ('image', 'text')
   )
   eps = 1e-6 if sigmoid else 1e-5
-  depth, width = text['blocks/norm1/scale']
-  vocabulary, length = text['tokens/embedding'][0], text['position'][0]
   shared = {'activation': activation, 'eps': eps}
-  words = {
-    'name': 'text_transformer',
-    'vocab_size': vocabulary,
-    'length': length,
-    'width': width,
-    'depth': depth,
-    'mlp_dim': text['blocks/mlp/up/kernel'][-1],
-    'heads': heads_of(width, depth, text['blocks/mlp/up/kernel'][-1]),
-    'outputs': text['head/kernel'][-1],
-    **shared,
-  }
+  words = {'name': 'text_transformer', **text_numbers(text), 'outputs': text['head/kernel'][-1], **shared}
   if sigmoid:
     words |= {'causal': False, 'pool': 'last', 'outputs_bias': True}
   network = {'name': 'dual_encoder', 'image': {**tower(image), **shared}, 'text': words}
   return network | ({'initial_scale': 10.0, 'initial_bias': -10.0} if sigmoid else {})
+
+
+def text_numbers(text: Mapping[str, Shape]) -> dict[str, Any]:
+  """What the shapes of a text tower tell."""
+  depth, width = text['blocks/norm1/scale']
+  hidden = text['blocks/mlp/up/kernel'][-1]
+  return {
+    'vocab_size': text['tokens/embedding'][0],
+    'length': text['position'][0],
+    'width': width,
+    'depth': depth,
+    'mlp_dim': hidden,
+    'heads': heads_of(width, depth, hidden),
+  }

@@ -19,6 +19,7 @@ WRAPPERS = ('ema', 'model_ema', 'teacher', 'model', 'state_dict', 'module')
 PREFIXES = ('module.', 'backbone.', '_orig_mod.')
 
 INDEX = '*.safetensors.index.json'
+PARTS = ('unet', 'transformer', 'vae', 'text_encoder')  # of a pipeline of diffusers: folders of networks that learn
 
 
 class Tensors(abc.ABC):
@@ -37,6 +38,7 @@ class Tensors(abc.ABC):
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
   """A file, or a folder of safetensors (one, or shards with their index); UserError for anything else.
 
+  In a folder of diffusers, of several networks, names begin with the network's: 'unet.conv_in.weight'.
   .safetensors, .npz without objects, and .pth, .pt, .bin or .ckpt by torch's weights-only loading.
   """
   file = pathlib.Path(path)
@@ -54,13 +56,17 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
   return kinds[file.suffix](file)
 
 
-def write_safetensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes all or nothing."""
+def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes all or nothing: an .npz by its name, else .safetensors."""
   file.parent.mkdir(parents=True, exist_ok=True)
-  temporary = file.with_name(f'.{file.name}.{os.getpid()}')
+  temporary = file.with_name(f'.{os.getpid()}.{file.name}')
   try:
-    contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    save_file(contiguous, temporary, metadata={'format': 'pt'})
+    if file.suffix == '.npz':
+      arrays: Any = tensors
+      np.savez(temporary, **arrays)
+    else:
+      contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+      save_file(contiguous, temporary, metadata={'format': 'pt'})
     temporary.replace(file)
   except (OSError, SafetensorError) as error:
     raise UserError(f'{file}: cannot be written ({error})') from error
@@ -107,7 +113,24 @@ class _Several(Tensors):
     return self._owner[name][name]
 
 
+class _Prefixed(Tensors):
+  """One network of several."""
+
+  def __init__(self, prefix: str, part: Tensors):
+    self._prefix, self._part = prefix, part
+
+  @property
+  def shapes(self):
+    return {self._prefix + name: shape for name, shape in self._part.shapes.items()}
+
+  def __getitem__(self, name):
+    return self._part[name.removeprefix(self._prefix)]
+
+
 def _folder(folder: pathlib.Path) -> Tensors:
+  parts = [part for part in PARTS if (folder / part).is_dir()]
+  if parts:
+    return _Several([_Prefixed(f'{part}.', _folder(folder / part)) for part in parts])
   indices = sorted(folder.glob(INDEX))
   if indices:
     try:
@@ -122,7 +145,8 @@ def _folder(folder: pathlib.Path) -> Tensors:
     if missing := sorted(set(names) - set(whole.shapes)):
       raise UserError(f'{indices[0]}: names {missing[0]}, which is in none of its shards')
     return whole
-  files = sorted(folder.glob('*.safetensors'))
+  # Beside a file of full precision there may be its twin in half.
+  files = sorted(file for file in folder.glob('*.safetensors') if not file.stem.endswith(('.fp16', '.non_ema')))
   if len(files) != 1:
     raise UserError(f'{folder}: expected one .safetensors file or an index of shards, found {len(files)} files')
   return _Safetensors(files[0])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fmcv_jax.config import build
 from fmcv_jax.data import tokenizers as tokenizers_file
 from fmcv_jax.data.source import Source
-from fmcv_jax.data.tokenizers import TOKENIZERS, Bpe, ClipBpe, Tokenizer
+from fmcv_jax.data.tokenizers import TOKENIZERS, Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
 from fmcv_jax.errors import UserError
 from tests.data.counting import Counting
 
@@ -170,3 +170,89 @@ def test_a_corpus_without_texts_is_one_clear_line():
 def test_a_wrong_field_is_one_line_with_its_path(spec, message):
   with pytest.raises(UserError, match=f'^config.tokenizer: .*{message}'):
     build(Tokenizer, spec, {Tokenizer: TOKENIZERS, Source: {'c': Counting}}, 'config.tokenizer')
+
+
+def odd_texts(count):
+  """Texts of many scripts, emoji, combining marks, controls and lengths, each from its own seed.
+
+  Without special tokens spelt out, which transformers takes for the tokens themselves, and we for text.
+  """
+  alphabets = [
+    'abc XYZ .,!?',
+    'äéîõüßŁ',
+    'абвгд',
+    'مرحبا',
+    'עברית',
+    'हिन्दी',
+    '日本語漢字',
+    '한국어',
+    '👩🏽‍🚀🏳️‍🌈❤️🔥',
+    'é̂̈ ạ̈',
+    '\t\n 　',
+    '0123 €£½²',
+    '\'"()[]{}<>&#;',
+  ]
+  texts = ['', ' ', 'a', '▁', '<end>', 'word ' * 500, 'e\u0301', '\u200b\u200d\ufeff']
+  for seed in range(count - len(texts)):
+    rng = np.random.default_rng(seed)
+    parts = (alphabets[i] for i in rng.integers(len(alphabets), size=rng.integers(1, 5)))
+    texts.append(''.join(''.join(rng.choice(list(part), rng.integers(1, 9))) for part in parts))
+  return texts
+
+
+def test_sentencepiece_gives_the_ids_of_transformers_siglip(tmp_path):
+  transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
+  sentencepiece = pytest.importorskip('sentencepiece', reason='pip install fmcv-jax[parity]')
+  texts = odd_texts(1000)
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter([text.replace('\n', ' ') for text in texts]),
+    model_prefix=str(tmp_path / 'spiece'),
+    vocab_size=400,
+    pad_id=-1,
+    bos_id=-1,
+    eos_id=1,
+    unk_id=2,
+    hard_vocab_limit=False,
+    character_coverage=0.99,
+    control_symbols=['<pad>'],
+    minloglevel=2,
+  )
+  theirs = transformers.SiglipTokenizer(str(tmp_path / 'spiece.model'))
+  expected = theirs(texts, padding='max_length', truncation=True, max_length=64, return_tensors='np')['input_ids']
+  ours = SentencePiece(str(tmp_path / 'spiece.model'))
+  ids = ours(texts)
+  # transformers puts a token before each text, which settles ties of equally likely pieces the other way round.
+  np.testing.assert_array_equal(np.sort(ids), np.sort(expected))
+  assert (ids != expected).any(axis=1).sum() <= 10
+  assert ours.decode(ours(['CA,\t a!'])) == ['ca a']
+
+
+def test_a_tokenizer_json_gives_the_ids_of_transformers(tmp_path):
+  transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
+  import tokenizers
+
+  texts = odd_texts(1000)
+  trained = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, fuse_unk=True, unk_token='<unk>'))
+  trained.pre_tokenizer = tokenizers.pre_tokenizers.Split(' ', 'merged_with_previous')
+  trained.normalizer = tokenizers.normalizers.Replace(' ', '▁')
+  special = ['<pad>', '<eos>', '<bos>', '<unk>']
+  trained.train_from_iterator(
+    texts, tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+  )
+  trained.save(str(tmp_path / 'tokenizer.json'))
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_file=str(tmp_path / 'tokenizer.json'), pad_token='<pad>', eos_token='<eos>', padding_side='right'
+  )
+  cut = [theirs(text.lower(), truncation=True, max_length=63)['input_ids'] for text in texts]
+  expected = np.array([[*ids, 1, *[0] * (63 - len(ids))] for ids in cut])
+  ours = TokenizerJson(str(tmp_path / 'tokenizer.json'), end='<eos>', lowercase=True)
+  np.testing.assert_array_equal(ours(texts), expected)
+
+
+@pytest.mark.parametrize('kind', [SentencePiece, TokenizerJson])
+def test_a_file_that_is_missing_or_another_is_one_line(tmp_path, kind):
+  with pytest.raises(UserError, match='no file'):
+    kind(str(tmp_path / 'none'))(['a'])
+  (tmp_path / 'other').write_text('{"model": 3}')
+  with pytest.raises(UserError, match=r'is no|pip install sentencepiece'):
+    kind(str(tmp_path / 'other'))(['a'])

@@ -13,7 +13,7 @@ from fmcv_jax.models.vit import vit
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import vit as names
 from fmcv_jax.pretrained.layout import write
-from fmcv_jax.pretrained.tensors import open_tensors, write_safetensors
+from fmcv_jax.pretrained.tensors import open_tensors, write_tensors
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +26,7 @@ def published():
     path_of(path): np.asarray(x + 0.1 * noise.normal(size=x.shape), np.float32)
     for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
   }
-  return write(names.timm(), flat)
+  return write(names.timm(), flat, network)
 
 
 def run(*arguments):
@@ -45,14 +45,14 @@ def in_shards(folder, tensors):
   folder.mkdir()
   halves = sorted(tensors)[::2], sorted(tensors)[1::2]
   for number, half in enumerate(halves):
-    write_safetensors(folder / f'model-{number}.safetensors', {name: tensors[name] for name in half})
+    write_tensors(folder / f'model-{number}.safetensors', {name: tensors[name] for name in half})
   index = {name: f'model-{number}.safetensors' for number, half in enumerate(halves) for name in half}
   (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
   return folder
 
 
 def test_a_file_a_folder_of_shards_and_an_npz_come_back_bitwise(published, tmp_path):
-  write_safetensors(tmp_path / 'one.safetensors', published)
+  write_tensors(tmp_path / 'one.safetensors', published)
   np.savez(tmp_path / 'one.npz', **published)
   for given in (tmp_path / 'one.safetensors', in_shards(tmp_path / 'shards', published), tmp_path / 'one.npz'):
     to = tmp_path / f'{given.name}.run'
@@ -65,7 +65,7 @@ def test_a_file_a_folder_of_shards_and_an_npz_come_back_bitwise(published, tmp_p
 
 
 def test_an_imported_model_is_used_in_four_lines(published, tmp_path):
-  write_safetensors(tmp_path / 'one.safetensors', published)
+  write_tensors(tmp_path / 'one.safetensors', published)
   assert run('import', tmp_path / 'one.safetensors', '--to', tmp_path / 'run') == 0
   images = [np.full((20, 30, 3), 40 * i, np.uint8) for i in range(3)]
   model = fmcv_jax.load(tmp_path / 'run', batch=8)
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_is_not_whole_is_one_line_and_writes_nothing(published
 
 
 def test_files_that_are_no_checkpoints_are_one_line(published, tmp_path, capsys):
-  write_safetensors(tmp_path / 'x.safetensors', published)
+  write_tensors(tmp_path / 'x.safetensors', published)
   whole = (tmp_path / 'x.safetensors').read_bytes()
   (tmp_path / 'cut.safetensors').write_bytes(whole[: len(whole) // 2])
   (tmp_path / 'noise.safetensors').write_bytes(b'\x00' * 64)

@@ -1,0 +1,136 @@
+"""Stable Diffusion, its autoencoder and DiT, as diffusers writes them, give their outputs and come back bitwise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fmcv_jax.apps.conversion import import_checkpoint
+from fmcv_jax.models.conditioning import Condition
+from tests.pretrained.test_published import comes_back, published
+
+torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
+diffusers = pytest.importorskip('diffusers', reason='pip install fmcv-jax[parity]')
+transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
+
+# Wide enough for the groups of the norms to be as many as in the published sizes.
+CODER = {
+  'block_out_channels': (128, 128),
+  'down_block_types': ('DownEncoderBlock2D',) * 2,
+  'up_block_types': ('UpDecoderBlock2D',) * 2,
+  'layers_per_block': 1,
+}
+TEXT = {'hidden_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 1, 'intermediate_size': 128}
+
+
+def torch_pictures(x):
+  return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+
+
+def pictures_of(x):
+  return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def test_autoencoder(tmp_path):
+  model = published(diffusers.AutoencoderKL(**CODER), tmp_path / 'theirs')
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), None, ['objective.network.image_size=32'])
+  params = run.restored_subject()[0].params['autoencoder']
+  network = run.experiment.objective.network
+  x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  latent = network.apply({'params': params}, x, method='encode')
+  with torch.no_grad():
+    theirs = model.encode(torch_pictures(x)).latent_dist
+    decoded = model.decode(theirs.mean).sample
+  np.testing.assert_allclose(latent.mean, pictures_of(theirs.mean), atol=1e-4)
+  np.testing.assert_allclose(latent.log_variance, pictures_of(theirs.logvar), atol=1e-4)
+  np.testing.assert_allclose(
+    network.apply({'params': params}, latent.mean, method='decode'), pictures_of(decoded), atol=1e-4
+  )
+  comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
+
+
+@pytest.mark.parametrize('family', ['sd1', 'sd2'])
+def test_stable_diffusion(tmp_path, family):
+  config = {
+    'block_out_channels': (128, 128),
+    'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D'),
+    'up_block_types': ('UpBlock2D', 'CrossAttnUpBlock2D'),
+    'cross_attention_dim': 64,
+    'attention_head_dim': 8 if family == 'sd1' else (2, 2),  # in truth the number of heads
+    'use_linear_projection': family == 'sd2',
+    'sample_size': 8,
+  }
+  unet = published(diffusers.UNet2DConditionModel(**config), tmp_path / 'theirs' / 'unet')
+  published(diffusers.AutoencoderKL(**CODER), tmp_path / 'theirs' / 'vae')
+  activation = {'sd1': 'quick_gelu', 'sd2': 'gelu'}[family]
+  tokens = {'vocab_size': 49_408, 'max_position_embeddings': 77, 'eos_token_id': 49_407, 'bos_token_id': 49_406}
+  tower = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **tokens, hidden_act=activation))
+  published(tower, tmp_path / 'theirs' / 'text_encoder')
+  file = tmp_path / 'theirs' / 'text_encoder' / 'model.safetensors'
+  with_prefix = {f'text_model.{name.removeprefix("text_model.")}': x for name, x in load_file(file).items()}
+  save_file(with_prefix, file)  # as the hub's files have it; transformers 5 writes it without
+  overrides = ['network.image_size=8', 'autoencoder.image_size=16']
+  run = import_checkpoint(
+    str(tmp_path / 'theirs'), str(tmp_path / 'ours'), family, [f'objective.{field}' for field in overrides]
+  )
+  subject, _ = run.restored_subject()
+  x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+  prompts, time = ['a red apple', ''], np.array([7, 900])
+  generator = run.experiment.objective.generator(subject.params, subject.extra)
+  batch = {'tokens': subject.tokenizer(prompts)}
+  ours = jax.jit(generator.denoise)(jnp.asarray(x), jnp.asarray(time), generator.condition(batch))
+  ends = np.where(batch['tokens'] == 0, 49_407 if family == 'sd1' else 0, batch['tokens'])
+  with torch.no_grad():
+    words = tower(torch.from_numpy(ends).long()).last_hidden_state
+    theirs = unet(torch_pictures(x), torch.from_numpy(time), words).sample
+  np.testing.assert_allclose(ours, pictures_of(theirs), atol=1e-4)
+  comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
+
+
+def test_dit(tmp_path):
+  config = {
+    'num_attention_heads': 2,
+    'attention_head_dim': 64,
+    'in_channels': 4,
+    'out_channels': 8,
+    'num_layers': 2,
+    'norm_num_groups': 32,
+    'sample_size': 8,
+    'num_embeds_ada_norm': 5,
+  }
+  model = diffusers.DiTTransformer2DModel(**config)
+  published(model, tmp_path / 'apart')
+  # What embeds time and class is one thing in published files, of which every block has a copy.
+  for block in model.transformer_blocks[1:]:
+    block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+  state = {name: x.numpy().copy() for name, x in model.state_dict().items()}
+  (tmp_path / 'theirs').mkdir()
+  save_file(state, tmp_path / 'theirs' / 'model.safetensors')
+  coder = published(diffusers.AutoencoderKL(**CODER), tmp_path / 'coder')
+  assert coder is not None
+  import_checkpoint(str(tmp_path / 'coder'), str(tmp_path / 'vae'), 'sd_vae', ['objective.network.image_size=16'])
+  given = [
+    'objective.network.image_size=8',
+    'objective.autoencoder.image_size=16',
+    'objective.autoencoder.channels=(128,128)',
+    'objective.autoencoder.layers=1',
+    f'init_from.extra/autoencoder.workdir={tmp_path / "vae"}',
+    'init_from.extra/autoencoder.part=params/autoencoder',
+  ]
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'dit', given)
+  subject, _ = run.restored_subject()
+  x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+  label, time = np.array([1, 4]), np.array([7, 900])
+  ours = run.experiment.objective.network.apply(
+    {'params': subject.params['network']}, x, jnp.asarray(time), Condition(label=jnp.asarray(label))
+  )
+  # diffusers computes the frequencies of the time with a shift of one; the published weights learnt without it.
+  for block in model.transformer_blocks:
+    block.norm1.emb.time_proj.downscale_freq_shift = 0
+  with torch.no_grad():
+    theirs = model(torch_pictures(x), torch.from_numpy(time), torch.from_numpy(label)).sample
+  np.testing.assert_allclose(ours, pictures_of(theirs), atol=1e-4)
+  vae = run.restored_subject()[0].extra['autoencoder']
+  assert float(jnp.abs(jax.tree.leaves(vae)[0]).max()) > 0
+  comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
