@@ -52,6 +52,7 @@ from fmcv_jax.evaluate.linear_probe import LinearProbe
 from fmcv_jax.evaluate.object_masks import ObjectMasks
 from fmcv_jax.evaluate.reconstruction import Reconstruction
 from fmcv_jax.evaluate.retrieval import Retrieval
+from fmcv_jax.evaluate.segmentation import MeanIou
 from fmcv_jax.evaluate.zero_shot import ZeroShot
 from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.dino import dino
@@ -60,6 +61,7 @@ from fmcv_jax.models.dual_encoder import align, clip, dual_encoder, siglip
 from fmcv_jax.models.efficientnet import efficientnet
 from fmcv_jax.models.mae import mae
 from fmcv_jax.models.mmdit import mmdit
+from fmcv_jax.models.segmenter import segmenter
 from fmcv_jax.models.swin import swin
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.unet import unet
@@ -73,6 +75,7 @@ from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.encoder import Encoder
 from fmcv_jax.objectives.mae import MaskedAutoencoding
+from fmcv_jax.objectives.segmentation import Segmentation
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules
@@ -97,6 +100,7 @@ KINDS: config_lib.Kinds = {
     'dino': SelfDistillation,
     'encoder': Encoder,
     'mae': MaskedAutoencoding,
+    'segmentation': Segmentation,
   },
   nn.Module: {
     'align': align,
@@ -108,6 +112,7 @@ KINDS: config_lib.Kinds = {
     'efficientnet': efficientnet,
     'mae': mae,
     'mmdit': mmdit,
+    'segmenter': segmenter,
     'siglip': siglip,
     'swin': swin,
     'text_transformer': text_transformer,
@@ -138,6 +143,7 @@ KINDS: config_lib.Kinds = {
     'few_shot': FewShot,
     'knn': Knn,
     'linear_probe': LinearProbe,
+    'mean_iou': MeanIou,
     'object_masks': ObjectMasks,
     'reconstruction': Reconstruction,
     'retrieval': Retrieval,

@@ -4,6 +4,7 @@ Global batch t holds positions [t B, (t + 1) B) of the run's order (see `order.p
 [p B / P, (p + 1) B / P). Batches straddle epochs, so every record comes exactly once per epoch.
 """
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +16,13 @@ from fmcv_jax.data.decode import decode
 from fmcv_jax.data.order import Order, RunOrder
 from fmcv_jax.data.source import BadRecord, Example, Source
 from fmcv_jax.data.tokenizers import Tokenizer
-from fmcv_jax.data.transforms import ImageTransform
+from fmcv_jax.data.transforms import ImageTransform, of_segments
 from fmcv_jax.data.workers import ReadAhead
 from fmcv_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ('image', 'label', 'tokens')
+FIELDS = ('image', 'label', 'tokens', 'segments')
 _UNREADABLE = (BadRecord, OSError, ValueError)
 _ATTEMPTS = 100  # so many records in a row are unreadable only where all are
 _JUDGED_FROM = 1000  # records; a few early ones do not stop a run that would stay below max_bad
@@ -79,6 +80,7 @@ class TrainLoader:
 
     image    uint8 [b, H, W, 3]
     label    int32 [b]
+    segments uint8 [b, H, W], the classes of the image's pixels
     tokens   int32 [b, L], by `tokenizer`
     and the pipeline's views, uint8 [b, count, size, size, 3]
 
@@ -252,6 +254,7 @@ class _Batches:
       row['tokens'] = self._text(record, rng)
     if 'label' in self.fields:
       row['label'] = self._given(record, 'label')
+    chance = copy.deepcopy(rng)  # the segments are cropped as the image is
     if 'image' in self.fields:
       image = self._given(record, 'image')
       if self.pipeline.image is not None:
@@ -259,6 +262,10 @@ class _Batches:
       elif not isinstance(image, np.ndarray):
         raise UserError("data: the source gives encoded images; set the pipeline's image, such as resize_crop")
       row['image'] = image
+    if 'segments' in self.fields:
+      row['segments'] = self._given(record, 'segments')
+      if self.pipeline.image is not None:
+        row['segments'] = of_segments(self.pipeline.image, row['segments'], chance)
     if names := [name for name in self.pipeline.views if name in self.fields]:
       image = self._given(record, 'image')
       image = image if isinstance(image, np.ndarray) else decode(image)  # once for all views

@@ -20,6 +20,7 @@ class Source(abc.ABC):
   An example holds some of
     image   encoded bytes (JPEG, PNG, WebP, ...) or a uint8 array [height, width, 3]
     label   int, an index into `names`
+    segments uint8 [height, width]: the class of each pixel of an image that is an array, 255 for unknown
     text    str: the caption or the name
     texts   tuple of str: every caption; transforms pick one
     key     str that names the record in messages (a path, a record number)

@@ -14,11 +14,12 @@ from PIL import Image
 
 from fmcv_jax.data.decode import Box, Picture, picture
 
-Interpolation = Literal['bicubic', 'bilinear', 'lanczos']  # all with antialiasing: Pillow's filters
+Interpolation = Literal['bicubic', 'bilinear', 'lanczos', 'nearest']  # but for the last Pillow's, with antialiasing
 _FILTERS = {
   'bicubic': resizer.ResizeAlg.convolution(resizer.FilterType.catmull_rom),
   'bilinear': resizer.ResizeAlg.convolution(resizer.FilterType.bilinear),
   'lanczos': resizer.ResizeAlg.convolution(resizer.FilterType.lanczos3),
+  'nearest': resizer.ResizeAlg.nearest(),
 }
 
 
@@ -104,6 +105,12 @@ class Resize(ImageTransform):
       return image
     whole = picture(image)
     return _resize(whole, self.size, self.interpolation, (0, 0, whole.width, whole.height))
+
+
+def of_segments(transform: ImageTransform, segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """What the transform makes of a map of classes uint8 [H, W]: the nearest pixel's, since classes do not mix."""
+  nearest = dataclasses.replace(transform, interpolation='nearest')  # type: ignore[type-var]
+  return nearest(np.repeat(segments[..., None], 3, axis=-1), rng)[..., 0]
 
 
 def sample_box(height, width, scale, ratio, rng: np.random.Generator) -> tuple[int, int, int, int]:

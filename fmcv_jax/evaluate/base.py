@@ -41,12 +41,17 @@ class Subject:
   def __post_init__(self):
     self._jitted: dict[str, Callable[..., Any]] = {}
 
-  def over(self, name: str, pipeline: Pipeline, batch: int, *, texts: bool = False) -> 'Outputs':
-    """Runs function `name` over every readable image of a pipeline, with its first text or not, in the source's order.
+  def over(
+    self, name: str, pipeline: Pipeline, batch: int, *, texts: bool = False, also: tuple[str, ...] = ()
+  ) -> 'Outputs':
+    """Runs function `name` over every readable image of a pipeline, in the source's order.
+
+    The function is given the images and their labels, if there are any; with `texts` the first text of each, and what
+    else it reads is named by `also`.
 
     Each process reads and computes its share; all of them return everything.
     """
-    fields = ('image',) + ('label',) * bool(pipeline.source.names) + ('tokens',) * texts
+    fields = ('image',) + ('label',) * bool(pipeline.source.names) + ('tokens',) * texts + also
     batches = evaluation_batches(
       pipeline,
       batch=batch,

@@ -1,0 +1,29 @@
+"""Semantic segmentation as it is scored since PASCAL VOC (Everingham et al. 2010): mean intersection over union."""
+
+import dataclasses
+
+import numpy as np
+
+from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.evaluate.base import Evaluator
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanIou(Evaluator):
+  """Intersection over union of each class over all pixels of the data, and its mean over the classes that occur."""
+
+  data: Pipeline
+  batch: int = 64
+  every: int = 0
+
+  def __call__(self, subject):
+    counts, _, _ = subject.over('confusion', self.data, self.batch, also=('segments',))
+    return ious(counts.sum(0, dtype=np.int64))
+
+
+def ious(confusion: np.ndarray) -> dict[str, float]:
+  """From how many pixels of class i were taken for class j [i, j]; a class neither true nor found is left out."""
+  right, true, found = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+  union = true + found - right
+  iou = right[union > 0] / union[union > 0]
+  return {'mean_iou': float(iou.mean()), 'pixel_accuracy': float(right.sum() / confusion.sum())}

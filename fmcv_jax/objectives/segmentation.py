@@ -1,0 +1,86 @@
+"""Semantic segmentation: the class of every pixel, by cross-entropy (Long et al. 2015)."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmcv_jax.data.augment import Affine, Augment, Flip, Normalize, RandAugment, ThreeAugment, augmented
+from fmcv_jax.models.segmenter import Segmenter
+from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
+
+UNKNOWN = 255  # of pixels that count nowhere: neither in the loss nor in a figure
+MOVING = (Affine, Flip, RandAugment, ThreeAugment)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation(Objective):
+  """Mean cross-entropy over the pixels of the batch; uint8 `segments` [B, H, W] hold their classes, 255 for unknown.
+
+  flip      mirrors each image and its segments, or not, with equal chance
+  augment   of colours only: what moves pixels would not move their classes
+  """
+
+  network: nn.Module
+  flip: bool = False
+  augment: tuple[Augment, ...] = ()
+  normalize: Normalize = Normalize()
+
+  def __post_init__(self):
+    if not isinstance(self.network, Segmenter):
+      raise ValueError('network: segmentation needs network.name=segmenter')
+    if moving := [type(augment).__name__ for augment in self.augment if isinstance(augment, MOVING)]:
+      raise ValueError(f'augment: {moving[0]} moves pixels but not their classes; use crops in data.image, and `flip`')
+
+  @property
+  def example_batch(self):
+    size = self.network.image_size
+    return {
+      'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
+      'segments': jax.ShapeDtypeStruct((size, size), jnp.uint8),
+    }
+
+  def init(self, rng):
+    size = self.network.image_size
+    return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
+
+  def loss(self, params, batch, rng, extra):
+    augment_rng, flip_rng, dropout_rng = jax.random.split(rng, 3)
+    images, segments = augmented(batch['image'], self.augment, augment_rng), batch['segments'].astype(jnp.int32)
+    if self.flip:
+      flipped = jax.random.bernoulli(flip_rng, shape=(len(images),))[:, None, None]
+      images = jnp.where(flipped[..., None], images[:, :, ::-1], images)
+      segments = jnp.where(flipped, segments[:, :, ::-1], segments)
+    logits: Any = self.network.apply(
+      {'params': params}, self.normalize(images), train=True, rngs={'dropout': dropout_rng}
+    )
+    known = segments != UNKNOWN
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, segments, 0))
+    count = jnp.maximum(known.sum(), 1)
+    right = jnp.sum(logits.argmax(-1) == segments, where=known)
+    return jnp.sum(losses, where=known) / count, ({'accuracy': right / count}, {})
+
+  def functions(self):
+    def segments(params, extra, batch):
+      images = self.normalize(batch['image'].astype(jnp.float32) / 255)
+      logits: Any = self.network.apply({'params': params}, images)
+      return logits.argmax(-1).astype(jnp.uint8)
+
+    def confusion(params, extra, batch):
+      return confusions(segments(params, extra, batch), batch['segments'], self.network.classes)
+
+    return {**tower_functions(self, self.network.encoder), 'segments': segments, 'confusion': confusion}
+
+  def image_tower(self, params, extra):
+    return ImageTower(self.network.encoder, params['encoder'], self.normalize)
+
+
+def confusions(found: jax.Array, true: jax.Array, classes: int) -> jax.Array:
+  """How many pixels of each image are of class i and were taken for class j: int32 [B, i, j], from uint8 [B, H, W]."""
+  known = true != UNKNOWN
+  pairs = jnp.where(known, true.astype(jnp.int32) * classes + found, classes * classes)
+  counts = jax.vmap(lambda row: jnp.bincount(row, length=classes * classes + 1))(pairs.reshape(len(pairs), -1))
+  return counts[:, :-1].reshape(-1, classes, classes)
