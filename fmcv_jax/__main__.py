@@ -111,6 +111,22 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
     data_bench.run(args.config, overrides, seconds=args.seconds, step=not args.no_step)
 
 
+def precompute(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import precompute as precompute_app
+
+  precompute_app.run(
+    args.name,
+    args.to,
+    overrides,
+    config=args.config,
+    model=args.model,
+    step=args.step,
+    batch=args.batch,
+    shards=args.shards,
+    images=args.images,
+  )
+
+
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.plan import planning
 
@@ -226,6 +242,15 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--shards', type=int, metavar='N', help='files (default: of half a GiB)')
   sub.add_argument('--workers', type=int, metavar='N', help='processes (default: one a core)')
   sub.add_argument('--max-bad', type=float, default=0.01, metavar='SHARE', help='may be unreadable (default: 0.01)')
+  sub = add(precompute, 'Write what networks make of every record, such as latents, to train on.', workdir=False)
+  sub.add_argument('name', nargs='+', metavar='NAME', help='latents, features, embed_image, ...')
+  sub.add_argument('--to', required=True, metavar='DIR', help='a new folder of ArrayRecord shards')
+  sub.add_argument('--config', metavar='FILE.py[:ARG]', help='whose frozen networks compute')
+  sub.add_argument('--model', metavar='DIR', help='or the workdir of a trained model')
+  sub.add_argument('--step', type=int, help='step of its checkpoint (default: the newest)')
+  sub.add_argument('--batch', type=int, help='images at a time (default: as in training)')
+  sub.add_argument('--shards', type=int, metavar='N', help='files (default: of 8192 records)')
+  sub.add_argument('--images', action='store_true', help='keep the images too')
   sub = add(plan, 'Compile a config for a TPU pod that is not here: memory, exchanges, cost.', config='', workdir=False)
   sub.add_argument('--topology', help="such as v5e:16x16 or v5p:4x4x8 (default: the config's)")
   sub.add_argument('--slices', type=int, default=1, help='of that topology, joined by the data-centre network')

@@ -27,6 +27,7 @@ from fmcv_jax.errors import UserError
 
 FIELDS = ('image', 'label', 'text', 'texts', 'key')
 INFO = 'info.json'
+_ARRAYS = 'arrays'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +117,13 @@ def _count(path: str) -> int:
 
 
 def encode_record(example: Example) -> bytes:
-  """An example as bytes. Arrays uint8 [H, W, 3 or 4] are stored as PNG; other values as they are."""
-  if unknown := set(example) - set(FIELDS):
-    raise ValueError(f'fields {sorted(unknown)} of an example are not of {FIELDS}')
-  fields = dict(example)
+  """An example as bytes. An image as array uint8 [H, W, 3 or 4] is stored as PNG, arrays of other names as they are."""
+  arrays = {name: value for name, value in example.items() if name not in FIELDS and isinstance(value, np.ndarray)}
+  fields = {name: value for name, value in example.items() if name not in arrays}
+  if unknown := set(fields) - set(FIELDS):
+    raise ValueError(f'fields {sorted(unknown)} of an example are not of {FIELDS}, and no arrays')
+  if arrays:
+    fields[_ARRAYS] = {name: (a.dtype.str, a.shape, np.ascontiguousarray(a).tobytes()) for name, a in arrays.items()}
   if isinstance(fields.get('image'), np.ndarray):
     file = io.BytesIO()
     Image.fromarray(fields['image']).save(file, 'PNG')
@@ -135,8 +139,10 @@ def decode_record(data: bytes) -> Example:
     example = msgpack.unpackb(data)
   except Exception as error:  # msgpack has its own hierarchy, beside ValueError
     raise BadRecord(f'no msgpack: {type(error).__name__}: {error}') from error
-  if not isinstance(example, dict) or set(example) - set(FIELDS):
+  if not isinstance(example, dict) or set(example) - {*FIELDS, _ARRAYS}:
     raise BadRecord(f'no example: {str(example)[:60]!r}')
+  for name, (dtype, shape, values) in example.pop(_ARRAYS, {}).items():
+    example[name] = np.frombuffer(values, dtype).reshape(shape)
   if 'texts' in example:
     example['texts'] = tuple(example['texts'])
   return example

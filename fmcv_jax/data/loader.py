@@ -6,6 +6,7 @@ Global batch t holds positions [t B, (t + 1) B) of the run's order (see `order.p
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -82,7 +83,8 @@ class TrainLoader:
     label    int32 [b]
     segments uint8 [b, H, W], the classes of the image's pixels
     tokens   int32 [b, L], by `tokenizer`
-    and the pipeline's views, uint8 [b, count, size, size, 3]
+    the pipeline's views, uint8 [b, count, size, size, 3]
+    and whatever arrays the records hold, such as latents of `fmcv precompute`, [b, ...]
 
   batch   the global batch size, b times `process_count`
   start   examples of the run that are behind us, from `resume`
@@ -223,16 +225,16 @@ class _Batches:
 
   def check(self) -> None:
     """Raises UserError if the source, the transform or the tokenizer cannot give the fields."""
-    given = (*FIELDS, *self.pipeline.views)
-    if unknown := set(self.fields) - set(given):
-      raise UserError(
-        f'data: unknown fields {sorted(unknown)}; a loader gives {", ".join(given)}, and what data.views names'
-      )
     if 'tokens' in self.fields:
       if self.tokenizer is None:
         raise UserError('data: tokens are wanted, but there is no tokenizer; set one')
       self.tokenizer([''])  # trains it, if it is trained, once for all workers
     self._read(self.start, {})
+
+  @functools.cached_property
+  def _arrays(self) -> list[str]:
+    """The fields that records hold as they are."""
+    return [field for field in self.fields if field not in FIELDS and field not in self.pipeline.views]
 
   def _read(self, position: int, reasons: dict[str, str]) -> tuple[Example, bool]:
     for attempt in range(min(_ATTEMPTS, self.order.records)):
@@ -272,6 +274,13 @@ class _Batches:
       for name in names:
         views = self.pipeline.views[name]
         row[name] = np.stack([views.image(image, rng) for _ in range(views.count)])
+    for name in self._arrays:
+      if not isinstance(record.get(name), np.ndarray):
+        given = ', '.join((*FIELDS, *self.pipeline.views))
+        raise UserError(
+          f'data: unknown fields {self._arrays}; a loader gives {given}, what data.views names, and arrays of records'
+        )
+      row[name] = record[name]
     return row
 
   def _text(self, record: Example, rng: np.random.Generator) -> str:
@@ -300,6 +309,8 @@ class _Batches:
     if field == 'label':
       return np.array(values, np.int32)
     if len(shapes := {value.shape for value in values}) > 1:
+      if field in self._arrays:
+        raise UserError(f'data: {field} differ in shape ({sorted(shapes)[:3]})')
       raise UserError(
         f"data: images differ in size ({sorted(shapes)[:3]}); set the pipeline's image, such as resize_crop"
       )

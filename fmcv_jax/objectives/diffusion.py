@@ -13,7 +13,7 @@ from fmcv_jax.data.augment import Augment, Normalize, augmented
 from fmcv_jax.data.controls import Control
 from fmcv_jax.data.holes import Holes
 from fmcv_jax.diffusion.process import Process, TimesName, WeightName, alphas_cumprod
-from fmcv_jax.models.autoencoder import Autoencoder
+from fmcv_jax.models.autoencoder import Autoencoder, Gaussian
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.controlnet import ControlNet, controlnet
 from fmcv_jax.models.layers import dense, unit
@@ -64,6 +64,8 @@ class Diffusion(Objective):
 
   network        told by `classes` a label, by `cross_attention` or `pooled_text` a text, or nothing
   autoencoder    x is its latent, (latent - latent_shift) * latent_scale; frozen, by init_from at 'extra/autoencoder'
+  latents        the batch holds what the autoencoder makes of the images, written by `fmcv precompute latents`, instead
+                 of the images
   text           the tower that reads the captions; frozen, by init_from at 'extra/text'
   padding        of texts: 'masked', the network does not see it; 'zeros', it does (Stable Diffusion 2); 'end', the end
                  id stands in its place, and the network sees it (Stable Diffusion 1)
@@ -82,6 +84,7 @@ class Diffusion(Objective):
   autoencoder: nn.Module | None = None
   latent_scale: float = 1.0
   latent_shift: float = 0.0
+  latents: bool = False
   text: nn.Module | None = None
   padding: Literal['masked', 'zeros', 'end'] = 'masked'
   drop: float = 0.1
@@ -114,6 +117,10 @@ class Diffusion(Objective):
           f'network: image_size and channels are {(network.image_size, network.channels)}, but the latents of the '
           f'autoencoder have {given}'
         )
+    if self.latents and coder is None:
+      raise ValueError('latents: they are those of an autoencoder; set it')
+    if self.latents and (self.augment or self.align or self.control or self.holes):
+      raise ValueError('latents: augment, align, control and holes need the images; leave them out')
     if (network.cross_attention or network.pooled_text) != (self.text is not None):
       raise ValueError('text: a network with cross_attention or pooled_text needs a text tower, and no other does')
     if self.text is not None and not isinstance(self.text, TextTransformer):
@@ -152,8 +159,10 @@ class Diffusion(Objective):
 
   @property
   def example_batch(self):
-    size = self.image_size
+    size, (rows, columns, channels) = self.image_size, self.shape
     shapes = {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+    if self.latents:
+      shapes = {'latents': jax.ShapeDtypeStruct((rows, columns, 2 * channels), jnp.float16)}
     if 'label' in self.told:
       shapes['label'] = jax.ShapeDtypeStruct((), jnp.int32)
     if self.text is not None:
@@ -184,8 +193,12 @@ class Diffusion(Objective):
   def loss(self, params, batch, rng, extra):
     augment_rng, latent_rng, drop_rng, time_rng, noise_rng = jax.random.split(rng, 5)
     hole_rng = jax.random.fold_in(rng, 6)
-    images = augmented(batch['image'], self.augment, augment_rng)
-    x0, count = self._encode(extra, images, latent_rng), images.shape[0]
+    if self.latents:
+      images, x0 = None, self._scaled(as_gaussian(batch['latents']).sample(latent_rng))
+    else:
+      images = augmented(batch['image'], self.augment, augment_rng)
+      x0 = self._encode(extra, images, latent_rng)
+    count = x0.shape[0]
     keep = jax.random.uniform(drop_rng, (count,)) >= self.drop
     time = self.process.draw_times(jax.random.split(time_rng, count), self.times, self.times_mean, self.times_std)
     noise = jax.random.normal(noise_rng, x0.shape)
@@ -238,7 +251,14 @@ class Diffusion(Objective):
     return jnp.concatenate([mask, self._encode(extra, known)], axis=-1)
 
   def functions(self):
-    return {'denoising_errors': self.denoising_errors}
+    offered = {'denoising_errors': self.denoising_errors}
+    return offered if self.autoencoder is None else {**offered, 'latents': self.latents_of}
+
+  def latents_of(self, params, extra, batch):
+    """[B, h, w, 2 z]: means and logarithms of the variances of the autoencoder's latents, for `latents` to read."""
+    images = self.normalize(batch['image'].astype(jnp.float32) / 255)
+    latent: Any = self.autoencoder.apply({'params': extra['autoencoder']}, images, method='encode')  # type: ignore[union-attr]
+    return jnp.concatenate([latent.mean, latent.log_variance], axis=-1)
 
   def denoising_errors(self, params, extra, batch):
     """float32 [B, LEVELS]: the squared error at as many times from none to all of the noise, drawn for each record."""
@@ -290,8 +310,10 @@ class Diffusion(Objective):
     if self.autoencoder is None:
       return x
     latent: Any = self.autoencoder.apply({'params': extra['autoencoder']}, x, method='encode')
-    x = latent.mean if rng is None else latent.sample(rng)
-    return (x - self.latent_shift) * self.latent_scale
+    return self._scaled(latent.mean if rng is None else latent.sample(rng))
+
+  def _scaled(self, latent):
+    return (latent - self.latent_shift) * self.latent_scale
 
   def _errors(self, output, x0, noise, time):
     output = output[..., : x0.shape[-1]].astype(jnp.float32)
@@ -346,6 +368,11 @@ class Diffusion(Objective):
       seen = jax.image.resize(seen, (seen.shape[0], side, side, seen.shape[-1]), 'bilinear')
     said: Any = self._projector.apply({'params': params['projector']}, tokens.astype(jnp.float32))
     return jnp.mean(jnp.sum(unit(said) * unit(seen.reshape(said.shape)), axis=-1))
+
+
+def as_gaussian(latents: jax.Array) -> Gaussian:
+  """What `latents_of` gave, of any precision."""
+  return Gaussian(*jnp.split(latents.astype(jnp.float32), 2, axis=-1))
 
 
 def empty_text(tokens: jax.Array) -> jax.Array:

@@ -14,6 +14,8 @@ from fmcv_jax.config import build
 from fmcv_jax.data.digits import Digits
 from fmcv_jax.data.folder import ImageFolder
 from fmcv_jax.data.loader import Pipeline, TrainLoader, evaluation_batches, fingerprint, resume
+from fmcv_jax.data.mixture import Mixture
+from fmcv_jax.data.order import WindowedOrder
 from fmcv_jax.data.source import Source
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe
 from fmcv_jax.data.transforms import RandomResizedCrop, Resize
@@ -95,21 +97,30 @@ def test_a_resumed_run_continues_bitwise(stop):
   assert_equal(take(pipeline, 8 - stop, start=resume(state, pipeline, 5), **kwargs), whole[stop:])
 
 
+class Blocks(Counting):
+  """Read in blocks of three neighbours."""
+
+  def order(self, seed, shuffle):
+    return WindowedOrder(np.array([*range(3, self.records, 3), self.records]), 2, seed, shuffle)
+
+
 @given(
+  kind=st.sampled_from([Counting, Blocks, lambda records: Mixture({'a': Counting(3), 'b': Blocks(records)})]),
   records=st.integers(1, 40),
   legs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5)), min_size=1, max_size=4),
   seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
-def test_whatever_the_processes_and_batches_of_each_leg_the_order_goes_on(records, legs, seed):
-  pipeline, seen = Pipeline(Counting(records)), []
+@settings(max_examples=30, deadline=None)
+def test_whatever_the_processes_and_batches_of_each_leg_the_order_goes_on(kind, records, legs, seed):
+  pipeline, seen = Pipeline(kind(records)), []
   for processes, share, steps in legs:
     position = {'process_count': processes, 'batch': processes * share, 'start': len(seen)}
     shares = [take(pipeline, steps, seed=seed, process_index=index, **position) for index in range(processes)]
     seen += [label for step in zip(*shares, strict=True) for batch in step for label in batch['label'].tolist()]
   assert not seen or seen == labels(take(pipeline, len(seen), batch=1, seed=seed))
-  for epoch in range(len(seen) // records):
-    assert sorted(seen[epoch * records : (epoch + 1) * records]) == list(range(records))
+  every = sorted(pipeline.source[index]['label'] for index in range(len(pipeline.source)))
+  for epoch in range(len(seen) // len(every)):
+    assert sorted(seen[epoch * len(every) : (epoch + 1) * len(every)]) == every
 
 
 def test_start_may_be_any_number_of_examples():

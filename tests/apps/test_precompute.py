@@ -1,0 +1,122 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from fmcv_jax import experiment
+from fmcv_jax.apps import precompute
+from fmcv_jax.data.array_record import ArrayRecord, decode_record, encode_record
+from fmcv_jax.data.decode import decode
+from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.packing import Unfinished
+from fmcv_jax.data.transforms import Resize
+from fmcv_jax.errors import UserError
+from tests import runs
+
+
+def first_batch(run, pipeline):
+  e = run.experiment
+  loader = TrainLoader(pipeline, batch=16, seed=0, fields=tuple(e.objective.example_batch), tokenizer=e.tokenizer)
+  try:
+    return next(loader)
+  finally:
+    loader.close()
+
+
+def config_file(path, config):
+  path.write_text(f'import json\n\ndef get_config():\n  return json.loads({json.dumps(config)!r})\n')
+  return str(path)
+
+
+def with_coder(tmp_path, coder):
+  """A painter whose autoencoder is that of the run `coder`."""
+  begin = {'extra/autoencoder': {'workdir': str(coder), 'part': 'extra/autoencoder'}}
+  return config_file(tmp_path / 'c.py', {**runs.painter(tmp_path / 'images', seed=1), 'init_from': begin})
+
+
+def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_path, monkeypatch):
+  runs.image_folder(tmp_path / 'images')
+  config = with_coder(tmp_path, 'runs/coder')
+  objective = experiment.Run(experiment.load_config(config)).experiment.objective
+  coder = jax.jit(objective.autoencoder.init)(jax.random.key(7), np.zeros((1, 16, 16, 3), np.float32))['params']
+  monkeypatch.setattr(experiment, 'trained_tree', {'runs/coder': {'extra': {'autoencoder': coder}}}.get)
+  write, to, written = Unfinished.write, tmp_path / 'latents', []
+
+  def interrupted(self, shard, examples, skipped=None):
+    if shard == 2:
+      raise KeyboardInterrupt
+    write(self, shard, examples, skipped)
+
+  monkeypatch.setattr(Unfinished, 'write', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    precompute.run(['latents'], str(to), config=config, shards=3)
+  assert not to.exists()
+  monkeypatch.setattr(
+    Unfinished, 'write', lambda self, shard, *rest: written.append(shard) or write(self, shard, *rest)
+  )
+  precompute.run(['latents'], str(to), config=config)
+  assert written == [2]
+
+  source, images = ArrayRecord(str(to)), experiment.Run(experiment.load_config(config)).experiment.data.source
+  assert [source[index]['key'] for index in range(24)] == [images.key_of(index) for index in range(24)]
+  assert [source[index]['texts'] for index in range(24)] == [images.texts_of(index) for index in range(24)]
+  pixels = np.stack([decode(images[index]['image']) for index in range(24)])
+  small = np.stack([Resize(16)(image, np.random.default_rng()) for image in pixels]).astype(np.float32) / 127.5 - 1
+  latent = jax.jit(lambda x: objective.autoencoder.apply({'params': coder}, x, method='encode'))(small)
+  expected = np.concatenate([latent.mean, latent.log_variance], axis=-1)
+  loader = TrainLoader(Pipeline(source, shuffle=False), batch=24, seed=0, fields=('latents',))
+  given = next(loader)['latents']
+  loader.close()
+  assert given.dtype == np.float16
+  np.testing.assert_allclose(given, expected, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_training_on_latents_is_training_on_the_images(tmp_path):
+  runs.image_folder(tmp_path / 'images')
+  (tmp_path / 'coder').mkdir()
+  config = with_coder(tmp_path, runs.untrained(runs.painter(tmp_path / 'images'), tmp_path / 'coder'))
+  precompute.run(['latents'], str(tmp_path / 'latents'), config=config)
+  run = experiment.Run(experiment.load_config(config))
+  cached = experiment.Run(experiment.load_config(config, ['objective.latents=True']))
+  of_images = first_batch(run, run.experiment.data)
+  of_latents = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'latents'))))
+  np.testing.assert_array_equal(of_latents['tokens'], of_images['tokens'])
+  extra = experiment.trained_tree(str(tmp_path / 'coder'))['extra']
+  params, _ = jax.jit(run.experiment.objective.init)(jax.random.key(0))
+  losses = [
+    float(jax.jit(objective.loss)(params, batch, jax.random.key(2), extra)[0])
+    for objective, batch in [(run.experiment.objective, of_images), (cached.experiment.objective, of_latents)]
+  ]
+  assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_networks_that_nothing_fills_do_not_compute(tmp_path):
+  bare = config_file(tmp_path / 'bare.py', runs.painter(runs.image_folder(tmp_path / 'images')))
+  with pytest.raises(UserError, match=r"latents: needs more than the frozen networks .*'autoencoder'.* give --model"):
+    precompute.run(['latents'], str(tmp_path / 'other'), config=bare)
+  with pytest.raises(UserError, match="'latent' is not offered by this objective; did you mean 'latents'"):
+    precompute.run(['latent'], str(tmp_path / 'other'), config=bare)
+
+
+def test_arrays_of_records_survive_encoding_and_are_given_by_their_names():
+  arrays = {'a': np.arange(6, dtype=np.float16).reshape(2, 3), 'b': np.array(3, np.int32), 'c': np.zeros((0, 2))}
+  stored = decode_record(encode_record({'label': 1, **arrays}))
+  assert stored['label'] == 1
+  for name, array in arrays.items():
+    assert stored[name].dtype == array.dtype
+    np.testing.assert_array_equal(stored[name], array)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'objective__augment': ({'name': 'flip'},)}, 'latents: augment, align, control and holes need the images'),
+    ({'objective__autoencoder': None, 'objective__network__image_size': 16}, 'latents: they are those of an autoenc'),
+  ],
+)
+def test_latents_leave_no_images_to_change(tmp_path, changes, message):
+  config = runs.painter(tmp_path, objective__latents=True, **changes)
+  with pytest.raises(UserError, match=message):
+    experiment.Run(config)
