@@ -55,16 +55,15 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   apart = {path.split('/')[1] for path in set(shapes) - set(found) if path.startswith('extra/')}
   apart -= {path.split('/')[1] for path in found if path.startswith('extra/')}
   if apart:
-    name_apart = sorted(apart)[0]
     raise UserError(
-      f'{file}: {name!r} also needs the {name_apart}, which is not in it; import that to a folder of its own, and give '
-      f'--config.init_from.extra/{name_apart}.workdir=FOLDER and .part=params/... of it'
+      f'{file}: {name!r} also needs what is not in it: {", ".join(sorted(apart))}; import that to a folder of its own, '
+      f'and give --config.init_from.extra/{min(apart)}.workdir=FOLDER, with .part=params/... where it is there'
     )
   network = getattr(objective, 'network', None)
   check(layout, tensors, shapes, network, file)
   values = {path: _zeros(*leaves[path]) for path in born | elsewhere}
   for name_of, value in track(
-    read(layout, tensors, shapes, file), 'reading', len(shapes), console=console, transient=True
+    read(layout, tensors, shapes, network, file), 'reading', len(shapes), console=console, transient=True
   ):
     path = name_of if name_of.startswith('extra/') else f'params/{name_of}'
     values[path] = jax.device_put(value, leaves[path][1])

@@ -29,6 +29,10 @@ def _encoder(
   return config
 
 
+def _masked(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  return {'objective': {'name': 'mae', 'network': vit.masked_autoencoder(shapes), 'normalize': dict(IMAGENET)}}
+
+
 def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     network = pairs.dual_encoder(shapes, sigmoid=sigmoid, activation=activation)
@@ -59,6 +63,11 @@ _SWIN = (
   ('official', swin.published(timm=False)),
   *(('transformers', swin.transformers(hub=hub)) for hub in (True, False)),
 )
+_DINOV2 = tuple(
+  ('transformers', vit.transformers_dinov2(prefix, gated=gated))
+  for prefix in ('', 'dinov2.', 'dinov2_with_registers.')
+  for gated in (False, True)
+)
 _GOOGLE = (
   *(('augreg', layout) for layout in flax.augreg()),
   *(('big_vision', layout) for layout in flax.big_vision()),
@@ -76,13 +85,18 @@ FAMILIES: dict[str, Family] = {
   'vit': Family((*_TIMM, *_transformers('vit.', ''), *_GOOGLE), _encoder(HALF)),
   'dino': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET)),
   'mae': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET)),
-  'dinov2': Family(_TIMM, _encoder(IMAGENET)),
+  'mae_pretrain': Family(
+    (('timm', vit.mae()), ('transformers', vit.mae(hub=True)), ('transformers', vit.mae(hub=False))), _masked
+  ),
+  'dinov2': Family((*_TIMM, *_DINOV2), _encoder(IMAGENET)),
   'swin': Family(_SWIN, _encoder(IMAGENET, swin.network)),
   'clip': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='gelu')),
   'clip_openai': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='quick_gelu')),
   'siglip': Family(_SIGLIP, _dual(HALF, sigmoid=True, activation='gelu_tanh')),
   'dit': Family((('dit', latent.dit_original()), ('diffusers', latent.dit_diffusers())), latent.dit_config),
   'sd_vae': Family(latent.coders(), latent.coder_config),
+  'controlnet_sd1': Family(latent.controlnets(point), latent.sd_config('sd1', 'quick_gelu', 'end')),
+  'controlnet_sd2': Family(latent.controlnets(linear), latent.sd_config('sd2', 'gelu', 'zeros')),
   # Stable Diffusion 1 lengthens texts by their end, 2 by zeros; the larger model of 2 predicts velocities.
   'sd1': Family(latent.stable_diffusion(point), latent.sd_config('sd1', 'quick_gelu', 'end')),
   'sd2': Family(latent.stable_diffusion(linear), latent.sd_config('sd2', 'gelu', 'zeros')),
@@ -120,6 +134,10 @@ def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
   """The family whose formats have a place for these parameters of ours, of a network that is called `variant`."""
   if any(path.startswith('autoencoder/') for path in shapes):
     return 'sd_vae'
+  if 'decoder/mask_token' in shapes:
+    return 'mae_pretrain'
+  if 'control/hint/conv_in/kernel' in shapes:
+    return 'controlnet_sd2' if variant == 'sd2' else 'controlnet_sd1'
   if 'network/blocks/modulation/kernel' in shapes:
     return 'dit'
   if 'network/encoder/conv_in/kernel' in shapes:

@@ -238,6 +238,41 @@ def stable_diffusion(project: Callable[[str, str], Rows]) -> tuple[tuple[str, La
   return tuple(found)
 
 
+def controlnets(project: Callable[[str, str], Rows]) -> tuple[tuple[str, Layout], ...]:
+  """diffusers' files, of the ControlNet alone; CompVis-like files hold all that it steers, or not."""
+  text, found = pairs.transformers_text(), []
+  for levels in UNET_LEVELS:
+    own = (
+      *below('encoder', unet_encoder(levels, project)),
+      *_control('controlnet_cond_embedding.conv_in', 'controlnet_cond_embedding.blocks.{}', range(6)),
+      *spatial('hint/conv_out', 'controlnet_cond_embedding.conv_out'),
+      *(row for n in range(3 * levels) for row in point(f'zero_{n}', f'controlnet_down_blocks.{n}')),
+      *point('zero_middle', 'controlnet_mid_block'),
+    )
+    found.append(('diffusers', Layout(below('control', own))))
+    network = unet_compvis(levels, project)
+    own = (
+      *(row for row in network if row.ours.startswith('encoder/')),
+      *_control('input_hint_block.0', 'input_hint_block.{}', range(2, 14, 2)),
+      *spatial('hint/conv_out', 'input_hint_block.14'),
+      *(row for n in range(3 * levels) for row in point(f'zero_{n}', f'zero_convs.{n}.0')),
+      *point('zero_middle', 'middle_block_out.0'),
+    )
+    rows = (
+      *below('control', own, 'control_model.'),
+      *below('extra/network', network, 'model.diffusion_model.'),
+      *below('extra/autoencoder', coder_compvis(levels), 'first_stage_model.'),
+      *below('extra/text', text, 'cond_stage_model.transformer.text_model.'),
+    )
+    found.append(('compvis', Layout(rows, ignored=_BESIDE)))
+  return tuple(found)
+
+
+def _control(first: str, pattern: str, numbers: range) -> Rows:
+  rows = (row for n, number in enumerate(numbers) for row in spatial(f'hint/conv{n}', pattern.format(number)))
+  return (*spatial('hint/conv_in', first), *rows)
+
+
 def dit_original() -> Layout:
   block = 'blocks.{i}'
   rows = (
@@ -307,7 +342,8 @@ def unet_network(shapes: Mapping[str, Shape], like: str) -> dict[str, Any]:
   depths = tuple(shapes[path][0] if path in shapes else 0 for path in norms)
   layers = _count(shapes, 'encoder/down0_block{}/norm1/scale')
   context = shapes['encoder/middle_attention0/blocks/cross_attention/key/kernel'][-2]
-  inputs, outputs = shapes['encoder/conv_in/kernel'][-2], shapes['decoder/conv_out/kernel'][-1]
+  inputs = shapes['encoder/conv_in/kernel'][-2]
+  outputs = shapes.get('decoder/conv_out/kernel', (inputs,))[-1]
   network: dict[str, Any] = {'name': 'unet', 'variant': like}
   for name, size in unet.SIZES.items():
     if (size.widths, size.depths, size.context) == (widths, depths, context):
@@ -328,7 +364,8 @@ def sd_config(
   """
 
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    network = unet_network(_part(shapes, 'network/'), like)
+    control = _part(shapes, 'control/')
+    network = unet_network(_part(shapes, 'network/') or control, like)
     coder, text = _part(shapes, 'extra/autoencoder/'), _part(shapes, 'extra/text/')
     numbers: dict[str, Any] = {'vocab_size': 49_408, 'length': 77, 'width': 768, 'depth': 12, 'heads': 12}
     if text:
@@ -336,7 +373,7 @@ def sd_config(
     decoder = coder_network(coder) if coder else {'name': 'autoencoder', 'variant': 'kl-f8'}
     channels = decoder.get('channels', autoencoder.SIZES[decoder['variant']][0])
     side = unet.SIZES[network['variant']].image_size * 2 ** (len(channels) - 1)
-    objective = {
+    objective: dict[str, Any] = {
       'name': 'diffusion',
       'network': network,
       'autoencoder': decoder | {'image_size': side},
@@ -345,6 +382,10 @@ def sd_config(
       'padding': padding,
       'process': {'schedule': 'scaled_linear', 'prediction': prediction},
     }
+    if 'beside' in network:
+      objective['holes'] = {}
+    if control:
+      objective['control'] = {'name': 'edges'}
     return {'objective': objective, 'tokenizer': {'name': 'clip_bpe', 'length': numbers['length']}}
 
   return config

@@ -225,8 +225,13 @@ def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network
       raise UserError(f'{what}: {name} is {tuple(found[name])}, but the network needs {shape}')
 
 
-def read(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], what: str) -> Iterator[tuple[str, np.ndarray]]:
+def read(
+  layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str
+) -> Iterator[tuple[str, np.ndarray]]:
   """(our path, array) one after the other, float32; UserError for a number that is none. Call `check` before."""
+  for name, make in layout.fixed:
+    if not np.allclose(tensors[name], make(network), atol=1e-3):
+      raise UserError(f'{what}: {name} is not the table that this network computes; it cannot be used')
   for theirs, rows in _joined(layout, shapes):
     layers = _layers(layout, theirs, shapes, rows[0])
     results = [np.empty(shapes[row.ours], np.float32) for row in rows]

@@ -4,9 +4,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from fmcv_jax.errors import UserError
+from fmcv_jax.models.positions import sincos_2d
 from fmcv_jax.models.vit import SIZES
-from fmcv_jax.pretrained.layout import BATCHED, LINEAR, Layout, Row, Shape, convolution, fused, linear, norm
+from fmcv_jax.pretrained.layout import (
+  BATCHED,
+  LINEAR,
+  Layout,
+  Row,
+  Shape,
+  below,
+  convolution,
+  fused,
+  linear,
+  norm,
+)
 
 HEAD_WIDTH = 64  # of nearly all that is published; a size with others is named in models/vit.py
 
@@ -45,35 +59,116 @@ def timm(*, registers: str = 'reg_token', final_norm: str = 'norm', gated: bool 
       *norm('norm', final_norm),
       *linear('head', 'head'),
       *linear('distillation_head', 'head_dist'),
-    )
+    ),
+    ignored=(r'head\.(mlp|last_layer)\..*',),  # what DINO trains on top
+  )
+
+
+def _hub_block(ours: str, theirs: str, hub: bool) -> tuple[Row, ...]:
+  """A block as transformers' files name it, or (hub=False) as its version 5 does in memory."""
+  attention = f'{theirs}.attention.attention' if hub else f'{theirs}.attention'
+  names = {part: part if hub else f'{part[0]}_proj' for part in ('query', 'key', 'value')}
+  up, down = ('intermediate.dense', 'output.dense') if hub else ('mlp.fc1', 'mlp.fc2')
+  return (
+    *norm(f'{ours}/norm1', f'{theirs}.layernorm_before'),
+    *(row for part, name in names.items() for row in linear(f'{ours}/attention/{part}', f'{attention}.{name}')),
+    *linear(f'{ours}/attention/out', f'{theirs}.attention.output.dense' if hub else f'{attention}.o_proj'),
+    *norm(f'{ours}/norm2', f'{theirs}.layernorm_after'),
+    *linear(f'{ours}/mlp/up', f'{theirs}.{up}'),
+    *linear(f'{ours}/mlp/down', f'{theirs}.{down}'),
+  )
+
+
+def _hub_inputs(prefix: str) -> tuple[Row, ...]:
+  return (
+    Row('class_token', f'{prefix}embeddings.cls_token', BATCHED),
+    Row('distillation_token', f'{prefix}embeddings.distillation_token', BATCHED),
+    Row('patch/kernel', f'{prefix}embeddings.patch_embeddings.projection.weight', convolution(3)),
+    Row('patch/bias', f'{prefix}embeddings.patch_embeddings.projection.bias'),
   )
 
 
 def transformers(prefix: str, *, hub: bool = True) -> Layout:
   """transformers' names: those of published files, or (hub=False) those that its version 5 has in memory."""
-  block = f'{prefix}encoder.layer.{{i}}' if hub else f'{prefix}layers.{{i}}'
-  attention = f'{block}.attention.attention' if hub else f'{block}.attention'
-  names = {part: part if hub else f'{part[0]}_proj' for part in ('query', 'key', 'value')}
-  up, down = ('intermediate.dense', 'output.dense') if hub else ('mlp.fc1', 'mlp.fc2')
   return Layout(
     (
-      Row('class_token', f'{prefix}embeddings.cls_token', BATCHED),
-      Row('distillation_token', f'{prefix}embeddings.distillation_token', BATCHED),
+      *_hub_inputs(prefix),
       Row('position', f'{prefix}embeddings.position_embeddings', BATCHED),
-      Row('patch/kernel', f'{prefix}embeddings.patch_embeddings.projection.weight', convolution(3)),
-      Row('patch/bias', f'{prefix}embeddings.patch_embeddings.projection.bias'),
-      *norm('blocks/norm1', f'{block}.layernorm_before'),
-      *(row for ours, theirs in names.items() for row in linear(f'blocks/attention/{ours}', f'{attention}.{theirs}')),
-      *linear('blocks/attention/out', f'{block}.attention.output.dense' if hub else f'{attention}.o_proj'),
-      *norm('blocks/norm2', f'{block}.layernorm_after'),
-      *linear('blocks/mlp/up', f'{block}.{up}'),
-      *linear('blocks/mlp/down', f'{block}.{down}'),
+      *_hub_block('blocks', f'{prefix}encoder.layer.{{i}}' if hub else f'{prefix}layers.{{i}}', hub),
       *norm('norm', f'{prefix}layernorm'),
       *linear('head', 'cls_classifier' if prefix == 'deit.' else 'classifier'),
       *linear('distillation_head', 'distillation_classifier'),
     ),
     ignored=(r'.*pooler\..*', r'.*position_ids'),
   )
+
+
+def transformers_dinov2(prefix: str, *, gated: bool = False) -> Layout:
+  block = f'{prefix}encoder.layer.{{i}}'
+  attention = f'{block}.attention.attention'
+  mlp = (*linear('blocks/mlp/up', f'{block}.mlp.fc1'), *linear('blocks/mlp/down', f'{block}.mlp.fc2'))
+  if gated:
+    parts = ('gate', 'up')
+    mlp = (
+      *(Row(f'blocks/mlp/{part}/kernel', f'{block}.mlp.weights_in.weight', LINEAR) for part in parts),
+      *(Row(f'blocks/mlp/{part}/bias', f'{block}.mlp.weights_in.bias') for part in parts),
+      *linear('blocks/mlp/down', f'{block}.mlp.weights_out'),
+    )
+  return Layout(
+    (
+      *_hub_inputs(prefix),
+      Row('position', f'{prefix}embeddings.position_embeddings', BATCHED),
+      Row('mask_token', f'{prefix}embeddings.mask_token'),
+      Row('registers', f'{prefix}embeddings.register_tokens', BATCHED),
+      *norm('blocks/norm1', f'{block}.norm1'),
+      *(row for part in ('query', 'key', 'value') for row in linear(f'blocks/attention/{part}', f'{attention}.{part}')),
+      *linear('blocks/attention/out', f'{block}.attention.output.dense'),
+      Row('blocks/scale1', f'{block}.layer_scale1.lambda1'),
+      *norm('blocks/norm2', f'{block}.norm2'),
+      *mlp,
+      Row('blocks/scale2', f'{block}.layer_scale2.lambda1'),
+      *norm('norm', f'{prefix}layernorm'),
+    )
+  )
+
+
+def mae(*, hub: bool | None = None) -> Layout:
+  """Encoder and decoder of a masked autoencoder: the original release's names or, by `hub`, transformers'."""
+  if hub is None:
+    encoder, prefix, own = timm().rows, '', 'decoder_blocks.{i}'
+    block = (
+      *norm('blocks/norm1', f'{own}.norm1'),
+      *fused('blocks/attention', f'{own}.attn.qkv.'),
+      *linear('blocks/attention/out', f'{own}.attn.proj'),
+      *norm('blocks/norm2', f'{own}.norm2'),
+      *_mlp(f'{own}.mlp', False),
+    )
+    places, mask = 'pos_embed', 'mask_token'
+    encoder = tuple(row for row in encoder if row.ours not in ('position', 'mask_token'))
+  else:
+    layers = 'vit.encoder.layer.{i}' if hub else 'vit.layers.{i}'
+    encoder = (*_hub_inputs('vit.'), *_hub_block('blocks', layers, hub), *norm('norm', 'vit.layernorm'))
+    prefix, block = 'decoder.', _hub_block('blocks', 'decoder.decoder_layers.{i}', hub)
+    places, mask = 'vit.embeddings.position_embeddings', 'decoder.mask_token'
+  decoder = (
+    *linear('embed', f'{prefix}decoder_embed'),
+    Row('mask_token', mask, BATCHED),
+    *block,
+    *norm('norm', f'{prefix}decoder_norm'),
+    *linear('head', f'{prefix}decoder_pred'),
+  )
+  return Layout(
+    (*below('encoder', encoder), *below('decoder', decoder)),
+    fixed=(
+      (places, lambda network: _sines(network.encoder, network.encoder.width)),
+      (f'{prefix}decoder_pos_embed', lambda network: _sines(network.encoder, network.decoder.width)),
+    ),
+  )
+
+
+def _sines(encoder: Any, width: int) -> np.ndarray:
+  side = encoder.image_size // encoder.patch
+  return np.concatenate([np.zeros((1, width), np.float32), sincos_2d(side, side, width)])[None]
 
 
 def _size(width: int, depth: int, hidden: int) -> str | None:
@@ -128,3 +223,13 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     if there
   }
   return network
+
+
+def masked_autoencoder(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  """The masked autoencoder that has these parameters, as a config; its decoder has 16 heads as all published ones."""
+  own = {path.removeprefix('encoder/'): shape for path, shape in shapes.items() if path.startswith('encoder/')}
+  table = next(shape for path, shape in shapes.items() if path.startswith('fixed/') and 'decoder' not in path)
+  encoder = tower(own | {'position': table[1:]})
+  depth, width = shapes['decoder/blocks/norm1/scale']
+  network = {'name': 'mae', 'encoder': encoder | {'positions': 'sincos2d'}}
+  return network | {'width': width, 'depth': depth, 'heads': 16}

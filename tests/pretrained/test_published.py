@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
+from fmcv_jax.models.positions import sincos_2d
 from fmcv_jax.pretrained.tensors import PARTS, open_tensors
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
@@ -95,4 +97,45 @@ def test_dual_encoders(tmp_path, family, activation):
   ours = objective.network.apply({'params': params}, PIXELS, TOKENS)
   np.testing.assert_allclose(ours.image, theirs.image_embeds, atol=1e-5)
   np.testing.assert_allclose(ours.text, theirs.text_embeds, atol=1e-5)
+  comes_back(tmp_path / 'theirs', tmp_path, 'transformers')
+
+
+@pytest.mark.parametrize('swiglu', [False, True])
+def test_dinov2_with_registers(tmp_path, swiglu):
+  config = transformers.Dinov2WithRegistersConfig(
+    image_size=32,
+    patch_size=8,
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_register_tokens=3,
+    use_swiglu_ffn=swiglu,
+  )
+  model = published(transformers.Dinov2WithRegistersModel(config), tmp_path / 'theirs')
+  objective, params = imported(tmp_path / 'theirs', tmp_path, None)
+  with torch.no_grad():
+    theirs = model(torch_images()).last_hidden_state.numpy()
+  ours = objective.network.apply({'params': params}, PIXELS)
+  np.testing.assert_allclose(ours.pooled, theirs[:, 0], atol=1e-5)
+  comes_back(tmp_path / 'theirs', tmp_path, 'transformers')
+
+
+def test_masked_autoencoder_with_its_decoder(tmp_path):
+  decoder = {'decoder_hidden_size': 64, 'decoder_num_hidden_layers': 2, 'decoder_num_attention_heads': 16}
+  config = transformers.ViTMAEConfig(**IMAGE, **decoder, decoder_intermediate_size=256, layer_norm_eps=1e-6)
+  model = transformers.ViTMAEForPreTraining(config)
+  published(model, tmp_path / 'moved')
+  for name, width in (('vit.embeddings.position_embeddings', 128), ('decoder.decoder_pos_embed', 64)):
+    table = np.concatenate([np.zeros((1, width)), sincos_2d(4, 4, width)]).astype(np.float32)
+    model.get_parameter(name).data = torch.from_numpy(table)[None]  # the original's, which nobody learns
+  model.save_pretrained(tmp_path / 'theirs')
+  file = tmp_path / 'theirs' / 'model.safetensors'
+  # As the hub's files have it; transformers 5 spoils the name when it writes one.
+  save_file({name.replace('decoder_encoder.layer', 'decoder_layers'): x for name, x in load_file(file).items()}, file)
+  objective, params = imported(tmp_path / 'theirs', tmp_path, None)
+  noise = np.random.default_rng(0).uniform(size=(2, 16)).astype(np.float32)
+  with torch.no_grad():
+    theirs = model(torch_images(), noise=torch.from_numpy(noise)).logits.numpy()
+  ours = objective.network.apply({'params': params}, PIXELS, np.argsort(noise, axis=1), visible=objective.visible)
+  np.testing.assert_allclose(ours.pixels, theirs, atol=1e-4)
   comes_back(tmp_path / 'theirs', tmp_path, 'transformers')
