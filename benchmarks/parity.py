@@ -3,7 +3,7 @@
     pip install -e '.[parity]'; python benchmarks/parity.py [FAMILY ...] [--json FILE]
 
 For each: the largest difference of outputs in float32, and of every layer where the reference shows its layers; the
-difference of our bfloat16 and of the reference's own bfloat16 from its float32; whether the export is what was imported.
+difference of our bfloat16 and of the reference's own bfloat16 from its float32; whether what comes out went in.
 """
 
 import argparse
