@@ -30,7 +30,7 @@ def classification(network=None, **options):
 
 def batch_of(objective, seed=0):
   generator = np.random.default_rng(seed)
-  limits = {'label': 10, 'tokens': 64}
+  limits = {'label': 10, 'tokens': 64, 'segments': 11}
   return {
     name: generator.integers(0, limits.get(name, 256), (BATCH, *x.shape)).astype(x.dtype)
     for name, x in objective.example_batch.items()

@@ -1,0 +1,98 @@
+"""Every family of the understanding half: the same losses whatever splits it, and a stop that leaves no trace."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from fmcv_jax import experiment
+from fmcv_jax.models.dino import dino
+from fmcv_jax.models.dual_encoder import DualEncoder
+from fmcv_jax.models.efficientnet import EfficientNet, Row
+from fmcv_jax.models.mae import mae
+from fmcv_jax.models.segmenter import segmenter
+from fmcv_jax.models.swin import swin
+from fmcv_jax.models.text import text_transformer
+from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.dino import SelfDistillation
+from fmcv_jax.objectives.distillation import Distillation
+from fmcv_jax.objectives.mae import MaskedAutoencoding
+from fmcv_jax.objectives.segmentation import Segmentation
+from fmcv_jax.parallel.mesh import MeshShape
+from fmcv_jax.train import loop
+from tests import runs
+from tests.train.tiny import Trainer, batch_of, classification
+
+pytestmark = pytest.mark.slow
+
+MESHES = {
+  'data': MeshShape(),
+  'fsdp': MeshShape(data=1, fsdp=8),
+  'tensor': MeshShape(data=4, tensor=2),
+  'data x fsdp x tensor': MeshShape(data=2, fsdp=2, tensor=2),
+}
+VIT = functools.partial(vit, 'mu/8', image_size=16, depth=1)
+BERT = {'causal': False, 'pool': 'first', 'attend_padding': False, 'outputs_bias': True, 'post_norm': True}
+FAMILIES = {
+  'mae': lambda: MaskedAutoencoding(mae(VIT(positions='sincos2d'), width=16, depth=1, heads=2), hidden=0.5),
+  'dino': lambda: SelfDistillation(
+    dino(VIT(), prototypes=16, hidden=16, bottleneck=8), local_views=1, local_size=8, momentum_steps=4
+  ),
+  'deit': lambda: classification(VIT(outputs=10, distilled=True), distillation=Distillation(VIT(outputs=10))),
+  'swin': lambda: classification(swin('mu', image_size=16, patch=2, window=4, outputs=10)),
+  'align': lambda: Contrastive(
+    DualEncoder(
+      EfficientNet((Row(1, 16, 3, 2, 2),), stem=8, top=0, image_size=16),
+      text_transformer(64, 8, 16, 1, 2, outputs=16, **BERT),
+      1.0,
+    ),
+    label_smoothing=0.1,
+  ),
+  'segmentation': lambda: Segmentation(segmenter(VIT(), 11), flip=True),
+}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_losses_are_those_of_one_device_however_the_model_is_split(family):
+  objective = FAMILIES[family]()
+  batches = [batch_of(objective, seed) for seed in range(3)]
+  one = Trainer(objective, devices=1).run(batches)
+  assert len(set(one)) == 3
+  for name, mesh in MESHES.items():
+    np.testing.assert_allclose(Trainer(objective, mesh).run(batches), one, rtol=2e-5, err_msg=name)
+
+
+NETWORKS = {
+  'deit': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'outputs': 3, 'distilled': True},
+  'swin': {'name': 'swin', 'variant': 'mu', 'image_size': 16, 'patch': 2, 'window': 4, 'outputs': 3, 'drop_path': 0.2},
+  'efficientnet': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'outputs': 3, 'dropout': 0.2},
+}
+
+
+def config_of(family, folder):
+  if family == 'align':
+    config = runs.contrastive(folder)
+    network = {'name': 'align', 'variant': 'mu', 'image_size': 16, 'vocab_size': 300, 'length': 8}
+  else:
+    config, network = runs.classification(folder), NETWORKS[family]
+  objective = {**config['objective'], 'network': network}
+  if family == 'deit':
+    teacher = {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'outputs': 3}
+    objective['distillation'] = {'teacher': teacher}
+  return experiment.resolve({**config, 'objective': objective, 'train': {**config['train'], 'steps': 4}})
+
+
+@pytest.mark.parametrize('family', [*NETWORKS, 'align'])
+def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(family, tmp_path, monkeypatch):
+  config = config_of(family, runs.image_folder(tmp_path / 'images'))
+  straight = jax.device_get(experiment.train(config, tmp_path / 'straight'))
+  monkeypatch.setattr(loop.StopSignal, 'requested', lambda self, now: now == 2)
+  with pytest.raises(loop.Preempted):
+    experiment.train(config, tmp_path / 'stopped')
+  monkeypatch.undo()
+  resumed = jax.device_get(experiment.train(config, tmp_path / 'stopped'))
+  assert ('batch_stats' in straight.extra) == (family in ('efficientnet', 'align'))
+  for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
+    np.testing.assert_array_equal(a, b)
