@@ -90,7 +90,7 @@ class _Pixels(Picture):
     self.height, self.width = pixels.shape[:2]
 
   def region(self, box, size):
-    return _rows(self._pixels, box, size)
+    return _window(self._pixels, box, size)
 
 
 class _Jpeg(Picture):
@@ -103,12 +103,12 @@ class _Jpeg(Picture):
     stored = self._as_stored(box)
     side = min(box[2] - box[0], box[3] - box[1])
     factor = max(f for f in _FACTORS if f == 1 or side >= f * _GAP * size)
-    last = min(self._head.height, math.ceil(stored[3]) + _reach(stored, size))
+    last = min(self._head.height, math.ceil(stored[3]) + _reach(stored[3] - stored[1], size))
     pixels = jpeg.decode_rows(self._data, self._head, last, factor)
     if pixels is None:
-      return _rows(np.asarray(decode_pil(self._data)), box, size)  # which knows the reason, or knows better
+      return _window(np.asarray(decode_pil(self._data)), box, size)  # which knows the reason, or knows better
     left, top, right, bottom = (edge / factor for edge in stored)
-    return _rows(pixels, (left, top, right, bottom), size)._replace(turn=_UPRIGHT.get(self._head.orientation))
+    return _window(pixels, (left, top, right, bottom), size)._replace(turn=_UPRIGHT.get(self._head.orientation))
 
   def _as_stored(self, box: Box) -> Box:
     """The box of the upright picture in the one that is stored."""
@@ -122,16 +122,17 @@ class _Jpeg(Picture):
     return left, top, right, bottom
 
 
-def _rows(pixels: np.ndarray, box: Box, size: int) -> Region:
-  """The rows that a resize of the box looks at."""
-  reach = _reach(box, size)
-  first, last = max(0, math.floor(box[1]) - reach), min(len(pixels), math.ceil(box[3]) + reach)
-  return Region(pixels[first:last], (box[0], box[1] - first, box[2], box[3] - first))
+def _window(pixels: np.ndarray, box: Box, size: int) -> Region:
+  """The pixels that a resize of the box looks at."""
+  x, y = _reach(box[2] - box[0], size), _reach(box[3] - box[1], size)
+  left, top = max(0, math.floor(box[0]) - x), max(0, math.floor(box[1]) - y)
+  seen = pixels[top : math.ceil(box[3]) + y, left : math.ceil(box[2]) + x]
+  return Region(seen, (box[0] - left, box[1] - top, box[2] - left, box[3] - top))
 
 
-def _reach(box: Box, size: int) -> int:
-  """How many rows outside its box a filter of three pixels looks at, at the box's scale."""
-  return math.ceil(3 * max(1.0, (box[3] - box[1]) / size)) + 1
+def _reach(side: float, size: int) -> int:
+  """How many pixels outside a side of a box a filter of three pixels looks at, at the box's scale."""
+  return math.ceil(3 * max(1.0, side / size)) + 1
 
 
 def decode_pil(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

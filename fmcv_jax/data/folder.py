@@ -49,7 +49,8 @@ class ImageFolder(Source):
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
     image = self._index.images[index]
-    example: Example = {'image': (self._root / image).read_bytes(), 'key': image}
+    with open(self._folder + image, 'rb') as file:
+      example: Example = {'image': file.read(), 'key': image}
     if texts := self.texts_of(index):
       example['text'] = texts[0]
     if self.captions is not None:
@@ -69,6 +70,10 @@ class ImageFolder(Source):
   @property
   def _root(self) -> pathlib.Path:
     return pathlib.Path(self.path).expanduser()
+
+  @functools.cached_property
+  def _folder(self) -> str:
+    return os.path.join(self._root, '')
 
   @functools.cached_property
   def _index(self) -> '_Index':

@@ -217,11 +217,37 @@ class _Batches:
   def __getitem__(self, t: int) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, str]]:
     positions = [self.start + t * self.batch + row for row in self.rows]
     reasons: dict[str, str] = {}
-    examples, replaced = zip(*(self._read(position, reasons) for position in positions))
-    arrays = {field: self._stack(field, [example[field] for example in examples]) for field in self.fields}
+    columns: dict[str, Any] = {}
+    replaced = np.zeros(len(positions), bool)
+    for row, position in enumerate(positions):
+      example, replaced[row] = self._read(position, reasons)
+      for field in self.fields:
+        self._put(columns, field, row, example[field])
+    arrays = {field: self._whole(field, columns[field]) for field in self.fields}
     if not self.train:
       arrays['position'] = np.array(positions)
-    return arrays, np.array(replaced), reasons
+    return arrays, replaced, reasons
+
+  def _put(self, columns: dict[str, Any], field: str, row: int, value: Any) -> None:
+    """Adds a row to a column of the batch: an array at once, while it is still in the processor's cache."""
+    if field in ('tokens', 'label'):
+      columns.setdefault(field, []).append(value)
+      return
+    if field not in columns:
+      columns[field] = np.empty((len(self.rows), *value.shape), value.dtype)
+    column = columns[field]
+    if (value.shape, value.dtype) != (column.shape[1:], column.dtype):
+      both = f'{column.dtype} {column.shape[1:]} and {value.dtype} {value.shape}'
+      if field in self._arrays:
+        raise UserError(f'data: {field} differ in shape: {both}')
+      raise UserError(f"data: images differ in size: {both}; set the pipeline's image, such as resize_crop")
+    column[row] = value
+
+  def _whole(self, field: str, column: Any) -> np.ndarray:
+    if field == 'tokens':
+      assert self.tokenizer is not None
+      return self.tokenizer(column)
+    return np.array(column, np.int32) if field == 'label' else column
 
   def check(self) -> None:
     """Raises UserError if the source, the transform or the tokenizer cannot give the fields."""
@@ -256,7 +282,7 @@ class _Batches:
       row['tokens'] = self._text(record, rng)
     if 'label' in self.fields:
       row['label'] = self._given(record, 'label')
-    chance = copy.deepcopy(rng)  # the segments are cropped as the image is
+    chance = copy.deepcopy(rng) if 'segments' in self.fields else rng  # they are cropped as the image is
     if 'image' in self.fields:
       image = self._given(record, 'image')
       if self.pipeline.image is not None:
@@ -276,10 +302,8 @@ class _Batches:
         row[name] = np.stack([views.image(image, rng) for _ in range(views.count)])
     for name in self._arrays:
       if not isinstance(record.get(name), np.ndarray):
-        given = ', '.join((*FIELDS, *self.pipeline.views))
-        raise UserError(
-          f'data: unknown fields {self._arrays}; a loader gives {given}, what data.views names, and arrays of records'
-        )
+        given = ', '.join((*FIELDS, *self.pipeline.views, 'arrays of the records'))
+        raise UserError(f'data: unknown fields {self._arrays}; a loader gives {given} and what data.views names')
       row[name] = record[name]
     return row
 
@@ -301,20 +325,6 @@ class _Batches:
         f'data: the objective wants {", ".join(self.fields)}, but {name} gives no {field} (only: {given})'
       )
     return record[field]
-
-  def _stack(self, field: str, values: list[Any]) -> np.ndarray:
-    if field == 'tokens':
-      assert self.tokenizer is not None
-      return self.tokenizer(values)
-    if field == 'label':
-      return np.array(values, np.int32)
-    if len(shapes := {value.shape for value in values}) > 1:
-      if field in self._arrays:
-        raise UserError(f'data: {field} differ in shape ({sorted(shapes)[:3]})')
-      raise UserError(
-        f"data: images differ in size ({sorted(shapes)[:3]}); set the pipeline's image, such as resize_crop"
-      )
-    return np.stack(values)
 
 
 class _Tally:

@@ -6,6 +6,7 @@ Colour, flips, noise and mixing happen on the device, in `augment.py`: the host 
 import abc
 import dataclasses
 import math
+import threading
 from typing import Literal, TypeGuard
 
 import cykooz_resizer as resizer
@@ -21,6 +22,17 @@ _FILTERS = {
   'lanczos': resizer.ResizeAlg.convolution(resizer.FilterType.lanczos3),
   'nearest': resizer.ResizeAlg.nearest(),
 }
+
+
+class _Reused(threading.local):
+  """What one thread uses again for each image, so that its memory is not asked for anew."""
+
+  def __init__(self):
+    self.resizer = resizer.Resizer()
+    self.targets: dict[int, resizer.ImageData] = {}
+
+
+_THREAD = _Reused()
 
 
 class ImageTransform(abc.ABC):
@@ -147,9 +159,11 @@ def _resize(whole: Picture, size: int, interpolation: str, box: Box) -> np.ndarr
   left, top, right, bottom = region.box
   right, bottom = min(right, width), min(bottom, height)  # of a reduced picture the last pixel may be less than a whole
   source = resizer.ImageData(width, height, resizer.PixelType.U8x3, region.pixels.tobytes())
-  target = resizer.ImageData(size, size, resizer.PixelType.U8x3)
+  target = _THREAD.targets.get(size)
+  if target is None:
+    target = _THREAD.targets[size] = resizer.ImageData(size, size, resizer.PixelType.U8x3)
   crop = resizer.CropBox(left, top, right - left, bottom - top)
-  resizer.Resizer().resize(source, target, resizer.ResizeOptions(_FILTERS[interpolation], crop_box=crop))
+  _THREAD.resizer.resize(source, target, resizer.ResizeOptions(_FILTERS[interpolation], crop_box=crop))
   pixels = np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
   return pixels if region.turn is None else np.asarray(Image.fromarray(pixels).transpose(region.turn))
 

@@ -48,7 +48,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_the_rows_of_any_box_are_those_of_pillow(kind):
+def test_the_pixels_around_any_box_are_those_of_pillow(kind):
   data = KINDS[kind]
   assert jpeg.header(data) is not None
   with warnings.catch_warnings(action='ignore'):
@@ -59,10 +59,13 @@ def test_the_rows_of_any_box_are_those_of_pillow(kind):
   for bottom in range(3, image.height, 13):
     pixels, (left, top, right, end), turn = image.region((20, 2, 70, bottom), 50)
     assert turn is None
-    above = int(2 - top)
-    assert (left, right, end - top) == (20, 70, bottom - 2)
-    assert len(pixels) >= min(end + 3, image.height - above)
-    np.testing.assert_array_equal(pixels, whole[above : above + len(pixels)])
+    above, beside = int(2 - top), int(20 - left)
+    assert (right - left, end - top) == (50, bottom - 2)
+    assert beside <= 17  # three pixels are looked at beyond it
+    height, width, _ = pixels.shape
+    assert height >= min(end + 3, image.height - above)
+    assert width >= min(right + 3, image.width - beside)
+    np.testing.assert_array_equal(pixels, whole[above : above + height, beside : beside + width])
 
 
 @pytest.mark.parametrize('orientation', [1, 6])

@@ -278,7 +278,7 @@ def test_images_of_several_sizes_are_one_clear_line():
       return {'image': np.zeros((index + 1, 2, 3), np.uint8)}
 
   loader = TrainLoader(Pipeline(Ragged(3)), batch=3, seed=0, fields=('image',))
-  with pytest.raises(UserError, match=r"images differ in size .* set the pipeline's image"):
+  with pytest.raises(UserError, match=r"images differ in size: .* set the pipeline's image"):
     next(loader)
 
 
