@@ -5,10 +5,8 @@ fields of an example; nothing in it is ever executed.
 """
 
 import bisect
-import concurrent.futures
 import dataclasses
 import functools
-import glob
 import io
 import itertools
 import json
@@ -22,6 +20,7 @@ import msgpack
 import numpy as np
 from PIL import Image
 
+from fmcv_jax.data import storage
 from fmcv_jax.data.source import BadRecord, Example, Source
 from fmcv_jax.errors import UserError
 
@@ -32,7 +31,10 @@ _ARRAYS = 'arrays'
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord(Source):
-  """What `write_array_record` wrote: `path` is its folder, or a glob pattern of shards (which has no class names)."""
+  """What `fmcv pack` wrote: `path` is its folder, or a glob pattern of shards (which has no class names).
+
+  Shards at a URL are copied to $FMCV_CACHE, each when it is first read: with a global shuffle that is soon all of them.
+  """
 
   path: str
 
@@ -51,37 +53,38 @@ class ArrayRecord(Source):
 
   def key_of(self, index: int) -> str:
     shard, row = self._shards.locate(index)
-    return f'{self._shards.paths[shard]}[{row}]'
+    return f'{self._shards.files[shard].path}[{row}]'
 
   @functools.cached_property
   def _info(self) -> dict[str, Any]:
-    file = pathlib.Path(self.path).expanduser() / INFO
+    file = storage.join(os.path.expanduser(self.path), INFO)
     try:
-      return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+      with storage.open_file(file) as opened:
+        return json.load(opened)
+    except (FileNotFoundError, NotADirectoryError):  # of a pattern
+      return {}
     except ValueError as error:
-      raise UserError(f'array record: {str(file)!r} is damaged: {error}; write the data set again') from error
+      raise UserError(f'array record: {file!r} is damaged: {error}; write the data set again') from error
 
   @functools.cached_property
   def _shards(self) -> '_Shards':
-    path = os.path.expanduser(self.path)
-    paths = sorted(glob.glob(os.path.join(glob.escape(path), '*.array_record') if os.path.isdir(path) else path))
-    if not paths:
-      raise UserError(f'array record: no shards at {self.path!r} (seen from {os.getcwd()}); give a folder or a pattern')
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-      counts = list(pool.map(_count, paths))
+    files = storage.find(self.path, '.array_record', 'array record')
+    # Those of a set on this machine are opened, which finds a truncated one.
+    counts = list(self._info.get('counts', ())) if storage.is_remote(self.path) else []
+    counts = counts if len(counts) == len(files) else storage.in_threads(_count, files)
     if sum(counts) != self._info.get('records', sum(counts)):
       raise UserError(
-        f'array record: {len(paths)} shards at {self.path!r} hold {sum(counts)} records, but {INFO} counts '
+        f'array record: {len(files)} shards at {self.path!r} hold {sum(counts)} records, but {INFO} counts '
         f'{self._info["records"]} in {self._info["shards"]}; copy the folder again'
       )
-    return _Shards(paths, list(itertools.accumulate(counts)))
+    return _Shards(files, list(itertools.accumulate(counts)))
 
 
 @dataclasses.dataclass
 class _Shards:
-  """Paths and the running count of records; every process opens its own readers, each when it is first used."""
+  """Files and the running count of records; every process opens its own readers, each when it is first used."""
 
-  paths: list[str]
+  files: list[storage.File]
   ends: list[int]
   readers: dict[int, Any] = dataclasses.field(default_factory=dict)
 
@@ -92,7 +95,7 @@ class _Shards:
   def read(self, index: int) -> bytes:
     shard, row = self.locate(index)
     if shard not in self.readers:
-      self.readers[shard] = _reader(self.paths[shard])
+      self.readers[shard] = _reader(self.files[shard])
     try:
       return self.readers[shard].read([row])[0]
     except RuntimeError as error:  # its checksum does not hold
@@ -102,17 +105,19 @@ class _Shards:
     return {**self.__dict__, 'readers': {}}
 
 
-def _reader(path: str) -> Any:
+def _reader(file: storage.File) -> Any:
   from array_record.python import array_record_module  # a few hundred milliseconds
 
   # Without read-ahead: neighbours in a file are not neighbours in a shuffled order.
-  return array_record_module.ArrayRecordReader(path, 'readahead_buffer_size:0', file_reader_buffer_size=32768)
+  return array_record_module.ArrayRecordReader(
+    storage.local(file), 'readahead_buffer_size:0', file_reader_buffer_size=32768
+  )
 
 
-def _count(path: str) -> int:
-  reader = _reader(path)
+def _count(file: storage.File) -> int:
+  reader = _reader(file)
   if not reader.ok():  # it raises nothing, and counts no records
-    raise UserError(f'array record: {path!r} cannot be read: it is truncated, damaged or no ArrayRecord file')
+    raise UserError(f'array record: {file.path!r} cannot be read: it is truncated, damaged or no ArrayRecord file')
   return reader.num_records()
 
 

@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import functools
+import io
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
+from fmcv_jax.data import storage
 from fmcv_jax.data.source import Example, Source
 from fmcv_jax.errors import UserError
 
@@ -19,7 +20,7 @@ TABLES = ('.csv', '.tsv', '.jsonl', '.parquet')
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder(Source):
-  """Images below the folder `path`, in one of three shapes, sorted by path.
+  """Images below the folder `path`, or a URL such as gs://bucket/images, in one of three shapes, sorted by path.
 
   Class folders   path/<class>/**/x.jpg: `label` and the class name as `text`. The names are those of all subfolders in
                   order, also of empty ones: give every split the same subfolders.
@@ -35,7 +36,7 @@ class ImageFolder(Source):
   caption_column: str = 'caption'
 
   def __post_init__(self) -> None:
-    if self.captions is not None and pathlib.Path(self.captions).suffix.lower() not in TABLES:
+    if self.captions is not None and _suffix(self.captions) not in TABLES:
       raise ValueError(f'captions: {self.captions!r} is not a table of {", ".join(TABLES)}')
 
   @property
@@ -49,7 +50,7 @@ class ImageFolder(Source):
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
     image = self._index.images[index]
-    with open(self._folder + image, 'rb') as file:
+    with storage.open_file(storage.join(self._root, image)) as file:
       example: Example = {'image': file.read(), 'key': image}
     if texts := self.texts_of(index):
       example['text'] = texts[0]
@@ -67,22 +68,20 @@ class ImageFolder(Source):
       return self._index.texts[index]
     return (self.names[self._index.labels[index]],) if self.names else ()
 
-  @property
-  def _root(self) -> pathlib.Path:
-    return pathlib.Path(self.path).expanduser()
-
   @functools.cached_property
-  def _folder(self) -> str:
-    return os.path.join(self._root, '')
+  def _root(self) -> str:
+    return os.path.expanduser(self.path)
 
   @functools.cached_property
   def _index(self) -> '_Index':
-    root = self._root
-    if not root.is_dir():
+    found = storage.files_below(self._root)
+    if found is None:
       raise UserError(
         f'image folder: no folder {self.path!r} (seen from {os.getcwd()}); set path to where the images are'
       )
-    return _captioned(self, root) if self.captions is not None else _class_folders(root)
+    if self.captions is not None:
+      return _captioned(self, self._root, found)
+    return _class_folders(self._root, found, storage.folders_in(self._root))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,75 +94,63 @@ class _Index:
   names: tuple[str, ...] = ()
 
 
-def _class_folders(root: pathlib.Path) -> _Index:
-  folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-  loose = sorted(p.name for p in root.iterdir() if p.is_file() and _is_image(p.name))
-  found = [(image, label) for label, folder in enumerate(folders) for image in _images_below(root, folder)]
-  if not found and not loose:
-    raise UserError(f'image folder: no images in {str(root)!r} or its subfolders; known are {" ".join(EXTENSIONS)}')
-  if not found:
+def _class_folders(root: str, found: list[str], folders: list[str]) -> _Index:
+  images = [path for path in found if _is_image(path)]
+  loose = [path for path in images if '/' not in path]
+  if not images:
+    raise UserError(f'image folder: no images in {root!r} or its subfolders; known are {" ".join(EXTENSIONS)}')
+  if len(loose) == len(images):
     return _Index(loose)
   if loose:
     raise UserError(
       f'image folder: {len(loose)} images ({loose[0]}, ...) lie beside the class folders ({folders[0]}, ...) of '
-      f'{str(root)!r}; move them into one, or give the class folders a folder of their own'
+      f'{root!r}; move them into one, or give the class folders a folder of their own'
     )
-  images, labels = zip(*found)
-  return _Index(list(images), list(labels), names=tuple(folders))
-
-
-def _images_below(root: pathlib.Path, folder: str) -> list[str]:
-  images = []
-  for where, folders, files in os.walk(root / folder, followlinks=True):
-    folders[:] = [name for name in folders if not name.startswith('.')]
-    images += [(pathlib.Path(where) / name).relative_to(root).as_posix() for name in files if _is_image(name)]
-  return sorted(images)
+  label = {folder: label for label, folder in enumerate(folders)}
+  labels, paths = zip(*sorted((label[path.split('/')[0]], path) for path in images))
+  return _Index(list(paths), list(labels), names=tuple(folders))
 
 
 def _is_image(name: str) -> bool:
-  return name.lower().endswith(EXTENSIONS) and not name.startswith('.')
+  return name.lower().endswith(EXTENSIONS)
 
 
-def _captioned(source: ImageFolder, root: pathlib.Path) -> _Index:
+def _captioned(source: ImageFolder, root: str, found: list[str]) -> _Index:
   assert source.captions is not None
-  table = root / source.captions
-  if not table.is_file():
-    raise UserError(f'image folder: no captions at {str(table)!r}; captions is a path from {str(root)!r}, or absolute')
+  table = storage.join(root, source.captions)
   texts: dict[str, list[str]] = {}
-  for line, row in _rows(table, (source.image_column, source.caption_column)):
-    image, caption = row[source.image_column], row[source.caption_column]
-    captions = [caption] if isinstance(caption, str) else caption
-    if not isinstance(image, str) or not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-      raise UserError(f'image folder: {table}:{line}: expected an image path and a text, got {image!r} and {caption!r}')
-    texts.setdefault(image, []).extend(captions)
+  try:
+    for line, row in _rows(table, (source.image_column, source.caption_column)):
+      image, caption = row[source.image_column], row[source.caption_column]
+      captions = [caption] if isinstance(caption, str) else caption
+      if not isinstance(image, str) or not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise UserError(
+          f'image folder: {table}:{line}: expected an image path and a text, got {image!r} and {caption!r}'
+        )
+      texts.setdefault(image, []).extend(captions)
+  except (FileNotFoundError, IsADirectoryError) as error:
+    raise UserError(f'image folder: no captions at {table!r}; captions is a path from {root!r}, or absolute') from error
   if not texts:
-    raise UserError(f'image folder: the captions {str(table)!r} have no rows')
-  if missing := _missing(root, texts):
+    raise UserError(f'image folder: the captions {table!r} have no rows')
+  below = set(found)
+  if missing := [image for image in texts if image not in below and not _exists(root, image)]:
     raise UserError(
-      f'image folder: {len(missing)} of the {len(texts)} images in {str(table)!r} do not exist, first '
-      f'{str(root / missing[0])!r}; write their paths as seen from {str(root)!r}, or take their rows out'
+      f'image folder: {len(missing)} of the {len(texts)} images in {table!r} do not exist, first '
+      f'{storage.join(root, missing[0])!r}; write their paths as seen from {root!r}, or take their rows out'
     )
   images = sorted(texts)
   return _Index(images, texts=[tuple(texts[image]) for image in images])
 
 
-def _missing(root: pathlib.Path, images: dict[str, Any]) -> list[str]:
-  """Those that do not exist. Folders are listed; asking for the files one by one is slow on network storage."""
-
-  @functools.cache
-  def listing(folder: str) -> frozenset[str]:
-    try:
-      return frozenset(os.listdir(folder))
-    except OSError:
-      return frozenset()
-
-  split = {image: os.path.split(os.path.join(root, image)) for image in images}
-  return [image for image, (folder, name) in split.items() if name not in listing(folder)]
+def _exists(root: str, image: str) -> bool:
+  """Of a path that is not among those listed: it is hidden, written in another way than they are, or not there."""
+  odd = os.path.normpath(image) != image or any(part.startswith('.') for part in image.split('/')) or image[:1] == '/'
+  return odd and os.path.exists(storage.join(root, image))
 
 
-def _rows(table: pathlib.Path, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(table: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
   """(line, row) of any kind of table; raises UserError if it cannot be read or lacks one of the columns."""
-  read = {'.csv': _read_csv, '.tsv': _read_csv, '.jsonl': _read_jsonl, '.parquet': _read_parquet}[table.suffix.lower()]
+  read = {'.csv': _read_csv, '.tsv': _read_csv, '.jsonl': _read_jsonl, '.parquet': _read_parquet}[_suffix(table)]
   line = 0
   try:
     for line, row in read(table):
@@ -173,22 +160,32 @@ def _rows(table: pathlib.Path, columns: tuple[str, str]) -> Iterator[tuple[int, 
           f'{", ".join(map(repr, row)) or "none"}; set image_column and caption_column'
         )
       yield line, row
+  except (FileNotFoundError, IsADirectoryError):
+    raise
   except (ValueError, OSError, csv.Error) as error:  # JSON, UTF-8 and Arrow errors are ValueErrors
     raise UserError(f'image folder: {table} is damaged after line {line}: {" ".join(str(error).split())}') from error
 
 
-def _read_csv(table: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _suffix(table: str) -> str:
+  return os.path.splitext(table)[1].lower()
+
+
+def _text(table: str, **options: Any) -> TextIO:
+  return io.TextIOWrapper(storage.open_file(table), encoding='utf-8-sig', **options)
+
+
+def _read_csv(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
   csv.field_size_limit(sys.maxsize)
   # A tab-separated file is plain text: a quotation mark in it is one of the caption's own characters.
-  style: dict[str, Any] = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if table.suffix.lower() == '.tsv' else {}
-  with table.open(encoding='utf-8-sig', newline='') as file:
+  style: dict[str, Any] = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if _suffix(table) == '.tsv' else {}
+  with _text(table, newline='') as file:
     reader = csv.DictReader(file, **style)
     for row in reader:
       yield reader.line_num, row
 
 
-def _read_jsonl(table: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-  with table.open(encoding='utf-8-sig') as file:
+def _read_jsonl(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  with _text(table) as file:
     for line, text in enumerate(file, 1):
       if text.strip():
         row = json.loads(text)
@@ -197,13 +194,13 @@ def _read_jsonl(table: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, row
 
 
-def _read_parquet(table: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
   try:
     import pyarrow.parquet
   except ImportError as error:
     raise UserError(f'image folder: {table} needs pyarrow: pip install pyarrow') from error
   line = 0
-  with pyarrow.parquet.ParquetFile(table) as file:
+  with storage.open_file(table) as opened, pyarrow.parquet.ParquetFile(opened) as file:
     for batch in file.iter_batches():
       for row in batch.to_pylist():
         line += 1

@@ -2,9 +2,12 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import glob
+import hashlib
 import io
 import os
 import pathlib
@@ -115,6 +118,65 @@ def open_file(path: str) -> BinaryIO:
     return open(path, 'rb')
   fs, inner = filesystem(path)
   return fs.open(inner, 'rb')
+
+
+def join(folder: str, path: str) -> str:
+  """The place of `path`, which counts from `folder` if it is not absolute."""
+  if is_remote(path) or not is_remote(folder):
+    return path if is_remote(path) else os.path.join(folder, path)
+  return f'{folder.rstrip("/")}/{path}'
+
+
+def files_below(folder: str) -> list[str] | None:
+  """The paths of all files in a folder and those below it, from it on, '/' between their parts, sorted.
+
+  Hidden files and folders are left out. None where there is no such folder.
+  """
+  if is_remote(folder):
+    fs, inner = filesystem(folder)
+    if not fs.isdir(inner):
+      return None
+    start = len(inner.rstrip('/')) + 1
+    found = [path[start:] for path in fs.find(inner)]
+  elif not os.path.isdir(folder):
+    return None
+  else:
+    found = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+      folders[:] = [name for name in folders if not name.startswith('.')]
+      below = os.path.relpath(where, folder).replace(os.sep, '/')
+      found += files if below == '.' else [f'{below}/{name}' for name in files]
+  return sorted(path for path in found if not any(part.startswith('.') for part in path.split('/')))
+
+
+def folders_in(folder: str) -> list[str]:
+  """The names of a folder's subfolders, sorted; hidden ones are left out."""
+  if is_remote(folder):
+    fs, inner = filesystem(folder)
+    names = [
+      info['name'].rstrip('/').rsplit('/', 1)[1] for info in fs.ls(inner, detail=True) if info['type'] == 'directory'
+    ]
+  else:
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+  return sorted(name for name in names if not name.startswith('.'))
+
+
+def local(file: File) -> str:
+  """Where the file, or a copy of it in the cache, lies on this machine; of several processes one fetches it."""
+  if not is_remote(file.path):
+    return file.path
+  name = hashlib.sha256(f'{file.path} {file.size} {file.stamp}'.encode()).hexdigest()[:24]
+  copy = cache_folder() / 'files' / name / file.path.rsplit('/', 1)[1]
+  copy.parent.mkdir(parents=True, exist_ok=True)
+  with open(copy.parent / 'lock', 'w') as lock:
+    with contextlib.suppress(OSError):  # a file system without locks
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    if not copy.exists():
+      fs, inner = filesystem(file.path)
+      partial = copy.with_name(f'.{copy.name}.{os.getpid()}.partial')
+      fs.get_file(inner, str(partial))
+      partial.rename(copy)
+  return str(copy)
 
 
 class Ranges:

@@ -121,7 +121,7 @@ def refuse(pattern, path):
 
 
 def test_truncated_missing_and_foreign_shards_are_one_clear_line(written, tmp_path):
-  refuse(r'no shards at .*nowhere.* give a folder or a pattern', tmp_path / 'nowhere')
+  refuse(r'no .array_record at .*nowhere.* give a folder', tmp_path / 'nowhere')
   shard = written / 'data-00003-of-00004.array_record'
   sound = shard.read_bytes()
   for damage in (sound[:-1], sound[: len(sound) // 2], b'', b'not a shard' * 9999):
@@ -154,3 +154,23 @@ def test_an_existing_data_set_is_not_overwritten(written):
   with pytest.raises(UserError, match='exists already'):
     write_array_record(Counting(3), str(written))
   assert json.loads((written / 'info.json').read_text())['records'] == 23
+
+
+def test_shards_at_a_url_are_fetched_once_when_they_are_read(tmp_path, monkeypatch):
+  import fsspec
+
+  from fmcv_jax.data.packing import pack
+
+  pack(Encoded(), tmp_path / 'set', origin=1, shards=4)
+  memory = fsspec.filesystem('memory')
+  memory.put(str(tmp_path / 'set'), '/packed', recursive=True)
+  monkeypatch.setenv('FMCV_CACHE', str(tmp_path / 'cache'))
+  source = ArrayRecord('memory://packed')
+  assert (len(source), source.names) == (23, ('none', 'some'))
+  assert not list((tmp_path / 'cache').rglob('*.array_record'))
+  assert [source[index] for index in (22, 20)] == [Encoded()[22], Encoded()[20]]
+  (copy,) = (tmp_path / 'cache').rglob('*.array_record')
+  assert copy.name == 'data-00003-of-00004.array_record'
+  copied = copy.stat().st_ino
+  assert [ArrayRecord('memory://packed')[index] for index in range(23)] == [Encoded()[index] for index in range(23)]
+  assert copy.stat().st_ino == copied

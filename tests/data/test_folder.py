@@ -169,3 +169,19 @@ def test_an_unknown_kind_of_table_is_refused_with_its_field():
     build(
       Source, {'name': 'folder', 'path': 'x', 'captions': 'c.xml'}, {Source: {'folder': ImageFolder}}, 'config.data'
     )
+
+
+def test_images_at_a_url_are_those_on_disk(classes):
+  import fsspec
+
+  write_table(classes / 'table.csv', [('dog/a.PNG', 'a dog'), ('cat/deep/c.jpg', 'a cat')])
+  fsspec.filesystem('memory').put(f'{classes}/', '/folder/', recursive=True)
+  here, there = ImageFolder(str(classes)), ImageFolder('memory://folder')
+  assert set(there.names) <= set(here.names)
+  assert [(there[index]['image'], there[index]['text'], there[index]['key']) for index in range(3)] == [
+    (here[index]['image'], here[index]['text'], here[index]['key']) for index in range(3)
+  ]
+  here, there = (ImageFolder(root, captions='table.csv') for root in (str(classes), 'memory://folder'))
+  assert [there[index] for index in range(2)] == [here[index] for index in range(2)]
+  with pytest.raises(UserError, match="no folder 'memory://nowhere'"):
+    len(ImageFolder('memory://nowhere'))
