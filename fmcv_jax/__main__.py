@@ -21,7 +21,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.apps import evaluation
 
-  evaluation.evaluate_workdir(args.workdir, overrides, step=args.step)
+  evaluation.evaluate_workdirs(args.workdir, overrides, step=args.step)
 
 
 def demo(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -177,7 +177,10 @@ def parser() -> argparse.ArgumentParser:
     return sub
 
   add(train, 'Train a config; the same command goes on from where its workdir stands.', config='')
-  sub = add(evaluate, "Run a trained workdir's evaluators on a checkpoint.")
+  sub = add(
+    evaluate, 'Run the evaluators of trained workdirs on a checkpoint each, and print one table.', workdir=False
+  )
+  sub.add_argument('--workdir', nargs='+', required=True, metavar='DIR', help='folders of runs (local or gs://)')
   sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
   sub = add(replay, 'Compute one step of a run again, and name what is not finite in it.')
   sub.add_argument('--at', type=int, required=True, metavar='STEP', help='the step, the first being 1')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax import experiment
-from fmcv_jax.apps.evaluation import evaluate_workdir
+from fmcv_jax.apps.evaluation import evaluate_workdir, evaluate_workdirs
 from fmcv_jax.errors import UserError
 from fmcv_jax.train import loop, metrics
 from tests import runs
@@ -76,9 +76,20 @@ def test_evaluate_gives_the_figures_of_the_last_training_step_on_any_mesh(finish
   _, workdir, _ = finished
   last = metrics.read(workdir / 'metrics.jsonl')[-1]
   for overrides in ([], ['mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2']):
-    figures = evaluate_workdir(workdir, overrides)
-    assert figures == {name: last[name] for name in figures}
+    figures, step = evaluate_workdir(workdir, overrides)
+    assert (figures, step) == ({name: last[name] for name in figures}, 8)
   assert json.loads((workdir / 'evaluation_8.json').read_text())['val/top1'] == last['val/top1']
+
+
+def test_evaluate_puts_several_runs_in_one_table(finished, capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '300')
+  workdir = str(finished[1])
+  evaluate_workdirs([workdir, workdir + '/'])
+  printed = capsys.readouterr().out
+  assert printed.count('at step 8') == 2
+  cells = next(line for line in printed.splitlines() if 'val/top1' in line).split('│')[1:-1]
+  name, first, second = (cell.strip() for cell in cells)
+  assert (name, first) == ('val/top1', second)
 
 
 def test_evaluate_of_a_step_that_is_not_kept_says_which_are(finished):

@@ -1,4 +1,4 @@
-"""Evaluates the checkpoint of a workdir and keeps the figures beside it."""
+"""Evaluates checkpoints of workdirs and keeps the figures beside them."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,24 @@ from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.train.checkpoint import write_json
 
 
+def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *, step: int | None = None) -> None:
+  """Evaluates every workdir and prints one table, a column for each."""
+  found = {workdir: evaluate_workdir(workdir, overrides, step=step) for workdir in workdirs}
+  if not is_main():
+    return
+  table = Table()
+  table.add_column('figure')
+  for workdir, (_, at) in found.items():
+    table.add_column(f'{workdir} at step {at}', justify='right')
+  for name in dict.fromkeys(name for figures, _ in found.values() for name in figures):
+    table.add_row(name, *(f'{figures[name]:.4f}' if name in figures else '' for figures, _ in found.values()))
+  Console().print(table)
+
+
 def evaluate_workdir(
   workdir: str | epath.Path, overrides: Sequence[str] = (), *, step: int | None = None
-) -> dict[str, float]:
-  """Runs every evaluator of the workdir's config (with overrides) on a checkpoint; prints and writes the figures."""
+) -> tuple[dict[str, float], int]:
+  """Runs every evaluator of a workdir's config (with overrides) on a checkpoint; writes the figures, and gives them."""
   run = Run.reopen(workdir, overrides)
   if not run.experiment.evaluators:
     raise UserError(f'{workdir}: its config names no evaluators; add one with --config.evaluators.NAME.name=...')
@@ -24,11 +38,5 @@ def evaluate_workdir(
   if is_main():
     path = run.workdir / f'evaluation_{step}.json'
     write_json(path, {'step': step, **figures})
-    table = Table(title=f'{workdir} at step {step}')
-    table.add_column('figure')
-    table.add_column('value', justify='right')
-    for name, value in figures.items():
-      table.add_row(name, f'{value:.4f}')
-    Console().print(table)
-    Console().print(f'written to {path}', highlight=False)
-  return figures
+    Console().print(f'written to {path}', highlight=False, soft_wrap=True)
+  return figures, step
