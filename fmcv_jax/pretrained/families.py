@@ -74,6 +74,7 @@ _GOOGLE = (
 )
 _SIGLIP = (
   ('transformers', pairs.transformers_siglip()),
+  ('open_clip', pairs.open_clip_siglip()),
   *(('big_vision', layout) for layout in flax.siglip()),
 )
 _CLIP = (('open_clip', pairs.open_clip()), ('transformers', pairs.transformers_clip()))

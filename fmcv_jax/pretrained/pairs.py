@@ -17,35 +17,36 @@ from fmcv_jax.pretrained.layout import (
   linear,
   norm,
 )
-from fmcv_jax.pretrained.vit import heads_of, tower
+from fmcv_jax.pretrained.vit import heads_of, timm, tower
+
+
+def _resblocks() -> tuple[Row, ...]:
+  theirs = 'transformer.resblocks.{i}'
+  return (
+    *norm('blocks/norm1', f'{theirs}.ln_1'),
+    *fused('blocks/attention', f'{theirs}.attn.in_proj_'),
+    *linear('blocks/attention/out', f'{theirs}.attn.out_proj'),
+    *norm('blocks/norm2', f'{theirs}.ln_2'),
+    *linear('blocks/mlp/up', f'{theirs}.mlp.c_fc'),
+    *linear('blocks/mlp/down', f'{theirs}.mlp.c_proj'),
+  )
 
 
 def open_clip() -> Layout:
   """OpenAI's names, which OpenCLIP kept."""
-
-  def blocks(theirs: str) -> tuple[Row, ...]:
-    return (
-      *norm('blocks/norm1', f'{theirs}.ln_1'),
-      *fused('blocks/attention', f'{theirs}.attn.in_proj_'),
-      *linear('blocks/attention/out', f'{theirs}.attn.out_proj'),
-      *norm('blocks/norm2', f'{theirs}.ln_2'),
-      *linear('blocks/mlp/up', f'{theirs}.mlp.c_fc'),
-      *linear('blocks/mlp/down', f'{theirs}.mlp.c_proj'),
-    )
-
   image = (
     Row('class_token', 'class_embedding', ROW),
     Row('position', 'positional_embedding'),
     Row('patch/kernel', 'conv1.weight', convolution(3)),
     *norm('pre_norm', 'ln_pre'),
-    *blocks('transformer.resblocks.{i}'),
+    *_resblocks(),
     *norm('norm', 'ln_post'),
     Row('head/kernel', 'proj'),  # a bare matrix, not transposed
   )
   text = (
     Row('tokens/embedding', 'token_embedding.weight'),
     Row('position', 'positional_embedding'),
-    *blocks('transformer.resblocks.{i}'),
+    *_resblocks(),
     *norm('norm', 'ln_final'),
     Row('head/kernel', 'text_projection'),
   )
@@ -117,6 +118,35 @@ def transformers_siglip() -> Layout:
     Row('bias', 'logit_bias', ONE),
   )
   return Layout(rows, ignored=(r'.*\.position_ids',))
+
+
+def open_clip_siglip() -> Layout:
+  """OpenCLIP's SigLIP: an image tower of timm's, and its own text tower."""
+  pool = (
+    Row('probe', 'latent', BATCHED),
+    *linear('attention/query', 'q'),
+    *(Row(f'attention/{part}/kernel', 'kv.weight', LINEAR) for part in ('key', 'value')),
+    *(Row(f'attention/{part}/bias', 'kv.bias') for part in ('key', 'value')),
+    *linear('attention/out', 'proj'),
+    *norm('norm', 'norm'),
+    *linear('mlp/up', 'mlp.fc1'),
+    *linear('mlp/down', 'mlp.fc2'),
+  )
+  text = (
+    Row('tokens/embedding', 'token_embedding.weight'),
+    Row('position', 'positional_embedding'),
+    *_resblocks(),
+    *norm('norm', 'ln_final'),
+    *linear('head', 'text_projection'),
+  )
+  rows = (
+    *below('image', timm().rows, 'visual.trunk.'),
+    *below('image/map_pool', pool, 'visual.trunk.attn_pool.'),
+    *below('text', text, 'text.'),
+    Row('temperature', 'logit_scale'),
+    Row('bias', 'logit_bias'),
+  )
+  return Layout(rows)
 
 
 def dual_encoder(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:

@@ -186,6 +186,8 @@ class _Npz(Tensors):
 
 class _Torch(Tensors):
   def __init__(self, file: pathlib.Path):
+    if zipfile.is_zipfile(file) and any('/code/' in name for name in zipfile.ZipFile(file).namelist()):
+      raise UserError(f'{file}: is a TorchScript program, which is not run here; save its state_dict as .safetensors')
     try:
       import torch
     except ImportError as error:

@@ -97,7 +97,7 @@ def test_siglip_is_the_same_from_google_and_from_transformers(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, values(tmp_path / name), expected)
 
 
-def test_augreg_as_timm_reads_it(tmp_path):
+def test_augreg_as_timm_reads_it(torchvision_names, tmp_path):
   timm = pytest.importorskip('timm', reason='pip install timm')
   model = timm.models.vision_transformer.VisionTransformer(
     img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=7

@@ -7,7 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
+from fmcv_jax.apps.model import Model
 from fmcv_jax.errors import UserError
+from fmcv_jax.experiment import Run
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.controlnet import controlnet
 from fmcv_jax.pretrained.tensors import open_tensors
@@ -32,8 +34,10 @@ def torch_pictures(x):
   return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
-def pictures_of(x):
-  return x.detach().numpy().transpose(0, 2, 3, 1)
+def equal(ours, theirs):
+  """ours [B, H, W, C] and theirs [B, C, H, W], to 3e-5 of the largest value."""
+  theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(ours, theirs, atol=3e-5 * np.abs(theirs).max())
 
 
 def test_autoencoder(tmp_path):
@@ -46,11 +50,9 @@ def test_autoencoder(tmp_path):
   with torch.no_grad():
     theirs = model.encode(torch_pictures(x)).latent_dist
     decoded = model.decode(theirs.mean).sample
-  np.testing.assert_allclose(latent.mean, pictures_of(theirs.mean), atol=1e-4)
-  np.testing.assert_allclose(latent.log_variance, pictures_of(theirs.logvar), atol=1e-4)
-  np.testing.assert_allclose(
-    network.apply({'params': params}, latent.mean, method='decode'), pictures_of(decoded), atol=1e-4
-  )
+  equal(latent.mean, theirs.mean)
+  equal(latent.log_variance, theirs.logvar)
+  equal(network.apply({'params': params}, latent.mean, method='decode'), decoded)
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
 
 
@@ -87,7 +89,7 @@ def test_stable_diffusion(tmp_path, family):
   with torch.no_grad():
     words = tower(torch.from_numpy(ends).long()).last_hidden_state
     theirs = unet(torch_pictures(x), torch.from_numpy(time), words).sample
-  np.testing.assert_allclose(ours, pictures_of(theirs), atol=1e-4)
+  equal(ours, theirs)
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
   if family == 'sd1':
     as_compvis(tmp_path, run, config)
@@ -146,7 +148,7 @@ def steered(tmp_path, base):
       torch_pictures(x), torch.from_numpy(time), torch.from_numpy(words), torch_pictures(hint), return_dict=False
     )
   for one, other in zip((*ours[0], ours[1]), (*theirs[0], theirs[1]), strict=True):
-    np.testing.assert_allclose(one, pictures_of(other), atol=3e-5 * float(other.abs().max()))
+    equal(one, other)
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
 
 
@@ -192,7 +194,10 @@ def test_dit(tmp_path):
     block.norm1.emb.time_proj.downscale_freq_shift = 0
   with torch.no_grad():
     theirs = model(torch_pictures(x), torch.from_numpy(time), torch.from_numpy(label)).sample
-  np.testing.assert_allclose(ours, pictures_of(theirs), atol=1e-4)
-  vae = run.restored_subject()[0].extra['autoencoder']
-  assert float(jnp.abs(jax.tree.leaves(vae)[0]).max()) > 0
+  equal(ours, theirs)
+  first, again = (Model(tmp_path / 'ours').generate([4, 1], steps=2, seed=seed) for seed in (0, 1))
+  assert first.shape == (2, 16, 16, 3)
+  assert (first != again).any()
+  vae, _ = Run.reopen(tmp_path / 'vae').restored_subject()
+  jax.tree.map(np.testing.assert_array_equal, subject.extra['autoencoder'], vae.params['autoencoder'])
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
