@@ -6,7 +6,7 @@ autoencoder; this config takes one trained by `configs/autoencoder.py:kl-f8` (se
 `latent_std`). Not measured here.
 
     fmcv train --config configs/dit.py:XL/2 --workdir gs://BUCKET/dit_xl2
-    fmcv generate 'golden retriever' --model gs://BUCKET/dit_xl2 --solver ddpm --steps 250 --guidance 1.5
+    fmcv generate 'golden retriever' --model gs://BUCKET/dit_xl2 --solver ddpm_learned --steps 250 --guidance 1.5
 """
 
 import ml_collections

@@ -47,6 +47,7 @@ from fmcv_jax.evaluate.accuracy import Accuracy
 from fmcv_jax.evaluate.base import Evaluator, Subject, to_devices
 from fmcv_jax.evaluate.denoising import Denoising
 from fmcv_jax.evaluate.few_shot import FewShot
+from fmcv_jax.evaluate.generation import Generation
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.linear_probe import LinearProbe
 from fmcv_jax.evaluate.object_masks import ObjectMasks
@@ -59,6 +60,7 @@ from fmcv_jax.models.dino import dino
 from fmcv_jax.models.dit import dit
 from fmcv_jax.models.dual_encoder import align, clip, dual_encoder, siglip
 from fmcv_jax.models.efficientnet import efficientnet
+from fmcv_jax.models.inception import inception
 from fmcv_jax.models.mae import mae
 from fmcv_jax.models.mmdit import mmdit
 from fmcv_jax.models.segmenter import segmenter
@@ -110,6 +112,7 @@ KINDS: config_lib.Kinds = {
     'dit': dit,
     'dual_encoder': dual_encoder,
     'efficientnet': efficientnet,
+    'inception': inception,
     'mae': mae,
     'mmdit': mmdit,
     'segmenter': segmenter,
@@ -141,6 +144,7 @@ KINDS: config_lib.Kinds = {
     'accuracy': Accuracy,
     'denoising': Denoising,
     'few_shot': FewShot,
+    'generation': Generation,
     'knn': Knn,
     'linear_probe': LinearProbe,
     'mean_iou': MeanIou,
@@ -285,7 +289,15 @@ class Run:
     )
 
   def subject(self) -> Subject:
-    return Subject(self.experiment.objective.functions(), self.placement, self.experiment.tokenizer)
+    e = self.experiment
+    return Subject(
+      e.objective.functions(),
+      self.placement,
+      e.tokenizer,
+      makes=e.objective.generator,
+      reopen=lambda workdir: Run.reopen(workdir).restored_subject()[0],
+      image_size=e.objective.input_size,
+    )
 
   def restored_subject(self, step: int | None = None) -> tuple[Subject, int]:
     """The trained model of this run's workdir at `step` (default: the newest), and that step."""
@@ -419,6 +431,8 @@ def _train(run: Run, console: Console) -> TrainState:
     names = [name for name, evaluator in e.evaluators.items() if due(step, evaluator)]
     return evaluate(subject, {name: e.evaluators[name] for name in names})
 
+  for evaluator in e.evaluators.values():
+    evaluator.prepare(subject)
   if main:
     _announce(run, console, start)
   peak = e.log.peak_flops or peak_of(jax.devices()[0].device_kind)

@@ -4,6 +4,8 @@ It paints latents of `configs/demo/autoencoder.py`, told by the text tower of `c
 `make demo-generate` trains the three in turn and draws a sheet of prompts.
 
     fmcv train --config configs/demo/text_to_image.py --workdir runs/painter --cpu-devices 8
+
+As 'text_to_image.py:repa' its second block is also made to look as the CLIP's image tower does (Yu et al. 2025).
 """
 
 import pathlib
@@ -16,7 +18,7 @@ from fmcv_jax.config import load_file
 THINGS = r'\b(face|heart|circle|square|diamond|moon|star|cat|apple|book|ball)\b'
 
 
-def get_config():
+def get_config(kind=''):
   here = pathlib.Path(__file__)
   clip = ml_collections.ConfigDict(load_file(str(here.with_name('clip.py'))))
   coder = ml_collections.ConfigDict(load_file(str(here.with_name('autoencoder.py'))))
@@ -44,6 +46,10 @@ def get_config():
     'extra/autoencoder': dict(workdir='runs/autoencoder', part='params/autoencoder'),
     'extra/text': dict(workdir='runs/demo', part='params/text'),
   }
+  if kind == 'repa':
+    looks = clip.objective
+    c.objective.align = dict(teacher=looks.network.image, normalize=looks.normalize, layer=2, hidden=256)
+    c.init_from['extra/teacher'] = dict(workdir='runs/demo', part='params/image')
   emoji = dict(name='emoji', artists=('openmoji', 'noto'), image_size=32, aliases=False, only=THINGS)
   c.tokenizer = clip.tokenizer
   c.data = dict(source=emoji)

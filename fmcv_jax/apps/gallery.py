@@ -10,8 +10,8 @@ from rich.table import Table
 
 from fmcv_jax.apps import sheets
 from fmcv_jax.apps.generate import Painter
-from fmcv_jax.apps.model import Pictures
 from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pictures import Pictures
 from fmcv_jax.data.source import Source
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Subject, topk_hits

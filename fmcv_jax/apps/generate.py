@@ -7,14 +7,11 @@ A picture depends on the seed, its place in the request and what it is to show; 
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, PngImagePlugin
 from rich.console import Console
@@ -23,14 +20,10 @@ from rich.progress import Progress
 from fmcv_jax.data.decode import decode
 from fmcv_jax.data.source import BadRecord, Source
 from fmcv_jax.data.transforms import ResizeCrop
-from fmcv_jax.diffusion.guidance import guided
-from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, noised, normal, sample, times_of
+from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, times_of
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.evaluate.base import to_devices
+from fmcv_jax.evaluate.painting import Canvas, Manner
 from fmcv_jax.experiment import Run
-from fmcv_jax.models.conditioning import Condition
-
-KNOWN = 1 << 20  # the draws with which what is known of a picture is noised
 
 
 class Painter:
@@ -50,9 +43,8 @@ class Painter:
       raise UserError(f'{workdir}: its objective makes no pictures; give the workdir of a diffusion model')
     self.process, self.told, self.steered = generator.process, generator.told, generator.control is not None
     self._subject, self.step = self._run.restored_subject(step)
-    size = self._objective.example_batch['image'].shape[0]
-    self.size, ways = size, self._run.placement.mesh.size
-    self._batch = -(-batch // ways) * ways
+    self.size = generator.size
+    self._canvas = Canvas(self._objective.generator, self._run.placement, batch)
 
   @property
   def source(self) -> Source:
@@ -122,9 +114,12 @@ class Painter:
       raise UserError(f'--solver: unknown {solver!r}; {nearest(solver, SOLVERS)}')
     try:
       times = times_of(self.process, steps, spacing)
+      times = times[len(times) - max(1, round(strength * len(times))) :]
+      coefficients(self.process, SOLVERS[solver], times)
     except ValueError as error:
       raise UserError(f'--{error}') from error
-    times = times[len(times) - max(1, round(strength * len(times))) :]
+    if not 0 <= seed < 2**31:
+      raise UserError(f'--seed: {seed} is not from 0 to 2147483647')
     fields = self._fields(prompts)
     if self.told and guidance != 1:
       without = self._fields([negative] * count) if 'tokens' in self.told else {}
@@ -147,73 +142,12 @@ class Painter:
       fields |= {'control': control, 'control_scale': np.full(count, control_scale, np.float32)}
     # Along an interpolation the noise is one.
     fields['number'] = np.zeros(count, np.int32) if other is not None else first + np.arange(count, dtype=np.int32)
-    paint = self._compiled(solver, tuple(times), bool(self.told) and guidance != 1, interval, rescale, drawn)
-    made = []
-    for start in range(0, count, self._batch):
-      piece = {name: value[start : start + self._batch] for name, value in fields.items()}
-      real = len(piece['number'])
-      rows = min(self._batch, -(-real // self._run.placement.mesh.size) * self._run.placement.mesh.size)
-      padded = {name: np.concatenate([v, np.repeat(v[-1:], rows - real, axis=0)]) for name, v in piece.items()}
-      local = rows // jax.process_count()
-      mine = {name: v[jax.process_index() * local : (jax.process_index() + 1) * local] for name, v in padded.items()}
-      batch = to_devices(mine, self._run.placement)
-      pictures = paint(self._subject.params, self._subject.extra, batch, jnp.int32(seed), jnp.float32(guidance))
-      made.append(np.asarray(pictures)[:real])
-      progress(real)
-    return np.concatenate(made)
-
-  @functools.lru_cache(maxsize=8)  # noqa: B019 (a painter lives as long as what it compiled)
-  def _compiled(self, solver, times, is_guided, interval, rescale, drawn):
-    times = np.array(times)
-
-    def paint(params, extra, batch, seed, guidance):
-      with self._run.placement.active():
-        g = self._objective.generator(params, extra)
-        assert g is not None
-
-        image = batch['image'].astype(jnp.float32) / 255 if 'image' in batch else None
-
-        def shown(condition):
-          if g.control is not None:
-            pictures = batch['control'].astype(jnp.float32) / 255
-            pictures = pictures if drawn else g.control(pictures)
-            condition = condition._replace(control=pictures, control_scale=batch['control_scale'])
-          if g.around is not None:  # without a mask, all is to be painted
-            whole = jnp.zeros((len(keys), self.size, self.size))
-            masks = batch.get('mask', jnp.ones_like(whole, bool))
-            condition = condition._replace(beside=g.around(whole[..., None] if image is None else image, masks))
-          return condition
-
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
-        condition = g.condition(batch)
-        if 'share' in batch:
-          condition = between(condition, g.condition({**batch, 'tokens': batch['other_tokens']}), batch['share'])
-        condition = shown(condition)
-
-        def denoise(x, time):
-          return g.denoise(x, time, condition)
-
-        if is_guided:
-          told = {name.removeprefix('without_'): v for name, v in batch.items() if name.startswith('without_')}
-          without = shown(g.condition({**batch, **told}, told=bool(told)))
-          denoise = guided(g.denoise, condition, without, guidance, interval=interval, rescale=rescale)
-        told_around = 'mask' in batch and g.around is not None
-        known = jnp.zeros((len(keys), *g.shape)) if image is None or told_around else g.encode(image)
-        start, adjust = known, None
-        if 'mask' in batch and not told_around:
-          start = jnp.zeros_like(known)
-          new = jax.image.resize(batch['mask'].astype(jnp.float32), (*known.shape[:3],), 'linear')[..., None] > 0
-          fixed = jax.vmap(lambda key: jax.random.fold_in(key, KNOWN))(keys)
-
-          def adjust(x, alpha, sigma, call):
-            return jnp.where(new, x, alpha * known + sigma * normal(fixed, g.shape, call))
-
-        x = noised(g.process, start, keys, g.shape, times[0])
-        x = sample(denoise, g.process, x, times, solver=SOLVERS[solver], keys=keys, adjust=adjust)
-        pictures = jnp.round(255 * g.decode(x)).astype(jnp.uint8)
-        return jnp.where(batch['mask'][..., None], pictures, batch['image']) if 'mask' in batch else pictures
-
-    return jax.jit(paint, out_shardings=self._run.placement.replicated())
+    is_guided = bool(self.told) and guidance != 1
+    manner = Manner(solver, tuple(times), is_guided, interval, rescale, drawn)
+    subject = self._subject
+    return self._canvas.paint(
+      subject.params, subject.extra, fields, manner, seed=seed, guidance=guidance, progress=progress
+    )
 
   def _fields(self, prompts: Sequence[str | int]) -> dict[str, np.ndarray]:
     if 'tokens' in self.told:
@@ -248,18 +182,6 @@ class Painter:
 
 def _longer(tokenizer: Any) -> Any:
   return dataclasses.replace(tokenizer, length=8 * tokenizer.length)
-
-
-def between(first: Condition, last: Condition, share: jax.Array) -> Condition:
-  """The conditions [B, ...] at a share [B] of the way."""
-
-  def mix(a, b):
-    if a.dtype == bool:
-      return a | b
-    weight = share.reshape(-1, *(1,) * (a.ndim - 1))
-    return (1 - weight) * a + weight * b
-
-  return jax.tree.map(mix, first, last)
 
 
 def read_image(file: str, size: int) -> np.ndarray:

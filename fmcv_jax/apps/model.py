@@ -5,35 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from fmcv_jax.apps.generate import Painter
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.source import Example, Source
+from fmcv_jax.data.pictures import Picture, Pictures
 from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.zero_shot import class_embeddings
 from fmcv_jax.experiment import Run
-
-Picture = np.ndarray | Image.Image | bytes | str | pathlib.Path
-
-
-class Pictures(Source):
-  """Pictures in memory or in files, as a source."""
-
-  def __init__(self, images: Sequence[Picture] | np.ndarray):
-    self._images = images
-
-  def __len__(self) -> int:
-    return len(self._images)
-
-  def __getitem__(self, index: int) -> Example:
-    image = self._images[index]
-    if isinstance(image, (str, pathlib.Path)):
-      image = pathlib.Path(image).read_bytes()
-    elif isinstance(image, Image.Image):
-      image = np.asarray(image.convert('RGB'))
-    return {'image': image, 'key': str(index)}
 
 
 class Model:

@@ -35,6 +35,11 @@ def run(
   names = painter.source.names if prompts is None else _lines(prompts)
   if not names:
     raise UserError(f'{model}: its data has no names to paint; give a file of --prompts')
+  cut = [name for name in names if painter.cut(name) is not None]
+  if cut:
+    console.print(
+      f'{len(cut)} prompts too long, such as {cut[0]!r}, cut to: {painter.cut(cut[0])}', highlight=False, markup=False
+    )
   if (folder / 'info.json').exists():
     raise UserError(f'--to {to}: holds a complete data set; choose another folder')
   count = per_prompt * len(names)

@@ -277,6 +277,7 @@ class UniPC(Solver):
 SOLVERS: dict[str, Solver] = {
   'ddim': Ddim(),
   'ddpm': Ddpm(),
+  'ddpm_learned': Ddpm('learned'),
   'euler': Ddim(),
   'euler_ancestral': Ddim(eta=1.0),
   'heun': Heun(),
@@ -307,11 +308,7 @@ def sample(
   adjust    (x, alpha, sigma, call) -> x, after each step: what is known of the result is put in its place
   trace     also returns what the network thought the picture was at each call, [calls, B, ...]
   """
-  if len(times) == 0:
-    raise ValueError('steps: sampling takes at least one')
-  alpha, sigma = process.alpha_sigma(np.asarray(times))
-  path = Path(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0))
-  rows = {name: jnp.asarray(values, jnp.float32) for name, values in solver.rows(process, path).items()}
+  rows = {name: jnp.asarray(values, jnp.float32) for name, values in coefficients(process, solver, times).items()}
   calls = len(rows['time'])
 
   def visit(carry, inputs):
@@ -336,6 +333,14 @@ def sample(
 
   (x, _), images = jax.lax.scan(visit, (x, solver.start(x)), (jnp.arange(calls), rows))
   return (x, images) if trace else x
+
+
+def coefficients(process: Process, solver: Solver, times: np.ndarray) -> Rows:
+  """The solver's rows for these times; ValueError where it cannot go with this process."""
+  if len(times) == 0:
+    raise ValueError('steps: sampling takes at least one')
+  alpha, sigma = process.alpha_sigma(np.asarray(times))
+  return solver.rows(process, Path(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0)))
 
 
 def noised(

@@ -12,6 +12,7 @@ import numpy as np
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
+from fmcv_jax.objectives.base import Generator
 from fmcv_jax.parallel.rules import Placement
 
 Figures = dict[str, float]
@@ -30,6 +31,10 @@ class Subject:
   """A model under evaluation: its functions, jitted over the mesh once, and the parameters of the moment.
 
   'pixels', what features have to beat, and 'image' are functions of every model.
+
+  makes        (params, extra) -> the Generator of a model that makes pictures, else None
+  reopen       a workdir -> its model, as another subject
+  image_size   sides of the pictures that the functions take; None for any
   """
 
   functions: Mapping[str, Callable[..., jax.Array]]
@@ -37,9 +42,19 @@ class Subject:
   tokenizer: Tokenizer | None = None
   params: Any = None
   extra: Any = None
+  makes: Callable[[Any, Any], Generator | None] | None = None
+  reopen: Callable[[str], 'Subject'] | None = None
+  image_size: int | None = None
 
   def __post_init__(self):
     self._jitted: dict[str, Callable[..., Any]] = {}
+    self._kept: dict[Any, Any] = {}
+
+  def keep(self, name: Any, make: Callable[[], Any]) -> Any:
+    """What `make` returned the first time: what evaluators open or compile once for all their calls."""
+    if name not in self._kept:
+      self._kept[name] = make()
+    return self._kept[name]
 
   def over(
     self, name: str, pipeline: Pipeline, batch: int, *, texts: bool = False, also: tuple[str, ...] = ()
@@ -125,6 +140,9 @@ class Evaluator(abc.ABC):
 
   every: int
   batch: int
+
+  def prepare(self, subject: Subject) -> None:  # noqa: B027 (most need nothing)
+    """Opens what is needed, before the first step of a run: a mistake in a config should not show after hours."""
 
   @abc.abstractmethod
   def __call__(self, subject: Subject) -> Figures: ...

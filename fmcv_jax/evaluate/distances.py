@@ -23,10 +23,10 @@ def kid(made: np.ndarray, real: np.ndarray) -> float:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
   def among(x):
-    k = kernel(x, x)
-    return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+    itself = ((np.square(x).sum(1) / x.shape[1] + 1) ** 3).sum()
+    return (_total(kernel, x, x) - itself) / (len(x) * (len(x) - 1))
 
-  return float(among(a) + among(b) - 2 * kernel(a, b).mean())
+  return float(among(a) + among(b) - 2 * _total(kernel, a, b) / (len(a) * len(b)))
 
 
 def cmmd(made: np.ndarray, real: np.ndarray, sigma: float = 10.0) -> float:
@@ -35,9 +35,12 @@ def cmmd(made: np.ndarray, real: np.ndarray, sigma: float = 10.0) -> float:
 
   def kernel(x, y):
     distance = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T
-    return np.exp(-distance / (2 * sigma**2)).mean()
+    return np.exp(-distance / (2 * sigma**2))
 
-  return float(1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)))
+  def mean(x, y):
+    return _total(kernel, x, y) / (len(x) * len(y))
+
+  return float(1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)))
 
 
 def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
@@ -52,6 +55,11 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
     return float(np.concatenate(inside).mean())
 
   return within(made, real), within(real, made)
+
+
+def _total(kernel, x: np.ndarray, y: np.ndarray) -> float:
+  """The sum over all pairs, some rows at a time."""
+  return sum(float(kernel(x[part], y).sum()) for part in chunks(len(x), 1024))
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:

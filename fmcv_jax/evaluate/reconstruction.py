@@ -8,26 +8,38 @@ import numpy as np
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.distances import fid
+from fmcv_jax.evaluate.judge import Judge
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Evaluator):
   """Means over the images of PSNR (dB) and SSIM; latent_std is the standard deviation of all latents' values, whose
-  inverse is the `latent_scale` for a diffusion on them."""
+  inverse is the `latent_scale` for a diffusion on them. With the workdir of a `judge`, also 'rfid', the FID of what is
+  given back, by its features."""
 
   data: Pipeline
+  judge: str | None = None
   batch: int = 256
   every: int = 0
+
+  def prepare(self, subject):
+    if self.judge is not None:
+      Judge(subject, self.judge, self.batch)
 
   def __call__(self, subject):
     made = subject.over('reconstruction', self.data, self.batch)
     true = subject.over('image', self.data, self.batch).values
     latent = subject.over('latent', self.data, self.batch).values
-    return {
+    figures = {
       'psnr': float(psnr(true, made.values).mean()),
       'ssim': float(np.mean([ssim(a, b) for a, b in zip(true, made.values, strict=True)])),
       'latent_std': float(latent.std()),
     }
+    if self.judge is not None:
+      look = Judge(subject, self.judge, self.batch)
+      figures['rfid'] = fid(*(look(np.round(255 * x).astype(np.uint8)) for x in (made.values, true)))
+    return figures
 
 
 def psnr(true: np.ndarray, made: np.ndarray) -> np.ndarray:

@@ -38,6 +38,7 @@ class ImageTower(NamedTuple):
 class Generator(NamedTuple):
   """The part of a trained model that makes pictures; x is a picture in the network's range, or a latent.
 
+  size        sides of a picture, in pixels
   shape       of one x
   denoise     (x [B, *shape], time [B], Condition) -> the network's output
   condition   (batch with what is in `told`, told=True) -> Condition; told=False is that of nothing
@@ -49,6 +50,7 @@ class Generator(NamedTuple):
   """
 
   process: Process
+  size: int
   shape: tuple[int, ...]
   denoise: Callable[[jax.Array, jax.Array, Condition], jax.Array]
   condition: Callable[..., Condition]
@@ -76,6 +78,12 @@ class Objective(abc.ABC):
   @abc.abstractmethod
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, field by field, without the batch axis."""
+
+  @property
+  def input_size(self) -> int | None:
+    """Sides of the pictures that `functions` take; None for any, and for a model that takes none."""
+    image = self.example_batch.get('image')
+    return None if image is None else image.shape[0]
 
   @abc.abstractmethod
   def init(self, rng: jax.Array) -> tuple[Params, Any]:

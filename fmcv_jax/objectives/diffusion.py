@@ -66,7 +66,8 @@ class Diffusion(Objective):
   autoencoder    x is its latent, (latent - latent_shift) * latent_scale; frozen, by init_from at 'extra/autoencoder'
   latents        the batch holds what the autoencoder makes of the images, written by `fmcv precompute latents`, instead
                  of the images
-  text           the tower that reads the captions; frozen, by init_from at 'extra/text'
+  text           the tower that reads the captions; frozen, by init_from at 'extra/text', or with `train_text` trained
+                 as well, and at 'params/text'
   padding        of texts: 'masked', the network does not see it; 'zeros', it does (Stable Diffusion 2); 'end', the end
                  id stands in its place, and the network sees it (Stable Diffusion 1)
   drop           share of examples that are told nothing, for classifier-free guidance
@@ -86,6 +87,7 @@ class Diffusion(Objective):
   latent_shift: float = 0.0
   latents: bool = False
   text: nn.Module | None = None
+  train_text: bool = False
   padding: Literal['masked', 'zeros', 'end'] = 'masked'
   drop: float = 0.1
   weighting: WeightName = 'simple'
@@ -125,6 +127,8 @@ class Diffusion(Objective):
       raise ValueError('text: a network with cross_attention or pooled_text needs a text tower, and no other does')
     if self.text is not None and not isinstance(self.text, TextTransformer):
       raise ValueError('text: needs text.name=text_transformer')
+    if self.train_text and (self.text is None or self.control is not None):
+      raise ValueError('train_text: there is no text tower, or a ControlNet alone is trained')
     beside, wanted = getattr(network, 'beside', 0), 0 if self.holes is None else 1 + network.channels
     if beside != wanted:
       raise ValueError(
@@ -184,6 +188,8 @@ class Diffusion(Objective):
     if self.control is not None:
       extra |= params
       params = {'control': self._controlnet.init(next(keys), x, jnp.zeros(1), condition)['params']}
+    if self.train_text:
+      params['text'] = extra.pop('text')
     if self.align is not None:
       extra['teacher'] = self.align.teacher.init(next(keys), self._for_teacher(images))['params']
       tokens = jnp.zeros((1, 1, self.network.width))
@@ -192,7 +198,7 @@ class Diffusion(Objective):
 
   def loss(self, params, batch, rng, extra):
     augment_rng, latent_rng, drop_rng, time_rng, noise_rng = jax.random.split(rng, 5)
-    hole_rng = jax.random.fold_in(rng, 6)
+    hole_rng, extra = jax.random.fold_in(rng, 6), self._towers(params, extra)
     if self.latents:
       images, x0 = None, self._scaled(as_gaussian(batch['latents']).sample(latent_rng))
     else:
@@ -217,6 +223,10 @@ class Diffusion(Objective):
       metrics['alignment'] = self._alignment(params, extra, tokens, images)
       loss -= self.align.weight * metrics['alignment']
     return loss, (metrics, {})
+
+  def _towers(self, params, extra):
+    """`extra` with the text tower in it, wherever it is kept."""
+    return {**extra, 'text': params['text']} if self.train_text else extra
 
   def condition(self, extra, batch, keep=None) -> Condition:
     """What a batch tells the network; nothing of examples whose `keep` (bool [B]) is false."""
@@ -262,7 +272,7 @@ class Diffusion(Objective):
 
   def denoising_errors(self, params, extra, batch):
     """float32 [B, LEVELS]: the squared error at as many times from none to all of the noise, drawn for each record."""
-    images = batch['image'].astype(jnp.float32) / 255
+    images, extra = batch['image'].astype(jnp.float32) / 255, self._towers(params, extra)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), batch['index'])
     condition = self._shown(self.condition(extra, batch), extra, images, keys)
     x0 = self._encode(extra, images)
@@ -277,6 +287,8 @@ class Diffusion(Objective):
     return jax.lax.map(lambda args: at(*args), (times, jnp.arange(LEVELS))).T
 
   def generator(self, params, extra):
+    extra = self._towers(params, extra)
+
     def encode(images):
       return self._encode(extra, images)
 
@@ -294,7 +306,9 @@ class Diffusion(Objective):
       return self.condition(extra, batch, None if told else jnp.zeros(count, bool))
 
     around = None if self.holes is None else functools.partial(self._around, extra)
-    return Generator(self.process, self.shape, denoise, condition, self.told, encode, decode, self.control, around)
+    return Generator(
+      self.process, self.image_size, self.shape, denoise, condition, self.told, encode, decode, self.control, around
+    )
 
   def _apply(self, params, extra, x, time, condition, *, rng=None, **options) -> Any:
     """With an rng, as in training."""

@@ -23,6 +23,10 @@ class Encoder(Objective):
     size = self.network.image_size
     return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
 
+  @property
+  def input_size(self):
+    return None if getattr(self.network, 'any_size', False) else self.network.image_size
+
   def init(self, rng):
     size = self.network.image_size
     extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))

@@ -34,7 +34,7 @@ PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'(.*/)?mlp/(up|gate)/bias', ('mlp',)),
   (r'(.*/)?mlp/down/kernel', ('mlp', 'embed')),
   (r'(.*/)?(out|down)/bias', (None,)),
-  (r'(.*/)?\w*norm\w*/(scale|bias)', (None,)),
+  (r'(.*/)?\w*norm\w*/(scale|bias|mean|variance)', (None,)),
   (r'(.*/)?scale[12]', (None,)),
   (r'(.*/)?patch/kernel', (None, 'embed')),
   (r'(.*/)?(head|distillation_head|embed)/kernel', ('embed', None)),

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.pretrained import flax, latent, pairs, swin, vit
+from fmcv_jax.pretrained import flax, inception, latent, pairs, swin, vit
 from fmcv_jax.pretrained.layout import Layout, Shape, linear, outline, point
 from fmcv_jax.pretrained.tensors import Tensors
 
 HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+BYTES = {'mean': (128 / 255,) * 3, 'std': (128 / 255,) * 3}  # (byte - 128) / 128
 OPENAI = {'mean': (0.48145466, 0.4578275, 0.40821073), 'std': (0.26862954, 0.26130258, 0.27577711)}
 
 
@@ -94,6 +95,7 @@ FAMILIES: dict[str, Family] = {
   'clip': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='gelu')),
   'clip_openai': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='quick_gelu')),
   'siglip': Family(_SIGLIP, _dual(HALF, sigmoid=True, activation='gelu_tanh')),
+  'inception': Family((('torch_fidelity', inception.published()),), _encoder(BYTES, inception.network)),
   'dit': Family((('dit', latent.dit_original()), ('diffusers', latent.dit_diffusers())), latent.dit_config),
   'sd_vae': Family(latent.coders(), latent.coder_config),
   'controlnet_sd1': Family(latent.controlnets(point), latent.sd_config('sd1', 'quick_gelu', 'end')),
@@ -133,6 +135,8 @@ def recognize(tensors: Tensors, name: str | None, what: str) -> Recognized:
 
 def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
   """The family whose formats have a place for these parameters of ours, of a network that is called `variant`."""
+  if 'mixed_5b/branch1x1/conv/kernel' in shapes:
+    return 'inception'
   if any(path.startswith('autoencoder/') for path in shapes):
     return 'sd_vae'
   if 'decoder/mask_token' in shapes:

@@ -170,6 +170,10 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
     (['--image', 'IMAGE', '--mask', 'IMAGE'], 'IMAGE: [20, 20] pixels, but the pictures of this model have [16, 16]'),
     (['--image', 'TEXT'], 'no image: 8 bytes'),
     (['--control', 'IMAGE'], 'has no ControlNet that could follow a picture'),
+    (['--control', 'TEXT'], 'no image: 8 bytes'),
+    (['--image', 'IMAGE', '--mask', 'TEXT'], 'no image: 8 bytes'),
+    (['--seed', '4294967296'], '--seed: 4294967296 is not from 0 to 2147483647'),
+    (['--solver', 'ddpm_learned'], '--solver.variance: this network has not learned any'),
   ],
 )
 def test_bad_requests_end_in_one_line(texts, folder, tmp_path, options, message, capsys):

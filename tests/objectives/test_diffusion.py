@@ -153,6 +153,17 @@ def test_dropped_conditions_are_those_of_no_class_and_of_an_empty_text():
   assert np.abs(dropped.text[0] - dropped.text[1]).max() > 0.1
 
 
+@pytest.mark.slow
+def test_a_text_tower_is_trained_where_that_is_asked_for():
+  objective = painter(align=None, train_text=True, drop=0.0)
+  params, extra = jax.jit(objective.init)(jax.random.key(0))
+  assert (set(params), set(extra)) == ({'network', 'text'}, {'autoencoder'})
+  batch = {name: jnp.asarray(x) for name, x in batch_of(objective).items()}
+  gradient = jax.jit(jax.grad(lambda p: objective.loss(p, batch, jax.random.key(1), extra)[0]))(shaken(params))
+  assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient['text']['blocks']))
+  assert objective.generator(params, extra).condition(batch).text.shape == (16, 8, 16)
+
+
 def test_variance_bits_are_the_divergence_of_two_gaussians():
   objective = told_classes()
   rng = np.random.default_rng(0)
@@ -207,6 +218,7 @@ def test_the_generator_gives_pictures_back():
     (dict(network=vit('mu/8')), 'needs a denoiser'),
     (dict(process=Process(learned_variance=True)), 'outputs is 4 for 4 channels'),
     (dict(text=None), 'needs a text tower'),
+    (dict(network=dit('mu/2', image_size=8), text=None, train_text=True), 'train_text: there is no text tower'),
     (dict(network=unet('mu', beside=5)), 'beside is 5, but what is told beside x has 0 channels'),
     (dict(holes=Holes()), 'beside is 0, but what is told beside x has 5 channels'),
     (dict(network=unet('mu', image_size=8)), 'align: reads the tokens'),

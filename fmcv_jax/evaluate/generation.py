@@ -1,0 +1,86 @@
+"""How far a diffusion model's pictures are from real ones, as another network sees them."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fmcv_jax.data.loader import Pipeline, evaluation_batches
+from fmcv_jax.data.subset import Spaced
+from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, times_of
+from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.judge import Judge
+from fmcv_jax.evaluate.painting import Canvas, Manner
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation(Evaluator):
+  """Paints as many pictures as there are real ones, told the same, and compares the two sets (`Judge.compare`).
+
+  Of a judge that knows texts and a model that is told them there is also 'clip_score': 100 times the mean cosine of a
+  picture and its text, none below 0 (Hessel et al. 2021).
+
+  data      real pictures, with the labels or captions that the model is told; every process reads all of them
+  judge     workdir of the network that looks, such as `fmcv import` makes of published Inception weights
+  count     how many, at most, evenly spaced in the data; a FID of few pictures is too large, and compares only with one
+            of as many
+  steps, guidance, solver, spacing, seed   as in `fmcv generate`
+  """
+
+  data: Pipeline
+  judge: str
+  count: int = 10_000
+  steps: int = 50
+  guidance: float = 1.0
+  solver: str = 'dpm++'
+  spacing: Spacing = 'trailing'
+  seed: int = 0
+  batch: int = 256
+  every: int = 0
+
+  def __post_init__(self):
+    if self.solver not in SOLVERS:
+      raise ValueError(f'solver: unknown {self.solver!r}; {nearest(self.solver, SOLVERS)}')
+    if self.count < 4 or self.steps < 1:
+      raise ValueError(f'count, steps: expected at least 4 and 1, got {self.count} and {self.steps}')
+
+  def prepare(self, subject):
+    Judge(subject, self.judge, self.batch)
+
+  def __call__(self, subject):
+    generator = subject.makes(subject.params, subject.extra) if subject.makes else None
+    if generator is None:
+      raise UserError('config.evaluators: generation needs a model that makes pictures, as of objective.name=diffusion')
+    judge = Judge(subject, self.judge, self.batch)
+    canvas = subject.keep(('canvas', self.batch), lambda: Canvas(subject.makes, subject.placement, self.batch))
+    guided = bool(generator.told) and self.guidance != 1
+    try:
+      times = times_of(generator.process, self.steps, self.spacing)
+      coefficients(generator.process, SOLVERS[self.solver], times)
+    except ValueError as error:
+      raise UserError(f'config.evaluators: {error}') from error
+    manner = Manner(self.solver, tuple(times), guided)
+    made, real, scores, first = [], [], [], 0
+    data = dataclasses.replace(self.data, source=Spaced(self.data.source, self.count))
+    fields = ('image', *generator.told)
+    for batch in evaluation_batches(data, batch=self.batch, fields=fields, tokenizer=subject.tokenizer):
+      batch = {name: batch[name][batch['mask']] for name in fields}
+      count = len(batch['image'])
+      if not count:
+        continue
+      told: dict[str, Any] = {name: batch[name] for name in generator.told}
+      told['number'] = first + np.arange(count, dtype=np.int32)
+      if guided and 'tokens' in told:
+        told['without_tokens'] = np.repeat(subject.tokenizer(['']), count, axis=0)
+      if generator.control is not None:
+        told |= {'control': batch['image'], 'control_scale': np.ones(count, np.float32)}
+      pictures = canvas.paint(subject.params, subject.extra, told, manner, seed=self.seed, guidance=self.guidance)
+      made.append(judge(pictures))
+      real.append(judge(batch['image']))
+      if 'tokens' in told and judge.reads:
+        texts = judge.read(subject.tokenizer.decode(told['tokens']))
+        scores.append(100 * np.maximum((made[-1] * texts).sum(axis=1), 0))
+      first += count
+    figures = judge.compare(np.concatenate(made), np.concatenate(real))
+    return figures | ({'clip_score': float(np.concatenate(scores).mean())} if scores else {})

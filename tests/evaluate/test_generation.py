@@ -1,0 +1,119 @@
+"""Made pictures beside real ones: a model without a network, whose pictures are known, and a judge of colours."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.subset import Spaced
+from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.diffusion.process import Process
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.evaluate.generation import Generation
+from fmcv_jax.evaluate.judge import Judge
+from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.objectives.base import Generator
+from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.rules import Placement
+from tests.evaluate.test_evaluators import NAMES, Colours
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(Tokenizer):
+  """The text's place in NAMES, and after them that of anything else."""
+
+  length: int = 2
+  vocab_size: int = 4
+
+  def __call__(self, texts):
+    return np.array([[(*NAMES, text).index(text), 3] for text in texts], np.int32)
+
+  def decode(self, tokens):
+    return [NAMES[row[0]] for row in tokens]
+
+
+PROCESS = Process('flow', 'flow')
+
+
+def colours(labels):
+  return jax.nn.one_hot(labels, 3)[:, None, None] * jnp.ones((1, 4, 4, 1))
+
+
+def makes(params, extra):
+  """Paints the colour that it is told, moved on by params['shift']; guidance brings it back from no colour."""
+
+  def denoise(x, time, condition):
+    told = colours((condition.label + params['shift']) % 3)
+    picture = jnp.where((condition.label < 3)[:, None, None, None], told, 0.3)
+    return (x - picture) * 1000 / time.reshape(-1, 1, 1, 1)
+
+  def condition(batch, told=True):
+    label = batch['tokens'][:, 0]
+    return Condition(label=label if told else jnp.full_like(label, 3))
+
+  same = lambda x: x  # noqa: E731
+  return Generator(PROCESS, 4, (4, 4, 3), denoise, condition, ('tokens',), same, lambda x: jnp.clip(x, 0, 1))
+
+
+def colour_of(params, extra, batch):
+  image = batch['image'].astype(jnp.float32).mean((1, 2))
+  return image / jnp.linalg.norm(image, axis=1, keepdims=True)
+
+
+def read(params, extra, batch):
+  return jax.nn.one_hot(batch['tokens'][:, 0], 3)
+
+
+def subject(offered, **options):
+  placement = Placement(make_mesh(MeshShape()))
+  judge = Subject(offered, placement, Words(), params={}, extra={}, image_size=4)
+  params = {'shift': jnp.int32(0)}
+  return Subject({}, placement, Words(), params, {}, makes=makes, reopen=lambda workdir: judge, **options)
+
+
+def evaluator(**options):
+  return Generation(data=Pipeline(Colours(broken=5), max_bad=0.1), judge='runs/clip', batch=16, steps=3, **options)
+
+
+def test_a_model_that_paints_what_it_is_told_is_as_good_as_real():
+  model = subject({'embed_image': colour_of, 'embed_text': read})
+  figures = evaluator()(model)
+  assert set(figures) == {'fid', 'kid', 'precision', 'recall', 'cmmd', 'clip_score'}
+  # Real images are of one colour but for a little of grey.
+  assert figures['fid'] < 0.02
+  assert figures['clip_score'] == pytest.approx(100, abs=0.1)
+  model.params = {'shift': jnp.int32(1)}
+  assert evaluator()(model)['clip_score'] == pytest.approx(0, abs=0.1)
+  model.params = {'shift': jnp.int32(0)}
+  assert evaluator(guidance=2.0)(model)['clip_score'] == pytest.approx(100, abs=0.1)
+
+
+def test_a_judge_that_knows_no_texts_compares_features_and_one_without_is_refused():
+  assert set(evaluator(count=9)(subject({'features': colour_of}))) == {'fid', 'kid', 'precision', 'recall'}
+  with pytest.raises(UserError, match='the judge runs/clip has no features; it offers logits'):
+    evaluator().prepare(subject({'logits': colour_of}))
+  with pytest.raises(UserError, match='generation needs a model that makes pictures'):
+    evaluator()(dataclasses.replace(subject({'features': colour_of}), makes=lambda params, extra: None))
+  with pytest.raises(ValueError, match='count, steps'):
+    evaluator(count=1)
+
+
+def test_a_judge_is_opened_once_and_resizes_what_does_not_fit():
+  model, opened = subject({'features': colour_of}), []
+  reopen = model.reopen
+  model.reopen = lambda workdir: opened.append(workdir) or reopen(workdir)
+  for size in (4, 8):
+    pictures = np.full((3, size, size, 3), [255, 0, 0], np.uint8)
+    np.testing.assert_allclose(Judge(model, 'runs/a', 8)(pictures), [[1, 0, 0]] * 3, atol=1e-6)
+  assert opened == ['runs/a']
+
+
+def test_spaced_records_come_from_all_of_a_sorted_source():
+  spaced = Spaced(Colours(), 10)
+  assert [spaced[i]['image'].min() for i in range(10)] == [i * 29 // 10 for i in range(10)]
+  assert len(Spaced(Colours(), 99)) == 29
+  assert spaced.names == Colours().names
