@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from fmcv_jax import experiment
 from tests import runs
 
 KILLS = int(os.environ.get('FMCV_KILLS', '6'))
@@ -75,23 +76,84 @@ def test_a_workdir_that_goes_away_is_one_line(config, tmp_path):
   assert str(tmp_path / 'run') in told(run)
 
 
-@pytest.mark.slow
-def test_a_run_under_sigkill_ends_bitwise_as_one_left_alone(config, tmp_path):
-  finish(runs.start(config(60), tmp_path / 'alone'))
-  generator, killed = np.random.default_rng(0), 0
-  while killed < KILLS:
-    before = runs.steps_of(tmp_path / 'killed')
-    process = runs.start(config(60), tmp_path / 'killed')
-    while process.poll() is None and runs.steps_of(tmp_path / 'killed')[-1:] == before[-1:]:
+def kill_at_random(config, workdir, kills, **options):
+  """Starts a run, and ends it by SIGKILL at a random moment of each of its lives; returns how often it did."""
+  generator = np.random.default_rng(0)
+  for killed in range(kills):
+    before = runs.steps_of(workdir)
+    process = runs.start(config, workdir, **options)
+    while process.poll() is None and runs.steps_of(workdir)[-1:] == before[-1:]:
       time.sleep(0.02)
     time.sleep(generator.uniform(0, 0.3))
     if process.poll() is not None:  # it came to its end
-      break
+      return killed
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    killed += 1
-  assert killed >= 3
-  finish(runs.start(config(60), tmp_path / 'killed'))
+  return kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('launcher', [('-m', 'fmcv_jax'), runs.LOCAL], ids=['one process', 'two processes'])
+def test_a_run_under_sigkill_ends_bitwise_as_one_left_alone(config, tmp_path, launcher):
+  finish(runs.start(config(60), tmp_path / 'alone', launcher=launcher))
+  assert kill_at_random(config(60), tmp_path / 'killed', KILLS, launcher=launcher) >= 3
+  finish(runs.start(config(60), tmp_path / 'killed', launcher=launcher))
+  assert_equal_runs(tmp_path / 'alone', tmp_path / 'killed')
+
+
+VIT = {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1}
+CODER = {
+  'name': 'autoencoder',
+  'channels': (4, 4),
+  'layers': 1,
+  'latent': 4,
+  'image_size': 16,
+  'middle_attention': False,
+}
+OBJECTIVES = {
+  'contrastive': runs.contrastive,
+  'classes to pixels': runs.class_painter,
+  'texts to latents': runs.painter,
+  'steered': runs.follower,
+  'holes': runs.filler,
+  'mae': {
+    'name': 'mae',
+    'network': {'name': 'mae', 'encoder': {**VIT, 'positions': 'sincos2d'}, 'width': 16, 'heads': 2, 'depth': 1},
+  },
+  'dino': {
+    'name': 'dino',
+    'network': {'name': 'dino', 'encoder': VIT, 'prototypes': 16, 'hidden': 16, 'bottleneck': 8},
+    'local_views': 1,
+    'local_size': 8,
+  },
+  'autoencoding': {
+    'name': 'autoencoding',
+    'network': CODER,
+    'discriminator_width': 8,
+    'discriminator_layers': 1,
+    'adversarial_start': 3,
+  },
+  'batch norms': {
+    'name': 'classification',
+    'network': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'outputs': 3},
+  },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', OBJECTIVES)
+def test_every_objective_under_sigkill_ends_bitwise_as_one_left_alone(objective, tmp_path):
+  folder, given = runs.image_folder(tmp_path / 'images'), OBJECTIVES[objective]
+  changes = {'train__steps': 20, 'checkpoint__every': 2, 'checkpoint__keep': 3}
+  if callable(given):
+    config = given(folder, **changes)
+  else:
+    config = runs.class_painter(folder, **changes)
+    config = experiment.resolve({**config, 'objective': given})
+  config = {**config, 'evaluators': {}}
+  finish(runs.start(config, tmp_path / 'alone'))
+  assert kill_at_random(config, tmp_path / 'killed', 3) >= 2
+  finish(runs.start(config, tmp_path / 'killed'))
   assert_equal_runs(tmp_path / 'alone', tmp_path / 'killed')
 
 
