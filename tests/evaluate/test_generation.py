@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from fmcv_jax import experiment
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.subset import Spaced
 from fmcv_jax.data.tokenizers import Tokenizer
@@ -19,6 +21,8 @@ from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.objectives.base import Generator
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
+from fmcv_jax.train import metrics
+from tests import runs
 from tests.evaluate.test_evaluators import NAMES, Colours
 
 
@@ -117,3 +121,23 @@ def test_spaced_records_come_from_all_of_a_sorted_source():
   assert [spaced[i]['image'].min() for i in range(10)] == [i * 29 // 10 for i in range(10)]
   assert len(Spaced(Colours(), 99)) == 29
   assert spaced.names == Colours().names
+
+
+@pytest.mark.slow
+def test_a_run_tells_the_distances_of_its_pictures_and_a_judge_that_is_not_there_stops_it_at_once(tmp_path):
+  folder = runs.image_folder(tmp_path / 'images')
+  (tmp_path / 'judge').mkdir()
+  judge = runs.untrained(runs.contrastive(folder), tmp_path / 'judge')
+  config = runs.class_painter(folder, train__steps=1, optimizer__schedule__warmup_steps=0)
+  real = {'source': config['data']['source'], 'image': {'name': 'resize', 'size': 16}}
+  spec = {'name': 'generation', 'judge': str(judge), 'count': 20, 'steps': 2, 'batch': 8, 'guidance': 2.0, 'data': real}
+  experiment.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'run')
+  rows = metrics.read(epath.Path(tmp_path / 'run' / 'metrics.jsonl'))
+  told = {name: value for row in rows for name, value in row.items() if name.startswith('made/')}
+  assert {name.removeprefix('made/') for name in told} == {'fid', 'kid', 'precision', 'recall', 'cmmd'}
+  assert np.isfinite(list(told.values())).all()
+
+  spec['judge'] = str(tmp_path / 'nowhere')
+  with pytest.raises(UserError, match='nowhere: no run here'):
+    experiment.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'other')
+  assert not metrics.read(epath.Path(tmp_path / 'other' / 'metrics.jsonl'))
