@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax import experiment
+from fmcv_jax.__main__ import main
 from fmcv_jax.apps import precompute
 from fmcv_jax.data.array_record import ArrayRecord, decode_record, encode_record
 from fmcv_jax.data.decode import decode
@@ -55,7 +56,7 @@ def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_
   monkeypatch.setattr(
     Unfinished, 'write', lambda self, shard, *rest: written.append(shard) or write(self, shard, *rest)
   )
-  precompute.run(['latents'], str(to), config=config)
+  assert main(['precompute', 'latents', '--config', config, '--to', str(to)]) == 0
   assert written == [2]
 
   source, images = ArrayRecord(str(to)), experiment.Run(experiment.load_config(config)).experiment.data.source

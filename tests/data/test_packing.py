@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from fmcv_jax.__main__ import main
 from fmcv_jax.apps import pack as pack_app
 from fmcv_jax.data.array_record import ArrayRecord
 from fmcv_jax.data.folder import ImageFolder
@@ -148,6 +149,17 @@ def test_a_dead_worker_and_other_data_are_one_clear_line(tmp_path):
   for shards, source, message in [(9, Counting(3), '--shards 9: expected between'), (None, Counting(0), 'no records')]:
     with pytest.raises(UserError, match=message):
       pack(source, tmp_path / 'other', origin=1, shards=shards)
+
+
+def test_the_command_packs_and_says_how_to_read_it(tmp_path, capsys):
+  write_tars(tmp_path / 'tars', 5)
+  (tmp_path / 'tars/00003.tar').write_bytes(b'')
+  command = ['pack', str(tmp_path / 'tars'), '--to', str(tmp_path / 'set'), '--workers', '1']
+  assert main(command) == 2
+  assert '00003.tar: it is empty: 0 bytes; fetch it again' in capsys.readouterr().err
+  assert main([*command, '--config.damaged=cut']) == 0
+  assert f'MB in {tmp_path}/set: data.source.name=array_record' in capsys.readouterr().out
+  assert ArrayRecord(str(tmp_path / 'set'))[4]['text'] == 'caption 4'
 
 
 def test_what_is_packed_is_a_config_a_path_or_a_name(tmp_path):
