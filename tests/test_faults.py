@@ -24,7 +24,10 @@ def wait_for(process, workdir, step):
 
 def finish(process, status=0):
   """The output and the errors of a run that must end with this status."""
-  output, errors = process.communicate(timeout=300)
+  try:
+    output, errors = process.communicate(timeout=600)
+  finally:
+    process.kill()
   assert process.returncode == status, errors[-2000:]
   return output, errors
 
