@@ -103,7 +103,7 @@ def webdataset(folder: pathlib.Path):
   return iter(data.shuffle(100).map(decoded).batched(BATCH))
 
 
-def tf_data(folder: pathlib.Path):
+def tf_data(folder: pathlib.Path, antialias=False):
   import tensorflow as tf
 
   def decoded(file):
@@ -117,7 +117,8 @@ def tf_data(folder: pathlib.Path):
       use_image_if_no_bounding_boxes=True,
     )
     window = tf.concat([begin[:2], size[:2]], 0)
-    image = tf.image.resize(tf.image.decode_and_crop_jpeg(data, window, channels=3), (SIZE, SIZE))
+    image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+    image = tf.image.resize(image, (SIZE, SIZE), antialias=antialias)
     return tf.cast(tf.round(image), tf.uint8)
 
   options = tf.data.Options()
@@ -126,9 +127,14 @@ def tf_data(folder: pathlib.Path):
   return data.map(decoded).batch(BATCH).prefetch(1).with_options(options).as_numpy_iterator()
 
 
+def tf_data_antialiased(folder: pathlib.Path):
+  return tf_data(folder, antialias=True)
+
+
 CONTESTANTS = {
   'fmcv, bilinear': ours,
   'fmcv, bicubic': ours_bicubic,
+  'tf.data, bilinear': tf_data_antialiased,
   'tf.data, bilinear without antialiasing': tf_data,
   'torch DataLoader and PIL, bilinear': torch_pil,
   'torch DataLoader and PIL, bicubic': torch_pil_bicubic,

@@ -52,6 +52,8 @@ def examples(shown: Run, batch: dict[str, np.ndarray]) -> list[list[np.ndarray]]
   others = [x for name, x in batch.items() if x.dtype == np.uint8 and x.ndim >= 4 and name not in known]
   whole = [np.round(np.clip(images, 0, 1) * 255).astype(np.uint8) for images in views]
   whole += [x.reshape(len(x), -1, *x.shape[-3:]) for x in others]
+  if not whole:
+    raise UserError(f'--show: a batch of this config holds no pictures, but {", ".join(batch)}')
   return [[picture for images in whole for picture in images[index]] for index in range(len(whole[0]))]
 
 
