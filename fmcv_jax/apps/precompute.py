@@ -37,6 +37,7 @@ def run(
   images: bool = False,
 ) -> None:
   """Writes for each record of config.data its label, texts and key, and the functions `names` of its image, as float16.
+  Of texts ('embed_text') the first is taken, by the first prompt.
 
   config   a training config, whose frozen networks (config.init_from) suffice for the functions
   model    or the workdir of a trained model, at its checkpoint `step`
@@ -156,7 +157,8 @@ def _computed(
   for local in evaluation_batches(
     pipeline,
     batch=batch,
-    fields=('image',),
+    fields=('image', 'tokens') if 'embed_text' in names else ('image',),
+    tokenizer=job.experiment.tokenizer,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   ):

@@ -93,6 +93,22 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
   assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_embeddings_are_those_that_evaluators_see(tmp_path):
+  folder, workdir = runs.image_folder(tmp_path / 'images'), tmp_path / 'clip'
+  workdir.mkdir()
+  runs.untrained(runs.contrastive(folder, data__image={'name': 'resize', 'size': 16}), workdir)
+  precompute.run(['embed_image', 'embed_text'], str(tmp_path / 'embedded'), model=str(workdir), shards=2)
+  source, run = ArrayRecord(str(tmp_path / 'embedded')), experiment.Run.reopen(workdir)
+  subject, _ = run.restored_subject()
+  images = subject.over('embed_image', run.experiment.data, 16).values
+  texts = subject.over('embed_text', run.experiment.data, 16, texts=True).values
+  assert len(source) == len(images) == 24
+  for index in range(24):
+    np.testing.assert_allclose(source[index]['embed_image'], images[index], atol=1e-3)
+    np.testing.assert_allclose(source[index]['embed_text'], texts[index], atol=1e-3)
+
+
 def test_networks_that_nothing_fills_do_not_compute(tmp_path):
   bare = config_file(tmp_path / 'bare.py', runs.painter(runs.image_folder(tmp_path / 'images')))
   with pytest.raises(UserError, match=r"latents: needs more than the frozen networks .*'autoencoder'.* give --model"):
