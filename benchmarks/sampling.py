@@ -1,0 +1,146 @@
+"""The table of docs/generation.md: DDIM steps of a DiT-S/2 on the CPU, beside diffusers' loop with the same weights.
+
+    pip install torch diffusers && taskset -c 0 python benchmarks/sampling.py
+
+Both paint the same pictures from the same noise, in turns, in one process, here on one core. Told are seconds by the
+clock and, since neighbours on the machine do not count there, of CPU time. The sampler's own share is that of the same
+program around a network that does next to nothing.
+"""
+
+import argparse
+import functools
+import pathlib
+import statistics
+import tempfile
+import time
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fmcv_jax.diffusion.process import Process
+from fmcv_jax.diffusion.samplers import Ddim, sample, times_of
+from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.models.dit import DiT, dit
+from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.pretrained.latent import dit_diffusers
+from fmcv_jax.pretrained.layout import read
+from fmcv_jax.pretrained.tensors import open_tensors, write_tensors
+
+SIZE, CHANNELS, CLASSES = 32, 4, 1000
+PROCESS = Process('linear', 'noise')
+
+
+def reference() -> diffusers.DiTTransformer2DModel:
+  """DiT-S/2 with random weights, none of them as they are born: zero gates would leave the blocks nothing to say."""
+  torch.manual_seed(0)
+  model = diffusers.DiTTransformer2DModel(
+    num_attention_heads=6,
+    attention_head_dim=64,
+    in_channels=CHANNELS,
+    out_channels=CHANNELS,
+    num_layers=12,
+    sample_size=SIZE,
+    patch_size=2,
+    norm_eps=1e-6,
+    num_embeds_ada_norm=CLASSES,
+  )
+  first = model.transformer_blocks[0].norm1.emb
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter += 0.02 * torch.randn(parameter.shape)
+    for block in model.transformer_blocks:
+      # As the authors' DiT: one embedding of time and class, which diffusers stores and computes in every block, and
+      # frequencies that end before 1 / 10,000.
+      block.norm1.emb.load_state_dict(first.state_dict())
+      block.norm1.emb.time_proj.downscale_freq_shift = 0
+  return model.eval()
+
+
+def adopted(model: torch.nn.Module, network: DiT, shapes: dict) -> dict:
+  tensors = {name: x.numpy() for name, x in model.state_dict().items()}
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder) / 'dit.safetensors'
+    write_tensors(file, tensors)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    wanted = {path_of(path): x.shape for path, x in flat}
+    values = dict(read(dit_diffusers(), open_tensors(file), wanted, network, str(file)))
+  return jax.tree_util.tree_unflatten(treedef, [jnp.asarray(values[path]) for path in wanted])
+
+
+@torch.inference_mode()
+def theirs(model, noise: np.ndarray, label: np.ndarray, steps: int) -> np.ndarray:
+  scheduler = diffusers.DDIMScheduler(
+    beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True, timestep_spacing='trailing'
+  )
+  scheduler.set_timesteps(steps)
+  x, classes = torch.from_numpy(np.moveaxis(noise, -1, 1).copy()), torch.from_numpy(label).long()
+  for when in scheduler.timesteps:
+    output = model(x, when.expand(len(x)), classes).sample
+    x = scheduler.step(output, when, x).prev_sample
+  return np.moveaxis(x.numpy(), 1, -1)
+
+
+def timed(call) -> tuple[float, float, np.ndarray]:
+  """(seconds, CPU seconds, result)."""
+  start, cpu = time.perf_counter(), time.process_time()
+  result = np.asarray(call())
+  return time.perf_counter() - start, time.process_time() - cpu, result
+
+
+def main() -> None:
+  arguments = argparse.ArgumentParser()
+  arguments.add_argument('--steps', type=int, default=20)
+  arguments.add_argument('--batches', type=int, nargs='+', default=[1, 16])
+  arguments.add_argument('--rounds', type=int, default=3)
+  args = arguments.parse_args()
+  model, network = reference(), dit('S/2', image_size=SIZE, classes=CLASSES)
+  inputs = jnp.zeros((1, SIZE, SIZE, CHANNELS)), jnp.zeros(1), Condition(label=jnp.zeros(1, jnp.int32))
+  shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)['params']
+  params = adopted(model, network, {'network': shapes})['network']
+  times = times_of(PROCESS, args.steps)
+
+  def sampled(params, noise, label):
+    def denoise(x, time):
+      return network.apply({'params': params}, x, time, Condition(label=label))
+
+    return sample(denoise, PROCESS, noise, times, solver=Ddim())
+
+  def alone(params, noise, label):
+    return sample(lambda x, time: 0.5 * x, PROCESS, noise, times, solver=Ddim())
+
+  table = Table(title=f'{args.steps} steps of DiT-S/2, float32, median of {args.rounds}: seconds (of CPU)')
+  for heading in ('batch', 'diffusers', 'fmcv_jax', 'faster', 'pixels apart', "sampler's own"):
+    table.add_column(heading, justify='right')
+  for batch in args.batches:
+    draws = np.random.default_rng(batch)
+    noise = draws.normal(size=(batch, SIZE, SIZE, CHANNELS)).astype(np.float32)
+    label = draws.integers(0, CLASSES, batch).astype(np.int32)
+    contestants = {
+      'theirs': lambda noise=noise, label=label: theirs(model, noise, label, args.steps),
+      'ours': functools.partial(jax.jit(sampled).lower(params, noise, label).compile(), params, noise, label),
+      'alone': functools.partial(jax.jit(alone).lower(params, noise, label).compile(), params, noise, label),
+    }
+    theirs(model, noise, label, 1)  # warms up
+    runs: dict[str, list] = {name: [] for name in contestants}
+    for _ in range(args.rounds):
+      for name, call in contestants.items():
+        runs[name].append(timed(call))
+    clock, cpu = ({name: statistics.median(run[i] for run in found) for name, found in runs.items()} for i in range(2))
+    apart = np.abs(runs['ours'][0][2] - runs['theirs'][0][2]).max() / np.abs(runs['theirs'][0][2]).max()
+    table.add_row(
+      str(batch),
+      *(f'{clock[name]:.2f} ({cpu[name]:.2f})' for name in ('theirs', 'ours')),
+      f'{clock["theirs"] / clock["ours"]:.2f}x ({cpu["theirs"] / cpu["ours"]:.2f}x)',
+      f'{apart:.1e} of the largest',
+      f'{clock["alone"] / clock["ours"]:.2%} ({cpu["alone"] / cpu["ours"]:.2%})',
+    )
+  Console(width=120).print(table)
+
+
+if __name__ == '__main__':
+  main()
