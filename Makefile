@@ -4,6 +4,7 @@
 #     make demo ARGS='--workdir runs/longer --config.train.steps=2000'
 #     make test WORKERS=4 ARGS='tests/train -k resume'
 #     make demo-generate        a text-to-image model, trained from nothing
+#     make demo-features        MAE, DINO, labels and nothing: what the features of each are worth, in one table
 #     make test-slow                              make test EXTRAS=demo,dev,parity
 #     make lint    make format    make types    make clean    (PYTHON=/path/to/python3.12 picks another Python)
 
@@ -26,7 +27,7 @@ FMCV := $(MALLOC) $(BIN)/python -m fmcv_jax
 stamps = $(addprefix .venv/.installed-,$(subst $(comma), ,$(1)))
 TEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo demo-generate test test-slow lint format types clean
+.PHONY: help demo demo-generate demo-features test test-slow lint format types clean
 .NOTPARALLEL:
 
 help:
@@ -40,6 +41,13 @@ demo-generate: demo
 	$(FMCV) train --config configs/demo/autoencoder.py --workdir runs/autoencoder --cpu-devices 8
 	$(FMCV) train --config configs/demo/text_to_image.py --workdir runs/painter --cpu-devices 8
 	$(FMCV) gallery --model runs/painter --judge runs/demo --cpu-devices 2
+
+# One network, taught four ways; then the table.
+METHODS := untrained mae dino supervised
+demo-features: $(call stamps,demo)
+	for method in $(METHODS); do \
+	  $(FMCV) train --config configs/demo/features.py:$$method --workdir runs/features/$$method $(ARGS) || exit; done
+	$(FMCV) evaluate --workdir $(addprefix runs/features/,$(METHODS))
 
 test: $(call stamps,$(EXTRAS))
 	$(TEST) $(ARGS)

@@ -1,0 +1,86 @@
+"""One small ViT on scattered digits, taught four ways: what its features are worth, without labels and with.
+
+Digits lie at random places and sizes; the features of 1,437 scenes name those of 1,440 others, whose digits were never
+seen. Measured on 2 busy cores (seed 0; CPU minutes are those of training and its evaluation):
+
+| method     | steps x batch | CPU minutes | k-NN  | ridge | logistic regression |
+|------------|---------------|-------------|-------|-------|---------------------|
+| raw pixels |               |             | 0.485 | 0.156 |                     |
+| untrained  |               |             | 0.321 | 0.347 | 0.323               |
+| mae        | 1000 x 128    | 3.4         | 0.192 | 0.308 | 0.274               |
+| dino       | 600 x 64      | 5.0         | 0.515 | 0.312 | 0.337               |
+| supervised | 300 x 128     | 2.1         | 0.760 | 0.754 | 0.787               |
+
+    make demo-features        # all of them, and their table
+    fmcv train --config configs/demo/features.py:dino --workdir runs/features/dino
+"""
+
+import ml_collections
+
+SIZE, SMALL = 20, 12
+STEPS = dict(mae=1000, dino=600, supervised=300, untrained=1)
+PEAK = dict(mae=6e-3, dino=3e-3, supervised=6e-3, untrained=1e-12)
+BLACK = dict(mean=(0.15, 0.15, 0.15), std=(0.3, 0.3, 0.3))  # most of a scene is black
+
+NETWORK = dict(
+  name='vit',
+  variant='mu/4',
+  image_size=SIZE,
+  width=64,
+  depth=3,
+  heads=4,
+  mlp_dim=256,
+  pool='gap',
+  positions='sincos2d',
+  activation='quick_gelu',
+  unroll=3,
+)
+AFFINE = dict(name='affine', scale=(0.8, 1.25), ratio=(0.8, 1.25), rotation=15.0, translate=0.1, shear=0.2, fill=0.0)
+
+
+def get_config(method='dino'):
+  c = ml_collections.ConfigDict()
+  digits = dict(name='scattered', size=SIZE, clutter=0)
+  c.data = dict(source=dict(digits, copies=64))
+  if method == 'mae':
+    network = dict(name='mae', encoder=NETWORK, width=32, depth=1, heads=4)
+    c.objective = dict(name='mae', network=network, normalized=False, normalize=BLACK)
+  elif method == 'dino':
+    c.objective = dict(
+      name='dino',
+      network=dict(name='dino', encoder=NETWORK, prototypes=128, hidden=128, bottleneck=64, lengths=True),
+      momentum=0.95,
+      local_views=2,
+      local_size=SMALL,
+      # Of an untrained network all scores are alike: at 0.05 its targets are, too, and hundreds of steps teach nothing.
+      targets='sinkhorn',
+      teacher_temperature=(0.02, 0.02),
+      koleo_weight=0.5,
+      global_augments=((AFFINE,), (AFFINE,)),
+      local_augment=(AFFINE,),
+      normalize=BLACK,
+    )
+    crop = dict(name='random_resized_crop')
+    c.data.views = dict(
+      global_views=dict(count=2, image=dict(crop, size=SIZE, scale=(0.5, 1.0))),
+      local_views=dict(count=2, image=dict(crop, size=SMALL, scale=(0.3, 0.6))),
+    )
+  else:
+    c.objective = dict(name='classification', network=dict(NETWORK, outputs=10), augment=(AFFINE,), normalize=BLACK)
+  asked = dict(data=dict(source=dict(digits, split='test', copies=4)), bank=dict(source=dict(digits, copies=1)))
+  c.evaluators = dict(
+    knn=dict(asked, name='knn', ks=(10,)),
+    ridge=dict(asked, name='linear_probe'),
+    logistic=dict(asked, name='linear_probe', method='logistic', strengths=(1e-4, 1e-3, 1e-2)),
+    pixels_knn=dict(asked, name='knn', ks=(10,), features='pixels'),  # what features have to beat
+    pixels_ridge=dict(asked, name='linear_probe', features='pixels'),
+  )
+  c.optimizer = dict(
+    rule=dict(name='muon'),
+    schedule=dict(name='cosine', peak=PEAK[method], warmup_steps=min(50, STEPS[method] // 2)),
+    weight_decay=0.05,
+    clip_norm=1.0,
+  )
+  c.train = dict(steps=STEPS[method], batch=64 if method == 'dino' else 128)
+  c.log = dict(every=50)
+  return c
