@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its HLO after partitioning: collectives by mesh axis, estimated cycles.
+"""What a compiled program does, read from its HLO after partitioning: collectives by mesh axis, bytes, cycles.
 
 Bodies of loops count as often as they run.
 """
@@ -15,6 +15,8 @@ KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective
 _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8,
           'u64': 8, 'f64': 8}  # fmt: skip
 _ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
+_INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)(.*)$')
+_PLACED = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?')
 _START = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(-start)?\((.*)')
 _WHILE = re.compile(r' while\(.*body=%?([\w.\-]+)')
@@ -72,6 +74,92 @@ def estimated_cycles(text: str) -> int:
   nothing of the insides of Pallas kernels."""
   pattern = re.compile(r'"estimated_cycles":"(\d+)"')
   return sum(times * int(match[1]) for line, times in runs(text) if (match := pattern.search(line)))
+
+
+# What moves nothing, or is counted where it is done: inside, or at its start.
+_STILL = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'iota'}
+_STILL |= {'after-all', 'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'async-start'}
+
+
+class _Instruction(NamedTuple):
+  """`bytes` are what its result holds of HBM; `arguments` as written, of which `operands` are the names."""
+
+  root: bool
+  name: str
+  kind: str
+  bytes: int
+  arguments: str
+  rest: str
+
+  @property
+  def operands(self) -> list[str]:
+    return re.findall(r'%([\w.\-]+)', self.arguments)
+
+
+def bytes_accessed(text: str) -> int:
+  """Bytes of HBM that a program's instructions read and write, as they are scheduled.
+
+  A slice that is taken of an array, or put into it, counts as itself and not as the array: of stacked layers each turn
+  of a loop reads one. What the compiler keeps in the chip's own memory (space 1) counts nothing.
+  """
+  computations, _ = _computations(text)
+  parsed = {name: [found for line in lines if (found := _parse(line))] for name, lines in computations.items()}
+  sizes = {found.name: found.bytes for lines in parsed.values() for found in lines}
+  total = 0
+  for line, times in runs(text):
+    if (found := _parse(line)) and found.kind not in _STILL and not found.kind.endswith('-done'):
+      total += times * _moved(found, sizes, parsed)
+  return total
+
+
+def _parse(line: str) -> _Instruction | None:
+  match = _INSTRUCTION.match(line)
+  if match is None:
+    return None
+  root, name, shape, kind, arguments, rest = match.groups()
+  held = sum(_size(dtype, dims) for dtype, dims, layout in _PLACED.findall(shape) if 'S(' not in layout)
+  return _Instruction(bool(root), name, kind, held, arguments, rest)
+
+
+def _moved(found: _Instruction, sizes: Mapping[str, int], parsed: Mapping[str, list[_Instruction]]) -> int:
+  read = [sizes.get(operand, 0) for operand in found.operands]
+  if found.kind.endswith('-start'):
+    return found.bytes  # a tuple of what comes out and what goes in
+  if found.kind == 'dynamic-slice':
+    return 2 * found.bytes
+  if found.kind == 'dynamic-update-slice':
+    return 2 * read[1]
+  called = re.search(r'calls=%?([\w.\-]+)', found.rest)
+  if found.kind != 'fusion' or called is None:
+    return found.bytes + sum(read)
+  inside = parsed.get(called[1], [])
+  written = found.bytes
+  for line in inside:
+    number = int(line.arguments) if line.kind == 'parameter' else -1
+    if 0 <= number < len(read):
+      read[number] = min(read[number], _read_of(line.name, inside, read[number]))
+    if line.kind == 'dynamic-update-slice' and line.bytes <= written:
+      update = next((other.bytes for other in inside if other.name == line.operands[1]), 0)
+      written -= line.bytes - update
+  return written + sum(read)
+
+
+def _read_of(name: str, inside: list[_Instruction], whole: int) -> int:
+  """What a fusion reads of one of its parameters: slices where only those are taken of it, nothing where it is only
+  written into, else all."""
+  total = 0
+  for line in inside:
+    if name not in line.operands:
+      continue
+    if line.kind == 'bitcast':
+      total += _read_of(line.name, inside, whole)
+    elif line.kind == 'dynamic-slice' and line.operands[0] == name:
+      total += line.bytes
+    elif line.kind == 'dynamic-update-slice' and line.operands[0] == name:
+      continue
+    else:
+      total += whole
+  return total
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

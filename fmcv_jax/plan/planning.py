@@ -25,18 +25,20 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Figures of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes, interconnect bytes/s, clock in Hz."""
+  """Figures of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes and bytes/s, interconnect bytes/s, clock in
+  Hz."""
 
   flops: float
   hbm: float
+  bandwidth: float
   interconnect: float
   clock: float
 
 
 CHIPS = {
-  'v5e': Chip(197e12, 16e9, 200e9, 1.5e9),
-  'v5p': Chip(459e12, 95e9, 600e9, 1.75e9),
-  'v6e': Chip(918e12, 32e9, 448e9, 1.75e9),
+  'v5e': Chip(197e12, 16e9, 819e9, 200e9, 1.5e9),
+  'v5p': Chip(459e12, 95e9, 2765e9, 600e9, 1.75e9),
+  'v6e': Chip(918e12, 32e9, 1640e9, 448e9, 1.75e9),
 }
 
 
@@ -62,9 +64,11 @@ class Plan:
   hbm: int
   flops: float
   model_flops: float
+  bytes_accessed: int
   collectives: list[hlo.Collective]
   estimated_seconds: float
   compute_seconds: float
+  memory_seconds: float
   interconnect_seconds: float
   steps: int
 
@@ -129,7 +133,7 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
   parameters = _bytes(state.params, shardings.params)
   optimizer = _bytes(state.opt_state, shardings.opt_state)
   batch = _bytes(run.batch_shapes, run.placement.batch(run.batch_shapes))
-  executed = matmul_flops(step, state, run.batch_shapes)
+  executed, moved = matmul_flops(step, state, run.batch_shapes), hlo.bytes_accessed(text)
   return Plan(
     config=config,
     topology=topology if slices == 1 else f'{slices} x {topology}',
@@ -145,9 +149,11 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
     hbm=int(chip.hbm),
     flops=executed / count,
     model_flops=run.step_flops() / count,
+    bytes_accessed=moved,
     collectives=exchanged,
     estimated_seconds=hlo.estimated_cycles(text) / chip.clock,
     compute_seconds=executed / count / chip.flops,
+    memory_seconds=moved / chip.bandwidth,
     interconnect_seconds=sum(row.bytes for row in exchanged) / chip.interconnect,
     steps=run.experiment.train.steps,
   )
@@ -156,7 +162,7 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
 def show(plan: Plan, console: Console, utilization: float) -> None:
   table = Table(title=f'{plan.config} on {plan.topology}, one chip of {plan.chips}', show_header=False)
   axes = ' x '.join(f'{name} {size}' for name, size in plan.mesh.items() if size > 1) or '1 device'
-  bound = max(('compute', plan.compute_seconds), ('interconnect', plan.interconnect_seconds), key=lambda x: x[1])[0]
+  bounds = {'compute': plan.compute_seconds, 'HBM': plan.memory_seconds, 'interconnect': plan.interconnect_seconds}
   for name, value in {
     'mesh': axes,
     'global batch': f'{plan.batch:,}',
@@ -173,8 +179,9 @@ def show(plan: Plan, console: Console, utilization: float) -> None:
       f'{row.kind} over {", ".join(row.axes)}': f'{row.times} x, {row.bytes / 2**20:,.1f} MiB sent'
       for row in plan.collectives
     },
-    'at the peak of the chip': f'compute {1e3 * plan.compute_seconds:.1f} ms, interconnect '
-    f'{1e3 * plan.interconnect_seconds:.1f} ms: {bound} binds',
+    'HBM read and written': f'{plan.bytes_accessed / GIB:.2f} GiB',
+    'at the peak of the chip': ', '.join(f'{name} {1e3 * seconds:.1f} ms' for name, seconds in bounds.items())
+    + f': {max(bounds, key=bounds.__getitem__)} binds',
     "step by the compiler's cycles (an estimate, no exchanges)": f'{1e3 * plan.estimated_seconds:.1f} ms',
     'utilization by that estimate': f'{plan.utilization:.2f}',
     f'{plan.steps:,} steps at a utilization of {utilization:g}': f'{plan.days(utilization):.2f} days, '

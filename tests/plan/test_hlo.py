@@ -64,3 +64,40 @@ ENTRY %main (x: f32[]) -> f32[] {
   %g = f32[] fusion(%w), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"7"}
 }"""
   assert hlo.estimated_cycles(text) == 127
+
+
+def test_bytes_of_a_loop_over_stacked_layers():
+  text = """%inner (a: f32[3,8], b: s32[]) -> f32[8] {
+  %a = f32[3,8]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %slice = f32[1,8]{1,0} dynamic-slice(%a, %b, %b), dynamic_slice_sizes={1,8}
+  ROOT %flat = f32[8]{0} bitcast(%slice)
+}
+
+%store (c: f32[3,8], d: f32[8], e: s32[]) -> f32[3,8] {
+  %c = f32[3,8]{1,0} parameter(0)
+  %d = f32[8]{0} parameter(1)
+  %e = s32[] parameter(2)
+  %row = f32[1,8]{1,0} bitcast(%d)
+  ROOT %put = f32[3,8]{1,0} dynamic-update-slice(%c, %row, %e, %e)
+}
+
+%body (p: (s32[], f32[3,8], f32[3,8])) -> (s32[], f32[3,8], f32[3,8]) {
+  %p = (s32[], f32[3,8], f32[3,8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %w = f32[3,8]{1,0} get-tuple-element(%p), index=1
+  %o = f32[3,8]{1,0} get-tuple-element(%p), index=2
+  %taken = f32[8]{0} fusion(%w, %i), kind=kLoop, calls=%inner
+  %near = f32[8]{0:T(128)S(1)} copy(%taken)
+  %put.1 = f32[3,8]{1,0} fusion(%o, %taken, %i), kind=kLoop, calls=%store
+  ROOT %t = (s32[], f32[3,8], f32[3,8]) tuple(%i, %w, %put.1)
+}
+
+ENTRY %main (x: (s32[], f32[3,8], f32[3,8])) -> (s32[], f32[3,8], f32[3,8]) {
+  %x = (s32[], f32[3,8], f32[3,8]) parameter(0)
+  ROOT %loop = (s32[], f32[3,8], f32[3,8]) while(%x), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}"""
+  taken = 4 + 32 + 32  # the index, the slice, the result
+  copied = 32  # what goes into the chip's own memory costs its reading
+  put = 4 + 32 + 32
+  assert hlo.bytes_accessed(text) == 3 * (taken + copied + put)
