@@ -92,11 +92,13 @@ class WindowedOrder(RunOrder):
 
   def _remembered(self, epoch: int, window: int) -> np.ndarray:
     key = epoch, window
-    if key not in self._tables:
+    table = self._tables.get(key)
+    if table is None:
+      table = self._window(epoch, window) if window >= 0 else self._window_ends(epoch)
       if len(self._tables) > 8:  # a batch may straddle two epochs and several windows, and threads read ahead
         self._tables.clear()
-      self._tables[key] = self._window(epoch, window) if window >= 0 else self._window_ends(epoch)
-    return self._tables[key]
+      self._tables[key] = table
+    return table
 
   def _blocks(self, epoch: int) -> np.ndarray:
     return _permutation(len(self.ends), self.seed, epoch)
