@@ -94,6 +94,7 @@ def shaken(reference):
   return randomized(reference)
 
 
+@pytest.mark.slow
 def test_efficientnet_classifier_in_training():
   config = transformers.EfficientNetConfig(**SIZES, hidden_dim=1280, num_labels=7, dropout_rate=0.0)
   reference = shaken(transformers.EfficientNetForImageClassification(config))
