@@ -1,6 +1,7 @@
 """The table of docs/generation.md: DDIM steps of a DiT-S/2 on the CPU, beside diffusers' loop with the same weights.
 
-    pip install torch diffusers && taskset -c 0 python benchmarks/sampling.py
+    pip install torch diffusers
+    GLIBC_TUNABLES=... taskset -c 0 python benchmarks/sampling.py    # the Makefile's, by which XLA keeps its memory
 
 Both paint the same pictures from the same noise, in turns, in one process, here on one core. Told are seconds by the
 clock and, since neighbours on the machine do not count there, of CPU time. The sampler's own share is that of the same

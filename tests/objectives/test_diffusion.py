@@ -56,6 +56,7 @@ def shaken(tree):
   return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), tree)
 
 
+@pytest.mark.slow
 def test_a_new_controlnet_changes_nothing_and_one_that_learnt_steers():
   objective = steered()
   params, extra = jax.jit(lambda key: (lambda params, extra: (params, shaken(extra)))(*objective.init(key)))(
