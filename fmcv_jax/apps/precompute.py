@@ -13,12 +13,11 @@ from rich.progress import Progress
 
 from fmcv_jax import experiment
 from fmcv_jax.data.loader import evaluation_batches
-from fmcv_jax.data.packing import Plan, Unfinished, unfinished
+from fmcv_jax.data.packing import Plan, Unfinished, unfinished_by_all
 from fmcv_jax.data.source import Example, Source
 from fmcv_jax.errors import UserError, nearest
 from fmcv_jax.evaluate.base import Subject, to_devices
 from fmcv_jax.experiment import Run
-from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.train.warm_start import begin_with
 
 _SHARD_RECORDS = 8192
@@ -65,7 +64,7 @@ def run(
   }
   plan = Plan(len(source), shards or -(-len(source) // _SHARD_RECORDS), source.names, origin)
   with contextlib.ExitStack() as stack:
-    begun, total, missing = _begin(to, plan, stack)
+    begun, total, missing = unfinished_by_all(to, plan, stack)
     plan = dataclasses.replace(plan, shards=total)
     rows = np.concatenate([np.arange(0), *(np.array(plan.rows(shard)) for shard in missing)]).astype(int)
     computed = _computed(job, subject, names, batch, rows)
@@ -97,31 +96,6 @@ class Chosen(Source):
 
   def key_of(self, index):
     return self.source.key_of(int(self.rows[index]))
-
-
-def _begin(to: str, plan: Plan, stack: contextlib.ExitStack) -> tuple[Unfinished | None, int, list[int]]:
-  """The set that the first process writes (None in the others), the number of its shards and which are to be made."""
-  begun, failure = None, None
-  if is_main():
-    try:
-      begun = stack.enter_context(unfinished(to, plan))
-    except UserError as error:  # said once the others are not left waiting
-      failure = error
-  shards = int(_from_main(np.array(begun.plan.shards if begun else 0)))
-  if not shards:
-    raise failure or UserError(f'--to {to}: the first process cannot write it')
-  flags = np.zeros(shards, bool)
-  if begun:
-    flags[begun.missing()] = True
-  return begun, shards, np.flatnonzero(_from_main(flags)).tolist()
-
-
-def _from_main(value: np.ndarray) -> np.ndarray:
-  if jax.process_count() == 1:
-    return value
-  from jax.experimental import multihost_utils
-
-  return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def _frozen(job: Run) -> Subject:

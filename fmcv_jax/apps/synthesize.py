@@ -1,5 +1,7 @@
 """A labelled data set that a diffusion model paints, for training others on."""
 
+import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +10,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fmcv_jax.apps.generate import Painter
-from fmcv_jax.data.array_record import shard_path, write_info, write_shard
+from fmcv_jax.data.packing import Plan, unfinished_by_all
 from fmcv_jax.errors import UserError
-from fmcv_jax.parallel.distributed import is_main
 
 
 def run(
@@ -31,7 +32,7 @@ def run(
   """
   if per_prompt < 1:
     raise UserError(f'-n: {per_prompt} pictures of each prompt; give at least 1')
-  console, painter, folder = Console(), Painter(model, step=step), pathlib.Path(to)
+  console, painter = Console(), Painter(model, step=step)
   names = painter.source.names if prompts is None else _lines(prompts)
   if not names:
     raise UserError(f'{model}: its data has no names to paint; give a file of --prompts')
@@ -40,19 +41,16 @@ def run(
     console.print(
       f'{len(cut)} prompts too long, such as {cut[0]!r}, cut to: {painter.cut(cut[0])}', highlight=False, markup=False
     )
-  if (folder / 'info.json').exists():
-    raise UserError(f'--to {to}: holds a complete data set; choose another folder')
   count = per_prompt * len(names)
-  shards = -(-count // shard_size)
-  folder.mkdir(parents=True, exist_ok=True)
-  with Progress(console=console) as bar:
-    task = bar.add_task('painting', total=count)
-    for shard in range(shards):
-      path = shard_path(folder, shard, shards)
-      rows = range(shard * shard_size, min(count, (shard + 1) * shard_size))
-      if path.exists():
-        bar.advance(task, len(rows))
-        continue
+  origin = {'model': str(model), 'step': painter.step, 'seed': seed, **options}
+  plan = Plan(count, -(-count // shard_size), tuple(names), origin)
+  with contextlib.ExitStack() as stack:
+    begun, shards, missing = unfinished_by_all(to, plan, stack)
+    plan = dataclasses.replace(plan, shards=shards)
+    bar = stack.enter_context(Progress(console=console))
+    task = bar.add_task('painting', total=count, completed=count - sum(len(plan.rows(shard)) for shard in missing))
+    for shard in missing:
+      rows = plan.rows(shard)
       labels = [row % len(names) for row in rows]
       pictures = painter.generate(
         [names[label] for label in labels],
@@ -61,17 +59,12 @@ def run(
         progress=lambda ready: bar.advance(task, ready),
         **options,
       )
-      if is_main():
-        write_shard(
-          (
-            {'image': picture, 'label': label, 'text': names[label]}
-            for picture, label in zip(pictures, labels, strict=True)
-          ),
-          path,
-        )
-  if is_main():
-    write_info(folder, count, shards, names)
-  console.print(f'{count} pictures of {len(names)} prompts in {folder}: data.source.name=array_record', highlight=False)
+      if begun is not None:
+        painted = zip(pictures, labels, strict=True)
+        begun.write(shard, ({'image': picture, 'label': label, 'text': names[label]} for picture, label in painted))
+    if begun is not None:
+      begun.finish()
+  console.print(f'{count} pictures of {len(names)} prompts in {to}: data.source.name=array_record', highlight=False)
 
 
 def _lines(file: str) -> Sequence[str]:

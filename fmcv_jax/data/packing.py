@@ -20,10 +20,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import numpy as np
+
 from fmcv_jax.data.array_record import encode_record, shard_path, write_info, write_shard
 from fmcv_jax.data.source import BadRecord, Example, Source
 from fmcv_jax.data.workers import end_with_parent
 from fmcv_jax.errors import UserError
+from fmcv_jax.parallel import distributed
 
 SHARD_BYTES = 512 << 20
 SUMS = 'SHA256SUMS'
@@ -139,6 +142,27 @@ def unfinished(to: str | os.PathLike[str], plan: Plan) -> Iterator[Unfinished]:
     yield Unfinished(target, folder, _agreed(folder, target, plan))
   finally:
     os.close(lock)
+
+
+def unfinished_by_all(
+  to: str | os.PathLike[str], plan: Plan, stack: contextlib.ExitStack
+) -> tuple[Unfinished | None, int, list[int]]:
+  """For what all processes of a run make together: the set that the first of them writes (None in the others), the
+  number of its shards, and which are to be made. It is held until `stack` closes.
+  """
+  begun, failure = None, None
+  if distributed.is_main():
+    try:
+      begun = stack.enter_context(unfinished(to, plan))
+    except UserError as error:  # said once the others are not left waiting
+      failure = error
+  shards = int(distributed.from_main(np.array(begun.plan.shards if begun else 0)))
+  if not shards:
+    raise failure or UserError(f'--to {to}: the first process cannot write it')
+  flags = np.zeros(shards, bool)
+  if begun:
+    flags[begun.missing()] = True
+  return begun, shards, np.flatnonzero(distributed.from_main(flags)).tolist()
 
 
 def _agreed(folder: pathlib.Path, target: pathlib.Path, plan: Plan) -> Plan:

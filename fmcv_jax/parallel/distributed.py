@@ -47,3 +47,12 @@ def any_process(flag: bool) -> bool:
   from jax.experimental import multihost_utils
 
   return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def from_main(value: np.ndarray) -> np.ndarray:
+  """The first process' array of a shape that all know; every process must call it at the same point."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.broadcast_one_to_all(value))
