@@ -56,7 +56,7 @@ def test_autoencoder(tmp_path):
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
 
 
-@pytest.mark.parametrize('family', ['sd1', 'sd2'])
+@pytest.mark.parametrize('family', [pytest.param('sd1', marks=pytest.mark.slow), 'sd2'])
 def test_stable_diffusion(tmp_path, family):
   config = {
     'block_out_channels': (128, 128),
