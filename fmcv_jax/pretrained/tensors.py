@@ -65,7 +65,8 @@ def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
       arrays: Any = tensors
       np.savez(temporary, **arrays)
     else:
-      contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+      # Not ascontiguousarray, which would make scalars arrays of one.
+      contiguous = {name: np.asarray(x, order='C') for name, x in tensors.items()}
       save_file(contiguous, temporary, metadata={'format': 'pt'})
     temporary.replace(file)
   except (OSError, SafetensorError) as error:

@@ -46,7 +46,8 @@ def comes_back(folder, tmp_path, form):
   several = any((folder / part).is_dir() for part in PARTS)
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out' / ('' if several else 'model.safetensors')), form)
   first, again = open_tensors(folder), open_tensors(tmp_path / 'out')
-  for name in again.shapes:
+  for name, shape in again.shapes.items():
+    assert first.shapes[name] == shape, name
     np.testing.assert_array_equal(first[name], again[name], err_msg=name)
   left = {name for name in set(first.shapes) - set(again.shapes) if 'position_ids' not in name and 'index' not in name}
   assert not left
