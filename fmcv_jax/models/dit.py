@@ -13,7 +13,6 @@ from fmcv_jax.errors import nearest
 from fmcv_jax.models.attention import Backend
 from fmcv_jax.models.conditioning import NOTHING, ClassEmbedding, Condition, Perceptron, sinusoids
 from fmcv_jax.models.layers import (
-  REMAT_POLICIES,
   Activation,
   Attention,
   BlockConfig,
@@ -22,6 +21,7 @@ from fmcv_jax.models.layers import (
   Remat,
   dense,
   layer_norm,
+  scanned,
 )
 from fmcv_jax.models.positions import sincos_2d
 from fmcv_jax.models.vit import patches_of
@@ -103,25 +103,26 @@ class DiT(nn.Module):
       text = condition.text
       mask = None if condition.mask is None else condition.mask[:, None, None, :]
 
-    block: type[nn.Module] = DiTBlock
-    if self.remat != 'none':
-      block = nn.remat(DiTBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    blocks = nn.scan(
-      block,
-      variable_axes={'params': 0, 'intermediates': 0, 'probes': 0},
-      split_rngs={'params': True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-      length=self.depth,
-      unroll=min(self.unroll, self.depth),
-    )(self.block, name='blocks')
+    in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
+    blocks = scanned(DiTBlock, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(self.block, name='blocks')
     carry = (x, None if tap is None else jnp.zeros_like(x))
     (x, tapped), _ = blocks(carry, jnp.arange(1, self.depth + 1), c, text, mask, tap)
 
-    shift, scale = modulation(c, 2, self.width, dtype)
-    x = plain_norm(x, self.block, shift, scale)
-    x = dense(self.patch**2 * self.outputs, dtype, 'head', init=nn.initializers.zeros)(x)
-    x = picture_of(x.astype(jnp.float32), grid, self.patch)
+    x = final_layer(x, c, self.block, grid, self.patch, self.outputs)
     return x if tap is None else (x, tapped)
+
+
+def final_layer(
+  x: jax.Array, c: jax.Array, config: BlockConfig, grid: tuple[int, int], patch: int, outputs: int
+) -> jax.Array:
+  """Tokens x [B, T, D] of a grid, told c [B, D] -> [B, H, W, outputs], float32; born zero.
+
+  To be called in the compact method that owns the scopes `modulation` and `head`.
+  """
+  shift, scale = modulation(c, 2, x.shape[-1], config.dtype)
+  x = plain_norm(x, config, shift, scale)
+  x = dense(patch**2 * outputs, config.dtype, 'head', init=nn.initializers.zeros)(x)
+  return picture_of(x.astype(jnp.float32), grid, patch)
 
 
 def picture_of(patches: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:

@@ -7,7 +7,7 @@ Letters in shapes: B batch, R rows, C columns, D channels.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.errors import nearest
-from fmcv_jax.models.layers import REMAT_POLICIES, Dtype, Remat, dense, drop_examples
+from fmcv_jax.models.layers import Dtype, Remat, dense, drop_examples, rematerialized, scanned
 from fmcv_jax.models.vit import Features, linear_head
 from fmcv_jax.parallel.rules import constrain
 
@@ -120,21 +120,14 @@ class Stage(nn.Module):
   @nn.compact
   def __call__(self, x, drop_path=None):
     """drop_path: float [repeats], or None; needs the rng 'dropout'."""
-    block: Any = Bottleneck
-    if self.remat != 'none':
-      block = nn.remat(Bottleneck, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
     repeats, features, size, stride, ratio = self.row
+    block = rematerialized(Bottleneck, self.remat)
     first = block(features, size, stride, ratio, self.dtype, self.train, name='first')
     x = first(x, None if drop_path is None else drop_path[0])[0]
     if repeats == 1:
       return x
-    rest = nn.scan(
-      block,
-      variable_axes={'params': 0, 'batch_stats': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=nn.broadcast if drop_path is None else 0,
-      length=repeats - 1,
-    )(features, size, 1, ratio, self.dtype, self.train, name='blocks')
+    stack = scanned(Bottleneck, repeats - 1, nn.broadcast if drop_path is None else 0, remat=self.remat)
+    rest = stack(features, size, 1, ratio, self.dtype, self.train, name='blocks')
     return rest(x, None if drop_path is None else drop_path[1:])[0]
 
 

@@ -4,7 +4,7 @@ Letters in shapes: B batch, T tokens, D width, H heads, K head dimension, L dept
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -163,6 +163,32 @@ class Block(nn.Module):
     return y
 
 
+def rematerialized(module: type[nn.Module], remat: Remat, *, in_scan: bool = False) -> Any:
+  """The module, of which the backward pass computes again what `remat` does not save.
+
+  XLA merges equal computations, and so would undo this. A scan keeps its two passes apart by itself; elsewhere a
+  barrier has to, which also stands in the way of fusion.
+  """
+  if remat == 'none':
+    return module
+  return nn.remat(module, policy=REMAT_POLICIES[remat], prevent_cse=not in_scan)
+
+
+def scanned(module: type[nn.Module], length: int, in_axes: Any, *, remat: Remat = 'none', unroll: int = 1) -> Any:
+  """`length` modules in a row, each (carry, *inputs) -> (carry, output); parameters carry an axis of that length.
+
+  in_axes: for each input 0, where it has such an axis as well, or nn.broadcast; `unroll` as in `Stack`.
+  """
+  return nn.scan(
+    rematerialized(module, remat, in_scan=unroll < length),
+    variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0, 'probes': 0},
+    split_rngs={'params': True, 'dropout': True},
+    in_axes=in_axes,
+    length=length,
+    unroll=min(unroll, length),
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Stack:
   """A stack of `depth` blocks; parameters carry a leading axis of that length.
@@ -182,18 +208,9 @@ class Stack:
 
   def __call__(self, x, *, angles=None, mask=None, train: bool = False):
     """Runs x [B, T, D] through the blocks; to be called in the compact method that owns the scope `blocks`."""
-    block: type[nn.Module] = Block
-    if self.remat != 'none':
-      block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
     drop = bool(train and self.drop_path)
-    blocks = nn.scan(
-      block,
-      variable_axes={'params': 0, 'intermediates': 0, 'probes': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=(0 if drop else nn.broadcast, nn.broadcast, nn.broadcast),
-      length=self.depth,
-      unroll=min(self.unroll, self.depth),
-    )(self.block, train, name='blocks')
+    in_axes = (0 if drop else nn.broadcast, nn.broadcast, nn.broadcast)
+    blocks = scanned(Block, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(self.block, train, name='blocks')
     first = 0.0 if self.drop_path_rise else self.drop_path
     rates = jnp.linspace(first, self.drop_path, self.depth) if drop else None
     return blocks(x, rates, angles, mask)[0]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from fmcv_jax.errors import nearest
 from fmcv_jax.models.attention import Backend, attention
 from fmcv_jax.models.conditioning import Condition, Perceptron, sinusoids
-from fmcv_jax.models.dit import bare_norm, modulation, picture_of, plain_norm
-from fmcv_jax.models.layers import REMAT_POLICIES, Activation, BlockConfig, Dtype, Mlp, Remat, dense
+from fmcv_jax.models.dit import bare_norm, final_layer
+from fmcv_jax.models.layers import Activation, BlockConfig, Dtype, Mlp, Remat, dense, rematerialized, scanned
 from fmcv_jax.models.positions import sincos_2d
 from fmcv_jax.models.vit import patches_of
 from fmcv_jax.parallel.rules import constrain
@@ -142,25 +142,15 @@ class MMDiT(nn.Module):
       everywhere = jnp.ones(x.shape[:2], bool)
       mask = jnp.concatenate([everywhere, condition.mask], axis=1)[:, None, None, :]
 
-    block: type[nn.Module] = JointBlock
-    if self.remat != 'none':
-      block = nn.remat(JointBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    blocks = nn.scan(
-      block,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-      length=self.depth - 1,
-      unroll=min(self.unroll, self.depth - 1),
-    )(self.block, self.width, self.qk_norm, name='blocks')
+    in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+    stack = scanned(JointBlock, self.depth - 1, in_axes, remat=self.remat, unroll=self.unroll)
+    blocks = stack(self.block, self.width, self.qk_norm, name='blocks')
+    last = rematerialized(JointBlock, self.remat)(self.block, self.width, self.qk_norm, True, name='last')
     carry = (x, words, None if tap is None else jnp.zeros_like(x))
     carry, _ = blocks(carry, jnp.arange(1, self.depth), c, mask, tap)
-    (x, _, tapped), _ = block(self.block, self.width, self.qk_norm, True, name='last')(carry, self.depth, c, mask, tap)
+    (x, _, tapped), _ = last(carry, self.depth, c, mask, tap)
 
-    shift, scale = modulation(c, 2, self.width, dtype)
-    x = plain_norm(x, self.block, shift, scale)
-    x = dense(self.patch**2 * self.outputs, dtype, 'head', init=nn.initializers.zeros)(x)
-    x = picture_of(x.astype(jnp.float32), grid, self.patch)
+    x = final_layer(x, c, self.block, grid, self.patch, self.outputs)
     return x if tap is None else (x, tapped)
 
   def _table(self, rows: int, columns: int):

@@ -14,16 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.errors import nearest
-from fmcv_jax.models.layers import (
-  REMAT_POLICIES,
-  BlockConfig,
-  Dtype,
-  Mlp,
-  Remat,
-  dense,
-  drop_examples,
-  layer_norm,
-)
+from fmcv_jax.models.layers import BlockConfig, Dtype, Mlp, Remat, dense, drop_examples, layer_norm, scanned
 from fmcv_jax.models.vit import Features, linear_head, patches_of
 from fmcv_jax.parallel.rules import constrain
 
@@ -171,18 +162,9 @@ class Stage(nn.Module):
     """drop_path: float [pairs, 2], or None; needs the rng 'dropout'."""
     if self.merge:
       x, grid = Merge(self.config.eps, self.config.dtype, name='merge')(x, grid)
-    pair: type[nn.Module] = WindowPair
-    if self.remat != 'none':
-      pair = nn.remat(WindowPair, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    blocks = nn.scan(
-      pair,
-      variable_axes={'params': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=nn.broadcast if drop_path is None else 0,
-      length=self.pairs,
-      unroll=min(self.unroll, self.pairs),
-    )(self.config, grid, self.window, name='blocks')
-    return blocks(x, drop_path)[0], grid
+    in_axes = nn.broadcast if drop_path is None else 0
+    stack = scanned(WindowPair, self.pairs, in_axes, remat=self.remat, unroll=self.unroll)
+    return stack(self.config, grid, self.window, name='blocks')(x, drop_path)[0], grid
 
 
 class Level(NamedTuple):

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from fmcv_jax.errors import nearest
 from fmcv_jax.models.attention import Backend
 from fmcv_jax.models.conditioning import NOTHING, ClassEmbedding, Condition, Perceptron, sinusoids
-from fmcv_jax.models.layers import REMAT_POLICIES, Attention, BlockConfig, Dtype, Mlp, Remat, dense, layer_norm
+from fmcv_jax.models.layers import (
+  Attention,
+  BlockConfig,
+  Dtype,
+  Mlp,
+  Remat,
+  dense,
+  layer_norm,
+  rematerialized,
+  scanned,
+)
 from fmcv_jax.models.spatial import (
   Downsample,
   ResidualBlock,
@@ -54,13 +64,7 @@ class Transformer(nn.Module):
     dtype = self.config.dtype
     y = group_norm(channels, dtype, 'norm')(x).reshape(batch, height * width, channels)
     y = dense(channels, dtype, 'enter')(y)
-    blocks = nn.scan(
-      TransformerBlock,
-      variable_axes={'params': 0, 'intermediates': 0, 'probes': 0},
-      split_rngs={'params': True},
-      in_axes=(nn.broadcast, nn.broadcast),
-      length=self.depth,
-    )(self.config, name='blocks')
+    blocks = scanned(TransformerBlock, self.depth, (nn.broadcast, nn.broadcast))(self.config, name='blocks')
     y = dense(channels, dtype, 'leave', init=nn.initializers.zeros)(blocks(y, words, mask)[0])
     return x + y.reshape(x.shape)
 
@@ -103,14 +107,13 @@ class Pyramid:
 
   def residual(self, x, told: Told, features: int, train: bool, name: str):
     """A residual block; to be called, as `attend`, in the compact method that owns its scope."""
-    return self._kept(ResidualBlock)(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(
-      x, told.time
-    )
+    block = rematerialized(ResidualBlock, self.remat)
+    return block(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(x, told.time)
 
   def attend(self, x, told: Told, level: int, name: str):
     depth = max(1, self.depths[level])
     if not self.context:
-      return self._kept(SpatialAttention)(self.heads[level], self.eps, self.dtype, name=name)(x)
+      return rematerialized(SpatialAttention, self.remat)(self.heads[level], self.eps, self.dtype, name=name)(x)
     config = BlockConfig(
       self.heads[level],
       4 * x.shape[-1],
@@ -120,12 +123,7 @@ class Pyramid:
       attention=self.attention,
       dtype=self.dtype,
     )
-    return self._kept(Transformer)(config, depth, name=name)(x, told.words, told.mask)
-
-  def _kept(self, module: type[nn.Module]) -> Any:
-    if self.remat == 'none':
-      return module
-    return nn.remat(module, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    return rematerialized(Transformer, self.remat)(config, depth, name=name)(x, told.words, told.mask)
 
 
 class Residuals(NamedTuple):

@@ -2,10 +2,14 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.layers import Block, BlockConfig, Mlp, Stack
+from fmcv_jax.models.mmdit import mmdit
+from fmcv_jax.models.unet import unet
 
 CONFIG = BlockConfig(heads=2, mlp_dim=24, layer_scale=0.5)
 RNG = {'dropout': jax.random.key(2)}
@@ -62,6 +66,31 @@ def test_unroll_and_remat_change_no_parameter(x):
   kernels = plain['params']['blocks']['mlp']['up']['kernel']
   assert kernels.shape == (3, 16, 24)
   assert not np.allclose(kernels[0], kernels[1])  # each block is born different
+
+
+LATENT, TEXT = np.zeros((1, 8, 8, 4), np.float32), np.zeros((1, 3, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+  ('network', 'inputs'),
+  [
+    (lambda remat: tower(remat=remat, unroll=3), (np.zeros((4, 5, 16), np.float32),)),
+    (lambda remat: unet('mu', remat=remat), (LATENT, np.zeros(1), Condition(text=TEXT))),
+    (
+      lambda remat: mmdit('mu/2', channels=4, depth=2, remat=remat),
+      (LATENT, np.zeros(1), Condition(text=TEXT, pooled=TEXT[:, 0])),
+    ),
+  ],
+  ids=['unrolled', 'unet', 'mmdit'],
+)
+def test_the_compiler_does_not_undo_remat_where_no_scan_keeps_the_passes_apart(network, inputs):
+  def flops(remat):
+    module = network(remat)
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
+    gradient = jax.grad(lambda variables: jnp.sum(module.apply(variables, *inputs) ** 2))
+    return jax.jit(gradient).lower(variables).compile().cost_analysis()['flops']
+
+  assert flops('full') > 1.2 * flops('none')  # a forward pass more is a third
 
 
 def block_of(variables, i):
