@@ -137,7 +137,8 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> None:
     slices=args.slices,
     utilization=args.utilization,
     json_file=args.json,
-    search=args.search,
+    searched=args.search,
+    batches=args.batches,
   )
 
 
@@ -259,7 +260,8 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--slices', type=int, default=1, help='of that topology, joined by the data-centre network')
   sub.add_argument('--utilization', type=float, default=0.4, help='at which days are counted (default: 0.4)')
   sub.add_argument('--json', metavar='FILE', help='also write the figures there')
-  sub.add_argument('--search', action='store_true', help='try meshes and rematerialization, and list what fits')
+  sub.add_argument('--search', action='store_true', help='try meshes, remat and --batches, and list what fits')
+  sub.add_argument('--batches', type=int, nargs='+', metavar='N', help="to search among (default: the config's)")
   return top
 
 

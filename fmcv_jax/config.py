@@ -84,7 +84,7 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     try:
       value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-      value = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+      value = {'true': True, 'false': False}.get(text.lower(), text)
     config = _assign(config, path.split('.'), plain(value), path)
   return config
 

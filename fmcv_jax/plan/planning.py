@@ -8,8 +8,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, get_args
 
 import jax
 from rich.console import Console
@@ -17,10 +17,12 @@ from rich.table import Table
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import Run, load_config, parameter_count
+from fmcv_jax.models.layers import Remat
 from fmcv_jax.plan import hlo
 from fmcv_jax.train.flops import matmul_flops
 
 GIB = 2**30
+REMATS = get_args(Remat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +113,8 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
   Raises DoesNotFit with the compiler's largest buffers, and UserError for what does not divide.
   """
   resolved = load_config(config, overrides)
-  topology = topology or resolved['topology']
-  if not topology:
-    raise UserError(f'{config}: names no topology; give --topology, such as v5e:16x16')
-  chip = CHIPS.get(topology.partition(':')[0])
-  devices = pod(topology, slices)
-  assert chip is not None
+  topology = _topology(config, resolved, topology)
+  devices, chip = pod(topology, slices), CHIPS[topology.partition(':')[0]]
   run = Run(resolved, devices=devices)
   step: Any = run.train_step()
   lowered = step.lower(run.abstract_state, run.batch_shapes)
@@ -159,6 +157,13 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
   )
 
 
+def _topology(config: str, resolved: dict[str, Any], given: str | None) -> str:
+  topology = given or resolved['topology']
+  if not topology:
+    raise UserError(f'{config}: names no topology; give --topology, such as v5e:16x16')
+  return topology
+
+
 def show(plan: Plan, console: Console, utilization: float) -> None:
   table = Table(title=f'{plan.config} on {plan.topology}, one chip of {plan.chips}', show_header=False)
   axes = ' x '.join(f'{name} {size}' for name, size in plan.mesh.items() if size > 1) or '1 device'
@@ -199,12 +204,13 @@ def run(
   slices: int = 1,
   utilization: float = 0.4,
   json_file: str | None = None,
-  search: bool = False,
+  searched: bool = False,
+  batches: Sequence[int] | None = None,
 ) -> None:
-  """Prints a plan (and writes it as JSON), or with `search` a table of plans by mesh, remat and microbatches."""
+  """Prints a plan (and writes it as JSON), or, `searched`, a table of plans by mesh, remat and batch."""
   console = Console()
-  if search:
-    plans = find(config, overrides, topology=topology, slices=slices, console=console)
+  if searched:
+    plans = search(config, overrides, topology=topology, slices=slices, batches=batches, console=console)
   else:
     plans = [make(config, overrides, topology, slices)]
     show(plans[0], console, utilization)
@@ -213,33 +219,80 @@ def run(
       json.dump([_plain(plan) for plan in plans], file, indent=1)
 
 
-def find(config: str, overrides: Sequence[str], *, topology, slices, console) -> list[Plan]:
-  """Compiles a config with several meshes and rematerializations; prints them all, those first that fit."""
-  table = Table(title=f'{config}: what fits')
-  for heading in ('mesh', 'remat', 'HBM', 'model/executed', 'sent', 'cycles', ''):
+class Figures(NamedTuple):
+  """What a choice is judged by, less of each being better: seconds and bytes are one example's share of a chip."""
+
+  seconds: float
+  sent: float
+  hbm: int
+
+
+def figures(plan: Plan) -> Figures:
+  examples = plan.batch / plan.chips
+  sent = sum(row.bytes for row in plan.collectives)
+  return Figures(plan.estimated_seconds / examples, sent / examples, plan.needed)
+
+
+def best(found: Sequence[Figures]) -> list[bool]:
+  """Which of some choices no other one beats in a figure without losing in another (the Pareto front)."""
+
+  def beaten(one: Figures) -> bool:
+    return any(other != one and all(x <= y for x, y in zip(other, one, strict=True)) for other in found)
+
+  return [not beaten(one) for one in found]
+
+
+def choices(config: dict[str, Any], batches: Sequence[int], chips: int) -> Iterator[tuple[str, str, int, list[str]]]:
+  """(mesh, remat, batch, overrides) of what `search` tries: other axes of the mesh stay as the config has them."""
+  fields = _paths(config['objective'], 'objective', 'remat')
+  meshes = {'data': (-1, 1), 'fsdp': (1, -1), **({'data x fsdp 8': (-1, 8)} if chips > 16 else {})}
+  for (mesh, (data, fsdp)), remat, batch in itertools.product(meshes.items(), REMATS, batches):
+    sizes = [f'mesh.data={data}', f'mesh.fsdp={fsdp}', f'train.batch={batch}']
+    yield mesh, remat, batch, [*sizes, *(f'{field}={remat}' for field in fields)]
+
+
+def search(
+  config: str,
+  overrides: Sequence[str],
+  *,
+  topology: str | None,
+  slices: int,
+  batches: Sequence[int] | None,
+  console: Console,
+) -> list[Plan]:
+  """Compiles a config with several meshes, rematerializations and batches; prints each, and then marks the best."""
+  resolved = load_config(config, overrides)
+  topology = _topology(config, resolved, topology)
+  table = Table(title=f'{config} on {topology}')
+  for heading in ('mesh', 'remat', 'batch', 'HBM', 'model/executed', 'sent an example', 'estimate an example', ''):
     table.add_column(heading, justify='right')
-  plans = []
-  fields = _paths(load_config(config, overrides)['objective'], 'objective', 'remat')
-  for (data, fsdp), remat in itertools.product(((-1, 1), (1, -1)), ('none', 'dots', 'full')):
-    more = [f'mesh.data={data}', f'mesh.fsdp={fsdp}', *(f'{field}={remat}' for field in fields)]
-    mesh = 'fsdp' if fsdp == -1 else 'data'
+  plans, rows = [], []
+  for mesh, remat, batch, more in choices(
+    resolved, batches or (resolved['train']['batch'],), len(pod(topology, slices))
+  ):
     try:
       plan = make(config, [*overrides, *more], topology, slices)
     except DoesNotFit:
-      table.add_row(mesh, remat, '', '', '', '', 'does not fit')
+      console.print(f'{mesh}, remat {remat}, batch {batch:,}: does not fit', highlight=False)
       continue
     plans.append(plan)
-    sent = sum(row.bytes for row in plan.collectives)
-    table.add_row(
-      mesh,
-      remat,
-      f'{plan.needed / GIB:.2f} GiB',
-      f'{plan.model_flops / plan.flops:.2f}',
-      f'{sent / 2**20:,.0f} MiB',
-      f'{1e3 * plan.estimated_seconds:.1f} ms',
-      'fits',
+    cost = figures(plan)
+    rows.append(
+      (
+        mesh,
+        remat,
+        f'{batch:,}',
+        f'{plan.needed / GIB:.2f} GiB',
+        f'{plan.model_flops / plan.flops:.2f}',
+        f'{cost.sent / 2**20:,.2f} MiB',
+        f'{1e6 * cost.seconds:.0f} us',
+      )
     )
+    console.print(f'{mesh}, remat {remat}, batch {batch:,}: {", ".join(rows[-1][3:])}', highlight=False)
+  for row, marked in zip(rows, best([figures(plan) for plan in plans]), strict=True):
+    table.add_row(*row, 'best' if marked else '')
   console.print(table)
+  console.print('best: no other is better in memory, exchange or estimate without being worse in another of them')
   return plans
 
 

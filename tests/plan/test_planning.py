@@ -25,6 +25,22 @@ def test_largest_buffers_are_read_from_the_compilers_complaint():
   assert line.startswith('needs 19.01G of 15.75G bytes of HBM; largest: 4.00G jit(step)/dot_general; 2.00G f32[1,2]')
 
 
+def test_what_no_other_choice_beats_is_marked():
+  cheap, quick, beaten = planning.Figures(2.0, 1.0, 5), planning.Figures(1.0, 3.0, 5), planning.Figures(2.0, 3.0, 6)
+  assert planning.best([cheap, quick, beaten, cheap]) == [True, True, False, True]
+
+
+def test_a_search_tries_each_mesh_remat_and_batch_and_keeps_the_other_axes():
+  config = planning.load_config('configs/clip.py:B/16', ['mesh.tensor=2'])
+  found = list(planning.choices(config, (64, 128), chips=32))
+  assert len({(mesh, remat, batch) for mesh, remat, batch, _ in found}) == len(found) == 3 * 3 * 2
+  for mesh, remat, batch, overrides in found:
+    changed = planning.load_config('configs/clip.py:B/16', ['mesh.tensor=2', *overrides])
+    assert (changed['mesh']['tensor'], changed['train']['batch']) == (2, batch)
+    assert changed['objective']['network']['remat'] == remat
+    assert (changed['mesh']['fsdp'] == 1) == (mesh == 'data')
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_a_plan_of_a_small_step(tmp_path, capsys):
