@@ -13,9 +13,9 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
-  from fmcv_jax import experiment
+  from fmcv_jax import experiment, training
 
-  experiment.train(experiment.load_config(args.config, overrides), args.workdir)
+  training.train(experiment.load_config(args.config, overrides), args.workdir)
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:

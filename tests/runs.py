@@ -7,12 +7,13 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from etils import epath
 from PIL import Image
 
-from fmcv_jax import experiment
+from fmcv_jax import experiment, training
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.train import metrics
+from fmcv_jax.train import loop, metrics
 from fmcv_jax.train.checkpoint import Store
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -183,6 +184,19 @@ def _resolved(config, changes):
   from fmcv_jax.config import override
 
   return experiment.resolve(override(config, [f'{path.replace("__", ".")}={value}' for path, value in changes.items()]))
+
+
+def stopped(config, workdir, step):
+  """Runs a config in this process up to `step`, where it is told to stop."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.StopSignal, 'requested', lambda self, now: now == step)
+    with pytest.raises(loop.Preempted, match=f'at step {step}: saved'):
+      training.train(config, workdir)
+
+
+def assert_bitwise_equal(a, b):
+  for x, y in zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True):
+    np.testing.assert_array_equal(x, y)
 
 
 def start(config, workdir, *, launcher=('-m', 'fmcv_jax'), **options):

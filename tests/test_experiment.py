@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from fmcv_jax import experiment
+from fmcv_jax import experiment, training
 from fmcv_jax.apps.evaluation import evaluate_workdir, evaluate_workdirs
 from fmcv_jax.errors import UserError
-from fmcv_jax.train import loop, metrics
+from fmcv_jax.train import metrics
 from tests import runs
 
 TIMES = ('time', 'train/steps_per_second', 'train/images_per_second', 'train/input_wait')
@@ -25,20 +25,11 @@ def finished(folder, tmp_path_factory):
   """A run that was never interrupted: (config, workdir, final state)."""
   workdir = tmp_path_factory.mktemp('finished')
   config = runs.classification(folder)
-  return config, workdir, jax.device_get(experiment.train(config, workdir))
-
-
-def stop_after(monkeypatch, step):
-  monkeypatch.setattr(loop.StopSignal, 'requested', lambda self, now: now == step)
+  return config, workdir, jax.device_get(training.train(config, workdir))
 
 
 def rows_without_times(workdir):
   return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics.read(workdir / 'metrics.jsonl')]
-
-
-def assert_bitwise_equal(a, b):
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def test_workdir_identifies_the_run_and_holds_its_figures(finished):
@@ -60,15 +51,11 @@ def test_it_learns_the_colours(finished):
   assert rows[-1]['val/top1'] >= 0.6
 
 
-def test_stopped_run_goes_on_bitwise(finished, tmp_path, monkeypatch):
+def test_stopped_run_goes_on_bitwise(finished, tmp_path):
   """State, data order, metrics: stopped at step 5 and resumed equals never stopped."""
   config, workdir, state = finished
-  stop_after(monkeypatch, 5)
-  with pytest.raises(loop.Preempted, match='at step 5: saved'):
-    experiment.train(config, tmp_path)
-  monkeypatch.undo()
-  resumed = experiment.train(config, tmp_path)
-  assert_bitwise_equal(jax.device_get(resumed), state)
+  runs.stopped(config, tmp_path, 5)
+  runs.assert_bitwise_equal(training.train(config, tmp_path), state)
   assert rows_without_times(tmp_path) == rows_without_times(workdir)
 
 
@@ -97,16 +84,13 @@ def test_evaluate_of_a_step_that_is_not_kept_says_which_are(finished):
     evaluate_workdir(finished[1], step=7)
 
 
-def test_checkpoint_of_one_mesh_continues_on_another(folder, tmp_path, monkeypatch):
+def test_checkpoint_of_one_mesh_continues_on_another(folder, tmp_path):
   changes = {'data__shuffle': True}
-  straight = experiment.train(runs.classification(folder, **changes), tmp_path / 'straight')
-  stop_after(monkeypatch, 4)
-  with pytest.raises(loop.Preempted):
-    experiment.train(runs.classification(folder, **changes), tmp_path / 'moved')
-  monkeypatch.undo()
+  straight = training.train(runs.classification(folder, **changes), tmp_path / 'straight')
+  runs.stopped(runs.classification(folder, **changes), tmp_path / 'moved', 4)
   moved = runs.classification(folder, **changes, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   for x, y in zip(
-    jax.tree.leaves(jax.device_get(experiment.train(moved, tmp_path / 'moved').params)),
+    jax.tree.leaves(jax.device_get(training.train(moved, tmp_path / 'moved').params)),
     jax.tree.leaves(jax.device_get(straight.params)),
     strict=True,
   ):
@@ -119,7 +103,7 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
   own = tmp_path / 'images'
   shutil.copytree(folder, own)
   config = runs.contrastive(own)
-  experiment.train(config, tmp_path / 'run')
+  training.train(config, tmp_path / 'run')
   tokens = experiment.Run(config).experiment.tokenizer(['a red picture'])
   shutil.rmtree(own)
   subject, step = experiment.Run.reopen(tmp_path / 'run').restored_subject()
@@ -133,11 +117,11 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
   _, workdir, state = finished
   changes = {'init_from__params__workdir': workdir, 'init_from__params__skip': "('head/.*',)", 'train__steps': 1}
   warm = runs.classification(folder, **changes, optimizer__schedule__peak=1e-12, optimizer__schedule__warmup_steps=0)
-  params = jax.device_get(experiment.train(warm, tmp_path).params)
+  params = jax.device_get(training.train(warm, tmp_path).params)
   np.testing.assert_allclose(params['patch']['kernel'], state.ema['patch']['kernel'], atol=1e-8)
   assert abs(params['head']['kernel']).max() < 1e-6
   with pytest.raises(UserError, match=r'head/bias is \(3,\) in .* and \(4,\) here; add a pattern'):
-    experiment.train(
+    training.train(
       runs.classification(folder, init_from__params__workdir=workdir, objective__network__outputs=4), tmp_path / 'other'
     )
 
@@ -159,7 +143,7 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
 )
 def test_what_does_not_fit_is_one_line(folder, tmp_path, changes, message):
   with pytest.raises(UserError, match=message) as caught:
-    experiment.train(runs.classification(folder, **changes), tmp_path)
+    training.train(runs.classification(folder, **changes), tmp_path)
   assert '\n' not in str(caught.value)
 
 
@@ -167,7 +151,7 @@ def test_workdir_of_another_experiment_is_refused_and_left_as_it_was(finished, f
   _, workdir, _ = finished
   before = (workdir / 'config.json').read_bytes()
   with pytest.raises(UserError, match=r'another experiment: config\.objective\.mixup is 0\.2 there and 0\.5 here'):
-    experiment.train(runs.classification(folder, objective__mixup=0.5), workdir)
+    training.train(runs.classification(folder, objective__mixup=0.5), workdir)
   assert (workdir / 'config.json').read_bytes() == before
 
 

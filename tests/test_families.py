@@ -2,11 +2,10 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
-from fmcv_jax import experiment
+from fmcv_jax import experiment, training
 from fmcv_jax.models.dino import dino
 from fmcv_jax.models.dual_encoder import DualEncoder
 from fmcv_jax.models.efficientnet import EfficientNet, Row
@@ -21,7 +20,6 @@ from fmcv_jax.objectives.distillation import Distillation
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.segmentation import Segmentation
 from fmcv_jax.parallel.mesh import MeshShape
-from fmcv_jax.train import loop
 from tests import runs
 from tests.train.tiny import Trainer, batch_of, classification
 
@@ -85,14 +83,10 @@ def config_of(family, folder):
 
 
 @pytest.mark.parametrize('family', [*NETWORKS, 'align'])
-def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(family, tmp_path, monkeypatch):
+def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(family, tmp_path):
   config = config_of(family, runs.image_folder(tmp_path / 'images'))
-  straight = jax.device_get(experiment.train(config, tmp_path / 'straight'))
-  monkeypatch.setattr(loop.StopSignal, 'requested', lambda self, now: now == 2)
-  with pytest.raises(loop.Preempted):
-    experiment.train(config, tmp_path / 'stopped')
-  monkeypatch.undo()
-  resumed = jax.device_get(experiment.train(config, tmp_path / 'stopped'))
+  straight = training.train(config, tmp_path / 'straight')
+  runs.stopped(config, tmp_path / 'stopped', 2)
+  resumed = training.train(config, tmp_path / 'stopped')
   assert ('batch_stats' in straight.extra) == (family in ('efficientnet', 'align'))
-  for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
-    np.testing.assert_array_equal(a, b)
+  runs.assert_bitwise_equal(straight, resumed)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from fmcv_jax import experiment
+from fmcv_jax import training
 from fmcv_jax.train import metrics
 from tests import runs
 
@@ -14,7 +14,7 @@ def test_two_processes_of_two_devices_give_the_losses_of_one_process(tmp_path):
   two = runs.start(config, tmp_path / 'two', launcher=runs.LOCAL)
   _, errors = two.communicate(timeout=300)
   assert two.returncode == 0, errors[-2000:]
-  experiment.train(config, tmp_path / 'one')
+  training.train(config, tmp_path / 'one')
   one, two = (metrics.read(tmp_path / name / 'metrics.jsonl') for name in ('one', 'two'))
   assert [row['step'] for row in two] == [row['step'] for row in one]
   for name in ('train/loss', 'train/gradient_norm', 'train/accuracy', 'val/top1'):

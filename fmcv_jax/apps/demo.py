@@ -8,7 +8,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from fmcv_jax import experiment
+from fmcv_jax import experiment, training
 from fmcv_jax.apps import sheets
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
@@ -27,7 +27,7 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   kinds = {name: evaluator['name'] for name, evaluator in resolved['evaluators'].items()}
   if (kinds.get('seen'), kinds.get('held_out')) != ('zero_shot', 'zero_shot'):
     raise UserError(f'{config}: the demo needs zero_shot evaluators named seen and held_out')
-  experiment.train(resolved, workdir, console)
+  training.train(resolved, workdir, console)
 
   trained = experiment.Run.reopen(workdir)
   subject, step = trained.restored_subject()

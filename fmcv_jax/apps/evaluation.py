@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.experiment import Run, evaluate
+from fmcv_jax.evaluate.base import evaluate
+from fmcv_jax.experiment import Run
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.train.checkpoint import write_json
 

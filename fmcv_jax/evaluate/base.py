@@ -157,3 +157,11 @@ def topk_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
 def chunks(n: int, size: int) -> Iterator[slice]:
   """Slices that cover range(n) in pieces of `size`."""
   return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def evaluate(subject: Subject, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
+  """Figures of a model as {'evaluator/figure': value}."""
+  figures = {}
+  for name, evaluator in evaluators.items():
+    figures.update({f'{name}/{figure}': value for figure, value in evaluator(subject).items()})
+  return figures

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fmcv_jax import experiment
+from fmcv_jax import experiment, training
 from fmcv_jax.__main__ import main
 from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.errors import UserError
@@ -22,7 +22,7 @@ def test_a_streak_stops_the_run_and_its_first_step_can_be_looked_at(tmp_path, ca
     optimizer__schedule={'name': 'cosine', 'peak': 3e38, 'warmup_steps': 0},
   )
   with pytest.raises(UserError, match='loss or gradient was not finite since step') as caught:
-    experiment.train(config, tmp_path / 'run')
+    training.train(config, tmp_path / 'run')
   first = int(re.search(r'since step (\d+)', str(caught.value)).group(1))
   capsys.readouterr()
 
@@ -44,7 +44,7 @@ def test_a_streak_stops_the_run_and_its_first_step_can_be_looked_at(tmp_path, ca
 
 def test_a_sound_step_after_a_checkpoint_is_reached_by_training(tmp_path, capsys):
   config = runs.classification(runs.image_folder(tmp_path / 'images'), evaluators={}, train__steps=6)
-  experiment.train(config, tmp_path / 'run')
+  training.train(config, tmp_path / 'run')
   rows = capsys.readouterr().out
   assert main(['replay', '--workdir', str(tmp_path / 'run'), '--at', '5']) == 0
   said = capsys.readouterr().out

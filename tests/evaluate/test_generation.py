@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from fmcv_jax import experiment
+from fmcv_jax import experiment, training
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.subset import Spaced
 from fmcv_jax.data.tokenizers import Tokenizer
@@ -131,7 +131,7 @@ def test_a_run_tells_the_distances_of_its_pictures_and_a_judge_that_is_not_there
   config = runs.class_painter(folder, train__steps=1, optimizer__schedule__warmup_steps=0)
   real = {'source': config['data']['source'], 'image': {'name': 'resize', 'size': 16}}
   spec = {'name': 'generation', 'judge': str(judge), 'count': 20, 'steps': 2, 'batch': 8, 'guidance': 2.0, 'data': real}
-  experiment.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'run')
+  training.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'run')
   rows = metrics.read(epath.Path(tmp_path / 'run' / 'metrics.jsonl'))
   told = {name: value for row in rows for name, value in row.items() if name.startswith('made/')}
   assert {name.removeprefix('made/') for name in told} == {'fid', 'kid', 'precision', 'recall', 'cmmd'}
@@ -139,5 +139,5 @@ def test_a_run_tells_the_distances_of_its_pictures_and_a_judge_that_is_not_there
 
   spec['judge'] = str(tmp_path / 'nowhere')
   with pytest.raises(UserError, match='nowhere: no run here'):
-    experiment.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'other')
+    training.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'other')
   assert not metrics.read(epath.Path(tmp_path / 'other' / 'metrics.jsonl'))
