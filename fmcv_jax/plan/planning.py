@@ -92,8 +92,9 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
   kind = topology.partition(':')[0]
   if kind not in CHIPS or not re.fullmatch(r'\w+:\d+(x\d+)+', topology):
     raise UserError(f'--topology: {topology!r} is none; write v5e:4x4, v6e:16x16 or v5p:4x4x4 ({", ".join(CHIPS)})')
-  # The compiler looks for a machine that it is not on; any answer will do.
+  # The compiler looks for a machine that it is not on; any answer will do. It holds no chip: several may compile at once.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-16', TPU_WORKER_HOSTNAMES='localhost')
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   jax.config.update('jax_platforms', 'cpu')
   from jax.experimental import topologies
 
@@ -324,7 +325,9 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def _largest(message: str) -> str:
   """The need, and the three largest buffers, from the compiler's complaint."""
-  used = re.search(r'Used ([\d.]+\w?) of ([\d.]+\w?)', message)
+  used = re.search(r'Used ([\d.]+\w?) of ([\d.]+\w?)', message) or re.search(
+    r'required for HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)', message
+  )
   sizes = re.findall(r'Size: ([\d.]+\w+)\s*\n\s*(?:Operator: op_name="([^"]*)"|Shape: (\S+))', message)[:3]
   named = '; '.join(f'{size} {(operator or shape)[-80:]}' for size, operator, shape in sizes)
   need = f'needs {used[1]} of {used[2]} bytes of HBM' if used else 'the compiler ran out of memory'

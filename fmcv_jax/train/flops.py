@@ -13,13 +13,14 @@ def matmul_flops(fn: Callable[..., Any], *args: Any) -> int:
   """Floating-point operations, two per multiply-add, of all matrix products and convolutions in fn(*args).
 
   args are pytrees of arrays or ShapeDtypeStructs; nothing is computed. Loops count each of their passes, conditionals
-  their dearest branch, a shard_map all of its devices, and rematerialization what it computes again: the count is of
-  what is executed, so model FLOPs (MFU) are those of a twin with remat='none'. A convolution's padding counts as
-  input, as in the papers' tables; the holes that a transposed convolution puts between its inputs do not.
+  their dearest branch, a shard_map all of its devices, a Pallas kernel each point of its grid (tiles that a causal mask
+  skips too), and rematerialization what it computes again: the count is of what is executed, so model FLOPs (MFU) are
+  those of a twin with remat='none'. A convolution's padding counts as input, as in the papers' tables; the holes that a
+  transposed convolution puts between its inputs do not.
 
   Not counted: elementwise operations, reductions, gathers, sorts, factorizations. Results that nobody reads count as
   long as they are in the jaxpr. A matrix product whose number of passes or of operations the jaxpr does not tell
-  (a while loop, a Pallas kernel) is a ValueError, never a guess.
+  (a while loop, a grid of unknown size) is a ValueError, never a guess.
   """
   return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -36,12 +37,17 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     return 2 * prod(_shape(equation.outvars[0])) * prod(lhs[axis] for axis in contracted)
   if name == 'conv_general_dilated':
     return 2 * _convolution(equation)
-  if name in ('pallas_call', 'ragged_dot_general'):
+  if name == 'ragged_dot_general':
     raise ValueError(f'matmul_flops cannot see into {name}; count a twin of the function that does without it')
 
   inner = [_of_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
   if not any(inner):
     return 0
+  if name == 'pallas_call':
+    grid = params['grid_mapping'].grid
+    if not all(isinstance(size, int) for size in grid):
+      raise ValueError(f'matmul_flops: a Pallas kernel on the grid {grid}, whose size is not known before it runs')
+    return prod(grid) * _of_jaxpr(params['jaxpr'])
   if name == 'scan':
     return params['length'] * inner[0]
   if name == 'cond':

@@ -23,6 +23,10 @@ def test_largest_buffers_are_read_from_the_compilers_complaint():
   )
   line = planning._largest(message)
   assert line.startswith('needs 19.01G of 15.75G bytes of HBM; largest: 4.00G jit(step)/dot_general; 2.00G f32[1,2]')
+  early = (
+    'Ran out of memory on HBM, the total memory required for HLO temporaries (16.66G) exceeds available HBM (15.75G).'
+  )
+  assert planning._largest(early).startswith('needs 16.66G of 15.75G bytes of HBM; largest: unknown')
 
 
 def test_what_no_other_choice_beats_is_marked():

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
+from fmcv_jax.models.fused_attention import splash_attention
 from fmcv_jax.models.vit import vit
 from fmcv_jax.train.flops import matmul_flops
 
@@ -142,3 +144,29 @@ def test_the_networks_cost_the_same_however_their_depth_is_laid_out():
   tokens, width, hidden = 5, 32, 64
   block = 4 * tokens * width**2 + 2 * tokens * width * hidden + 2 * tokens**2 * width
   assert counts == {2 * (4 * 8 * 8 * 3 * width + 2 * block)}
+
+
+def test_a_kernel_counts_every_point_of_its_grid():
+  def matmul(x, y):
+    def tile(x, y, z):
+      z[...] = x[...] @ y[...]
+
+    return pl.pallas_call(
+      tile,
+      grid=(4, 3),
+      in_specs=[pl.BlockSpec((8, 16), lambda i, j: (i, 0)), pl.BlockSpec((16, 8), lambda i, j: (0, j))],
+      out_specs=pl.BlockSpec((8, 8), lambda i, j: (i, j)),
+      out_shape=array(32, 24),
+    )(x, y)
+
+  assert matmul_flops(matmul, array(32, 16), array(16, 24)) == 2 * 32 * 16 * 24
+
+
+def test_tiled_attention_computes_its_logits_again_for_each_gradient():
+  x = array(3, 2048, 2, 64)
+  product = 2 * 3 * 2 * 2048**2 * 64
+  assert matmul_flops(splash_attention, x, x, x) == 2 * product
+  loss = jax.grad(lambda *x: splash_attention(*x).sum(), argnums=(0, 1, 2))
+  # Forwards two; by queries the logits, those of the weights, and the gradient; by keys and values the logits, the
+  # weights', and two gradients; besides, a sum for each query.
+  assert matmul_flops(loss, x, x, x) == pytest.approx((2 + 3 + 4) * product, rel=1e-3)
