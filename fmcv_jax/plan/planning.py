@@ -92,7 +92,7 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
   kind = topology.partition(':')[0]
   if kind not in CHIPS or not re.fullmatch(r'\w+:\d+(x\d+)+', topology):
     raise UserError(f'--topology: {topology!r} is none; write v5e:4x4, v6e:16x16 or v5p:4x4x4 ({", ".join(CHIPS)})')
-  # The compiler looks for a machine that it is not on; any answer will do. It holds no chip: several may compile at once.
+  # The compiler looks for a machine that it is not on; any answer will do. It holds no chip: several may run at once.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-16', TPU_WORKER_HOSTNAMES='localhost')
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   jax.config.update('jax_platforms', 'cpu')
