@@ -28,7 +28,7 @@ from fmcv_jax.diffusion.samplers import Ddim, sample, times_of
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.dit import DiT, dit
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.pretrained.latent import dit_diffusers
+from fmcv_jax.pretrained import dit as names
 from fmcv_jax.pretrained.layout import read
 from fmcv_jax.pretrained.tensors import open_tensors, write_tensors
 
@@ -69,7 +69,7 @@ def adopted(model: torch.nn.Module, network: DiT, shapes: dict) -> dict:
     write_tensors(file, tensors)
     flat, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     wanted = {path_of(path): x.shape for path, x in flat}
-    values = dict(read(dit_diffusers(), open_tensors(file), wanted, network, str(file)))
+    values = dict(read(names.diffusers(), open_tensors(file), wanted, network, str(file)))
   return jax.tree_util.tree_unflatten(treedef, [jnp.asarray(values[path]) for path in wanted])
 
 

@@ -1,5 +1,6 @@
 """Every test runs on a mesh of 8 emulated CPU devices, set before jax looks for devices."""
 
+import importlib.util
 import os
 import tempfile
 
@@ -13,3 +14,19 @@ os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 from fmcv_jax.parallel.distributed import emulate
 
 emulate(8)
+
+
+def name_operators_of_torchvision():
+  """transformers, timm and OpenCLIP import torchvision, whose wheels from PyPI bring two operators in a form that a
+  torch without CUDA cannot load, and fail on the names. None is used here."""
+  import torch
+
+  library = torch.library.Library('torchvision', 'FRAGMENT')
+  for name in ('nms', 'qnms'):
+    if not hasattr(torch.ops.torchvision, name):
+      library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+  return library
+
+
+if importlib.util.find_spec('torchvision') is not None:
+  _operators = name_operators_of_torchvision()  # they are gone when it is

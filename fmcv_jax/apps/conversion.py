@@ -1,5 +1,6 @@
 """Checkpoints that others published become workdirs, and workdirs become files that others read."""
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +16,10 @@ from fmcv_jax.errors import UserError, nearest
 from fmcv_jax.experiment import Run, keep_tokenizer, resolve, trained_tree
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained.families import FAMILIES, family_of, recognize
-from fmcv_jax.pretrained.layout import check, read, write
+from fmcv_jax.pretrained.layout import Shape, check, read, write
 from fmcv_jax.pretrained.tensors import open_tensors, write_tensors
 from fmcv_jax.train.checkpoint import Store, write_json
+from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.warm_start import Part, begin_with
 
 BESIDE = ('discriminator', 'projector')  # parameters that training alone needs
@@ -42,50 +44,77 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   own = FAMILIES[name].config(found)
   config = resolve(config_lib.override(config_lib.plain(own | _tokenizer_beside(file, own)), overrides))
   run = Run(config, to)
-  objective, abstract = run.experiment.objective, run.abstract_state
   sources: Mapping[str, Part] = run.experiment.init_from
-  flat, treedef = jax.tree_util.tree_flatten_with_path({'params': abstract.params, 'extra': abstract.extra})
-  placed = jax.tree.leaves({'params': run.shardings.params, 'extra': run.shardings.extra})
-  leaves = {path_of(path): (leaf, sharding) for (path, leaf), sharding in zip(flat, placed, strict=True)}
-  # What the file is to hold: all that a network has learnt, but for what comes from elsewhere. Arrays of `extra` that
-  # are no part of a network are born.
-  born = {path for path in leaves if path.startswith('extra/') and path.count('/') == 1}
-  elsewhere = {path for path in leaves if any(f'{path}/'.startswith(f'{target}/') for target in sources)}
-  shapes = {path.removeprefix('params/'): leaves[path][0].shape for path in leaves if path not in born | elsewhere}
-  apart = {path.split('/')[1] for path in set(shapes) - set(found) if path.startswith('extra/')}
-  apart -= {path.split('/')[1] for path in found if path.startswith('extra/')}
-  if apart:
-    raise UserError(
-      f'{file}: {name!r} also needs what is not in it: {", ".join(sorted(apart))}; import that to a folder of its own, '
-      f'and give --config.init_from.extra/{min(apart)}.workdir=FOLDER, with .part=params/... where it is there'
-    )
-  network = getattr(objective, 'network', None)
+  leaves = _leaves(run)
+  shapes = {path.removeprefix('params/'): leaf.shape for path, (leaf, _) in leaves.items() if _is_held(path, sources)}
+  _check_parts(file, name, shapes, found)
+  network = getattr(run.experiment.objective, 'network', None)
   check(layout, tensors, shapes, network, file)
-  values = {path: _zeros(*leaves[path]) for path in born | elsewhere}
-  for name_of, value in track(
-    read(layout, tensors, shapes, network, file), 'reading', len(shapes), console=console, transient=True
-  ):
-    path = name_of if name_of.startswith('extra/') else f'params/{name_of}'
+  values = {path: _zeros(*leaf) for path, leaf in leaves.items() if not _is_held(path, sources)}
+  arrays = read(layout, tensors, shapes, network, file)
+  for part, value in track(arrays, 'reading', len(shapes), console=console, transient=True):
+    path = part if part.startswith('extra/') else f'params/{part}'
     values[path] = jax.device_put(value, leaves[path][1])
-  tree = jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
-  # An import is step 0 of a run that learns nothing.
+  state = _untrained_state(run, [values[path] for path in leaves])
+  if sources:
+    state = begin_with(state, sources, trained_tree)
+  _write(run, state, {'file': str(file), 'family': name})
+  count = sum(math.prod(shape) for shape in shapes.values())
+  console.print(f'{count / 1e6:.1f} M parameters of {name!r} in {to}', highlight=False)
+  return run
+
+
+def _leaves(run: Run) -> dict[str, tuple[jax.ShapeDtypeStruct, jax.sharding.Sharding]]:
+  """All that a run learns or carries along, by path, in the order of its tree."""
+  flat = jax.tree_util.tree_flatten_with_path(_learnt(run.abstract_state))[0]
+  placed = jax.tree.leaves(_learnt(run.shardings))
+  return {path_of(path): (leaf, sharding) for (path, leaf), sharding in zip(flat, placed, strict=True)}
+
+
+def _learnt(state: TrainState) -> dict[str, Any]:
+  return {'params': state.params, 'extra': state.extra}
+
+
+def _is_held(path: str, sources: Mapping[str, Part]) -> bool:
+  """Whether a file is to hold this: what a network has learnt, but for what comes from elsewhere.
+
+  Arrays of `extra` that are no part of a network are born.
+  """
+  born = path.startswith('extra/') and path.count('/') == 1
+  return not born and not any(f'{path}/'.startswith(f'{target}/') for target in sources)
+
+
+def _check_parts(file: str, name: str, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+  """UserError where a file has nothing of a network that the run carries along, such as an autoencoder."""
+
+  def parts(paths: Mapping[str, Shape]) -> set[str]:
+    return {path.split('/')[1] for path in paths if path.startswith('extra/')}
+
+  if apart := sorted(parts(shapes) - parts(found)):
+    raise UserError(
+      f'{file}: {name!r} also needs what is not in it: {", ".join(apart)}; import that to a folder of its own, '
+      f'and give --config.init_from.extra/{apart[0]}.workdir=FOLDER, with .part=params/... where it is there'
+    )
+
+
+def _untrained_state(run: Run, values: Sequence[jax.Array]) -> TrainState:
+  """Step 0 of a run that learns nothing, with these values in the order of `_leaves`."""
+  abstract = run.abstract_state
+  tree = jax.tree.unflatten(jax.tree.structure(_learnt(abstract)), values)
   counters = {
     name: _zeros(getattr(abstract, name), run.placement.replicated()) for name in ('step', 'skipped', 'streak', 'rng')
   }
-  params = tree['params']
-  state = abstract.replace(**tree, opt_state=run.tx.init(params), ema=None, **counters)
-  if sources:
-    state = begin_with(state, sources, trained_tree)
+  return abstract.replace(**tree, opt_state=run.tx.init(tree['params']), ema=None, **counters)
+
+
+def _write(run: Run, state: TrainState, imported: Mapping[str, str]) -> None:
   run.workdir.mkdir(parents=True, exist_ok=True)
-  write_json(run.workdir / 'config.json', config)
+  write_json(run.workdir / 'config.json', run.config)
   keep_tokenizer(run)
   store = Store(run.workdir)
-  store.save(state, {'imported': {'file': str(file), 'family': name}}, {})
+  store.save(state, {'imported': imported}, {})
   store.wait()
   store.close()
-  count = sum(int(np.prod(shape)) for shape in shapes.values())
-  console.print(f'{count / 1e6:.1f} M parameters of {name!r} in {to}', highlight=False)
-  return run
 
 
 def _tokenizer_beside(file: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.pretrained import flax, inception, latent, pairs, swin, vit
-from fmcv_jax.pretrained.layout import Layout, Shape, linear, outline, point
+from fmcv_jax.pretrained import autoencoder, dit, flax, inception, pairs, stable_diffusion, swin, vit
+from fmcv_jax.pretrained.layout import Layout, Shape, outline
+from fmcv_jax.pretrained.stable_diffusion import SD1, SD2
 from fmcv_jax.pretrained.tensors import Tensors
 
 HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
@@ -96,14 +97,14 @@ FAMILIES: dict[str, Family] = {
   'clip_openai': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='quick_gelu')),
   'siglip': Family(_SIGLIP, _dual(HALF, sigmoid=True, activation='gelu_tanh')),
   'inception': Family((('torch_fidelity', inception.published()),), _encoder(BYTES, inception.network)),
-  'dit': Family((('dit', latent.dit_original()), ('diffusers', latent.dit_diffusers())), latent.dit_config),
-  'sd_vae': Family(latent.coders(), latent.coder_config),
-  'controlnet_sd1': Family(latent.controlnets(point), latent.sd_config('sd1', 'quick_gelu', 'end')),
-  'controlnet_sd2': Family(latent.controlnets(linear), latent.sd_config('sd2', 'gelu', 'zeros')),
-  # Stable Diffusion 1 lengthens texts by their end, 2 by zeros; the larger model of 2 predicts velocities.
-  'sd1': Family(latent.stable_diffusion(point), latent.sd_config('sd1', 'quick_gelu', 'end')),
-  'sd2': Family(latent.stable_diffusion(linear), latent.sd_config('sd2', 'gelu', 'zeros')),
-  'sd2_velocity': Family(latent.stable_diffusion(linear), latent.sd_config('sd2', 'gelu', 'zeros', 'velocity')),
+  'dit': Family((('dit', dit.original()), ('diffusers', dit.diffusers())), dit.config),
+  'sd_vae': Family(autoencoder.layouts(), autoencoder.config),
+  'controlnet_sd1': Family(stable_diffusion.controlnets(SD1), stable_diffusion.config_of(SD1)),
+  'controlnet_sd2': Family(stable_diffusion.controlnets(SD2), stable_diffusion.config_of(SD2)),
+  'sd1': Family(stable_diffusion.pipelines(SD1), stable_diffusion.config_of(SD1)),
+  'sd2': Family(stable_diffusion.pipelines(SD2), stable_diffusion.config_of(SD2)),
+  # The larger model of 2 predicts velocities.
+  'sd2_velocity': Family(stable_diffusion.pipelines(SD2), stable_diffusion.config_of(SD2, 'velocity')),
 }
 
 

@@ -8,6 +8,7 @@ from fmcv_jax.pretrained.layout import (
   Form,
   Layout,
   Row,
+  Rows,
   below,
   into_heads,
   out_of_heads,
@@ -17,11 +18,11 @@ from fmcv_jax.pretrained.layout import (
 HEAD_WIDTHS = (64, 72, 80, 88, 104)  # those of S to L, So400m, H, g, G
 
 
-def _plain(ours: str, theirs: str, *leaves: str) -> tuple[Row, ...]:
+def _plain(ours: str, theirs: str, *leaves: str) -> Rows:
   return tuple(Row(f'{ours}/{leaf}', f'{theirs}/{leaf}') for leaf in leaves)
 
 
-def _attention(ours: str, theirs: str, width: int) -> tuple[Row, ...]:
+def _attention(ours: str, theirs: str, width: int) -> Rows:
   into = tuple(
     Row(f'{ours}/{part}/{leaf}', f'{theirs}/{part}/{leaf}', into_heads(width))
     for part in ('query', 'key', 'value')
@@ -34,14 +35,14 @@ def _attention(ours: str, theirs: str, width: int) -> tuple[Row, ...]:
   )
 
 
-def _mlp(ours: str, theirs: str) -> tuple[Row, ...]:
+def _mlp(ours: str, theirs: str) -> Rows:
   return (
     *_plain(f'{ours}/up', f'{theirs}/Dense_0', 'kernel', 'bias'),
     *_plain(f'{ours}/down', f'{theirs}/Dense_1', 'kernel', 'bias'),
   )
 
 
-def _blocks(theirs: str, width: int, numbers: tuple[int, int, int, int] = (0, 0, 1, 0)) -> tuple[Row, ...]:
+def _blocks(theirs: str, width: int, numbers: tuple[int, int, int, int] = (0, 0, 1, 0)) -> Rows:
   """`numbers` as flax counted the parts of a block: of its first norm, attention, second norm and MLP."""
   first, attention, second, mlp = numbers
   return (
@@ -52,7 +53,7 @@ def _blocks(theirs: str, width: int, numbers: tuple[int, int, int, int] = (0, 0,
   )
 
 
-def _tower(position: str, blocks: Iterable[Row], position_form: Form = BATCHED) -> tuple[Row, ...]:
+def _tower(position: str, blocks: Iterable[Row], position_form: Form = BATCHED) -> Rows:
   return (
     Row('class_token', 'cls', BATCHED),
     Row('position', position, position_form),
@@ -71,7 +72,7 @@ def augreg() -> Iterator[Layout]:
     yield Layout(_tower('Transformer/posembed_input/pos_embedding', blocks))
 
 
-def _image(width: int, *, stacked: bool) -> tuple[Row, ...]:
+def _image(width: int, *, stacked: bool) -> Rows:
   block = 'Transformer/encoderblock' if stacked else 'Transformer/encoderblock_{i}'
   pool = 'MAPHead_0'
   return (

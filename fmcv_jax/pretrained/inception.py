@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fmcv_jax.models.inception import BLOCKS, STEM, Branch, Conv
-from fmcv_jax.pretrained.layout import SPATIAL, Layout, Row, Shape, linear
+from fmcv_jax.pretrained.layout import SPATIAL, Layout, Row, Rows, Shape, linear
 
 
 def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def _convs(branch: Branch) -> Iterator[Conv]:
       yield from step
 
 
-def _unit(scope: str, conv: Conv) -> tuple[Row, ...]:
+def _unit(scope: str, conv: Conv) -> Rows:
   ours = f'{scope}{conv.name}'
   theirs = (ours[0].upper() + ours[1:]).replace('/', '.')
   names = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'variance': 'running_var'}

@@ -8,7 +8,7 @@ theirs, it is ours joined along its first axis, in their order: queries, keys an
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,6 +120,11 @@ class Row(NamedTuple):
   form: Form = SAME
 
 
+Rows = tuple[Row, ...]
+Project = Callable[[str, str], Rows]  # our path and their name of a layer -> its arrays
+QKV = ('query', 'key', 'value')
+
+
 class Layout(NamedTuple):
   """All rows of a format, optional ones among them.
 
@@ -128,39 +133,47 @@ class Layout(NamedTuple):
   files     (prefix, file) where a checkpoint is a folder: names with the prefix, without it, are in that file
   """
 
-  rows: tuple[Row, ...]
+  rows: Rows
   ignored: tuple[str, ...] = ()
   fixed: tuple[tuple[str, Callable[[Any], np.ndarray]], ...] = ()
   files: tuple[tuple[str, str], ...] = ()
 
 
-def linear(ours: str, theirs: str) -> tuple[Row, ...]:
-  return Row(f'{ours}/kernel', f'{theirs}.weight', LINEAR), Row(f'{ours}/bias', f'{theirs}.bias')
+def _projection(form: Form) -> Project:
+  return lambda ours, theirs: (Row(f'{ours}/kernel', f'{theirs}.weight', form), Row(f'{ours}/bias', f'{theirs}.bias'))
 
 
-def point(ours: str, theirs: str) -> tuple[Row, ...]:
-  return Row(f'{ours}/kernel', f'{theirs}.weight', POINT), Row(f'{ours}/bias', f'{theirs}.bias')
+linear, point, spatial = _projection(LINEAR), _projection(POINT), _projection(SPATIAL)
 
 
-def spatial(ours: str, theirs: str) -> tuple[Row, ...]:
-  return Row(f'{ours}/kernel', f'{theirs}.weight', SPATIAL), Row(f'{ours}/bias', f'{theirs}.bias')
+def matrix(ours: str, theirs: str) -> Rows:
+  """A linear layer without a bias."""
+  return (Row(f'{ours}/kernel', f'{theirs}.weight', LINEAR),)
 
 
-def norm(ours: str, theirs: str) -> tuple[Row, ...]:
+def norm(ours: str, theirs: str) -> Rows:
   return Row(f'{ours}/scale', f'{theirs}.weight'), Row(f'{ours}/bias', f'{theirs}.bias')
 
 
-def fused(ours: str, theirs: str) -> tuple[Row, ...]:
-  """Queries, keys and values in one; `theirs` is all of the name before 'weight' and 'bias'."""
-  weight, bias = f'{theirs}weight', f'{theirs}bias'
-  parts = ('query', 'key', 'value')
+def patch(theirs: str, channels: int = 3) -> Rows:
+  """The convolution that cuts an image into patches."""
+  return Row('patch/kernel', f'{theirs}.weight', convolution(channels)), Row('patch/bias', f'{theirs}.bias')
+
+
+def each(ours: str, theirs: str, names: Mapping[str, str], project: Project = linear) -> Rows:
+  """Several layers below one name: `names` says what each of ours is called by them."""
+  return tuple(row for mine, name in names.items() for row in project(f'{ours}/{mine}', f'{theirs}.{name}'))
+
+
+def fused(ours: str, theirs: str, parts: Sequence[str] = QKV) -> Rows:
+  """Several linear layers in one matrix, in their order; `theirs` is all of the name before 'weight' and 'bias'."""
   return (
-    *(Row(f'{ours}/{part}/kernel', weight, LINEAR) for part in parts),
-    *(Row(f'{ours}/{part}/bias', bias) for part in parts),
+    *(Row(f'{ours}/{part}/kernel', f'{theirs}weight', LINEAR) for part in parts),
+    *(Row(f'{ours}/{part}/bias', f'{theirs}bias') for part in parts),
   )
 
 
-def below(prefix: str, rows: Iterable[Row], theirs: str = '') -> tuple[Row, ...]:
+def below(prefix: str, rows: Iterable[Row], theirs: str = '') -> Rows:
   """The rows of a part, with a prefix to our paths and one to their names."""
   path = f'{prefix}/' if prefix else ''
   return tuple(Row(path + row.ours, theirs + row.theirs, row.form) for row in rows)
@@ -283,6 +296,16 @@ def outline(layout: Layout, tensors: Tensors) -> tuple[dict[str, Shape], list[st
       if layer is not None:
         layers[row.ours] = max(layers.get(row.ours, 0), layer + 1)
   return {path: (layers[path], *shape) if path in layers else shape for path, shape in found.items()}, unknown
+
+
+def part(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
+  """Those of one part of a network, without its prefix."""
+  return {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
+
+
+def count(shapes: Mapping[str, Shape], pattern: str, first: int = 0) -> int:
+  """How many in a row are there, from `first` on, of the paths that `pattern` makes of a number."""
+  return next(number for number in range(1 + len(shapes)) if pattern.format(first + number) not in shapes)
 
 
 def _places(name: str, rows: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:

@@ -5,30 +5,43 @@ from typing import Any
 
 from fmcv_jax.pretrained.layout import (
   BATCHED,
-  LINEAR,
   ONE,
   ROW,
   Layout,
   Row,
+  Rows,
   Shape,
   below,
-  convolution,
+  each,
   fused,
   linear,
+  matrix,
   norm,
+  part,
+  patch,
 )
 from fmcv_jax.pretrained.vit import heads_of, timm, tower
 
+_MLP = {'up': 'fc1', 'down': 'fc2'}
 
-def _resblocks() -> tuple[Row, ...]:
+
+def _resblocks() -> Rows:
   theirs = 'transformer.resblocks.{i}'
   return (
     *norm('blocks/norm1', f'{theirs}.ln_1'),
     *fused('blocks/attention', f'{theirs}.attn.in_proj_'),
     *linear('blocks/attention/out', f'{theirs}.attn.out_proj'),
     *norm('blocks/norm2', f'{theirs}.ln_2'),
-    *linear('blocks/mlp/up', f'{theirs}.mlp.c_fc'),
-    *linear('blocks/mlp/down', f'{theirs}.mlp.c_proj'),
+    *each('blocks/mlp', f'{theirs}.mlp', {'up': 'c_fc', 'down': 'c_proj'}),
+  )
+
+
+def open_clip_text() -> Rows:
+  return (
+    Row('tokens/embedding', 'token_embedding.weight'),
+    Row('position', 'positional_embedding'),
+    *_resblocks(),
+    *norm('norm', 'ln_final'),
   )
 
 
@@ -37,35 +50,28 @@ def open_clip() -> Layout:
   image = (
     Row('class_token', 'class_embedding', ROW),
     Row('position', 'positional_embedding'),
-    Row('patch/kernel', 'conv1.weight', convolution(3)),
+    *patch('conv1'),
     *norm('pre_norm', 'ln_pre'),
     *_resblocks(),
     *norm('norm', 'ln_post'),
     Row('head/kernel', 'proj'),  # a bare matrix, not transposed
   )
-  text = (
-    Row('tokens/embedding', 'token_embedding.weight'),
-    Row('position', 'positional_embedding'),
-    *_resblocks(),
-    *norm('norm', 'ln_final'),
-    Row('head/kernel', 'text_projection'),
-  )
+  text = (*open_clip_text(), Row('head/kernel', 'text_projection'))
   rows = (*below('image', image, 'visual.'), *below('text', text), Row('temperature', 'logit_scale'))
   return Layout(rows, ignored=('input_resolution', 'context_length', 'vocab_size', 'attn_mask'))
 
 
-def _blocks(theirs: str) -> tuple[Row, ...]:
+def _blocks(theirs: str) -> Rows:
   parts = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'out': 'out_proj'}
   return (
     *norm('blocks/norm1', f'{theirs}.layer_norm1'),
-    *(row for ours, name in parts.items() for row in linear(f'blocks/attention/{ours}', f'{theirs}.self_attn.{name}')),
+    *each('blocks/attention', f'{theirs}.self_attn', parts),
     *norm('blocks/norm2', f'{theirs}.layer_norm2'),
-    *linear('blocks/mlp/up', f'{theirs}.mlp.fc1'),
-    *linear('blocks/mlp/down', f'{theirs}.mlp.fc2'),
+    *each('blocks/mlp', f'{theirs}.mlp', _MLP),
   )
 
 
-def transformers_text() -> tuple[Row, ...]:
+def transformers_text() -> Rows:
   return (
     Row('tokens/embedding', 'embeddings.token_embedding.weight'),
     Row('position', 'embeddings.position_embedding.weight'),
@@ -78,16 +84,16 @@ def transformers_clip() -> Layout:
   image = (
     Row('class_token', 'embeddings.class_embedding', ROW),
     Row('position', 'embeddings.position_embedding.weight'),
-    Row('patch/kernel', 'embeddings.patch_embedding.weight', convolution(3)),
+    *patch('embeddings.patch_embedding'),
     *norm('pre_norm', 'pre_layrnorm'),  # so spelt
     *_blocks('encoder.layers.{i}'),
     *norm('norm', 'post_layernorm'),
   )
   rows = (
     *below('image', image, 'vision_model.'),
-    Row('image/head/kernel', 'visual_projection.weight', LINEAR),
+    *matrix('image/head', 'visual_projection'),
     *below('text', transformers_text(), 'text_model.'),
-    Row('text/head/kernel', 'text_projection.weight', LINEAR),
+    *matrix('text/head', 'text_projection'),
     Row('temperature', 'logit_scale'),
   )
   return Layout(rows, ignored=(r'.*\.position_ids',))
@@ -99,13 +105,11 @@ def transformers_siglip() -> Layout:
     *fused('attention', 'attention.in_proj_'),
     *linear('attention/out', 'attention.out_proj'),
     *norm('norm', 'layernorm'),
-    *linear('mlp/up', 'mlp.fc1'),
-    *linear('mlp/down', 'mlp.fc2'),
+    *each('mlp', 'mlp', _MLP),
   )
   image = (
     Row('position', 'embeddings.position_embedding.weight'),
-    Row('patch/kernel', 'embeddings.patch_embedding.weight', convolution(3)),
-    Row('patch/bias', 'embeddings.patch_embedding.bias'),
+    *patch('embeddings.patch_embedding'),
     *_blocks('encoder.layers.{i}'),
     *norm('norm', 'post_layernorm'),
     *below('map_pool', head, 'head.'),
@@ -125,20 +129,12 @@ def open_clip_siglip() -> Layout:
   pool = (
     Row('probe', 'latent', BATCHED),
     *linear('attention/query', 'q'),
-    *(Row(f'attention/{part}/kernel', 'kv.weight', LINEAR) for part in ('key', 'value')),
-    *(Row(f'attention/{part}/bias', 'kv.bias') for part in ('key', 'value')),
+    *fused('attention', 'kv.', ('key', 'value')),
     *linear('attention/out', 'proj'),
     *norm('norm', 'norm'),
-    *linear('mlp/up', 'mlp.fc1'),
-    *linear('mlp/down', 'mlp.fc2'),
+    *each('mlp', 'mlp', _MLP),
   )
-  text = (
-    Row('tokens/embedding', 'token_embedding.weight'),
-    Row('position', 'positional_embedding'),
-    *_resblocks(),
-    *norm('norm', 'ln_final'),
-    *linear('head', 'text_projection'),
-  )
+  text = (*open_clip_text(), *linear('head', 'text_projection'))
   rows = (
     *below('image', timm().rows, 'visual.trunk.'),
     *below('image/map_pool', pool, 'visual.trunk.attn_pool.'),
@@ -151,10 +147,7 @@ def open_clip_siglip() -> Layout:
 
 def dual_encoder(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:
   """The network that has these parameters, as a config; `activation` is what shapes do not tell."""
-  image, text = (
-    {path.removeprefix(f'{part}/'): shape for path, shape in shapes.items() if path.startswith(f'{part}/')}
-    for part in ('image', 'text')
-  )
+  image, text = part(shapes, 'image/'), part(shapes, 'text/')
   eps = 1e-6 if sigmoid else 1e-5
   shared = {'activation': activation, 'eps': eps}
   words = {'name': 'text_transformer', **text_numbers(text), 'outputs': text['head/kernel'][-1], **shared}

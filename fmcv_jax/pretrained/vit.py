@@ -11,29 +11,54 @@ from fmcv_jax.models.positions import sincos_2d
 from fmcv_jax.models.vit import SIZES
 from fmcv_jax.pretrained.layout import (
   BATCHED,
-  LINEAR,
+  QKV,
   Layout,
   Row,
+  Rows,
   Shape,
   below,
-  convolution,
+  each,
   fused,
   linear,
   norm,
+  part,
+  patch,
 )
 
 HEAD_WIDTH = 64  # of nearly all that is published; a size with others is named in models/vit.py
 
 
-def _mlp(theirs: str, gated: bool) -> tuple[Row, ...]:
-  if not gated:
-    return (*linear('blocks/mlp/up', f'{theirs}.fc1'), *linear('blocks/mlp/down', f'{theirs}.fc2'))
-  parts = ('gate', 'up')
+def timm_block(ours: str, theirs: str, *, gated: bool = False) -> Rows:
+  """A block as timm and the original releases name it."""
+  up_down = {'up': 'fc1', 'down': 'fc2'}
   return (
-    *(Row(f'blocks/mlp/{part}/kernel', f'{theirs}.w12.weight', LINEAR) for part in parts),
-    *(Row(f'blocks/mlp/{part}/bias', f'{theirs}.w12.bias') for part in parts),
-    *linear('blocks/mlp/down', f'{theirs}.w3'),
+    *norm(f'{ours}/norm1', f'{theirs}.norm1'),
+    *fused(f'{ours}/attention', f'{theirs}.attn.qkv.'),
+    *linear(f'{ours}/attention/out', f'{theirs}.attn.proj'),
+    *norm(f'{ours}/norm2', f'{theirs}.norm2'),
+    *(_gated(f'{ours}/mlp', f'{theirs}.mlp', 'w12', 'w3') if gated else each(f'{ours}/mlp', f'{theirs}.mlp', up_down)),
   )
+
+
+def hub_block(ours: str, theirs: str, hub: bool, attention: str = 'attention') -> Rows:
+  """A block as transformers' files name it (`attention`: its queries, keys and values), or as version 5 in memory."""
+  own = f'{theirs}.attention.{attention}' if hub else f'{theirs}.attention'
+  mlp = {'up': 'intermediate.dense', 'down': 'output.dense'} if hub else {'up': 'mlp.fc1', 'down': 'mlp.fc2'}
+  return (
+    *norm(f'{ours}/norm1', f'{theirs}.layernorm_before'),
+    *each(f'{ours}/attention', own, {name: name if hub else f'{name[0]}_proj' for name in QKV}),
+    *linear(f'{ours}/attention/out', f'{theirs}.attention.output.dense' if hub else f'{own}.o_proj'),
+    *norm(f'{ours}/norm2', f'{theirs}.layernorm_after'),
+    *each(f'{ours}/mlp', theirs, mlp),
+  )
+
+
+def _gated(ours: str, theirs: str, enter: str, leave: str) -> Rows:
+  return (*fused(ours, f'{theirs}.{enter}.', ('gate', 'up')), *linear(f'{ours}/down', f'{theirs}.{leave}'))
+
+
+def _scales(first: str, second: str) -> Rows:
+  return Row('blocks/scale1', first), Row('blocks/scale2', second)
 
 
 def timm(*, registers: str = 'reg_token', final_norm: str = 'norm', gated: bool = False) -> Layout:
@@ -46,16 +71,10 @@ def timm(*, registers: str = 'reg_token', final_norm: str = 'norm', gated: bool 
       Row('registers', registers, BATCHED),
       Row('mask_token', 'mask_token'),
       Row('position', 'pos_embed', BATCHED),
-      Row('patch/kernel', 'patch_embed.proj.weight', convolution(3)),
-      Row('patch/bias', 'patch_embed.proj.bias'),
+      *patch('patch_embed.proj'),
       *norm('pre_norm', 'norm_pre'),
-      *norm('blocks/norm1', f'{block}.norm1'),
-      *fused('blocks/attention', f'{block}.attn.qkv.'),
-      *linear('blocks/attention/out', f'{block}.attn.proj'),
-      Row('blocks/scale1', f'{block}.ls1.gamma'),
-      *norm('blocks/norm2', f'{block}.norm2'),
-      *_mlp(f'{block}.mlp', gated),
-      Row('blocks/scale2', f'{block}.ls2.gamma'),
+      *timm_block('blocks', block, gated=gated),
+      *_scales(f'{block}.ls1.gamma', f'{block}.ls2.gamma'),
       *norm('norm', final_norm),
       *linear('head', 'head'),
       *linear('distillation_head', 'head_dist'),
@@ -64,27 +83,11 @@ def timm(*, registers: str = 'reg_token', final_norm: str = 'norm', gated: bool 
   )
 
 
-def _hub_block(ours: str, theirs: str, hub: bool) -> tuple[Row, ...]:
-  """A block as transformers' files name it, or (hub=False) as its version 5 does in memory."""
-  attention = f'{theirs}.attention.attention' if hub else f'{theirs}.attention'
-  names = {part: part if hub else f'{part[0]}_proj' for part in ('query', 'key', 'value')}
-  up, down = ('intermediate.dense', 'output.dense') if hub else ('mlp.fc1', 'mlp.fc2')
-  return (
-    *norm(f'{ours}/norm1', f'{theirs}.layernorm_before'),
-    *(row for part, name in names.items() for row in linear(f'{ours}/attention/{part}', f'{attention}.{name}')),
-    *linear(f'{ours}/attention/out', f'{theirs}.attention.output.dense' if hub else f'{attention}.o_proj'),
-    *norm(f'{ours}/norm2', f'{theirs}.layernorm_after'),
-    *linear(f'{ours}/mlp/up', f'{theirs}.{up}'),
-    *linear(f'{ours}/mlp/down', f'{theirs}.{down}'),
-  )
-
-
-def _hub_inputs(prefix: str) -> tuple[Row, ...]:
+def _hub_inputs(prefix: str) -> Rows:
   return (
     Row('class_token', f'{prefix}embeddings.cls_token', BATCHED),
     Row('distillation_token', f'{prefix}embeddings.distillation_token', BATCHED),
-    Row('patch/kernel', f'{prefix}embeddings.patch_embeddings.projection.weight', convolution(3)),
-    Row('patch/bias', f'{prefix}embeddings.patch_embeddings.projection.bias'),
+    *patch(f'{prefix}embeddings.patch_embeddings.projection'),
   )
 
 
@@ -94,7 +97,7 @@ def transformers(prefix: str, *, hub: bool = True) -> Layout:
     (
       *_hub_inputs(prefix),
       Row('position', f'{prefix}embeddings.position_embeddings', BATCHED),
-      *_hub_block('blocks', f'{prefix}encoder.layer.{{i}}' if hub else f'{prefix}layers.{{i}}', hub),
+      *hub_block('blocks', f'{prefix}encoder.layer.{{i}}' if hub else f'{prefix}layers.{{i}}', hub),
       *norm('norm', f'{prefix}layernorm'),
       *linear('head', 'cls_classifier' if prefix == 'deit.' else 'classifier'),
       *linear('distillation_head', 'distillation_classifier'),
@@ -105,15 +108,8 @@ def transformers(prefix: str, *, hub: bool = True) -> Layout:
 
 def transformers_dinov2(prefix: str, *, gated: bool = False) -> Layout:
   block = f'{prefix}encoder.layer.{{i}}'
-  attention = f'{block}.attention.attention'
-  mlp = (*linear('blocks/mlp/up', f'{block}.mlp.fc1'), *linear('blocks/mlp/down', f'{block}.mlp.fc2'))
-  if gated:
-    parts = ('gate', 'up')
-    mlp = (
-      *(Row(f'blocks/mlp/{part}/kernel', f'{block}.mlp.weights_in.weight', LINEAR) for part in parts),
-      *(Row(f'blocks/mlp/{part}/bias', f'{block}.mlp.weights_in.bias') for part in parts),
-      *linear('blocks/mlp/down', f'{block}.mlp.weights_out'),
-    )
+  mlp = f'{block}.mlp'
+  plain = each('blocks/mlp', mlp, {'up': 'fc1', 'down': 'fc2'})
   return Layout(
     (
       *_hub_inputs(prefix),
@@ -121,12 +117,11 @@ def transformers_dinov2(prefix: str, *, gated: bool = False) -> Layout:
       Row('mask_token', f'{prefix}embeddings.mask_token'),
       Row('registers', f'{prefix}embeddings.register_tokens', BATCHED),
       *norm('blocks/norm1', f'{block}.norm1'),
-      *(row for part in ('query', 'key', 'value') for row in linear(f'blocks/attention/{part}', f'{attention}.{part}')),
+      *each('blocks/attention', f'{block}.attention.attention', {name: name for name in QKV}),
       *linear('blocks/attention/out', f'{block}.attention.output.dense'),
-      Row('blocks/scale1', f'{block}.layer_scale1.lambda1'),
       *norm('blocks/norm2', f'{block}.norm2'),
-      *mlp,
-      Row('blocks/scale2', f'{block}.layer_scale2.lambda1'),
+      *(_gated('blocks/mlp', mlp, 'weights_in', 'weights_out') if gated else plain),
+      *_scales(f'{block}.layer_scale1.lambda1', f'{block}.layer_scale2.lambda1'),
       *norm('norm', f'{prefix}layernorm'),
     )
   )
@@ -135,20 +130,13 @@ def transformers_dinov2(prefix: str, *, gated: bool = False) -> Layout:
 def mae(*, hub: bool | None = None) -> Layout:
   """Encoder and decoder of a masked autoencoder: the original release's names or, by `hub`, transformers'."""
   if hub is None:
-    encoder, prefix, own = timm().rows, '', 'decoder_blocks.{i}'
-    block = (
-      *norm('blocks/norm1', f'{own}.norm1'),
-      *fused('blocks/attention', f'{own}.attn.qkv.'),
-      *linear('blocks/attention/out', f'{own}.attn.proj'),
-      *norm('blocks/norm2', f'{own}.norm2'),
-      *_mlp(f'{own}.mlp', False),
-    )
+    encoder = tuple(row for row in timm().rows if row.ours not in ('position', 'mask_token'))
+    prefix, block = '', timm_block('blocks', 'decoder_blocks.{i}')
     places, mask = 'pos_embed', 'mask_token'
-    encoder = tuple(row for row in encoder if row.ours not in ('position', 'mask_token'))
   else:
     layers = 'vit.encoder.layer.{i}' if hub else 'vit.layers.{i}'
-    encoder = (*_hub_inputs('vit.'), *_hub_block('blocks', layers, hub), *norm('norm', 'vit.layernorm'))
-    prefix, block = 'decoder.', _hub_block('blocks', 'decoder.decoder_layers.{i}', hub)
+    encoder = (*_hub_inputs('vit.'), *hub_block('blocks', layers, hub), *norm('norm', 'vit.layernorm'))
+    prefix, block = 'decoder.', hub_block('blocks', 'decoder.decoder_layers.{i}', hub)
     places, mask = 'vit.embeddings.position_embeddings', 'decoder.mask_token'
   decoder = (
     *linear('embed', f'{prefix}decoder_embed'),
@@ -190,9 +178,9 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     places = shapes['position'][0]
   except KeyError as error:
     raise UserError(f'no {error.args[0]} among its parameters: is it a vision transformer?') from error
-  patch = math.isqrt(rows // 3)
+  side_of_patch = math.isqrt(rows // 3)
   size = _size(width, depth, hidden)
-  network: dict[str, Any] = {'name': 'vit', 'variant': f'{size or "B"}/{patch}'}
+  network: dict[str, Any] = {'name': 'vit', 'variant': f'{size or "B"}/{side_of_patch}'}
   if size is None:
     network |= {'width': width, 'depth': depth, 'mlp_dim': hidden, 'heads': heads_of(width, depth, hidden)}
   if 'class_token' not in shapes:
@@ -205,7 +193,7 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     raise UserError(f'{places} positions are no square of patches')
   if special and not placed:
     network['place_class_token'] = False
-  network['image_size'] = side * patch
+  network['image_size'] = side * side_of_patch
   network |= {
     field: value
     for field, value, there in (
@@ -227,9 +215,8 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 def masked_autoencoder(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   """The masked autoencoder that has these parameters, as a config; its decoder has 16 heads as all published ones."""
-  own = {path.removeprefix('encoder/'): shape for path, shape in shapes.items() if path.startswith('encoder/')}
   table = next(shape for path, shape in shapes.items() if path.startswith('fixed/') and 'decoder' not in path)
-  encoder = tower(own | {'position': table[1:]})
+  encoder = tower(part(shapes, 'encoder/') | {'position': table[1:]})
   depth, width = shapes['decoder/blocks/norm1/scale']
   network = {'name': 'mae', 'encoder': encoder | {'positions': 'sincos2d'}}
   return network | {'width': width, 'depth': depth, 'heads': 16}

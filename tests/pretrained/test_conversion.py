@@ -57,7 +57,7 @@ def test_a_file_a_folder_of_shards_and_an_npz_come_back_bitwise(published, tmp_p
   for given in (tmp_path / 'one.safetensors', in_shards(tmp_path / 'shards', published), tmp_path / 'one.npz'):
     to = tmp_path / f'{given.name}.run'
     assert run('import', given, '--as', 'dinov2', '--to', to) == 0
-    assert run('export', '--workdir', to, '--format', 'timm', '--to', tmp_path / 'back.safetensors') == 0
+    assert run('export', to, '--format', 'timm', '--to', tmp_path / 'back.safetensors') == 0
     back = open_tensors(tmp_path / 'back.safetensors')
     assert set(back.shapes) == set(published)
     for name, x in published.items():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
-from tests.pretrained.test_published import IMAGE, PIXELS, TEXT, published, torch_images
+from tests.pretrained.references import IMAGE, PIXELS, TEXT, published, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
@@ -97,7 +97,7 @@ def test_siglip_is_the_same_from_google_and_from_transformers(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, values(tmp_path / name), expected)
 
 
-def test_augreg_as_timm_reads_it(torchvision_names, tmp_path):
+def test_augreg_as_timm_reads_it(tmp_path):
   timm = pytest.importorskip('timm', reason='pip install timm')
   model = timm.models.vision_transformer.VisionTransformer(
     img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=7
@@ -121,7 +121,7 @@ def test_augreg_as_timm_reads_it(torchvision_names, tmp_path):
   run = import_checkpoint(str(tmp_path / 'augreg.npz'), str(tmp_path / 'ours'), None)
   params = values(tmp_path / 'ours')
   with torch.no_grad():
-    theirs = model(torch_images()).numpy()
+    theirs = model(to_torch(PIXELS)).numpy()
   np.testing.assert_allclose(
     run.experiment.objective.network.apply({'params': params}, PIXELS).output, theirs, atol=1e-4
   )

@@ -48,7 +48,7 @@ def test_features_and_logits_equal_theirs_at_any_size_and_weights_go_out_as_they
       got = model._subject._run(name, batch)[0]
       np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
   back = tmp_path / 'back.safetensors'
-  assert main(['export', '--workdir', str(tmp_path / 'run'), '--format', 'torch_fidelity', '--to', str(back)]) == 0
+  assert main(['export', str(tmp_path / 'run'), '--format', 'torch_fidelity', '--to', str(back)]) == 0
   theirs, ours = open_tensors(file), open_tensors(back)
   assert set(ours.shapes) == {name for name in theirs.shapes if 'num_batches' not in name}
   for name in ours.shapes:

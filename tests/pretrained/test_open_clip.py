@@ -13,7 +13,7 @@ torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 @pytest.mark.parametrize(
   ('name', 'family'), [('ViT-B-32', 'clip'), ('ViT-B-32-quickgelu', 'clip_openai'), ('ViT-B-16-SigLIP', 'siglip')]
 )
-def test_embeddings_and_arrays(torchvision_names, tmp_path, name, family):
+def test_embeddings_and_arrays(tmp_path, name, family):
   open_clip = pytest.importorskip('open_clip', reason='pip install open_clip_torch')
   model = open_clip.create_model(name).eval()
   save_file({key: x.numpy() for key, x in model.state_dict().items()}, tmp_path / 'theirs.safetensors')

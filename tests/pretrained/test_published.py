@@ -1,60 +1,14 @@
 """Published checkpoints, as the reference libraries write them, give their outputs here and come back bitwise."""
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.models.positions import sincos_2d
-from fmcv_jax.pretrained.tensors import PARTS, open_tensors
+from tests.pretrained.references import IMAGE, PIXELS, TEXT, TOKENS, comes_back, imported, published, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
-
-TOWER = {'hidden_size': 128, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'intermediate_size': 192}
-IMAGE = {**TOWER, 'image_size': 32, 'patch_size': 8}
-TEXT = {
-  **TOWER,
-  'vocab_size': 92,
-  'max_position_embeddings': 6,
-  'bos_token_id': 90,
-  'eos_token_id': 91,
-  'pad_token_id': 0,
-}
-PIXELS = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-TOKENS = np.array([[90, 5, 7, 91, 0, 0], [90, 62, 9, 11, 3, 91]], np.int32)
-
-
-def published(model, folder):
-  """A folder as the hub has it, with weights that are no initial values."""
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-  model.eval().save_pretrained(folder)
-  return model
-
-
-def imported(folder, tmp_path, family):
-  run = import_checkpoint(str(folder), str(tmp_path / 'ours'), family)
-  subject, _ = run.restored_subject()
-  return run.experiment.objective, jax.device_get(subject.params)
-
-
-def comes_back(folder, tmp_path, form):
-  several = any((folder / part).is_dir() for part in PARTS)
-  export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out' / ('' if several else 'model.safetensors')), form)
-  first, again = open_tensors(folder), open_tensors(tmp_path / 'out')
-  for name, shape in again.shapes.items():
-    assert first.shapes[name] == shape, name
-    np.testing.assert_array_equal(first[name], again[name], err_msg=name)
-  left = {name for name in set(first.shapes) - set(again.shapes) if 'position_ids' not in name and 'index' not in name}
-  assert not left
-
-
-def torch_images():
-  return torch.from_numpy(PIXELS.transpose(0, 3, 1, 2).copy())
 
 
 @pytest.mark.parametrize('family', ['vit', 'deit'])
@@ -65,7 +19,7 @@ def test_vision_transformers(tmp_path, family):
   model = published(models[family](configs[family](**IMAGE, **eps, num_labels=7)), tmp_path / 'theirs')
   objective, params = imported(tmp_path / 'theirs', tmp_path, family)
   with torch.no_grad():
-    theirs = model(torch_images()).logits.numpy()
+    theirs = model(to_torch(PIXELS)).logits.numpy()
   np.testing.assert_allclose(objective.network.apply({'params': params}, PIXELS).output, theirs, atol=1e-5)
   comes_back(tmp_path / 'theirs', tmp_path, 'transformers')
 
@@ -78,7 +32,7 @@ def test_swin(tmp_path):
   objective, params = imported(tmp_path / 'theirs', tmp_path, None)
   pixels = np.random.default_rng(0).normal(size=(2, 96, 96, 3)).astype(np.float32)
   with torch.no_grad():
-    theirs = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).logits.numpy()
+    theirs = model(to_torch(pixels)).logits.numpy()
   np.testing.assert_allclose(objective.network.apply({'params': params}, pixels).output, theirs, atol=1e-5)
   comes_back(tmp_path / 'theirs', tmp_path, 'transformers')
 
@@ -94,7 +48,7 @@ def test_dual_encoders(tmp_path, family, activation):
   published(model, tmp_path / 'theirs')
   objective, params = imported(tmp_path / 'theirs', tmp_path, family)
   with torch.no_grad():
-    theirs = model(input_ids=torch.from_numpy(TOKENS).long(), pixel_values=torch_images())
+    theirs = model(input_ids=torch.from_numpy(TOKENS).long(), pixel_values=to_torch(PIXELS))
   ours = objective.network.apply({'params': params}, PIXELS, TOKENS)
   np.testing.assert_allclose(ours.image, theirs.image_embeds, atol=1e-5)
   np.testing.assert_allclose(ours.text, theirs.text_embeds, atol=1e-5)
@@ -115,7 +69,7 @@ def test_dinov2_with_registers(tmp_path, swiglu):
   model = published(transformers.Dinov2WithRegistersModel(config), tmp_path / 'theirs')
   objective, params = imported(tmp_path / 'theirs', tmp_path, None)
   with torch.no_grad():
-    theirs = model(torch_images()).last_hidden_state.numpy()
+    theirs = model(to_torch(PIXELS)).last_hidden_state.numpy()
   ours = objective.network.apply({'params': params}, PIXELS)
   np.testing.assert_allclose(ours.pooled, theirs[:, 0], atol=1e-5)
   comes_back(tmp_path / 'theirs', tmp_path, 'transformers')
@@ -136,7 +90,7 @@ def test_masked_autoencoder_with_its_decoder(tmp_path):
   objective, params = imported(tmp_path / 'theirs', tmp_path, None)
   noise = np.random.default_rng(0).uniform(size=(2, 16)).astype(np.float32)
   with torch.no_grad():
-    theirs = model(torch_images(), noise=torch.from_numpy(noise)).logits.numpy()
+    theirs = model(to_torch(PIXELS), noise=torch.from_numpy(noise)).logits.numpy()
   ours = objective.network.apply({'params': params}, PIXELS, np.argsort(noise, axis=1), visible=objective.visible)
   np.testing.assert_allclose(ours.pixels, theirs, atol=1e-4)
   comes_back(tmp_path / 'theirs', tmp_path, 'transformers')

@@ -1,0 +1,75 @@
+"""DiT as its authors and as diffusers name it."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fmcv_jax.models.dit import SIZES
+from fmcv_jax.models.positions import sincos_2d
+from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, below, each, linear, part, patch
+from fmcv_jax.pretrained.vit import timm_block
+
+
+def original() -> Layout:
+  rows = (
+    *patch('x_embedder.proj', channels=4),
+    *_told('t_embedder.mlp.0', 't_embedder.mlp.2', 'y_embedder'),
+    *timm_block('blocks', 'blocks.{i}'),
+    *linear('blocks/modulation', 'blocks.{i}.adaLN_modulation.1'),
+    *linear('modulation', 'final_layer.adaLN_modulation.1'),
+    *linear('head', 'final_layer.linear'),
+  )
+  return Layout(below('network', rows), fixed=(('pos_embed', _positions),))
+
+
+def diffusers() -> Layout:
+  """Here every block has a copy of what embeds time and class."""
+  block, told = 'transformer_blocks.{i}', 'transformer_blocks.{*}.norm1.emb'
+  time, attention = f'{told}.timestep_embedder', {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'out': 'to_out.0'}
+  rows = (
+    *patch('pos_embed.proj', channels=4),
+    *_told(f'{time}.linear_1', f'{time}.linear_2', f'{told}.class_embedder'),
+    *each('blocks/attention', f'{block}.attn1', attention),
+    *each('blocks/mlp', f'{block}.ff.net', {'up': '0.proj', 'down': '2'}),
+    *linear('blocks/modulation', f'{block}.norm1.linear'),
+    *linear('modulation', 'proj_out_1'),
+    *linear('head', 'proj_out_2'),
+  )
+  return Layout(below('network', rows))
+
+
+def _told(first: str, second: str, classes: str) -> Rows:
+  return (
+    *linear('time_embedding/hidden1', first),
+    *linear('time_embedding/hidden2', second),
+    Row('classes/embedding', f'{classes}.embedding_table.weight'),
+  )
+
+
+def _positions(network: Any) -> np.ndarray:
+  side = network.image_size // network.patch
+  return np.asarray(sincos_2d(side, side, network.width), np.float32)[None]
+
+
+def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  """Told classes, in latents of kl-f8, with a learned variance (Peebles & Xie 2023); 256 pixels where no file tells."""
+  own = part(shapes, 'network/')
+  (rows, width), depth = own['patch/kernel'], own['blocks/modulation/bias'][0]
+  cut = math.isqrt(rows // 4)
+  size = next((name for name, numbers in SIZES.items() if numbers[:2] == (width, depth)), None)
+  network: dict[str, Any] = {'name': 'dit', 'variant': f'{size or "B"}/{cut}'}
+  if size is None:
+    network |= {'width': width, 'depth': depth, 'heads': max(1, width // 64)}
+  places = shapes.get('fixed/pos_embed', (1, (32 // cut) ** 2, width))[1]
+  outputs, side = own['head/bias'][0] // cut**2, math.isqrt(places) * cut
+  network |= {'image_size': side, 'classes': own['classes/embedding'][0] - 1, 'outputs': outputs}
+  objective = {
+    'name': 'diffusion',
+    'network': network,
+    'autoencoder': {'name': 'autoencoder', 'variant': 'kl-f8', 'image_size': 8 * side},
+    'latent_scale': 0.18215,
+    'process': {'schedule': 'linear', 'learned_variance': outputs == 8},
+  }
+  return {'objective': objective}

@@ -1,0 +1,68 @@
+"""What the tests against reference libraries share: small sizes, inputs, and the way of weights in and out."""
+
+import jax
+import numpy as np
+import pytest
+
+from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
+from fmcv_jax.pretrained.tensors import PARTS, open_tensors
+
+torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
+
+TOWER = {'hidden_size': 128, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'intermediate_size': 192}
+IMAGE = {**TOWER, 'image_size': 32, 'patch_size': 8}
+TEXT = {
+  **TOWER,
+  'vocab_size': 92,
+  'max_position_embeddings': 6,
+  'bos_token_id': 90,
+  'eos_token_id': 91,
+  'pad_token_id': 0,
+}
+# Wide enough for the groups of the norms to be as many as in the published sizes.
+CODER = {
+  'block_out_channels': (128, 128),
+  'down_block_types': ('DownEncoderBlock2D',) * 2,
+  'up_block_types': ('UpDecoderBlock2D',) * 2,
+  'layers_per_block': 1,
+}
+PIXELS = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+TOKENS = np.array([[90, 5, 7, 91, 0, 0], [90, 62, 9, 11, 3, 91]], np.int32)
+
+
+def published(model, folder):
+  """A folder as the hub has it, with weights that are no initial values."""
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+  model.eval().save_pretrained(folder)
+  return model
+
+
+def imported(folder, tmp_path, family):
+  run = import_checkpoint(str(folder), str(tmp_path / 'ours'), family)
+  subject, _ = run.restored_subject()
+  return run.experiment.objective, jax.device_get(subject.params)
+
+
+def comes_back(folder, tmp_path, form):
+  several = any((folder / part).is_dir() for part in PARTS)
+  export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out' / ('' if several else 'model.safetensors')), form)
+  first, again = open_tensors(folder), open_tensors(tmp_path / 'out')
+  for name, shape in again.shapes.items():
+    assert first.shapes[name] == shape, name
+    np.testing.assert_array_equal(first[name], again[name], err_msg=name)
+  left = {name for name in set(first.shapes) - set(again.shapes) if 'position_ids' not in name and 'index' not in name}
+  assert not left
+
+
+def to_torch(x):
+  """Pictures [B, H, W, C] as torch wants them."""
+  return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+
+
+def equal(ours, theirs):
+  """ours [B, H, W, C] and theirs [B, C, H, W], to 3e-5 of the largest value."""
+  theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(ours, theirs, atol=3e-5 * np.abs(theirs).max())
