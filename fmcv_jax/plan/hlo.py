@@ -1,6 +1,6 @@
 """What a compiled program does, read from its HLO after partitioning: collectives by mesh axis, bytes, cycles.
 
-Bodies of loops count as often as they run.
+Bodies of loops count as often as they run; those of loops whose end depends on data (a draw by rejection) count once.
 """
 
 import re
@@ -19,7 +19,7 @@ _INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\
 _PLACED = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?')
 _START = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(-start)?\((.*)')
-_WHILE = re.compile(r' while\(.*body=%?([\w.\-]+)')
+_WHILE = re.compile(r' while\(%?([\w.\-]+)\)(?:.*condition=%?([\w.\-]+))?.*body=%?([\w.\-]+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(
   r'(?:to_apply|true_computation|false_computation|calls)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}'
@@ -181,13 +181,37 @@ def _runs(computations: dict[str, list[str]], name: str, times: int) -> Iterator
   for line in computations.get(name, ()):
     yield line, times
     if match := _WHILE.search(line):
-      trips = _TRIPS.search(line)
-      yield from _runs(computations, match[1], times * int(trips[1] if trips else 1))
+      known = _TRIPS.search(line)
+      trips = int(known[1]) if known else _trips(computations, name, match[1], match[2])
+      yield from _runs(computations, match[3], times * trips)
     elif re.search(r' (call|conditional|async-start)\(', line):
       for called, branches in _CALLED.findall(line):
         for inner in [called, *re.split(r',\s*', branches)]:
           if inner:
             yield from _runs(computations, inner.lstrip('%'), times)
+
+
+def _trips(computations: dict[str, list[str]], outer: str, state: str, condition: str) -> int:
+  """How often a loop of `outer` runs that counts an element of its state up by one, while it is below a constant."""
+  before, inside = (
+    {found.name: found for line in computations[name] if (found := _parse(line))} for name in (outer, condition)
+  )
+  root = next(found for found in inside.values() if found.root)
+  if root.kind != 'compare' or 'direction=LT' not in root.rest:
+    return 1
+
+  def begin(name: str) -> int | None:
+    """What an operand of the comparison is when the loop begins."""
+    found = inside[name]
+    if found.kind == 'get-tuple-element' and state in before:
+      index = int(re.search(r'index=(\d+)', found.rest)[1])  # type: ignore[index]
+      found = before[before[state].operands[index]]
+    while found.kind in ('copy', 'bitcast'):
+      found = before[found.operands[0]]
+    return int(found.arguments) if found.kind == 'constant' else None
+
+  first, end = (begin(name) for name in root.operands)
+  return 1 if end is None else end - (first or 0)
 
 
 def _size(dtype: str, shape: str) -> int:

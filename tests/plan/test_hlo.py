@@ -54,6 +54,29 @@ def test_groups_are_read_in_every_spelling(groups, axes):
   assert row.bytes == 2 * 32 * (size - 1) / size
 
 
+@pytest.mark.parametrize(('first', 'end', 'trips'), [(0, 12, 12), (2, 12, 10)])
+def test_a_loop_without_a_known_count_is_counted_from_its_condition(first, end, trips):
+  text = f"""%below (p: (s32[], f32[])) -> pred[] {{
+  %p = (s32[], f32[]) parameter(0)
+  %end = s32[]{{:T(128)}} constant({end})
+  %i = s32[]{{:T(128)}} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %end), direction=LT, metadata={{op_name="lt"}}
+}}
+
+%body (p: (s32[], f32[])) -> (s32[], f32[]) {{
+  %f = f32[] fusion(%p), kind=kLoop, calls=%inner, backend_config={{"estimated_cycles":"10"}}
+}}
+
+ENTRY %main (x: f32[]) -> f32[] {{
+  %first = s32[]{{:T(128)}} constant({first})
+  %copy = s32[]{{:T(128)}} copy(%first)
+  %state = (s32[], f32[]) tuple(%copy, /*index=1*/%x)
+  %w = (s32[], f32[]) while(%state), condition=%below, body=%body, metadata={{op_name="while"}}
+}}
+"""
+  assert hlo.estimated_cycles(text) == 10 * trips
+
+
 def test_estimated_cycles_of_a_loop_count_each_time():
   text = """%body (p: f32[]) -> f32[] {
   %f = f32[] fusion(%p), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"10"}
