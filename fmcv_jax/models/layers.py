@@ -40,8 +40,9 @@ class BlockConfig:
   eps is that of LayerNorm; layer_scale the initial value of LayerScale (Touvron et al. 2021), None for none; gated
   makes the MLP a GLU (Shazeer 2020); `qkv_bias` is that of the attentions' projections; `dropout` acts on both
   residual branches; `post_norm` normalizes after each residual sum instead of before each branch (Vaswani et al. 2017,
-  BERT); `dtype` is that of the matmuls (parameters, norm statistics, softmax and the residual sum of float32 inputs
-  stay float32).
+  BERT); `parallel` adds attention and MLP of the same normalized input in one sum, and `qk_norm` normalizes queries and
+  keys in each head before they meet (both Dehghani et al. 2023, section 2.1); `dtype` is that of the matmuls
+  (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
   """
 
   heads: int
@@ -54,6 +55,8 @@ class BlockConfig:
   dropout: float = 0.0
   causal: bool = False
   post_norm: bool = False
+  parallel: bool = False
+  qk_norm: bool = False
   attention: Backend = 'auto'
   dtype: Dtype = 'float32'
 
@@ -106,6 +109,8 @@ class Attention(nn.Module):
       project(context, 'key', tokens),
       project(context, 'value', tokens),
     )
+    if c.qk_norm:
+      query, key = layer_norm(c.eps, c.dtype, 'query_norm')(query), layer_norm(c.eps, c.dtype, 'key_norm')(key)
     if angles is not None:
       query, key = rotate(query, angles), rotate(key, angles)
     y = attention(query, key, value, causal=c.causal, mask=mask, backend=backend)
@@ -144,7 +149,12 @@ class Block(nn.Module):
     # The scan's body must return what it takes, so the residual stream has one dtype throughout.
     x = constrain(x, 'batch', 'tokens', 'width')
     norm1, norm2 = (layer_norm(c.eps, c.dtype, name) for name in ('norm1', 'norm2'))
-    y = Attention(c, name='attention')(x if c.post_norm else norm1(x), angles=angles, mask=mask)
+    attention = Attention(c, name='attention')
+    if c.parallel:
+      y = norm1(x)
+      y = attention(y, angles=angles, mask=mask) + Mlp(c, name='mlp')(y)
+      return constrain(x + self._branch(y, 'scale1', drop_path).astype(x.dtype), 'batch', 'tokens', 'width'), None
+    y = attention(x if c.post_norm else norm1(x), angles=angles, mask=mask)
     x = x + self._branch(y, 'scale1', drop_path).astype(x.dtype)
     x = norm1(x).astype(x.dtype) if c.post_norm else x
     y = Mlp(c, name='mlp')(x if c.post_norm else norm2(x))

@@ -104,6 +104,31 @@ def test_the_blocks_of_a_stack_run_in_order(variables, x):
   np.testing.assert_allclose(apply(tower(), variables, x), y, rtol=1e-4, atol=1e-5)
 
 
+def test_a_parallel_block_adds_attention_of_normalized_queries_and_keys_and_mlp_of_one_norm(random_variables, x):
+  """Dehghani et al. 2023, section 2.1: x + MLP(LN(x)) + softmax(LN(XQ) LN(XK)^T / sqrt(d)) XV, in numpy float64."""
+  block = Block(BlockConfig(heads=2, mlp_dim=24, activation='relu', parallel=True, qk_norm=True))
+  variables = random_variables(block, x)
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables['params'])
+  assert p.keys() == {'norm1', 'attention', 'mlp'}
+
+  def norm(y, p):
+    centred = y - y.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
+
+  def project(y, p):
+    return y @ p['kernel'] + p['bias']
+
+  y, attention = norm(x.astype(np.float64), p['norm1']), p['attention']
+  query, key, value = (project(y, attention[name]).reshape(4, 5, 2, 8) for name in ('query', 'key', 'value'))
+  query, key = norm(query, attention['query_norm']), norm(key, attention['key_norm'])
+  logits = np.einsum('bqhk,bthk->bhqt', query, key) / 8**0.5
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  mixed = project(np.einsum('bhqt,bthk->bqhk', weights, value).reshape(4, 5, 16), attention['out'])
+  mlp = project(np.maximum(project(y, p['mlp']['up']), 0), p['mlp']['down'])
+  np.testing.assert_allclose(jax.jit(block.apply)(variables, x)[0], x + mixed + mlp, rtol=1e-4, atol=1e-5)
+
+
 def test_drop_path_is_off_in_evaluation_and_needs_no_rng_there(variables, x):
   np.testing.assert_array_equal(apply(tower(drop_path=0.9), variables, x), apply(tower(), variables, x))
 
