@@ -12,8 +12,6 @@ import pytest
 from fmcv_jax import experiment
 from tests import runs
 
-KILLS = int(os.environ.get('FMCV_KILLS', '6'))
-
 
 def wait_for(process, workdir, step):
   """Returns when a run has told of `step`."""
@@ -79,9 +77,9 @@ def test_a_workdir_that_goes_away_is_one_line(config, tmp_path):
   assert str(tmp_path / 'run') in told(run)
 
 
-def kill_at_random(config, workdir, kills, **options):
+def kill_at_random(config, workdir, kills, seed=0, **options):
   """Starts a run, and ends it by SIGKILL at a random moment of each of its lives; returns how often it did."""
-  generator = np.random.default_rng(0)
+  generator = np.random.default_rng(seed)
   for killed in range(kills):
     before = runs.steps_of(workdir)
     process = runs.start(config, workdir, **options)
@@ -95,13 +93,24 @@ def kill_at_random(config, workdir, kills, **options):
   return kills
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('launcher', [('-m', 'fmcv_jax'), runs.LOCAL], ids=['one process', 'two processes'])
-def test_a_run_under_sigkill_ends_bitwise_as_one_left_alone(config, tmp_path, launcher):
+ONE = ('-m', 'fmcv_jax')
+
+
+@pytest.mark.parametrize(
+  ('kills', 'launcher'),
+  [(2, ONE), pytest.param(50, ONE, marks=pytest.mark.slow), pytest.param(5, runs.LOCAL, marks=pytest.mark.slow)],
+  ids=['twice', 'fifty times', 'two processes'],
+)
+def test_runs_under_sigkill_end_bitwise_as_one_left_alone(kills, launcher, config, tmp_path):
   finish(runs.start(config(60), tmp_path / 'alone', launcher=launcher))
-  assert kill_at_random(config(60), tmp_path / 'killed', KILLS, launcher=launcher) >= 3
-  finish(runs.start(config(60), tmp_path / 'killed', launcher=launcher))
-  assert_equal_runs(tmp_path / 'alone', tmp_path / 'killed')
+  killed = 0
+  while killed < kills:  # a run of 60 steps has a few lives
+    workdir = tmp_path / f'killed after {killed}'
+    more = kill_at_random(config(60), workdir, kills - killed, seed=killed, launcher=launcher)
+    assert more, 'the run came to its end before it could be killed'
+    killed += more
+    finish(runs.start(config(60), workdir, launcher=launcher))
+    assert_equal_runs(tmp_path / 'alone', workdir)
 
 
 VIT = {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1}
@@ -112,6 +121,10 @@ CODER = {
   'latent': 4,
   'image_size': 16,
   'middle_attention': False,
+}
+VIEWS = {
+  name: {'count': count, 'image': {'name': 'random_resized_crop', 'size': size}}
+  for name, count, size in (('global_views', 2, 16), ('local_views', 1, 8))
 }
 OBJECTIVES = {
   'contrastive': runs.contrastive,
@@ -128,6 +141,7 @@ OBJECTIVES = {
     'network': {'name': 'dino', 'encoder': VIT, 'prototypes': 16, 'hidden': 16, 'bottleneck': 8},
     'local_views': 1,
     'local_size': 8,
+    'koleo_weight': 0.1,
   },
   'autoencoding': {
     'name': 'autoencoding',
@@ -152,7 +166,8 @@ def test_every_objective_under_sigkill_ends_bitwise_as_one_left_alone(objective,
     config = given(folder, **changes)
   else:
     config = runs.class_painter(folder, **changes)
-    config = experiment.resolve({**config, 'objective': given})
+    data = {**config['data'], 'views': VIEWS if objective == 'dino' else {}}
+    config = experiment.resolve({**config, 'objective': given, 'data': data})
   config = {**config, 'evaluators': {}}
   finish(runs.start(config, tmp_path / 'alone'))
   assert kill_at_random(config, tmp_path / 'killed', 3) >= 2
