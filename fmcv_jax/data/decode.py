@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fmcv_jax.data import jpeg
+from fmcv_jax.data import jpeg, native
+from fmcv_jax.data.resize import RADII, Box, Interpolation, resize
 from fmcv_jax.data.source import BadRecord
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own limit for a warning
@@ -50,9 +51,6 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   return np.asarray(decode_pil(data, max_pixels))
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
 class Region(NamedTuple):
   """`pixels` uint8 [h, w, 3], the `box` in them, and how what is made of it is to be turned to be upright."""
 
@@ -68,8 +66,14 @@ class Picture(abc.ABC):
   width: int
 
   @abc.abstractmethod
-  def region(self, box: Box, size: int) -> Region:
-    """What a resize of `box` to size x size pixels looks at; raises BadRecord if it cannot be decoded."""
+  def region(self, box: Box, size: int, radius: int = 3) -> Region:
+    """What a resize of `box` to size x size pixels looks at, by a filter of so many pixels at either side; raises
+    BadRecord if it cannot be decoded."""
+
+  def crop(self, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
+    """The box as uint8 [size, size, 3]; raises BadRecord if it cannot be decoded."""
+    region = self.region(box, size, RADII[interpolation])
+    return _turned(resize(region.pixels, region.box, size, interpolation), region.turn)
 
 
 def picture(image: bytes | np.ndarray) -> Picture:
@@ -89,26 +93,39 @@ class _Pixels(Picture):
     self._pixels = pixels
     self.height, self.width = pixels.shape[:2]
 
-  def region(self, box, size):
-    return _window(self._pixels, box, size)
+  def region(self, box, size, radius=3):
+    return _cut(self._pixels, box, size, radius)
 
 
 class _Jpeg(Picture):
   def __init__(self, data: bytes, head: jpeg.Header):
     self._data, self._head = data, head
+    self._turn = _UPRIGHT.get(head.orientation)
     sides = head.height, head.width
     self.height, self.width = sides[::-1] if head.orientation in _TURNED else sides
 
-  def region(self, box, size):
-    stored = self._as_stored(box)
-    side = min(box[2] - box[0], box[3] - box[1])
-    factor = max(f for f in _FACTORS if f == 1 or side >= f * _GAP * size)
-    last = min(self._head.height, math.ceil(stored[3]) + _reach(stored[3] - stored[1], size))
+  def crop(self, box, size, interpolation):
+    # In C only the columns of the crop are decoded too, and its pixels leave the processor's cache resized.
+    factor = self._factor(box, size)
+    reduced = _reduced(self._as_stored(box), factor)
+    height, width = -(-self._head.height // factor), -(-self._head.width // factor)
+    left, top, right, bottom = _window(height, width, reduced, size, RADII[interpolation])
+    window = left, top, right - left, bottom - top
+    pixels = native.crop_jpeg(self._data, factor, window, _within(reduced, left, top), size, interpolation)
+    return super().crop(box, size, interpolation) if pixels is None else _turned(pixels, self._turn)
+
+  def region(self, box, size, radius=3):
+    factor, stored = self._factor(box, size), self._as_stored(box)
+    beyond = factor * _reach((stored[3] - stored[1]) / factor, size, radius)
+    last = min(self._head.height, math.ceil(stored[3]) + beyond)
     pixels = jpeg.decode_rows(self._data, self._head, last, factor)
     if pixels is None:
-      return _window(np.asarray(decode_pil(self._data)), box, size)  # which knows the reason, or knows better
-    left, top, right, bottom = (edge / factor for edge in stored)
-    return _window(pixels, (left, top, right, bottom), size)._replace(turn=_UPRIGHT.get(self._head.orientation))
+      return _cut(np.asarray(decode_pil(self._data)), box, size, radius)  # which knows the reason, or knows better
+    return _cut(pixels, _reduced(stored, factor), size, radius)._replace(turn=self._turn)
+
+  def _factor(self, box: Box, size: int) -> int:
+    side = min(box[2] - box[0], box[3] - box[1])
+    return max(f for f in _FACTORS if f == 1 or side >= f * _GAP * size)
 
   def _as_stored(self, box: Box) -> Box:
     """The box of the upright picture in the one that is stored."""
@@ -122,17 +139,33 @@ class _Jpeg(Picture):
     return left, top, right, bottom
 
 
-def _window(pixels: np.ndarray, box: Box, size: int) -> Region:
-  """The pixels that a resize of the box looks at."""
-  x, y = _reach(box[2] - box[0], size), _reach(box[3] - box[1], size)
+def _cut(pixels: np.ndarray, box: Box, size: int, radius: int) -> Region:
+  left, top, right, bottom = _window(pixels.shape[0], pixels.shape[1], box, size, radius)
+  return Region(pixels[top:bottom, left:right], _within(box, left, top))
+
+
+def _window(height: int, width: int, box: Box, size: int, radius: int) -> tuple[int, int, int, int]:
+  """The pixels that a resize of the box looks at: from (left, top) to before (right, bottom)."""
+  x, y = _reach(box[2] - box[0], size, radius), _reach(box[3] - box[1], size, radius)
   left, top = max(0, math.floor(box[0]) - x), max(0, math.floor(box[1]) - y)
-  seen = pixels[top : math.ceil(box[3]) + y, left : math.ceil(box[2]) + x]
-  return Region(seen, (box[0] - left, box[1] - top, box[2] - left, box[3] - top))
+  return left, top, min(width, math.ceil(box[2]) + x), min(height, math.ceil(box[3]) + y)
 
 
-def _reach(side: float, size: int) -> int:
-  """How many pixels outside a side of a box a filter of three pixels looks at, at the box's scale."""
-  return math.ceil(3 * max(1.0, side / size)) + 1
+def _reduced(box: Box, factor: int) -> Box:
+  return box[0] / factor, box[1] / factor, box[2] / factor, box[3] / factor
+
+
+def _within(box: Box, left: int, top: int) -> Box:
+  return box[0] - left, box[1] - top, box[2] - left, box[3] - top
+
+
+def _reach(side: float, size: int, radius: int) -> int:
+  """How many pixels outside a side of a box a filter of `radius` pixels looks at, at the box's scale."""
+  return math.ceil(radius * max(1.0, side / size)) + 1
+
+
+def _turned(pixels: np.ndarray, turn: Image.Transpose | None) -> np.ndarray:
+  return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
 
 
 def decode_pil(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

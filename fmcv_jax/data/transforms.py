@@ -6,33 +6,12 @@ Colour, flips, noise and mixing happen on the device, in `augment.py`: the host 
 import abc
 import dataclasses
 import math
-import threading
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
-import cykooz_resizer as resizer
 import numpy as np
-from PIL import Image
 
-from fmcv_jax.data.decode import Box, Picture, picture
-
-Interpolation = Literal['bicubic', 'bilinear', 'lanczos', 'nearest']  # but for the last Pillow's, with antialiasing
-_FILTERS = {
-  'bicubic': resizer.ResizeAlg.convolution(resizer.FilterType.catmull_rom),
-  'bilinear': resizer.ResizeAlg.convolution(resizer.FilterType.bilinear),
-  'lanczos': resizer.ResizeAlg.convolution(resizer.FilterType.lanczos3),
-  'nearest': resizer.ResizeAlg.nearest(),
-}
-
-
-class _Reused(threading.local):
-  """What one thread uses again for each image, so that its memory is not asked for anew."""
-
-  def __init__(self):
-    self.resizer = resizer.Resizer()
-    self.targets: dict[int, resizer.ImageData] = {}
-
-
-_THREAD = _Reused()
+from fmcv_jax.data.decode import picture
+from fmcv_jax.data.resize import FILTERS, Interpolation
 
 
 class ImageTransform(abc.ABC):
@@ -71,7 +50,7 @@ class RandomResizedCrop(ImageTransform):
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
     whole = picture(image)
     left, top, width, height = sample_box(whole.height, whole.width, self.scale, self.ratio, rng)
-    return _resize(whole, self.size, self.interpolation, (left, top, left + width, top + height))
+    return whole.crop((left, top, left + width, top + height), self.size, self.interpolation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +78,7 @@ class ResizeCrop(ImageTransform):
     x, y = whole.width / width, whole.height / height
     right, bottom = min((left + self.size) * x, whole.width), min((top + self.size) * y, whole.height)
     box = (left * x, top * y, right, bottom)
-    return _resize(whole, self.size, self.interpolation, box)
+    return whole.crop(box, self.size, self.interpolation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +95,7 @@ class Resize(ImageTransform):
     if _fits(image, self.size):
       return image
     whole = picture(image)
-    return _resize(whole, self.size, self.interpolation, (0, 0, whole.width, whole.height))
+    return whole.crop((0, 0, whole.width, whole.height), self.size, self.interpolation)
 
 
 def of_segments(transform: ImageTransform, segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -145,27 +124,12 @@ def sample_box(height, width, scale, ratio, rng: np.random.Generator) -> tuple[i
 def _check(size: int, interpolation: str) -> None:
   if size < 1:
     raise ValueError(f'size: expected at least 1, got {size}')
-  if interpolation not in _FILTERS:
-    raise ValueError(f'interpolation: {interpolation!r} is not one of {", ".join(_FILTERS)}')
+  if interpolation not in FILTERS:
+    raise ValueError(f'interpolation: {interpolation!r} is not one of {", ".join(FILTERS)}')
 
 
 def _fits(image: bytes | np.ndarray, size: int) -> TypeGuard[np.ndarray]:
   return isinstance(image, np.ndarray) and image.shape == (size, size, 3) and image.dtype == np.uint8
-
-
-def _resize(whole: Picture, size: int, interpolation: str, box: Box) -> np.ndarray:
-  region = whole.region(box, size)
-  height, width, _ = region.pixels.shape
-  left, top, right, bottom = region.box
-  right, bottom = min(right, width), min(bottom, height)  # of a reduced picture the last pixel may be less than a whole
-  source = resizer.ImageData(width, height, resizer.PixelType.U8x3, region.pixels.tobytes())
-  target = _THREAD.targets.get(size)
-  if target is None:
-    target = _THREAD.targets[size] = resizer.ImageData(size, size, resizer.PixelType.U8x3)
-  crop = resizer.CropBox(left, top, right - left, bottom - top)
-  _THREAD.resizer.resize(source, target, resizer.ResizeOptions(_FILTERS[interpolation], crop_box=crop))
-  pixels = np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
-  return pixels if region.turn is None else np.asarray(Image.fromarray(pixels).transpose(region.turn))
 
 
 IMAGE_TRANSFORMS: dict[str, type[ImageTransform]] = {

@@ -1,0 +1,291 @@
+/* A crop of an image, resized to a square. native.py builds it where it can; without it packages give the same bytes.
+ *
+ * Of a JPEG only the rows and columns of the crop are transformed and coloured, by libjpeg-turbo's partial decoding. The
+ * resize is Pillow's convolution in cykooz.resizer's fixed point: first down, rounded, then across.
+ */
+
+#include <immintrin.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+
+#if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000000
+#error "libjpeg-turbo 2 or later is wanted"
+#endif
+
+enum { REFUSED = 1, NO_MEMORY = 2 };
+enum { BILINEAR, BICUBIC, LANCZOS };
+
+/* --- the resize --- */
+
+/* Output i is the sum over taps k of weights[i * taps + k] * in[starts[i] + k], in units of 2 ** -precision. */
+typedef struct {
+  int taps, precision;
+  int *starts;
+  int16_t *weights;
+} Axis;
+
+static double sinc(double x) {
+  return x == 0.0 ? 1.0 : sin(x * M_PI) / (x * M_PI);
+}
+
+static double filter_at(int filter, double x) {
+  x = fabs(x);
+  if (filter == BILINEAR) return x < 1.0 ? 1.0 - x : 0.0;
+  if (filter == LANCZOS) return x < 3.0 ? sinc(x) * sinc(x / 3.0) : 0.0;
+  if (x < 1.0) return (1.5 * x - 2.5) * x * x + 1.0; /* Catmull and Rom's cubic */
+  return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
+}
+
+/* The weights of `size` outputs that lie evenly over [begin, end) of `length` inputs; an even number of taps. */
+static int axis_of(Axis *axis, int length, double begin, double end, int size, int filter) {
+  double scale = (end - begin) / size, wide = scale > 1.0 ? scale : 1.0;
+  double radius = (filter == BILINEAR ? 1.0 : filter == BICUBIC ? 2.0 : 3.0) * wide, narrow = 1.0 / wide;
+  int most = (int)ceil(radius) * 2 + 1;
+  double *exact = calloc((size_t)size * most, sizeof(double));
+  axis->starts = malloc(size * sizeof(int));
+  axis->weights = NULL;
+  if (!exact || !axis->starts) return free(exact), NO_MEMORY;
+  double largest = 0.0;
+  axis->taps = 2;
+  for (int i = 0; i < size; i++) {
+    double centre = begin + (i + 0.5) * scale, total = 0.0, *row = exact + (size_t)i * most;
+    int first = (int)fmax(floor(centre - radius), 0.0), last = (int)fmin(ceil(centre + radius), length);
+    for (int x = first; x < last; x++) total += row[x - first] = filter_at(filter, (x - (centre - 0.5)) * narrow);
+    if (total != 0.0)
+      for (int x = first; x < last; x++) row[x - first] /= total;
+    for (int x = first; x < last; x++) largest = fmax(largest, row[x - first]);
+    axis->starts[i] = first;
+    while (last - first > axis->taps && row[last - first - 1] == 0.0) last--;
+    if (last - first > axis->taps) axis->taps = last - first;
+  }
+  axis->taps += axis->taps & 1;
+  for (axis->precision = 0; axis->precision < 21; axis->precision++) /* weights are of 16 bits */
+    if (round(largest * (double)(1 << (axis->precision + 1))) >= 1 << 15) break;
+  axis->weights = calloc((size_t)size * axis->taps, sizeof(int16_t));
+  if (!axis->weights) return free(exact), NO_MEMORY;
+  for (int i = 0; i < size; i++)
+    for (int k = 0; k < axis->taps && k < most; k++)
+      axis->weights[i * axis->taps + k] = (int16_t)round(exact[(size_t)i * most + k] * (double)(1 << axis->precision));
+  free(exact);
+  return 0;
+}
+
+static uint8_t clipped(int32_t value) {
+  return value < 0 ? 0 : value > 255 ? 255 : (uint8_t)value;
+}
+
+/* One row out of `taps` rows of `bytes` bytes; those from `rows` on do not exist, and have no weight. */
+__attribute__((target("avx2"))) static void join_rows(const uint8_t *in, ptrdiff_t stride, int rows, uint8_t *out,
+                                                      int bytes, const int16_t *weights, int taps, int bits) {
+  __m128i precision = _mm_cvtsi32_si128(bits);
+  __m256i half = _mm256_set1_epi32(1 << (bits - 1)), zero = _mm256_setzero_si256();
+  for (int x = 0; x + 32 <= bytes; x = x + 64 > bytes && x + 32 < bytes ? bytes - 32 : x + 32) {
+    __m256i sums[4] = {half, half, half, half};
+    for (int k = 0; k < taps; k += 2) {
+      __m256i pair = _mm256_set1_epi32((uint16_t)weights[k] | (uint32_t)(uint16_t)weights[k + 1] << 16);
+      const uint8_t *above = in + (k < rows ? k : 0) * stride, *below = in + (k + 1 < rows ? k + 1 : 0) * stride;
+      __m256i first = _mm256_loadu_si256((const __m256i *)(above + x));
+      __m256i second = _mm256_loadu_si256((const __m256i *)(below + x));
+      __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
+      sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(_mm256_unpacklo_epi8(low, zero), pair));
+      sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(_mm256_unpackhi_epi8(low, zero), pair));
+      sums[2] = _mm256_add_epi32(sums[2], _mm256_madd_epi16(_mm256_unpacklo_epi8(high, zero), pair));
+      sums[3] = _mm256_add_epi32(sums[3], _mm256_madd_epi16(_mm256_unpackhi_epi8(high, zero), pair));
+    }
+    for (int i = 0; i < 4; i++) sums[i] = _mm256_sra_epi32(sums[i], precision);
+    __m256i packed = _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
+    _mm256_storeu_si256((__m256i *)(out + x), packed);
+  }
+  for (int x = 0; x < bytes && bytes < 32; x++) {
+    int32_t sum = 1 << (bits - 1);
+    for (int k = 0; k < taps && k < rows; k++) sum += in[k * stride + x] * weights[k];
+    out[x] = clipped(sum >> bits);
+  }
+}
+
+/* Which bytes of a row make eight values of the resized one: a vector has two halves, each with a window of 16 bytes. */
+typedef struct {
+  int windows[2];
+  __m256i bytes;
+} Group;
+
+/* The weights of two neighbouring pixels for each of eight values: one multiplication takes a pair of taps. */
+typedef union {
+  __m256i vector;
+  int16_t weights[16];
+} Pairs;
+
+/* How narrow_row gathers; 0 where neighbours lie too far apart for it. */
+static int gather(const Axis *axis, int size, Group *groups, Pairs *pairs, int blocks) {
+  int steps = axis->taps / 2;
+  for (int g = 0; g < 4 * blocks; g++)
+    for (int half = 0; half < 2; half++) {
+      uint8_t *bytes = (uint8_t *)&groups[g].bytes + 16 * half;
+      int first = 8 * g + 4 * half, window = first < 3 * size ? 3 * axis->starts[first / 3] : 0;
+      groups[g].windows[half] = window;
+      for (int i = 0; i < 4; i++) {
+        int value = first + i, pixel = value / 3;
+        int at = value < 3 * size ? 3 * axis->starts[pixel] + value % 3 - window : -1;
+        if (at > 12) return 0;
+        bytes[4 * i] = at < 0 ? 0x80 : at;
+        bytes[4 * i + 2] = at < 0 ? 0x80 : at + 3;
+        bytes[4 * i + 1] = bytes[4 * i + 3] = 0x80; /* a zero */
+        for (int step = 0; step < steps; step++) {
+          int16_t *pair = pairs[(size_t)g * steps + step].weights + 2 * (4 * half + i);
+          pair[0] = at < 0 ? 0 : axis->weights[pixel * axis->taps + 2 * step];
+          pair[1] = at < 0 ? 0 : axis->weights[pixel * axis->taps + 2 * step + 1];
+        }
+      }
+    }
+  return 1;
+}
+
+/* A row resized, to 32 * blocks bytes. */
+__attribute__((target("avx2"))) static void narrow_row(const uint8_t *in, uint8_t *out, const Axis *axis,
+                                                       const Group *groups, const Pairs *pairs, int blocks) {
+  int steps = axis->taps / 2;
+  __m128i precision = _mm_cvtsi32_si128(axis->precision);
+  __m256i half = _mm256_set1_epi32(1 << (axis->precision - 1));
+  __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int block = 0; block < blocks; block++) {
+    __m256i sums[4];
+    for (int quarter = 0; quarter < 4; quarter++) {
+      const Group *group = groups + 4 * block + quarter;
+      const Pairs *weights = pairs + (size_t)(4 * block + quarter) * steps;
+      const uint8_t *low = in + group->windows[0], *high = in + group->windows[1];
+      __m256i sum = half;
+      for (int step = 0; step < steps; step++) {
+        __m128i first = _mm_loadu_si128((const __m128i *)(low + 6 * step));
+        __m128i second = _mm_loadu_si128((const __m128i *)(high + 6 * step));
+        __m256i taken = _mm256_shuffle_epi8(_mm256_set_m128i(second, first), group->bytes);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(taken, weights[step].vector));
+      }
+      sums[quarter] = _mm256_sra_epi32(sum, precision);
+    }
+    __m256i packed = _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
+    _mm256_storeu_si256((__m256i *)(out + 32 * block), _mm256_permutevar8x32_epi32(packed, in_order));
+  }
+}
+
+static void narrow_row_plainly(const uint8_t *in, uint8_t *out, const Axis *axis, int size) {
+  for (int value = 0; value < 3 * size; value++) {
+    int pixel = value / 3;
+    int32_t sum = 1 << (axis->precision - 1);
+    for (int k = 0; k < axis->taps; k++)
+      sum += in[3 * (axis->starts[pixel] + k) + value % 3] * axis->weights[pixel * axis->taps + k];
+    out[value] = clipped(sum >> axis->precision);
+  }
+}
+
+/* The box (left, top, right, bottom) of RGB pixels, `stride` bytes a row, to out [size, size, 3]. */
+int fmcv_resize(const uint8_t *in, ptrdiff_t stride, int width, int height, const double *box, int filter, int size,
+                uint8_t *out) {
+  Axis across = {0}, down = {0};
+  int blocks = (3 * size + 31) / 32, status = NO_MEMORY;
+  Group *groups = NULL;
+  Pairs *pairs = NULL;
+  uint8_t *joined = NULL, *narrowed = NULL;
+  if (axis_of(&across, width, box[0], box[2], size, filter) || axis_of(&down, height, box[1], box[3], size, filter))
+    goto end;
+  groups = aligned_alloc(32, 4 * blocks * sizeof(Group));
+  pairs = aligned_alloc(32, (size_t)4 * blocks * across.taps / 2 * sizeof(Pairs));
+  joined = calloc(3 * ((size_t)width + across.taps) + 32, 1); /* what is beyond the row has no weight */
+  narrowed = malloc(32 * (size_t)blocks);
+  if (!groups || !pairs || !joined || !narrowed) goto end;
+  int vectors = gather(&across, size, groups, pairs, blocks);
+  for (int y = 0; y < size; y++) {
+    int first = down.starts[y];
+    join_rows(in + first * stride, stride, height - first, joined, 3 * width, down.weights + y * down.taps, down.taps,
+              down.precision);
+    if (vectors)
+      narrow_row(joined, narrowed, &across, groups, pairs, blocks);
+    else
+      narrow_row_plainly(joined, narrowed, &across, size);
+    memcpy(out + (size_t)y * 3 * size, narrowed, 3 * (size_t)size);
+  }
+  status = 0;
+end:
+  free(across.starts), free(across.weights), free(down.starts), free(down.weights);
+  free(groups), free(pairs), free(joined), free(narrowed);
+  return status;
+}
+
+/* --- JPEG --- */
+
+typedef struct {
+  struct jpeg_error_mgr base;
+  jmp_buf refused;
+} Errors;
+
+static void refuse(j_common_ptr jpeg) {
+  longjmp(((Errors *)jpeg->err)->refused, 1);
+}
+
+static void say_nothing(j_common_ptr jpeg, int level) {
+  (void)jpeg, (void)level;
+}
+
+/* Grey, 4:4:4, 4:2:2 or 4:2:0: how others are interpolated differs between versions of the library. */
+static int common_sampling(const struct jpeg_decompress_struct *jpeg) {
+  const jpeg_component_info *parts = jpeg->comp_info;
+  if (jpeg->num_components == 1) return 1;
+  for (int i = 1; i < jpeg->num_components; i++)
+    if (parts[i].h_samp_factor != 1 || parts[i].v_samp_factor != 1) return 0;
+  return parts[0].h_samp_factor <= 2 && parts[0].v_samp_factor <= parts[0].h_samp_factor;
+}
+
+/* As fmcv_resize, of the window (left, top, width, height) of a JPEG that is reduced by `factor` (1, 2, 4, 8). */
+int fmcv_crop_jpeg(const uint8_t *data, size_t bytes, int factor, const int *window, const double *box, int filter,
+                   int size, uint8_t *out) {
+  struct jpeg_decompress_struct jpeg;
+  Errors errors;
+  uint8_t *volatile rows = NULL;
+  volatile int status = REFUSED;
+  int left = window[0], top = window[1], width = window[2], height = window[3];
+  memset(&jpeg, 0, sizeof(jpeg));
+  jpeg.err = jpeg_std_error(&errors.base);
+  errors.base.error_exit = refuse;
+  errors.base.emit_message = say_nothing;
+  if (setjmp(errors.refused)) goto end;
+  jpeg_create_decompress(&jpeg);
+  jpeg_mem_src(&jpeg, (unsigned char *)data, bytes);
+  jpeg_read_header(&jpeg, TRUE);
+  if (!common_sampling(&jpeg)) goto end;
+  jpeg.out_color_space = JCS_RGB;
+  jpeg.scale_num = 1;
+  jpeg.scale_denom = factor;
+  jpeg_start_decompress(&jpeg);
+  if (left < 0 || top < 0 || width < 1 || height < 1 || left + width > (int)jpeg.output_width ||
+      top + height > (int)jpeg.output_height)
+    goto end;
+  /* At the edges of what is decoded, colours are interpolated without their neighbours: so with a column more. */
+  JDIMENSION from = left > 0 ? left - 1 : 0, across = jpeg.output_width - from;
+  if ((int)across > left + width + 1 - (int)from) across = left + width + 1 - from;
+  if (from > 0 || across < jpeg.output_width) jpeg_crop_scanline(&jpeg, &from, &across);
+  if (top > 0) jpeg_skip_scanlines(&jpeg, top);
+  size_t stride = 3 * (size_t)across;
+  rows = malloc(stride * height);
+  if (!rows) {
+    status = NO_MEMORY;
+    goto end;
+  }
+  for (int y = 0; y < height;) {
+    JSAMPROW row = rows + y * stride;
+    y += jpeg_read_scanlines(&jpeg, &row, 1);
+  }
+  status = fmcv_resize(rows + 3 * (left - from), stride, width, height, box, filter, size, out);
+end:
+  free(rows);
+  jpeg_destroy_decompress(&jpeg);
+  return status;
+}
+
+int fmcv_runs_here(void) {
+  return __builtin_cpu_supports("avx2") ? 1 : 0;
+}
