@@ -44,10 +44,8 @@ def runs(text: str) -> Iterator[tuple[str, int]]:
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
   """The exchanges of a program that runs on a mesh of these axes and sizes, slowest axis first; largest first."""
   found: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-  for line, times in runs(text):
-    if not (match := _COLLECTIVE.search(line)):
-      continue
-    shape, kind, start, rest = match.groups()
+  for exchange, times, parted in _exchanges(text):
+    shape, kind, start, rest = exchange.groups()
     group = _group(rest)
     size = len(group)
     if size < 2:
@@ -62,11 +60,31 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
       'all-to-all': (size - 1) / size,
       'collective-permute': 1,
     }[kind]
+    if parted:
+      kind, share = 'reduce-scatter', (size - 1) / size
     entry = found.setdefault((kind, _axes(group, mesh)), [0, 0])
     entry[0] += times
     entry[1] += round(times * moved * share)
   rows = [Collective(kind, axes, times, size) for (kind, axes), (times, size) in found.items()]
   return sorted(rows, key=lambda row: -row.bytes)
+
+
+def _exchanges(text: str) -> Iterator[tuple[re.Match[str], int, bool]]:
+  """(match of _COLLECTIVE, how often a step has it, whether a device keeps only its part of a sum) of all exchanges.
+
+  TPUs have some inside of fusions: next to what is computed meanwhile, and then in several, under one channel.
+  """
+  computations, entry = _computations(text)
+  channels = set()
+  for line, times in _runs(computations, entry, 1):
+    if match := _COLLECTIVE.search(line):
+      yield match, times, False
+    elif called := re.search(r' fusion\(.*calls=%?([\w.\-]+)', line):
+      for inner in computations.get(called[1], ()):
+        channel = re.search(r'channel_id=\d+', inner)
+        if (match := _COLLECTIVE.search(inner)) and channel and channel[0] not in channels:
+          channels.add(channel[0])
+          yield match, times, called[1].startswith('all-reduce-scatter')
 
 
 def estimated_cycles(text: str) -> int:
