@@ -105,6 +105,14 @@ def _assign(tree: Any, keys: list[str], value: Any, path: str) -> Any:
   return {**tree, key: _assign(tree.get(key), rest, value, path)}
 
 
+def paths_of(tree: Any, name: str, path: str) -> list[str]:
+  """The paths of all fields of this name in `tree`, which stands at `path`."""
+  if not isinstance(tree, dict):
+    return []
+  here = [f'{path}.{name}'] if name in tree else []
+  return here + [found for key, value in tree.items() for found in paths_of(value, name, f'{path}.{key}')]
+
+
 def resolve(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> Any:
   """Checks plain data against an annotation and fills in every default; the result describes the run completely."""
   return _visit(annotation, value, kinds, path, lambda name, constructor, fields, path: {**name, **fields})

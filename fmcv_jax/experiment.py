@@ -293,13 +293,19 @@ class Run:
     return subject, step
 
   def step_flops(self) -> float:
-    """Model FLOPs of one step: three times the forward pass' matrix products, recomputation not counted."""
-    e = self.experiment
-    return 3.0 * matmul_flops(
-      lambda params, batch, extra: e.objective.loss(params, batch, jax.random.key(0), extra)[0],
-      self.abstract_state.params,
-      self.batch_shapes,
-      self.abstract_state.extra,
+    """Model FLOPs of one step: the matrix products of the loss and its gradient, in a twin that recomputes nothing."""
+    spec = {'objective': self.config['objective']}
+    remat = config_lib.paths_of(spec['objective'], 'remat', 'objective')
+    spec = config_lib.override(config_lib.plain(spec), [f'{path}=none' for path in remat])
+    objective: Objective = config_lib.build(Objective, spec['objective'], KINDS, 'config.objective')
+    objective = objective.for_run(self.experiment.train.steps)
+    return float(
+      matmul_flops(
+        jax.grad(lambda params, batch, extra: objective.loss(params, batch, jax.random.key(0), extra)[0]),
+        self.abstract_state.params,
+        self.batch_shapes,
+        self.abstract_state.extra,
+      )
     )
 
   def _check_batches(self) -> None:

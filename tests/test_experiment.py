@@ -1,15 +1,19 @@
 """Whole runs on real files: what they write, how they go on, and what they refuse."""
 
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from fmcv_jax import config as config_lib
 from fmcv_jax import experiment, training
 from fmcv_jax.apps.evaluation import evaluate_workdir, evaluate_workdirs
 from fmcv_jax.errors import UserError
+from fmcv_jax.experiment import Run
 from fmcv_jax.train import metrics
+from fmcv_jax.train.flops import matmul_flops
 from tests import runs
 
 TIMES = ('time', 'train/steps_per_second', 'train/images_per_second', 'train/input_wait')
@@ -158,3 +162,23 @@ def test_workdir_of_another_experiment_is_refused_and_left_as_it_was(finished, f
 def test_reopening_a_folder_without_a_run_says_so(tmp_path):
   with pytest.raises(UserError, match='no run here'):
     experiment.Run.reopen(tmp_path)
+
+
+def test_model_flops_are_of_what_is_learnt_and_once_of_what_is_frozen(folder):
+  def flops(config, **changes):
+    changed = config_lib.override(config, [f'{path.replace("__", ".")}={value}' for path, value in changes.items()])
+    return Run(experiment.resolve(changed)).step_flops()
+
+  classifier = runs.classification(folder)
+  tokens, width, depth = 1 + 4, 32, 2
+  block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * 64
+  patches, head = 4 * 192 * width, 3 * width
+  # Each product once, and once for the gradient by each of its factors; images have none.
+  assert flops(classifier) == 2 * 16 * (2 * patches + 3 * (depth * block + head))
+  painter = runs.painter(folder)
+  assert flops(painter, objective__network__remat='full') == flops(painter)
+  coder = Run(painter).experiment.objective.autoencoder
+  images = jax.ShapeDtypeStruct((16, 16, 16, 3), np.float32)
+  encode = functools.partial(coder.apply, method='encode')
+  once = matmul_flops(encode, jax.eval_shape(coder.init, jax.random.key(0), images), images)
+  assert flops(painter) - flops(painter, objective__latents=True) == once

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.apps.generate import Painter
+from fmcv_jax.config import paths_of
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.pictures import Picture, Pictures
 from fmcv_jax.data.transforms import ResizeCrop
@@ -76,14 +77,7 @@ class Model:
 
 def dtypes_of(workdir: str | pathlib.Path) -> list[str]:
   """The config paths of all that computes in a dtype of its choice."""
-
-  def below(tree: Any, path: str):
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-      if key == 'dtype':
-        yield f'{path}.{key}'
-      yield from below(value, f'{path}.{key}')
-
-  return list(below(Run.reopen(workdir).config['objective'], 'objective'))
+  return paths_of(Run.reopen(workdir).config['objective'], 'dtype', 'objective')
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

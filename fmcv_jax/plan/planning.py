@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from fmcv_jax.config import paths_of
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import Run, load_config, parameter_count
 from fmcv_jax.models.layers import Remat
@@ -245,7 +246,7 @@ def best(found: Sequence[Figures]) -> list[bool]:
 
 def choices(config: dict[str, Any], batches: Sequence[int], chips: int) -> Iterator[tuple[str, str, int, list[str]]]:
   """(mesh, remat, batch, overrides) of what `search` tries: other axes of the mesh stay as the config has them."""
-  fields = _paths(config['objective'], 'objective', 'remat')
+  fields = paths_of(config['objective'], 'remat', 'objective')
   meshes = {'data': (-1, 1), 'fsdp': (1, -1), **({'data x fsdp 8': (-1, 8)} if chips > 16 else {})}
   for (mesh, (data, fsdp)), remat, batch in itertools.product(meshes.items(), REMATS, batches):
     sizes = [f'mesh.data={data}', f'mesh.fsdp={fsdp}', f'train.batch={batch}']
@@ -295,15 +296,6 @@ def search(
   console.print(table)
   console.print('best: no other is better in memory, exchange or estimate without being worse in another of them')
   return plans
-
-
-def _paths(tree: Any, path: str, name: str) -> list[str]:
-  """Paths of all fields of a name in a config."""
-  if not isinstance(tree, dict):
-    return []
-  return [f'{path}.{key}' for key in tree if key == name] + [
-    found for key, value in tree.items() for found in _paths(value, f'{path}.{key}', name)
-  ]
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
