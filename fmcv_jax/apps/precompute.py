@@ -21,6 +21,7 @@ from fmcv_jax.experiment import Run
 from fmcv_jax.train.warm_start import begin_with
 
 _SHARD_RECORDS = 8192
+_OF_TEXTS = {'embed_text', 'words', 'whole_text'}
 
 
 def run(
@@ -36,7 +37,7 @@ def run(
   images: bool = False,
 ) -> None:
   """Writes for each record of config.data its label, texts and key, and the functions `names` of its image, as float16.
-  Of texts ('embed_text') the first is taken, by the first prompt.
+  Of texts ('embed_text', 'words', 'whole_text') the first is taken, by the first prompt.
 
   config   a training config, whose frozen networks (config.init_from) suffice for the functions
   model    or the workdir of a trained model, at its checkpoint `step`
@@ -131,7 +132,7 @@ def _computed(
   for local in evaluation_batches(
     pipeline,
     batch=batch,
-    fields=('image', 'tokens') if 'embed_text' in names else ('image',),
+    fields=('image', 'tokens') if _OF_TEXTS.intersection(names) else ('image',),
     tokenizer=job.experiment.tokenizer,
     process_index=jax.process_index(),
     process_count=jax.process_count(),

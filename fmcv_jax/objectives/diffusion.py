@@ -68,6 +68,8 @@ class Diffusion(Objective):
                  of the images
   text           the tower that reads the captions; frozen, by init_from at 'extra/text', or with `train_text` trained
                  as well, and at 'params/text'
+  words          the batch holds, beside the tokens, what the text tower says of each record's first text, written by
+                 `fmcv precompute words whole_text`
   padding        of texts: 'masked', the network does not see it; 'zeros', it does (Stable Diffusion 2); 'end', the end
                  id stands in its place, and the network sees it (Stable Diffusion 1)
   drop           share of examples that are told nothing, for classifier-free guidance
@@ -88,6 +90,7 @@ class Diffusion(Objective):
   latents: bool = False
   text: nn.Module | None = None
   train_text: bool = False
+  words: bool = False
   padding: Literal['masked', 'zeros', 'end'] = 'masked'
   drop: float = 0.1
   weighting: WeightName = 'simple'
@@ -129,6 +132,8 @@ class Diffusion(Objective):
       raise ValueError('text: needs text.name=text_transformer')
     if self.train_text and (self.text is None or self.control is not None):
       raise ValueError('train_text: there is no text tower, or a ControlNet alone is trained')
+    if self.words and (self.text is None or self.train_text):
+      raise ValueError('words: they are those of a frozen text tower; set text, and leave out train_text')
     beside, wanted = getattr(network, 'beside', 0), 0 if self.holes is None else 1 + network.channels
     if beside != wanted:
       raise ValueError(
@@ -171,6 +176,10 @@ class Diffusion(Objective):
       shapes['label'] = jax.ShapeDtypeStruct((), jnp.int32)
     if self.text is not None:
       shapes['tokens'] = jax.ShapeDtypeStruct((self.text.length,), jnp.int32)
+    if self.words:
+      text: Any = self.text
+      shapes['words'] = jax.ShapeDtypeStruct((text.length, text.width), jnp.float16)
+      shapes['whole_text'] = jax.ShapeDtypeStruct((text.width,), jnp.float16)
     return shapes
 
   def init(self, rng):
@@ -233,16 +242,28 @@ class Diffusion(Objective):
     label = text = mask = pooled = None
     if self.network.classes:
       label = batch['label'] if keep is None else jnp.where(keep, batch['label'], self.network.classes)
-    if self.text is not None:
+    if self.text is not None and 'words' in batch:
+      words, pooled = (batch[name].astype(jnp.float32) for name in ('words', 'whole_text'))
+      told = words, (words != 0).any(axis=-1) if self.padding == 'masked' else None, pooled
+      if keep is not None:
+        nothing = self._read(extra, empty_text(batch['tokens'][:1]))
+        told = jax.tree.map(lambda a, b: jnp.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b), told, nothing)
+      text, mask, pooled = told
+    elif self.text is not None:
       tokens = batch['tokens']
       if keep is not None:
         tokens = jnp.where(keep[:, None], tokens, empty_text(tokens))
-      after = jnp.arange(tokens.shape[1]) > jnp.argmax(tokens, axis=1)[:, None]
-      if self.padding == 'end':
-        tokens = jnp.where(after, tokens.max(axis=1, keepdims=True), tokens)
-      features: Any = self.text.apply({'params': extra['text']}, tokens)
-      text, mask, pooled = features.tokens, ~after if self.padding == 'masked' else None, features.pooled
+      text, mask, pooled = self._read(extra, tokens)
     return Condition(label, text, mask, pooled)
+
+  def _read(self, extra, tokens):
+    """What the tower says of each word of texts [B, L], which of them are words (None: all), and what of the whole."""
+    after = jnp.arange(tokens.shape[1]) > jnp.argmax(tokens, axis=1)[:, None]
+    if self.padding == 'end':
+      tokens = jnp.where(after, tokens.max(axis=1, keepdims=True), tokens)
+    text: Any = self.text
+    features = text.apply({'params': extra['text']}, tokens)
+    return features.tokens, ~after if self.padding == 'masked' else None, features.pooled
 
   def _shown(self, condition, extra, images, keys) -> Condition:
     """The condition with what is told of the images [B, H, W, 3] themselves, always: what steers, what is around a
@@ -262,13 +283,26 @@ class Diffusion(Objective):
 
   def functions(self):
     offered = {'denoising_errors': self.denoising_errors}
-    return offered if self.autoencoder is None else {**offered, 'latents': self.latents_of}
+    if self.autoencoder is not None:
+      offered['latents'] = self.latents_of
+    if self.text is not None:
+      offered |= {'words': self.words_of, 'whole_text': self.whole_text_of}
+    return offered
 
   def latents_of(self, params, extra, batch):
     """[B, h, w, 2 z]: means and logarithms of the variances of the autoencoder's latents, for `latents` to read."""
     images = self.normalize(batch['image'].astype(jnp.float32) / 255)
     latent: Any = self.autoencoder.apply({'params': extra['autoencoder']}, images, method='encode')  # type: ignore[union-attr]
     return jnp.concatenate([latent.mean, latent.log_variance], axis=-1)
+
+  def words_of(self, params, extra, batch):
+    """[B, L, E]: what the text tower says of each word, and zeros where the network sees none."""
+    text, mask, _ = self._read(self._towers(params, extra), batch['tokens'])
+    return text if mask is None else jnp.where(mask[..., None], text, 0)
+
+  def whole_text_of(self, params, extra, batch):
+    """[B, P]: what the text tower says of the whole."""
+    return self._read(self._towers(params, extra), batch['tokens'])[2]
 
   def denoising_errors(self, params, extra, batch):
     """float32 [B, LEVELS]: the squared error at as many times from none to all of the noise, drawn for each record."""

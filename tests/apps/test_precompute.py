@@ -14,6 +14,7 @@ from fmcv_jax.data.packing import Unfinished
 from fmcv_jax.data.transforms import Resize
 from fmcv_jax.errors import UserError
 from tests import runs
+from tests.train.tiny import shaken
 
 
 def first_batch(run, pipeline):
@@ -94,6 +95,33 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('padding', ['masked', 'end'])
+def test_training_on_words_is_training_on_the_texts(tmp_path, padding):
+  runs.image_folder(tmp_path / 'images')
+  config = runs.painter(tmp_path / 'images', objective__padding=padding, objective__drop=0.5)
+  model = runs.untrained(config, tmp_path / 'model', changed=shaken)
+  precompute.run(['words', 'whole_text'], str(tmp_path / 'told'), model=str(model), images=True)
+  cached = experiment.Run(experiment.resolve({**config, 'objective': {**config['objective'], 'words': True}}))
+  batch = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
+  run, state = experiment.Run(config), experiment.trained_tree(str(model))
+  told = first_batch(run, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
+  np.testing.assert_array_equal(batch['image'], told['image'])
+  # Of two texts the first was written, and training draws one.
+  source = {bytes(row['whole_text']): row['texts'][0] for row in ArrayRecord(str(tmp_path / 'told'))}
+  told['tokens'] = run.experiment.tokenizer([source[bytes(whole)] for whole in batch['whole_text']])
+  losses = [
+    float(jax.jit(run.experiment.objective.loss)(state['params'], given, jax.random.key(2), state['extra'])[0])
+    for run, given in ((run, told), (cached, batch))
+  ]
+  assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+  other = np.roll(batch['words'], 1, axis=0), np.roll(batch['whole_text'], 1, axis=0)
+  loss, _ = jax.jit(cached.experiment.objective.loss)(
+    state['params'], {**batch, 'words': other[0], 'whole_text': other[1]}, jax.random.key(2), state['extra']
+  )
+  assert float(loss) != pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_embeddings_are_those_that_evaluators_see(tmp_path):
   folder, workdir = runs.image_folder(tmp_path / 'images'), tmp_path / 'clip'
   workdir.mkdir()
@@ -131,6 +159,7 @@ def test_arrays_of_records_survive_encoding_and_are_given_by_their_names():
   [
     ({'objective__augment': ({'name': 'flip'},)}, 'latents: augment, align, control and holes need the images'),
     ({'objective__autoencoder': None, 'objective__network__image_size': 16}, 'latents: they are those of an autoenc'),
+    ({'objective__words': True, 'objective__train_text': True}, 'words: they are those of a frozen text tower'),
   ],
 )
 def test_latents_leave_no_images_to_change(tmp_path, changes, message):
