@@ -44,6 +44,7 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
     args.model,
     args.output,
     step=args.step,
+    overrides=overrides,
     count=args.n,
     image=args.image,
     mask=args.mask,
@@ -61,7 +62,15 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
 def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.apps import synthesize as synthesize_app
 
-  synthesize_app.run(args.model, args.to, per_prompt=args.n, prompts=args.prompts, step=args.step, **_sampling(args))
+  synthesize_app.run(
+    args.model,
+    args.to,
+    per_prompt=args.n,
+    prompts=args.prompts,
+    step=args.step,
+    overrides=overrides,
+    **_sampling(args),
+  )
 
 
 def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -149,6 +158,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     'seed': args.seed,
     'solver': args.solver,
     'spacing': args.spacing,
+    'interval': args.interval and tuple(args.interval),
+    'rescale': args.rescale,
   }
 
 
@@ -157,15 +168,22 @@ def parser() -> argparse.ArgumentParser:
   commands = top.add_subparsers(dest='command', required=True, metavar='command')
 
   def add(
-    function: Callable[..., None], summary: str, *, config: str | None = None, model: bool = False, workdir: bool = True
+    function: Callable[..., None],
+    summary: str,
+    *,
+    config: str | None = None,
+    model: bool = False,
+    workdir: bool = True,
+    fields: bool = True,
   ) -> argparse.ArgumentParser:
+    example = '--config.mesh.fsdp=-1' if model else '--config.train.steps=200'
     sub = commands.add_parser(
       function.__name__.rstrip('_'),
       help=summary,
       description=summary,
-      epilog='Any field of the config is set by --config.path.to.field=value, such as --config.train.steps=200.',
+      epilog=f'Any field of the config is set by --config.path.to.field=value, such as {example}.' if fields else None,
     )
-    sub.set_defaults(function=function)
+    sub.set_defaults(function=function, fields=fields)
     if config is not None:
       given = {'default': config} if config else {'required': True}
       sub.add_argument('--config', metavar='FILE.py[:ARG]', help='a python file with get_config()', **given)
@@ -189,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('file', metavar='FILE', help='.safetensors, .npz, .pth, or a folder of .safetensors')
   sub.add_argument('--as', dest='family', metavar='FAMILY', help='vit, dinov2, clip, ... (default: judged)')
   sub.add_argument('--to', required=True, metavar='DIR', help='a new folder')
-  sub = add(export, 'Write what a workdir has learnt so that other libraries open it.', workdir=False)
+  sub = add(export, 'Write what a workdir has learnt so that other libraries open it.', workdir=False, fields=False)
   sub.add_argument('workdir', metavar='DIR', help='of `fmcv train` or `fmcv import` (local or gs://)')
   sub.add_argument(
     '--format',
@@ -198,9 +216,9 @@ def parser() -> argparse.ArgumentParser:
   )
   sub.add_argument('--to', required=True, metavar='FILE', help='a .safetensors or .npz file; diffusers: a folder')
   sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
-  add(report, 'Say where the time of a run went, and what became of its loss.')
+  add(report, 'Say where the time of a run went, and what became of its loss.', fields=False)
   add(demo, 'Train the demo and draw what it learnt.', config='configs/demo/clip.py')
-  sub = add(explain, 'Draw what a trained vision transformer looks at in images.', model=True)
+  sub = add(explain, 'Draw what a trained vision transformer looks at in images.', model=True, fields=False)
   sub.add_argument('image', nargs='+', metavar='IMAGE', help='an image file')
   sub.add_argument('--text', nargs='+', default=[], help='texts to look for (a model that knows texts)')
   sub.add_argument('--output', default='explained', metavar='DIR', help='folder for the pictures (default: explained)')
@@ -212,6 +230,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument('--seed', type=int, default=0)
     sub.add_argument('--solver', default='dpm++', help='ddim, ddpm, euler, heun, dpm++, unipc, ... (default: dpm++)')
     sub.add_argument('--spacing', default='trailing', choices=['trailing', 'leading', 'uniform', 'quadratic', 'karras'])
+    sub.add_argument('--interval', type=float, nargs=2, metavar='TIME', help='guide only from and to these times')
+    sub.add_argument(
+      '--rescale', type=float, default=0.0, metavar='SHARE', help="of guidance's gain in contrast undone"
+    )
 
   sub = add(generate, 'Paint pictures with a trained diffusion model.', model=True)
   sub.add_argument('prompt', nargs='*', metavar='PROMPT', help='a text, or a class by name or number')
@@ -234,7 +256,12 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('-n', type=int, default=10, help='pictures of each prompt (default: 10)')
   sub.add_argument('--prompts', metavar='FILE', help='a prompt a line (default: the names of the training data)')
   add_sampling(sub)
-  sub = add(gallery, "Paint a sheet of a text-to-image model's prompts, and judge it by a trained CLIP.", model=True)
+  sub = add(
+    gallery,
+    "Paint a sheet of a text-to-image model's prompts, and judge it by a trained CLIP.",
+    model=True,
+    fields=False,
+  )
   sub.add_argument('--judge', required=True, metavar='DIR', help='workdir of `fmcv demo`')
   sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
   sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt (default: 4)')
@@ -274,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status: 0 done, 2 a user's error, 75 stopped and saved."""
   args, rest = parser().parse_known_args(argv)
   overrides = [item.removeprefix('--config.') for item in rest if item.startswith('--config.')]
-  unknown = [item for item in rest if not item.startswith('--config.')]
+  unknown = [item for item in rest if not (args.fields and item.startswith('--config.'))]
   if unknown:
     print(f'fmcv {args.command}: unknown argument {unknown[0]!r}; see fmcv {args.command} --help', file=sys.stderr)
     return EXIT_USER_ERROR

@@ -168,14 +168,29 @@ def filler(folder, **changes):
   return _resolved({**class_painter(folder), 'objective': objective}, changes)
 
 
-def untrained(config, workdir):
-  """A workdir with the state before the first step."""
+def coder(folder, **changes):
+  """An autoencoder against a discriminator."""
+  network = {'channels': (4, 4), 'layers': 1, 'latent': 4, 'image_size': 16, 'middle_attention': False}
+  objective = {'name': 'autoencoding', 'network': {'name': 'autoencoder', **network}, 'adversarial_start': 2}
+  return _resolved(
+    {**class_painter(folder), 'objective': {**objective, 'discriminator_width': 8, 'discriminator_layers': 1}}, changes
+  )
+
+
+def untrained(config, workdir, changed=lambda params: params):
+  """A workdir with the state before the first step, its parameters changed."""
   run = experiment.Run(config, workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'config.json').write_text(json.dumps(config))
   if run.experiment.tokenizer:
     run.experiment.tokenizer.save(workdir / 'tokenizer.json')
+
+  def born():
+    state = run.init()
+    return state.replace(params=changed(state.params))
+
   store = Store(workdir)
-  store.save(jax.jit(run.init, out_shardings=run.shardings)(), {}, {})
+  store.save(jax.jit(born, out_shardings=run.shardings)(), {}, {})
   store.close()
   return workdir
 

@@ -8,6 +8,7 @@ A picture depends on the seed, its place in the request and what it is to show; 
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,18 +25,27 @@ from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, times_of
 from fmcv_jax.errors import UserError, nearest
 from fmcv_jax.evaluate.painting import Canvas, Manner
 from fmcv_jax.experiment import Run
+from fmcv_jax.parallel.distributed import is_main
 
 
 class Painter:
   """The diffusion model of a workdir, opened for use on all devices.
 
-  told      what it has to be told: texts ('tokens'), classes ('label'), or nothing
-  steered   whether it has a ControlNet, and so needs pictures to follow
-  size      sides of its pictures, in pixels
+  told       what it has to be told: texts ('tokens'), classes ('label'), or nothing
+  steered    whether it has a ControlNet, and so needs pictures to follow
+  size       sides of its pictures, in pixels
+  overrides  of its config, such as 'mesh.data=1', 'mesh.fsdp=-1' for a model that no one device holds
   """
 
-  def __init__(self, workdir: str | pathlib.Path, *, step: int | None = None, batch: int = 64):
-    self.workdir, self._run = workdir, Run.reopen(workdir)
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    batch: int = 64,
+    overrides: Sequence[str] = (),
+  ):
+    self.workdir, self._run = workdir, Run.reopen(workdir, overrides)
     self._objective = self._run.experiment.objective
     abstract = self._run.abstract_state
     generator = self._objective.generator(abstract.params, abstract.extra)
@@ -56,7 +66,8 @@ class Painter:
 
     prompts    texts, or classes by name or number, as the model was told; only their count for one told nothing
     steps      of the sampler; solver: one of SOLVERS; spacing: of its times (`times_of`)
-    guidance   of the prompt (Ho & Salimans 2022), 1 for none; interval: (low, high) times of it; rescale: see `guided`
+    guidance   of the prompt (Ho & Salimans 2022), 1 for none, or one for each picture; interval: (low, high) times of
+               it; rescale: see `guided`
     negative   a text to move away from, in the place of none
     control    for a model with a ControlNet, pictures uint8 [N, H, W, 3] to follow: it is shown what the model was
                shown of images in training (edges, say) or, with drawn=True, themselves; control_scale: how much
@@ -93,7 +104,7 @@ class Painter:
     seed: int,
     *,
     steps: int = 20,
-    guidance: float = 4.0,
+    guidance: float | Sequence[float] = 4.0,
     solver: str = 'dpm++',
     spacing: Spacing = 'trailing',
     negative: str = '',
@@ -120,8 +131,19 @@ class Painter:
       raise UserError(f'--{error}') from error
     if not 0 <= seed < 2**31:
       raise UserError(f'--seed: {seed} is not from 0 to 2147483647')
+    if interval is not None and interval[0] > interval[1]:
+      raise UserError(f'--interval: {interval[0]} to {interval[1]}; give the lower time first')
+    if not 0 <= rescale <= 1:
+      raise UserError(f'--rescale: {rescale} is not from 0 to 1')
     fields = self._fields(prompts)
-    if self.told and guidance != 1:
+    strength_of_prompt = np.asarray(guidance, np.float32)
+    if strength_of_prompt.shape not in ((), (count,)):
+      raise UserError(f'--guidance: {strength_of_prompt.shape[0]} numbers for {count} pictures')
+    is_guided = bool(self.told) and bool((strength_of_prompt != 1).any())
+    if negative and not (is_guided and 'tokens' in self.told):
+      raise UserError('--negative: needs a model that is told texts, and a --guidance other than 1')
+    if is_guided:
+      fields['guidance'] = np.broadcast_to(strength_of_prompt, count)
       without = self._fields([negative] * count) if 'tokens' in self.told else {}
       fields.update({f'without_{name}': value for name, value in without.items()})
     if other is not None:
@@ -142,12 +164,9 @@ class Painter:
       fields |= {'control': control, 'control_scale': np.full(count, control_scale, np.float32)}
     # Along an interpolation the noise is one.
     fields['number'] = np.zeros(count, np.int32) if other is not None else first + np.arange(count, dtype=np.int32)
-    is_guided = bool(self.told) and guidance != 1
     manner = Manner(solver, tuple(times), is_guided, interval, rescale, drawn)
     subject = self._subject
-    return self._canvas.paint(
-      subject.params, subject.extra, fields, manner, seed=seed, guidance=guidance, progress=progress
-    )
+    return self._canvas.paint(subject.params, subject.extra, fields, manner, seed=seed, progress=progress)
 
   def _fields(self, prompts: Sequence[str | int]) -> dict[str, np.ndarray]:
     if 'tokens' in self.told:
@@ -192,20 +211,23 @@ def read_image(file: str, size: int) -> np.ndarray:
     raise UserError(f'{file}: {error}') from error
 
 
-def read_mask(file: str, size: int) -> np.ndarray:
-  """bool [size, size], true where the file is white; UserError where it is not of these sides."""
+def read_mask(file: str, image: str, size: int) -> np.ndarray:
+  """bool [size, size], true where the file is white, cut as `read_image` cuts the image that it belongs to."""
   path = pathlib.Path(file)
   if not path.is_file():
     raise UserError(f'--mask {file}: no such file')
   try:
-    pixels = decode(path.read_bytes())
+    pixels, whole = decode(path.read_bytes()), decode(pathlib.Path(image).read_bytes())
   except BadRecord as error:
     raise UserError(f'--mask {file}: {error}') from error
-  if pixels.shape[:2] != (size, size):
-    raise UserError(
-      f'--mask {file}: {list(pixels.shape[:2])} pixels, but the pictures of this model have {[size, size]}'
-    )
-  return pixels.mean(-1) > 127
+  if pixels.shape != whole.shape:
+    raise UserError(f'--mask {file}: {_sides(pixels)} pixels, but the image has {_sides(whole)}')
+  return ResizeCrop(size, crop=1.0)(pixels, np.random.default_rng(0)).mean(-1) > 127
+
+
+def _sides(pixels: np.ndarray) -> str:
+  height, width, _ = pixels.shape
+  return f'{width} x {height}'
 
 
 def expanded(image: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
@@ -249,6 +271,7 @@ def run(
   output: str | pathlib.Path = 'generated',
   *,
   step: int | None = None,
+  overrides: Sequence[str] = (),
   count: int = 4,
   seed: int = 0,
   image: str | None = None,
@@ -259,21 +282,25 @@ def run(
   control: str | None = None,
   **options: Any,
 ) -> pathlib.Path:
-  """`count` pictures for each prompt; writes them and a grid, a row a prompt, to `output`; returns the grid's path."""
+  """`count` pictures for each prompt; writes them and a grid (a row a prompt, of one prompt a square) to `output`.
+
+  Returns the grid's path.
+  """
   if count < 1:
     raise UserError(f'-n: {count} pictures; give at least 1')
   if interpolate and (len(prompts) != 2 or image):
     raise UserError('--interpolate: goes from one prompt to a second; give two, and no image')
   if (mask or expand) and not image:
     raise UserError('--mask and --expand: need an --image')
+  if mask and expand:
+    raise UserError('--mask and --expand: give one of them')
   for file in (image, control):
     if file and not pathlib.Path(file).is_file():
       raise UserError(f'{file}: no such image file')
-  console, painter = Console(), Painter(model, step=step)
-  if not painter.told:
-    prompts = ['']
-  if not prompts:
-    raise UserError('give at least one prompt')
+  console, painter = Console(quiet=not is_main()), Painter(model, step=step, overrides=overrides)
+  if bool(painter.told) != bool(prompts):
+    raise UserError('give at least one prompt' if painter.told else f'{model}: is told nothing; give it no prompt')
+  prompts = prompts or ['']
   for prompt in prompts:
     if (left := painter.cut(prompt)) is not None:
       console.print(f'prompt too long, cut to: {left}', highlight=False, markup=False)
@@ -294,19 +321,22 @@ def run(
     else:
       given = read_image(image, painter.size)
       if mask or expand:
-        given, hole = (given, read_mask(mask, painter.size)) if mask else expanded(given, expand or 0)
+        given, hole = (given, read_mask(mask, image, painter.size)) if mask else expanded(given, expand or 0)
         pictures = painter.fill(repeated(given), repeated(hole), rows, seed=seed, **options)
       else:
         pictures = painter.edit(repeated(given), rows, strength=strength, seed=seed, **options)
-  folder = pathlib.Path(output)
+  folder, grid = pathlib.Path(output), pathlib.Path(output) / 'grid.png'
+  if not is_main():
+    return grid
   folder.mkdir(parents=True, exist_ok=True)
   settings = {name: value for name, value in options.items() if name != 'progress'} | {'control': control}
   about = {'model': str(model), 'step': painter.step, 'seed': seed, **settings}
-  about |= {'image': image, 'mask': mask, 'expand': expand, 'strength': strength} if image else {}
+  about |= {'image': image, 'mask': mask, 'expand': expand} if image else {}
+  about |= {'strength': strength} if image and not (mask or expand) else {}
   for index, (prompt, picture) in enumerate(zip(rows, pictures, strict=True)):
     said = list(prompts) if interpolate else prompt
     save_png(picture, folder / f'{index:04d}.png', {'prompt': said, 'number': index, **about})
-  grid = folder / 'grid.png'
-  save_png(grid_of(pictures, count), grid, {'prompts': list(prompts), **about})
+  columns = count if interpolate or len(prompts) > 1 else math.ceil(math.sqrt(count))
+  save_png(grid_of(pictures, columns), grid, {'prompts': list(prompts), **about})
   console.print(f'{len(pictures)} pictures and {grid}', highlight=False)
   return grid

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from fmcv_jax.apps.generate import Painter
 from fmcv_jax.data.packing import Plan, unfinished_by_all
 from fmcv_jax.errors import UserError
+from fmcv_jax.parallel.distributed import is_main
 
 
 def run(
@@ -21,6 +22,7 @@ def run(
   per_prompt: int,
   prompts: str | None = None,
   step: int | None = None,
+  overrides: Sequence[str] = (),
   shard_size: int = 1024,
   seed: int = 0,
   **options: Any,
@@ -32,7 +34,7 @@ def run(
   """
   if per_prompt < 1:
     raise UserError(f'-n: {per_prompt} pictures of each prompt; give at least 1')
-  console, painter = Console(), Painter(model, step=step)
+  console, painter = Console(quiet=not is_main()), Painter(model, step=step, overrides=overrides)
   names = painter.source.names if prompts is None else _lines(prompts)
   if not names:
     raise UserError(f'{model}: its data has no names to paint; give a file of --prompts')

@@ -71,11 +71,13 @@ class Generation(Evaluator):
         continue
       told: dict[str, Any] = {name: batch[name] for name in generator.told}
       told['number'] = first + np.arange(count, dtype=np.int32)
+      if guided:
+        told['guidance'] = np.full(count, self.guidance, np.float32)
       if guided and 'tokens' in told:
         told['without_tokens'] = np.repeat(subject.tokenizer(['']), count, axis=0)
       if generator.control is not None:
         told |= {'control': batch['image'], 'control_scale': np.ones(count, np.float32)}
-      pictures = canvas.paint(subject.params, subject.extra, told, manner, seed=self.seed, guidance=self.guidance)
+      pictures = canvas.paint(subject.params, subject.extra, told, manner, seed=self.seed)
       made.append(judge(pictures))
       real.append(judge(batch['image']))
       if 'tokens' in told and judge.reads:

@@ -54,14 +54,13 @@ class Canvas:
     manner: Manner,
     *,
     seed: int,
-    guidance: float,
     progress: Callable[[int], Any] = lambda ready: None,
   ) -> np.ndarray:
     """Pictures uint8 [N, H, W, 3], whole on every process.
 
     fields [N, ...], the same on every process: 'number', which tells a picture's noise; what the model is told; of what
-    it is told less, 'without_NAME'; 'other_tokens' and 'share', the way to another text; 'image' to paint over, 'mask'
-    where it is to be painted anew, 'control' to follow with its 'control_scale'
+    it is told less, 'without_NAME', and how much less, 'guidance'; 'other_tokens' and 'share', the way to another text;
+    'image' to paint over, 'mask' where it is to be painted anew, 'control' to follow with its 'control_scale'
     """
     program, made = self._program(manner), []
     for start in range(0, len(fields['number']), self._batch):
@@ -71,23 +70,23 @@ class Canvas:
       padded = {name: np.concatenate([v, np.repeat(v[-1:], rows - real, axis=0)]) for name, v in piece.items()}
       local = rows // jax.process_count()
       mine = {name: v[jax.process_index() * local : (jax.process_index() + 1) * local] for name, v in padded.items()}
-      pictures = program(params, extra, to_devices(mine, self._placement), jnp.int32(seed), jnp.float32(guidance))
+      pictures = program(params, extra, to_devices(mine, self._placement), jnp.int32(seed))
       made.append(np.asarray(pictures)[:real])
       progress(real)
     return np.concatenate(made)
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 (a canvas lives as long as what it compiled)
   def _program(self, manner: Manner):
-    def program(params, extra, batch, seed, guidance):
+    def program(params, extra, batch, seed):
       with self._placement.active():
         generator = self._generator(params, extra)
         assert generator is not None
-        return _painted(generator, batch, seed, guidance, manner)
+        return _painted(generator, batch, seed, manner)
 
     return jax.jit(program, out_shardings=self._placement.replicated())
 
 
-def _painted(g: Generator, batch: Mapping[str, jax.Array], seed, guidance, manner: Manner) -> jax.Array:
+def _painted(g: Generator, batch: Mapping[str, jax.Array], seed: jax.Array, manner: Manner) -> jax.Array:
   """One batch of pictures, uint8 [B, H, W, 3]."""
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
   image = batch['image'].astype(jnp.float32) / 255 if 'image' in batch else None
@@ -114,7 +113,7 @@ def _painted(g: Generator, batch: Mapping[str, jax.Array], seed, guidance, manne
   if manner.guided:
     told = {name.removeprefix('without_'): v for name, v in batch.items() if name.startswith('without_')}
     without = shown(g.condition({**batch, **told}, told=bool(told)))
-    denoise = guided(g.denoise, condition, without, guidance, interval=manner.interval, rescale=manner.rescale)
+    denoise = guided(g.denoise, condition, without, batch['guidance'], interval=manner.interval, rescale=manner.rescale)
   told_around = 'mask' in batch and g.around is not None
   known = jnp.zeros((len(keys), *g.shape)) if image is None or told_around else g.encode(image)
   start, adjust = known, None

@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 from fmcv_jax import __main__ as door
-from fmcv_jax.apps import generate
+from fmcv_jax.apps import generate, synthesize
 from fmcv_jax.apps.generate import Painter, expanded
 from fmcv_jax.data.array_record import ArrayRecord
 from fmcv_jax.data.controls import Edges
 from fmcv_jax.errors import UserError
 from tests import runs
+from tests.train.tiny import shaken
 
 
 @pytest.fixture(scope='module')
@@ -108,17 +109,17 @@ def test_classes_are_named_or_numbered_and_become_a_data_set(folder, tmp_path):
   assert made[1]['text'] == 'b'
 
 
-def shaken(painter):
+def opened(model):
   """With every parameter away from its initial value."""
-  keys = iter(jax.random.split(jax.random.key(5), 1000))
+  painter = Painter(model)
   for tree in (painter._subject.params, painter._subject.extra):
-    tree.update(jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), tree))
+    tree.update(shaken(tree))
   return painter
 
 
 @pytest.mark.slow
 def test_a_model_that_fills_sees_what_is_around_the_hole_and_not_what_was_in_it(folder, tmp_path):
-  painter = shaken(Painter(runs.untrained(runs.filler(folder), tmp_path)))
+  painter = opened(runs.untrained(runs.filler(folder), tmp_path))
   images = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
   mask = np.zeros((1, 16, 16), bool)
   mask[:, 4:12, 4:12] = True
@@ -144,7 +145,7 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
   about = json.loads(Image.open(tmp_path / 'out' / 'grid.png').text['fmcv'])
   assert (about['control'], about['control_scale'], about['drawn']) == (file, 0.5, False)
 
-  painter = shaken(Painter(model))
+  painter = opened(model)
   shapes = np.zeros((2, 16, 16, 3), np.uint8)
   shapes[0, 4:12, 4:12] = 255
   shapes[1, :, 8:] = 255
@@ -167,23 +168,32 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
   ('options', 'message'),
   [
     (['--steps', '0'], '--steps: 0 is not between 1 and 1000'),
-    (['--image', 'IMAGE', '--mask', 'IMAGE'], 'IMAGE: [20, 20] pixels, but the pictures of this model have [16, 16]'),
+    (['--image', 'IMAGE', '--mask', 'SMALL'], 'small.png: 12 x 10 pixels, but the image has 20 x 20'),
+    (['--image', 'IMAGE', '--mask', 'IMAGE', '--expand', '0.2'], '--mask and --expand: give one of them'),
+    (['--image', 'IMAGE', '--expand', '0.5'], '--expand: 0.5 is not between 0 and 0.5'),
+    (['--image', 'IMAGE', '--strength', '0'], '--strength: 0.0 is not above 0 and at most 1'),
     (['--image', 'TEXT'], 'no image: 8 bytes'),
     (['--control', 'IMAGE'], 'has no ControlNet that could follow a picture'),
     (['--control', 'TEXT'], 'no image: 8 bytes'),
     (['--image', 'IMAGE', '--mask', 'TEXT'], 'no image: 8 bytes'),
     (['--seed', '4294967296'], '--seed: 4294967296 is not from 0 to 2147483647'),
     (['--solver', 'ddpm_learned'], '--solver.variance: this network has not learned any'),
+    (['--interval', '800', '200'], '--interval: 800.0 to 200.0'),
+    (['--rescale', '2'], '--rescale: 2.0 is not from 0 to 1'),
+    (['--negative', 'blue', '--guidance', '1'], '--negative: needs'),
+    (['--config.mesh.fsdp=3'], 'config.mesh: fsdp=3 needs a multiple of 3 devices'),
   ],
 )
 def test_bad_requests_end_in_one_line(texts, folder, tmp_path, options, message, capsys):
   (tmp_path / 'text.png').write_text('no image')
+  Image.new('RGB', (12, 10)).save(tmp_path / 'small.png')
   files = {'IMAGE': str(folder / 'a' / '0.png'), 'TEXT': str(tmp_path / 'text.png')}
+  files['SMALL'] = str(tmp_path / 'small.png')
   options = [files.get(option, option) for option in options]
   args = ['generate', 'red', '--model', str(texts), '--output', str(tmp_path / 'out'), *options]
   assert door.main(args) == 2
   error = capsys.readouterr().err
-  assert message.replace('IMAGE', files['IMAGE']) in error
+  assert message in error
   assert error.count('\n') == 1
   assert not (tmp_path / 'out').exists()
 
@@ -206,6 +216,55 @@ def test_bad_requests_are_refused_before_anything_is_painted(painter):
   ]:
     with pytest.raises(UserError, match=message):
       generate.run(['red'], str(painter.workdir), **options)
+
+
+def test_a_mask_is_cut_as_the_image_that_it_belongs_to(tmp_path):
+  wide = np.zeros((40, 100, 3), np.uint8)
+  Image.fromarray(wide).save(tmp_path / 'image.png')
+  wide[:, 50:] = 255  # the right half, of which the square in the centre keeps the right half
+  Image.fromarray(wide).save(tmp_path / 'mask.png')
+  mask = generate.read_mask(str(tmp_path / 'mask.png'), str(tmp_path / 'image.png'), 16)
+  np.testing.assert_array_equal(mask, np.broadcast_to(np.arange(16) >= 8, (16, 16)))
+
+
+def test_guidance_may_be_another_for_each_picture(painter):
+  prompts = ['red'] * 3
+  each = painter.generate(prompts, steps=2, guidance=[1.0, 4.0, 8.0])
+  for index, guidance in enumerate([1.0, 4.0, 8.0]):
+    same = painter.generate(prompts, steps=2, guidance=guidance)[index]
+    assert np.abs(each[index].astype(int) - same).max() <= 1
+  with pytest.raises(UserError, match='--guidance: 2 numbers for 3 pictures'):
+    painter.generate(prompts, guidance=[1.0, 2.0])
+
+
+def test_a_model_that_is_told_nothing_takes_no_prompt(folder, tmp_path, capsys):
+  model = runs.untrained(runs.filler(folder), tmp_path)
+  assert door.main(['generate', 'red', '--model', str(model)]) == 2
+  assert f'{model}: is told nothing; give it no prompt' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_same_seed_paints_the_same_pictures_on_any_mesh(folder, tmp_path, monkeypatch):
+  model = runs.untrained(runs.painter(folder), tmp_path / 'model', changed=shaken)
+  (tmp_path / 'prompts.txt').write_text('red\nblue\na green picture\n')
+  options = dict(seed=3, steps=4, solver='euler_ancestral')
+  devices = jax.devices()
+
+  def on(*overrides, count=8):
+    monkeypatch.setattr(jax, 'devices', lambda *args: devices[:count])
+    to = tmp_path / f'{count}{"".join(overrides)}'
+    prompts = str(tmp_path / 'prompts.txt')
+    synthesize.run(str(model), to, per_prompt=2, prompts=prompts, overrides=overrides, **options)
+    made = ArrayRecord(str(to))
+    pictures = Painter(model, overrides=overrides).generate(['red', 'blue'] * 3, **options)
+    return pictures, np.stack([made[i]['image'] for i in range(len(made))])
+
+  one, made = on(count=1)
+  assert np.abs(one[0].astype(int) - one[2]).max() > 8
+  for overrides in ((), ('mesh.data=1', 'mesh.fsdp=8'), ('mesh.tensor=2',), ('mesh.fsdp=2', 'mesh.tensor=2')):
+    # What is rounded to 8 bits may fall to the other side.
+    for got, want in zip(on(*overrides), (one, made), strict=True):
+      assert np.abs(got.astype(int) - want).max() <= 1, overrides
 
 
 def test_a_model_of_another_kind_is_refused(folder, tmp_path, capsys):

@@ -15,6 +15,12 @@ from fmcv_jax.train.state import init_state, state_shardings
 from fmcv_jax.train.step import make_train_step
 
 BATCH = 16
+MESHES = {
+  'data': MeshShape(),
+  'fsdp': MeshShape(data=1, fsdp=8),
+  'tensor': MeshShape(data=4, tensor=2),
+  'data x fsdp x tensor': MeshShape(data=2, fsdp=2, tensor=2),
+}
 
 
 def contrastive(loss_name='softmax', **options):
@@ -35,6 +41,12 @@ def batch_of(objective, seed=0):
     name: generator.integers(0, limits.get(name, 256), (BATCH, *x.shape)).astype(x.dtype)
     for name, x in objective.example_batch.items()
   }
+
+
+def shaken(tree):
+  """Away from its birth: gates and last layers of zero, behind which nothing could be wrong, have a say."""
+  keys = iter(jax.random.split(jax.random.key(7), 1000))
+  return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), tree)
 
 
 class Trainer:
