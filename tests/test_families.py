@@ -19,18 +19,11 @@ from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.distillation import Distillation
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.segmentation import Segmentation
-from fmcv_jax.parallel.mesh import MeshShape
 from tests import runs
-from tests.train.tiny import Trainer, batch_of, classification
+from tests.train.tiny import MESHES, Trainer, batch_of, classification
 
 pytestmark = pytest.mark.slow
 
-MESHES = {
-  'data': MeshShape(),
-  'fsdp': MeshShape(data=1, fsdp=8),
-  'tensor': MeshShape(data=4, tensor=2),
-  'data x fsdp x tensor': MeshShape(data=2, fsdp=2, tensor=2),
-}
 VIT = functools.partial(vit, 'mu/8', image_size=16, depth=1)
 BERT = {'causal': False, 'pool': 'first', 'attend_padding': False, 'outputs_bias': True, 'post_norm': True}
 FAMILIES = {

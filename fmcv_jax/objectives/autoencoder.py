@@ -55,6 +55,10 @@ class Autoencoding(Objective):
     return PatchDiscriminator(self.discriminator_width, self.discriminator_layers, network.dtype)
 
   @property
+  def frozen_networks(self):
+    return () if self.features is None else ('features',)
+
+  @property
   def example_batch(self):
     size = self.network.image_size
     return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.models.autoencoder import Autoencoder
-from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.models.conditioning import Condition, sinusoids
 from fmcv_jax.models.controlnet import controlnet
 from fmcv_jax.models.dit import dit
 from fmcv_jax.models.mmdit import mmdit
@@ -176,7 +176,7 @@ UNET = (
   (r'add_embedding', 'text_embedding'),
   (r'^up(\d)_', lambda found: f'decoder/up{1 - int(found[1])}_'),
   (r'^(norm|conv_out)/', r'decoder/\1/'),
-  (r'^(conv_in|time_embedding|classes|down\d|middle)', r'encoder/\1'),
+  (r'^(conv_in|time_embedding|text_embedding|classes|down\d|middle)', r'encoder/\1'),
 )
 EARLY = np.array([0.0, 3.0], np.float32)  # torch's frequencies are rounded to float32 by their exponent
 
@@ -216,6 +216,28 @@ def test_stable_diffusions_unet():
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
   both = nchw(np.concatenate([x, beside], axis=-1))
   theirs = reference(both, torch.from_numpy(EARLY), torch.from_numpy(text).double()).sample
+  compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY, told), shapes, UNET)
+
+
+def test_stable_diffusion_xls_unet():
+  widths = (128, 160)
+  reference = randomized(
+    diffusers.UNet2DConditionModel(
+      sample_size=8, block_out_channels=widths, layers_per_block=1, cross_attention_dim=24, attention_head_dim=(4, 5),
+      transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type='text_time',
+      addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8,
+      down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
+    )
+  )  # fmt: skip
+  network = unet('sdxl', image_size=8, widths=widths, depths=(0, 2), layers=1, context=24)
+  network = dataclasses.replace(network, pyramid=dataclasses.replace(network.pyramid, heads=(4, 5)))
+  rng = np.random.default_rng(0)
+  x, text, whole = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
+  sizes = rng.integers(0, 64, (2, 6)).astype(np.float32)  # of the original and of the crop, and where it begins
+  told = Condition(text=text, pooled=np.concatenate([whole, sinusoids(sizes.ravel(), 8).reshape(2, -1)], axis=-1))
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
+  added = {'text_embeds': torch.from_numpy(whole).double(), 'time_ids': torch.from_numpy(sizes)}
+  theirs = reference(nchw(x), torch.from_numpy(EARLY), torch.from_numpy(text).double(), added_cond_kwargs=added).sample
   compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY, told), shapes, UNET)
 
 
