@@ -136,15 +136,16 @@ class Process:
     alpha, sigma = self._at(time, x)
     return (x - alpha * image) / sigma
 
-  def weight(self, time: jax.Array, name: WeightName, strength: float) -> jax.Array:
+  def weight(self, time: jax.Array, name: WeightName, strength: float | None = None) -> jax.Array:
     """Weight [B] of the squared error of the network's output.
 
     'simple' is 1. The others are published as weights of the error of the noise, and converted. 'min_snr':
-    min(SNR, strength) / SNR (Hang et al. 2023); 'p2': (1 + SNR)^-strength (Choi et al. 2022); 'sigmoid':
-    sigmoid(strength - log SNR) (Kingma & Gao 2023).
+    min(SNR, strength) / SNR (Hang et al. 2023; 5); 'p2': (1 + SNR)^-strength (Choi et al. 2022; 1); 'sigmoid':
+    sigmoid(strength - log SNR) (Kingma & Gao 2023; 2).
     """
     if name == 'simple':
       return jnp.ones_like(time, jnp.float32)
+    strength = {'min_snr': 5.0, 'p2': 1.0, 'sigmoid': 2.0}[name] if strength is None else strength
     alpha, sigma = self.alpha_sigma(time)
     snr = jnp.square(alpha / sigma)
     if name == 'min_snr':

@@ -73,7 +73,7 @@ class Diffusion(Objective):
   padding        of texts: 'masked', the network does not see it; 'zeros', it does (Stable Diffusion 2); 'end', the end
                  id stands in its place, and the network sees it (Stable Diffusion 1)
   drop           share of examples that are told nothing, for classifier-free guidance
-  weighting      of the error by noise level (`Process.weight`), and its `strength`
+  weighting      of the error by noise level (`Process.weight`), and its `strength` (None: the published one)
   times          distribution of the times (`Process.draw_times`), with mean and standard deviation where it is normal
   align          REPA
   control        what a ControlNet is shown of each image; it alone is trained, and begins with a copy of the network's
@@ -94,7 +94,7 @@ class Diffusion(Objective):
   padding: Literal['masked', 'zeros', 'end'] = 'masked'
   drop: float = 0.1
   weighting: WeightName = 'simple'
-  strength: float = 5.0
+  strength: float | None = None
   times: TimesName = 'uniform'
   times_mean: float = 0.0
   times_std: float = 1.0
@@ -113,6 +113,9 @@ class Diffusion(Objective):
         f'network: outputs is {network.outputs} for {network.channels} channels; it is to be as many, or twice as many '
         f'with process.learned_variance'
       )
+    edm = self.process.schedule == 'edm'
+    if self.times == ('logit_normal' if edm else 'log_normal'):
+      raise ValueError(f'times: {self.times} is {"not" if edm else "only"} for the schedule edm')
     if coder is not None:
       if not isinstance(coder, Autoencoder):
         raise ValueError('autoencoder: needs autoencoder.name=autoencoder')

@@ -39,6 +39,22 @@ def test_a_weighting_is_the_same_loss_for_every_prediction(prediction, name):
   )
 
 
+def test_weights_are_the_published_ones():
+  time = np.array([20.0, 300.0, 800.0])
+  alpha, sigma = Process('linear').alpha_sigma(time)
+  snr = alpha**2 / sigma**2
+  published = {
+    ('min_snr', 'noise'): np.minimum(snr, 5) / snr,  # Hang et al. 2023, section 3.4
+    ('min_snr', 'image'): np.minimum(snr, 5),
+    ('min_snr', 'velocity'): np.minimum(snr, 5) / (snr + 1),
+    ('p2', 'noise'): 1 / (1 + snr),  # Choi et al. 2022, eq. 8, with k = 1 and gamma = 1
+    ('sigmoid', 'noise'): 1 / (1 + np.exp(np.log(snr) - 2)),  # Kingma & Gao 2023, section 5, with a bias of 2
+  }
+  for (name, prediction), weight in published.items():
+    got = Process('linear', prediction).weight(jnp.asarray(time), name)
+    np.testing.assert_allclose(got, weight, rtol=1e-4, err_msg=f'{name} {prediction}')
+
+
 def test_tables_are_the_published_ones():
   """The end of DDPM's, and of Stable Diffusion's."""
   assert alphas_cumprod('linear')[-1] == pytest.approx(4.0358e-5, rel=1e-4)

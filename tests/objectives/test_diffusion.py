@@ -187,6 +187,8 @@ def test_the_generator_gives_pictures_back():
   [
     (dict(network=vit('mu/8')), 'needs a denoiser'),
     (dict(process=Process(learned_variance=True)), 'outputs is 4 for 4 channels'),
+    (dict(times='log_normal'), 'times: log_normal is only for the schedule edm'),
+    (dict(process=Process('edm', 'edm'), times='logit_normal'), 'times: logit_normal is not for the schedule edm'),
     (dict(text=None), 'needs a text tower'),
     (dict(network=dit('mu/2', image_size=8), text=None, train_text=True), 'train_text: there is no text tower'),
     (dict(network=unet('mu', beside=5)), 'beside is 5, but what is told beside x has 0 channels'),
