@@ -1,12 +1,18 @@
 """Runs of several real processes, joined over loopback by launch/local.py."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 
 from fmcv_jax import training
+from fmcv_jax.data.array_record import ArrayRecord
+from fmcv_jax.data.decode import decode
 from fmcv_jax.train import metrics
 from tests import runs
+from tests.train.tiny import shaken
 
 
 def test_two_processes_of_two_devices_give_the_losses_of_one_process(tmp_path):
@@ -35,3 +41,27 @@ def test_a_users_error_in_every_process_is_one_line_and_status_2(tmp_path):
   assert run.returncode == 2
   assert 'config.train.batch: 18 does not divide over data=4; use a multiple of 4' in errors + output
   assert 'Traceback' not in errors
+
+
+@pytest.mark.slow
+def test_two_processes_paint_what_one_does_and_the_first_writes_it(tmp_path):
+  model = runs.untrained(runs.painter(runs.image_folder(tmp_path / 'images')), tmp_path / 'model', changed=shaken)
+  (tmp_path / 'prompts.txt').write_text('red\nblue\na green picture\n')
+
+  def command(launcher, *args):
+    options = ('--model', model, '-n', '2', '--steps', '2', '--seed', '3')
+    line = [sys.executable, *launcher, *args, *options]
+    done = subprocess.run([str(x) for x in line], cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+  made = []
+  for to, launcher in ((tmp_path / 'two', runs.LOCAL), (tmp_path / 'one', ('-m', 'fmcv_jax'))):
+    told = command(launcher, 'synthesize', '--prompts', tmp_path / 'prompts.txt', '--to', to)
+    assert ' '.join(told.split()).count('6 pictures of 3 prompts') == 1
+    source = ArrayRecord(str(to))
+    made.append(np.stack([decode(source[index]['image']) for index in range(6)]).astype(int))
+  assert np.abs(made[0][0] - made[0][3]).max() > 8  # the same prompt by another number
+  assert np.abs(made[0] - made[1]).max() <= 1
+  told = command(runs.LOCAL, 'generate', 'red', '--output', tmp_path / 'painted')
+  assert ' '.join(told.split()).count('2 pictures and') == 1

@@ -12,6 +12,7 @@ from fmcv_jax.apps import generate, synthesize
 from fmcv_jax.apps.generate import Painter, expanded
 from fmcv_jax.data.array_record import ArrayRecord
 from fmcv_jax.data.controls import Edges
+from fmcv_jax.data.decode import decode
 from fmcv_jax.errors import UserError
 from tests import runs
 from tests.train.tiny import shaken
@@ -181,7 +182,7 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
     (['--interval', '800', '200'], '--interval: 800.0 to 200.0'),
     (['--rescale', '2'], '--rescale: 2.0 is not from 0 to 1'),
     (['--negative', 'blue', '--guidance', '1'], '--negative: needs'),
-    (['--config.mesh.fsdp=3'], 'config.mesh: fsdp=3 needs a multiple of 3 devices'),
+    (['--config.mesh.fsdp=3'], 'config.mesh: data=-1 x fsdp=3 needs a multiple of 3 devices'),
   ],
 )
 def test_bad_requests_end_in_one_line(texts, folder, tmp_path, options, message, capsys):
@@ -257,7 +258,7 @@ def test_the_same_seed_paints_the_same_pictures_on_any_mesh(folder, tmp_path, mo
     synthesize.run(str(model), to, per_prompt=2, prompts=prompts, overrides=overrides, **options)
     made = ArrayRecord(str(to))
     pictures = Painter(model, overrides=overrides).generate(['red', 'blue'] * 3, **options)
-    return pictures, np.stack([made[i]['image'] for i in range(len(made))])
+    return pictures, np.stack([decode(made[i]['image']) for i in range(len(made))])
 
   one, made = on(count=1)
   assert np.abs(one[0].astype(int) - one[2]).max() > 8
