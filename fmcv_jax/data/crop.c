@@ -42,6 +42,11 @@ static double filter_at(int filter, double x) {
   return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
 }
 
+/* To the nearest whole number; a half away from zero. */
+static double rounded(double x) {
+  return trunc(x + copysign(0.49999999999999994, x));
+}
+
 /* The weights of `size` outputs that lie evenly over [begin, end) of `length` inputs; an even number of taps. */
 static int axis_of(Axis *axis, int length, double begin, double end, int size, int filter) {
   double scale = (end - begin) / size, wide = scale > 1.0 ? scale : 1.0;
@@ -66,12 +71,12 @@ static int axis_of(Axis *axis, int length, double begin, double end, int size, i
   }
   axis->taps += axis->taps & 1;
   for (axis->precision = 0; axis->precision < 21; axis->precision++) /* weights are of 16 bits */
-    if (round(largest * (double)(1 << (axis->precision + 1))) >= 1 << 15) break;
+    if (rounded(largest * (1 << (axis->precision + 1))) >= 1 << 15) break;
   axis->weights = calloc((size_t)size * axis->taps, sizeof(int16_t));
   if (!axis->weights) return free(exact), NO_MEMORY;
   for (int i = 0; i < size; i++)
     for (int k = 0; k < axis->taps && k < most; k++)
-      axis->weights[i * axis->taps + k] = (int16_t)round(exact[(size_t)i * most + k] * (double)(1 << axis->precision));
+      axis->weights[i * axis->taps + k] = (int16_t)rounded(exact[(size_t)i * most + k] * (1 << axis->precision));
   free(exact);
   return 0;
 }
@@ -80,18 +85,18 @@ static uint8_t clipped(int32_t value) {
   return value < 0 ? 0 : value > 255 ? 255 : (uint8_t)value;
 }
 
-/* One row out of `taps` rows of `bytes` bytes; those from `rows` on do not exist, and have no weight. */
-__attribute__((target("avx2"))) static void join_rows(const uint8_t *in, ptrdiff_t stride, int rows, uint8_t *out,
-                                                      int bytes, const int16_t *weights, int taps, int bits) {
+/* One row of `bytes` bytes out of `taps` rows, of which the weights lie in pairs. */
+static void join_rows(const uint8_t *const *rows, uint8_t *out, int bytes, const int16_t *weights, int taps, int bits) {
   __m128i precision = _mm_cvtsi32_si128(bits);
   __m256i half = _mm256_set1_epi32(1 << (bits - 1)), zero = _mm256_setzero_si256();
   for (int x = 0; x + 32 <= bytes; x = x + 64 > bytes && x + 32 < bytes ? bytes - 32 : x + 32) {
     __m256i sums[4] = {half, half, half, half};
     for (int k = 0; k < taps; k += 2) {
-      __m256i pair = _mm256_set1_epi32((uint16_t)weights[k] | (uint32_t)(uint16_t)weights[k + 1] << 16);
-      const uint8_t *above = in + (k < rows ? k : 0) * stride, *below = in + (k + 1 < rows ? k + 1 : 0) * stride;
-      __m256i first = _mm256_loadu_si256((const __m256i *)(above + x));
-      __m256i second = _mm256_loadu_si256((const __m256i *)(below + x));
+      int32_t both;
+      memcpy(&both, weights + k, sizeof(both));
+      __m256i pair = _mm256_set1_epi32(both);
+      __m256i first = _mm256_loadu_si256((const __m256i *)(rows[k] + x));
+      __m256i second = _mm256_loadu_si256((const __m256i *)(rows[k + 1] + x));
       __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
       sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(_mm256_unpacklo_epi8(low, zero), pair));
       sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(_mm256_unpackhi_epi8(low, zero), pair));
@@ -104,7 +109,7 @@ __attribute__((target("avx2"))) static void join_rows(const uint8_t *in, ptrdiff
   }
   for (int x = 0; x < bytes && bytes < 32; x++) {
     int32_t sum = 1 << (bits - 1);
-    for (int k = 0; k < taps && k < rows; k++) sum += in[k * stride + x] * weights[k];
+    for (int k = 0; k < taps; k++) sum += rows[k][x] * weights[k];
     out[x] = clipped(sum >> bits);
   }
 }
@@ -147,30 +152,34 @@ static int gather(const Axis *axis, int size, Group *groups, Pairs *pairs, int b
 }
 
 /* A row resized, to 32 * blocks bytes. */
-__attribute__((target("avx2"))) static void narrow_row(const uint8_t *in, uint8_t *out, const Axis *axis,
-                                                       const Group *groups, const Pairs *pairs, int blocks) {
-  int steps = axis->taps / 2;
-  __m128i precision = _mm_cvtsi32_si128(axis->precision);
-  __m256i half = _mm256_set1_epi32(1 << (axis->precision - 1));
-  __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+static inline __attribute__((always_inline)) void narrow_row_by(int steps, const uint8_t *in, uint8_t *out, int bits,
+                                                                const Group *groups, const Pairs *pairs, int blocks) {
+  __m128i precision = _mm_cvtsi32_si128(bits);
+  __m256i half = _mm256_set1_epi32(1 << (bits - 1)), in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (int block = 0; block < blocks; block++) {
     __m256i sums[4];
-    for (int quarter = 0; quarter < 4; quarter++) {
-      const Group *group = groups + 4 * block + quarter;
-      const Pairs *weights = pairs + (size_t)(4 * block + quarter) * steps;
-      const uint8_t *low = in + group->windows[0], *high = in + group->windows[1];
+    for (int quarter = 0; quarter < 4; quarter++, groups++) {
+      const uint8_t *low = in + groups->windows[0], *high = in + groups->windows[1];
       __m256i sum = half;
-      for (int step = 0; step < steps; step++) {
+      for (int step = 0; step < steps; step++, pairs++) {
         __m128i first = _mm_loadu_si128((const __m128i *)(low + 6 * step));
         __m128i second = _mm_loadu_si128((const __m128i *)(high + 6 * step));
-        __m256i taken = _mm256_shuffle_epi8(_mm256_set_m128i(second, first), group->bytes);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(taken, weights[step].vector));
+        __m256i taken = _mm256_shuffle_epi8(_mm256_set_m128i(second, first), groups->bytes);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(taken, pairs->vector));
       }
       sums[quarter] = _mm256_sra_epi32(sum, precision);
     }
     __m256i packed = _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
     _mm256_storeu_si256((__m256i *)(out + 32 * block), _mm256_permutevar8x32_epi32(packed, in_order));
   }
+}
+
+static void narrow_row(int steps, const uint8_t *in, uint8_t *out, int bits, const Group *groups, const Pairs *pairs,
+                       int blocks) {
+  if (steps == 1) return narrow_row_by(1, in, out, bits, groups, pairs, blocks);
+  if (steps == 2) return narrow_row_by(2, in, out, bits, groups, pairs, blocks);
+  if (steps == 3) return narrow_row_by(3, in, out, bits, groups, pairs, blocks);
+  narrow_row_by(steps, in, out, bits, groups, pairs, blocks);
 }
 
 static void narrow_row_plainly(const uint8_t *in, uint8_t *out, const Axis *axis, int size) {
@@ -191,20 +200,23 @@ int fmcv_resize(const uint8_t *in, ptrdiff_t stride, int width, int height, cons
   Group *groups = NULL;
   Pairs *pairs = NULL;
   uint8_t *joined = NULL, *narrowed = NULL;
+  const uint8_t **rows = NULL;
   if (axis_of(&across, width, box[0], box[2], size, filter) || axis_of(&down, height, box[1], box[3], size, filter))
     goto end;
   groups = aligned_alloc(32, 4 * blocks * sizeof(Group));
   pairs = aligned_alloc(32, (size_t)4 * blocks * across.taps / 2 * sizeof(Pairs));
   joined = calloc(3 * ((size_t)width + across.taps) + 32, 1); /* what is beyond the row has no weight */
   narrowed = malloc(32 * (size_t)blocks);
-  if (!groups || !pairs || !joined || !narrowed) goto end;
+  rows = malloc(down.taps * sizeof(*rows));
+  if (!groups || !pairs || !joined || !narrowed || !rows) goto end;
   int vectors = gather(&across, size, groups, pairs, blocks);
   for (int y = 0; y < size; y++) {
     int first = down.starts[y];
-    join_rows(in + first * stride, stride, height - first, joined, 3 * width, down.weights + y * down.taps, down.taps,
-              down.precision);
+    for (int k = 0; k < down.taps; k++) /* rows that do not exist have no weight */
+      rows[k] = in + (first + k < height ? first + k : first) * stride;
+    join_rows(rows, joined, 3 * width, down.weights + y * down.taps, down.taps, down.precision);
     if (vectors)
-      narrow_row(joined, narrowed, &across, groups, pairs, blocks);
+      narrow_row(across.taps / 2, joined, narrowed, across.precision, groups, pairs, blocks);
     else
       narrow_row_plainly(joined, narrowed, &across, size);
     memcpy(out + (size_t)y * 3 * size, narrowed, 3 * (size_t)size);
@@ -212,7 +224,7 @@ int fmcv_resize(const uint8_t *in, ptrdiff_t stride, int width, int height, cons
   status = 0;
 end:
   free(across.starts), free(across.weights), free(down.starts), free(down.weights);
-  free(groups), free(pairs), free(joined), free(narrowed);
+  free(groups), free(pairs), free(joined), free(narrowed), free(rows);
   return status;
 }
 
