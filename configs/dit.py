@@ -49,5 +49,6 @@ def get_config(variant='XL/2'):
   c.optimizer = dict(rule=dict(name='adamw'), schedule=dict(name='cosine', peak=1e-4, end=1e-4))
   c.train = dict(steps=400_000, batch=BATCH, ema=0.9999)
   c.checkpoint = dict(every=5000)
+  c.mesh = dict(data=1, fsdp=-1)
   c.topology = 'v5e:4x4'
   return c

@@ -290,10 +290,14 @@ def run(
     raise UserError(f'-n: {count} pictures; give at least 1')
   if interpolate and (len(prompts) != 2 or image):
     raise UserError('--interpolate: goes from one prompt to a second; give two, and no image')
-  if (mask or expand) and not image:
+  fills = mask is not None or expand is not None
+  if fills and not image:
     raise UserError('--mask and --expand: need an --image')
-  if mask and expand:
+  if mask is not None and expand is not None:
     raise UserError('--mask and --expand: give one of them')
+  folder, grid = pathlib.Path(output), pathlib.Path(output) / 'grid.png'
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f'--output {folder}: is a file; give a folder')
   for file in (image, control):
     if file and not pathlib.Path(file).is_file():
       raise UserError(f'{file}: no such image file')
@@ -311,7 +315,7 @@ def run(
 
   if control:
     options['control'] = repeated(read_image(control, painter.size))
-  with Progress(console=console) as bar:
+  with Progress(console=console, transient=True) as bar:
     task = bar.add_task('painting', total=len(rows))
     options['progress'] = lambda ready: bar.advance(task, ready)
     if interpolate:
@@ -320,19 +324,18 @@ def run(
       pictures = painter.generate(rows, seed=seed, **options)
     else:
       given = read_image(image, painter.size)
-      if mask or expand:
+      if fills:
         given, hole = (given, read_mask(mask, image, painter.size)) if mask else expanded(given, expand or 0)
         pictures = painter.fill(repeated(given), repeated(hole), rows, seed=seed, **options)
       else:
         pictures = painter.edit(repeated(given), rows, strength=strength, seed=seed, **options)
-  folder, grid = pathlib.Path(output), pathlib.Path(output) / 'grid.png'
   if not is_main():
     return grid
   folder.mkdir(parents=True, exist_ok=True)
   settings = {name: value for name, value in options.items() if name != 'progress'} | {'control': control}
   about = {'model': str(model), 'step': painter.step, 'seed': seed, **settings}
   about |= {'image': image, 'mask': mask, 'expand': expand} if image else {}
-  about |= {'strength': strength} if image and not (mask or expand) else {}
+  about |= {'strength': strength} if image and not fills else {}
   for index, (prompt, picture) in enumerate(zip(rows, pictures, strict=True)):
     said = list(prompts) if interpolate else prompt
     save_png(picture, folder / f'{index:04d}.png', {'prompt': said, 'number': index, **about})

@@ -49,7 +49,7 @@ def run(
   with contextlib.ExitStack() as stack:
     begun, shards, missing = unfinished_by_all(to, plan, stack)
     plan = dataclasses.replace(plan, shards=shards)
-    bar = stack.enter_context(Progress(console=console))
+    bar = stack.enter_context(Progress(console=console, transient=True))
     task = bar.add_task('painting', total=count, completed=count - sum(len(plan.rows(shard)) for shard in missing))
     for shard in missing:
       rows = plan.rows(shard)

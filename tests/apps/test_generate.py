@@ -171,6 +171,8 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
     (['--steps', '0'], '--steps: 0 is not between 1 and 1000'),
     (['--image', 'IMAGE', '--mask', 'SMALL'], 'small.png: 12 x 10 pixels, but the image has 20 x 20'),
     (['--image', 'IMAGE', '--mask', 'IMAGE', '--expand', '0.2'], '--mask and --expand: give one of them'),
+    (['--output', 'TEXT'], 'text.png: is a file; give a folder'),
+    (['--image', 'IMAGE', '--expand', '0'], '--expand: 0.0 is not between 0 and 0.5'),
     (['--image', 'IMAGE', '--expand', '0.5'], '--expand: 0.5 is not between 0 and 0.5'),
     (['--image', 'IMAGE', '--strength', '0'], '--strength: 0.0 is not above 0 and at most 1'),
     (['--image', 'TEXT'], 'no image: 8 bytes'),

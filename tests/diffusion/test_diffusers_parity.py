@@ -182,3 +182,35 @@ def test_edm(solver, name, monkeypatch):
   # Theirs are told a quarter of the logarithm of the noise, ours the same in thousandths.
   got = ours(process, solver, (sigma * noise).astype(np.float32), times, told=lambda time: time / 1000)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def test_learned_variance(monkeypatch):
+  process = Process('linear', 'noise', learned_variance=True)
+  # Theirs adds noise to the picture itself, unless the last time is 0.
+  scheduler = schedulers.DDPMScheduler(
+    beta_end=0.02, clip_sample=False, variance_type='learned_range', timestep_spacing='leading'
+  )
+  scheduler.set_timesteps(10)
+  times = times_of(process, 10, 'leading')
+  draws = np.random.default_rng(2).normal(size=(10, *SHAPE)).astype(np.float32)
+  left = [torch.tensor(np.moveaxis(x, -1, 1)) for x in draws]
+  monkeypatch.setattr('diffusers.schedulers.scheduling_ddpm.randn_tensor', lambda *args, **kwargs: left.pop(0))
+  noise = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+
+  def between(x, where):
+    return where.tanh(2 * x)
+
+  x = torch.tensor(np.moveaxis(noise, -1, 1))
+  for time in scheduler.timesteps:
+    last = x.movedim(1, -1)
+    output = torch.cat([network(last, float(time), torch), between(last, torch)], -1).movedim(-1, 1)
+    x = scheduler.step(output, time, x).prev_sample
+
+  def denoise(x, time):
+    return jnp.concatenate([network(x, time.reshape(-1, 1, 1, 1), jnp), between(x, jnp)], axis=-1)
+
+  monkeypatch.setattr(samplers, 'normal', lambda keys, shape, call: jnp.asarray(draws)[call])
+  got = jax.jit(lambda x: sample(denoise, process, x, times, solver=Ddpm('learned'), keys=jnp.zeros(2)))(
+    jnp.asarray(noise)
+  )
+  np.testing.assert_allclose(got, np.moveaxis(x.numpy(), 1, -1), rtol=0, atol=1e-4)
