@@ -290,8 +290,7 @@ def run(
     raise UserError(f'-n: {count} pictures; give at least 1')
   if interpolate and (len(prompts) != 2 or image):
     raise UserError('--interpolate: goes from one prompt to a second; give two, and no image')
-  fills = mask is not None or expand is not None
-  if fills and not image:
+  if (mask is not None or expand is not None) and not image:
     raise UserError('--mask and --expand: need an --image')
   if mask is not None and expand is not None:
     raise UserError('--mask and --expand: give one of them')
@@ -323,9 +322,12 @@ def run(
     elif image is None:
       pictures = painter.generate(rows, seed=seed, **options)
     else:
-      given = read_image(image, painter.size)
-      if fills:
-        given, hole = (given, read_mask(mask, image, painter.size)) if mask else expanded(given, expand or 0)
+      given, hole = read_image(image, painter.size), None
+      if mask is not None:
+        hole = read_mask(mask, image, painter.size)
+      elif expand is not None:
+        given, hole = expanded(given, expand)
+      if hole is not None:
         pictures = painter.fill(repeated(given), repeated(hole), rows, seed=seed, **options)
       else:
         pictures = painter.edit(repeated(given), rows, strength=strength, seed=seed, **options)
@@ -335,7 +337,7 @@ def run(
   settings = {name: value for name, value in options.items() if name != 'progress'} | {'control': control}
   about = {'model': str(model), 'step': painter.step, 'seed': seed, **settings}
   about |= {'image': image, 'mask': mask, 'expand': expand} if image else {}
-  about |= {'strength': strength} if image and not fills else {}
+  about |= {'strength': strength} if image and mask is None and expand is None else {}
   for index, (prompt, picture) in enumerate(zip(rows, pictures, strict=True)):
     said = list(prompts) if interpolate else prompt
     save_png(picture, folder / f'{index:04d}.png', {'prompt': said, 'number': index, **about})
