@@ -12,6 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from fmcv_jax.apps.data_show import on_any_mesh
+from fmcv_jax.data import native
 from fmcv_jax.data.decode import decode
 from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.errors import UserError
@@ -37,7 +39,7 @@ def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, ste
   """
   if seconds <= 0:
     raise UserError(f'--seconds {seconds:g}: expected more than 0')
-  console, benched = Console(), Run(load_config(config, overrides))
+  console, benched = Console(), Run(load_config(config, overrides)) if step else on_any_mesh(config, overrides)
   stages = [*_worker_stages(benched, seconds), *_loader_stages(benched, seconds)]
   waited = None
   if step:
@@ -47,6 +49,8 @@ def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, ste
   for stage in stages:
     table.add_row(stage.name, stage.by, f'{stage.rate:,.0f}', f'{1000 / stage.rate:.3f}')
   console.print(table)
+  if any(stage.name.startswith('decode') for stage in stages):
+    console.print(f'pictures are cropped by: {native.engine()}', highlight=False, soft_wrap=True)
   for line in verdict(stages, benched.experiment.data.workers, waited):
     console.print(line, highlight=False, soft_wrap=True)
   return stages

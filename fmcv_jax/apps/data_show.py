@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.errors import UserError
-from fmcv_jax.experiment import Run, load_config
+from fmcv_jax.experiment import Run, load_config, resolve
 from fmcv_jax.objectives.seen import seen
 
 _LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor
@@ -26,7 +26,7 @@ def run(config: str, overrides: Sequence[str] = (), *, count: int, output: str |
   """
   if count < 1:
     raise UserError(f'--show {count}: expected at least 1')
-  console, shown = Console(), Run(load_config(config, overrides))
+  console, shown = Console(), on_any_mesh(config, overrides)
   e = shown.experiment
   with_loader = TrainLoader(e.data, batch=count, seed=e.seed, fields=tuple(shown.batch_shapes), tokenizer=e.tokenizer)
   try:
@@ -37,6 +37,11 @@ def run(config: str, overrides: Sequence[str] = (), *, count: int, output: str |
   contact_sheet(pictures, words, output)
   sizes = ' + '.join(f'{len(group)} of {group[0].shape[0]}' for group in _alike(pictures[0]))
   console.print(f'{output}: {count} examples, pictures each: {sizes} pixels a side', highlight=False, soft_wrap=True)
+
+
+def on_any_mesh(config: str, overrides: Sequence[str]) -> Run:
+  """The run of a config on the devices that are here: what it reads depends on no mesh."""
+  return Run(resolve({**load_config(config, overrides), 'mesh': {}}))
 
 
 def examples(shown: Run, batch: dict[str, np.ndarray]) -> list[list[np.ndarray]]:
@@ -72,24 +77,34 @@ def captions(shown: Run, batch: dict[str, np.ndarray]) -> list[str]:
 
 
 def contact_sheet(pictures: Sequence[Sequence[np.ndarray]], words: Sequence[str], path: str | pathlib.Path) -> None:
-  """A tile an example: its pictures uint8 [H, W, 3] side by side, its words below."""
+  """A tile an example: its pictures uint8 [H, W, 3] beside each other, small ones in several rows, its words below."""
   scale = max(1, -(-_LEAST_SIDE // max(picture.shape[0] for picture in pictures[0])))
-  width = sum(picture.shape[1] * scale + _GAP for picture in pictures[0]) + _GAP
-  height = max(picture.shape[0] for picture in pictures[0]) * scale + 2 * _GAP + (_LINE if any(words) else 0)
+  places, (width, height) = _places(pictures[0], scale)
+  width, height = width + _GAP, height + 2 * _GAP + (_LINE if any(words) else 0)
   columns = min(len(pictures), max(1, round(math.sqrt(1.4 * len(pictures) * height / width))))
   sheet = Image.new('RGB', (columns * width, -(-len(pictures) // columns) * height), 'white')
   draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
   for index, (tile, text) in enumerate(zip(pictures, words, strict=True)):
     left, top = index % columns * width + _GAP, index // columns * height + _GAP
     draw.text((left, top + height - 2 * _GAP - _LINE), _fitting(text, width - 2 * _GAP, font), 'black', font)
-    for picture in tile:
+    for picture, (x, y) in zip([picture for group in _alike(tile) for picture in group], places):
       large = Image.fromarray(picture).resize((picture.shape[1] * scale, picture.shape[0] * scale), 0)
-      sheet.paste(large, (left, top))
-      left += large.width + _GAP
+      sheet.paste(large, (left + x, top + y))
   try:
     sheet.save(path)
   except (OSError, ValueError) as error:
     raise UserError(f'--output {path}: cannot be written ({error})') from error
+
+
+def _places(tile: Sequence[np.ndarray], scale: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+  """Where the pictures of a tile lie, one size after the other, and the width and height of all."""
+  height, x, places = max(picture.shape[0] for picture in tile) * scale, 0, []
+  for group in _alike(tile):
+    down, across = (side * scale + _GAP for side in group[0].shape[:2])
+    columns = -(-len(group) // max(1, (height + _GAP) // down))
+    places += [(x + index % columns * across, index // columns * down) for index in range(len(group))]
+    x += columns * across
+  return places, (x, height)
 
 
 def _fitting(text: str, width: int, font) -> str:

@@ -1,4 +1,5 @@
-"""What a network is given to see: the images of a batch as a loss hands them over, after all that the device does."""
+"""What a network is given to see: the images of a batch as a loss hands them over, after all that the device does, and
+the pictures made of them that steer it."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.data.augment import Normalize
+from fmcv_jax.data.controls import Control
 from fmcv_jax.objectives.base import Objective
 
 
@@ -19,6 +21,18 @@ class _Recording(Normalize):
   def __call__(self, images):
     self.record.append(images)
     return super().__call__(images)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RecordingControl(Control):
+  """What a ControlNet is shown is another picture that the network is given."""
+
+  control: Control
+  record: list[jax.Array] = dataclasses.field(default_factory=list, compare=False)
+
+  def __call__(self, images):
+    self.record.append(self.control(images))
+    return self.record[-1]
 
 
 def seen(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
@@ -41,11 +55,13 @@ def seen(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
 
 
 def _recorded(objective: Any, record: list[jax.Array]) -> Any:
-  changed = {}
+  changed: dict[str, Any] = {}
   for field in dataclasses.fields(objective):
     value = getattr(objective, field.name)
     if field.name == 'normalize':
       changed['normalize'] = _Recording(value.mean, value.std, record)
+    elif isinstance(value, Control):
+      changed[field.name] = _RecordingControl(value, record)
     elif isinstance(value, Objective):
       changed[field.name] = _recorded(value, record)
   return dataclasses.replace(objective, **changed)

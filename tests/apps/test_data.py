@@ -85,3 +85,22 @@ def test_the_bench_sees_a_loader_that_is_too_slow(config, monkeypatch):
   assert 15 < stages['read'] < 20
   assert 25 < stages['loader'] < 40  # two threads
   assert stages['step'] > 2 * stages['loader']
+
+
+def test_small_pictures_stand_in_rows_beside_large_ones(tmp_path):
+  tile = [np.full((96, 96, 3), 200, np.uint8), *(np.full((40, 40, 3), 10 * index, np.uint8) for index in range(1, 6))]
+  data_show.contact_sheet([tile], ['word'], tmp_path / 'sheet.png')
+  sheet = np.asarray(Image.open(tmp_path / 'sheet.png'))[..., 0]
+  assert sheet.shape == (3 + 96 + 3 + 16, 3 + 99 + 3 * 43)
+  np.testing.assert_array_equal(sheet[3:99, 3:99], 200)
+  for index in range(5):
+    top, left = 3 + index // 3 * 43, 102 + index % 3 * 43
+    np.testing.assert_array_equal(sheet[top : top + 40, left : left + 40], 10 * (index + 1))
+
+
+def test_data_of_a_config_for_a_pod_are_looked_at_on_this_machine(tmp_path):
+  spec = runs.classification(runs.image_folder(tmp_path / 'images')) | {'mesh': {'data': -1, 'fsdp': 1024}}
+  file = tmp_path / 'pod.py'
+  file.write_text(f'import json\n\ndef get_config():\n  return json.loads({json.dumps(spec)!r})\n')
+  assert main(['data', '--config', str(file), '--show', '2', '--output', str(tmp_path / 'sheet.png')]) == 0
+  assert data_bench.run(str(file), seconds=0.1, step=False)

@@ -4,9 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, Flip, Normalize
+from fmcv_jax.data.controls import Edges
+from fmcv_jax.data.holes import Holes
 from fmcv_jax.models.dino import dino
 from fmcv_jax.models.mae import mae
+from fmcv_jax.models.unet import unet
 from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.seen import seen
@@ -80,3 +84,19 @@ def test_self_distillation_is_seen_as_its_student_is_given_it():
   hidden = objective.hidden_patches(rng, COUNT)
   assert hidden.any()
   np.testing.assert_array_equal(hidden.reshape(COUNT * 2, -1), options['masked'])
+
+
+def test_what_steers_and_what_is_around_a_hole_are_seen_beside_the_image():
+  small = {'image_size': 16, 'channels': 3, 'widths': (16,), 'depths': (0,), 'layers': 1, 'context': 0}
+  steered = Diffusion(unet('mu', **small), control=Edges(), normalize=NORMALIZE)
+  filled = Diffusion(unet('mu', **small, beside=4), holes=Holes(whole=0.0), normalize=NORMALIZE)
+  for objective in (steered, filled):
+    batch, rng = batch_of(objective), jax.random.key(7)
+    image, second = seen(objective, batch, rng)
+    np.testing.assert_allclose(image[:, 0], batch['image'] / np.float32(255), atol=1e-6)
+    if objective is steered:
+      np.testing.assert_array_equal(second[:, 0], Edges()(image[:, 0]))
+    else:
+      hidden = (second[:, 0] != image[:, 0]).any(-1)
+      assert hidden.any((1, 2)).all()
+      np.testing.assert_allclose(second[:, 0][hidden], np.broadcast_to(NORMALIZE.mean, (hidden.sum(), 3)), atol=1e-6)
