@@ -1,4 +1,4 @@
-"""Pictures of what a trained vision transformer looks at: attention, relevance, features, similarity to texts."""
+"""Pictures of what a trained model looks at: attention, relevance, features, similarity to texts."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -15,9 +15,11 @@ from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Subject
 from fmcv_jax.experiment import Run
-from fmcv_jax.models import attention_maps
+from fmcv_jax.models import activation_maps, attention_maps
+from fmcv_jax.models.efficientnet import EfficientNet
 from fmcv_jax.models.layers import unit
 from fmcv_jax.models.vit import Features, ViT, patch_features
+from fmcv_jax.objectives.base import STATISTICS, ImageTower
 
 
 def run(
@@ -31,24 +33,28 @@ def run(
 ) -> list[pathlib.Path]:
   """Explains image files by the model in a workdir; writes PNGs to `output` and returns their paths.
 
+  Of a vision transformer:
   attention        how the class token looks at the patches in the last layer, head by head
   rollout          the same through all layers (Abnar & Zuidema 2020)
   features         the principal components of the patches' features, of all the images together, as colours
   relevance        what the likeliest class, or the similarity to each text, was computed from (Chefer et al. 2021)
   similarity       of each patch with each text
   reconstruction   of a masked autoencoder: what it sees, and what it makes of that
+
+  Of a network that averages its last map (Swin, EfficientNet) features, and as relevance or similarity what each place
+  of that map gives to the likeliest class or to the similarity with a text (Zhou et al. 2016).
   """
   console, reopened = Console(), Run.reopen(model)
   subject, step = reopened.restored_subject(step)
   tower = reopened.experiment.objective.image_tower(subject.params, subject.extra)
-  if tower is None or not isinstance(tower.network, ViT):
-    raise UserError(f'{model}: explain looks into vision transformers (vit); this model has none')
+  if tower is None or not (isinstance(tower.network, ViT) or activation_maps.averages(tower.network)):
+    raise UserError(f'{model}: explain looks into vit, swin and efficientnet; this model has none of them')
   if texts and 'embed_text' not in subject.functions:
     raise UserError(f'--text: {model} knows no texts; give a model trained on pairs of images and texts')
   network, params = tower.network, tower.params
-  size = size or network.image_size
-  if size % network.patch:
-    raise UserError(f'--size: {size} does not divide into patches of {network.patch}')
+  size, patch = size or network.image_size, getattr(network, 'smallest_patch', network.patch)
+  if size % patch and not isinstance(network, EfficientNet):
+    raise UserError(f'--size: {size} does not divide into patches of {patch}')
 
   pictures = np.stack([_read(file, size) for file in files])
   folder, written = pathlib.Path(output), []
@@ -59,21 +65,25 @@ def run(
     sheets.overlay_sheet(pictures, maps, written[-1], title=f'{title}\n{model}, step {step}', **options)
 
   images = tower.normalize(jnp.asarray(pictures, jnp.float32) / 255)
-  looks = jax.jit(_looks, static_argnums=0)(network, params, images)
-  attention, rolled, features = jax.device_get(looks)
-  heads = {f'head {head}': attention[:, head] for head in range(attention.shape[1])}
-  draw('attention', {'mean of heads': attention.mean(1), **heads}, 'Attention of the last layer')
-  draw('rollout', {'rollout': rolled}, 'Attention rolled out over all layers')
+  transformer = isinstance(network, ViT)
+  if transformer:
+    attention, rolled, features = jax.device_get(jax.jit(_looks, static_argnums=0)(network, params, images))
+    heads = {f'head {head}': attention[:, head] for head in range(attention.shape[1])}
+    draw('attention', {'mean of heads': attention.mean(1), **heads}, 'Attention of the last layer')
+    draw('rollout', {'rollout': rolled}, 'Attention rolled out over all layers')
+  else:
+    features = jax.device_get(_places(tower, images)[0])
   draw('features', {'features': attention_maps.principal_colors(features)}, 'Patch features: principal components')
   if texts:
-    similarity, relevant, scores = _of_texts(subject, network, params, images, texts)
+    similarity, relevant, scores = (_of_texts if transformer else _places_of_texts)(subject, tower, images, texts)
     draw('similarity', dict(zip(texts, similarity)), 'Similarity of patches and texts', shared=True)
-    draw('relevance', dict(zip(texts, relevant)), 'What the similarity to a text comes from')
+    if relevant is not None:
+      draw('relevance', dict(zip(texts, relevant)), 'What the similarity to a text comes from')
     for text, row in zip(texts, scores, strict=True):
       for file, score in zip(files, row, strict=True):
         console.print(f'{file}: similarity {score:.3f} to {text!r}', highlight=False)
   elif 'logits' in subject.functions:
-    relevant, best = _of_classes(network, params, images)
+    relevant, best = (_of_classes if transformer else _places_of_classes)(tower, images)
     names = reopened.experiment.data.source.names
     draw('relevance', {'relevance': relevant}, 'What the likeliest class comes from')
     for file, index in zip(files, best, strict=True):
@@ -113,8 +123,10 @@ def _relevance(network: ViT, params: Any, images: jax.Array, score: Callable[[Fe
   return attention_maps.on_grid(given, network, images), scores
 
 
-def _of_texts(subject: Subject, network: ViT, params: Any, images: jax.Array, texts: Sequence[str]):
+def _of_texts(subject: Subject, tower: ImageTower, images: jax.Array, texts: Sequence[str]):
   """Each text's similarity with the patches, its relevance, both [texts, B, rows, columns], and scores [texts, B]."""
+  network, params = tower.network, tower.params
+  assert isinstance(network, ViT)
 
   @jax.jit
   def compare(params, images, embedded):
@@ -128,8 +140,10 @@ def _of_texts(subject: Subject, network: ViT, params: Any, images: jax.Array, te
   return jax.device_get(compare(params, images, subject.over_texts(texts, jax.device_count())))
 
 
-def _of_classes(network: ViT, params: Any, images: jax.Array):
+def _of_classes(tower: ImageTower, images: jax.Array):
   """What the likeliest class of each image comes from, [B, rows, columns], and which class that is, [B]."""
+  network, params = tower.network, tower.params
+  assert isinstance(network, ViT)
 
   @jax.jit
   def explain(params, images):
@@ -138,3 +152,25 @@ def _of_classes(network: ViT, params: Any, images: jax.Array):
     return relevant, features.output.argmax(-1)
 
   return jax.device_get(explain(params, images))
+
+
+def _places(tower: ImageTower, images: jax.Array):
+  """The last map of a network that averages it, and what its places give to the outputs: [B, rows, columns, D or E]."""
+  of_tower = {} if tower.statistics is None else {STATISTICS: tower.statistics}
+  places = jax.jit(activation_maps.places, static_argnums=0)
+  return places(tower.network, {'params': tower.params, **of_tower}, images)
+
+
+def _places_of_texts(subject: Subject, tower: ImageTower, images: jax.Array, texts: Sequence[str]):
+  """As _of_texts, without relevance: the mean of the similarities of an image's places is its score."""
+  given = _places(tower, images)[1]
+  whole = jnp.linalg.norm(given.mean((1, 2)), axis=-1)[:, None, None, None]
+  similarity = jnp.einsum('brce,te->tbrc', given / whole, subject.over_texts(texts, jax.device_count()))
+  return jax.device_get(similarity), None, jax.device_get(similarity.mean((2, 3)))
+
+
+def _places_of_classes(tower: ImageTower, images: jax.Array):
+  """As _of_classes: the mean of what an image's places give is the logit of its likeliest class."""
+  given = _places(tower, images)[1]
+  best = given.mean((1, 2)).argmax(-1)
+  return jax.device_get((jnp.take_along_axis(given, best[:, None, None, None], axis=-1)[..., 0], best))

@@ -151,6 +151,11 @@ class EfficientNet(nn.Module):
   dtype: Dtype = 'float32'
 
   @property
+  def patch(self) -> int:
+    """Pixels along the side of what becomes one of the last tokens."""
+    return 2 * math.prod(stage.stride for stage in self.stages)
+
+  @property
   def width(self) -> int:
     """Channels of the pooled features."""
     return self.top or self.stages[-1].features

@@ -28,11 +28,15 @@ STATISTICS = 'batch_stats'
 
 
 class ImageTower(NamedTuple):
-  """The part of a trained model that looks at images: network.apply({'params': params}, normalize(images))."""
+  """The part of a trained model that looks at images: network.apply({'params': params}, normalize(images)).
+
+  statistics  of its batch norms, where it has any
+  """
 
   network: nn.Module
   params: Params
   normalize: Normalize
+  statistics: Any = None
 
 
 class Generator(NamedTuple):

@@ -101,7 +101,7 @@ class Classification(Objective):
     }
 
   def image_tower(self, params, extra):
-    return ImageTower(self.network, params, self.normalize)
+    return ImageTower(self.network, params, self.normalize, extra.get(STATISTICS))
 
 
 def mix(images, targets, rng, *, mixup: float, cutmix: float):

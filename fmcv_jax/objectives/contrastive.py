@@ -87,4 +87,5 @@ class Contrastive(CoupledObjective):
     return {'embed_image': encode_image, 'embed_text': encode_text, 'features': encode_image}
 
   def image_tower(self, params, extra):
-    return ImageTower(self.network.image, params['image'], self.normalize)
+    statistics = extra.get(STATISTICS, {}).get('image')
+    return ImageTower(self.network.image, params['image'], self.normalize, statistics)

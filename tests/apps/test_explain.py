@@ -1,5 +1,6 @@
 """`fmcv explain` on untrained models: every picture is there and shows something; what cannot be is said."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +9,9 @@ from fmcv_jax import __main__ as door
 from fmcv_jax import experiment
 from fmcv_jax.apps import explain
 from fmcv_jax.errors import UserError
+from fmcv_jax.models import activation_maps
+from fmcv_jax.models.efficientnet import efficientnet
+from fmcv_jax.models.swin import swin
 from tests import runs
 
 
@@ -72,3 +76,48 @@ def test_what_cannot_be_explained_is_one_clear_line(folder, clip, tmp_path):
     explain.run([str(folder / 'captions.csv')], str(clip), output=tmp_path)
   with pytest.raises(UserError, match='no run here'):
     explain.run([image], str(tmp_path), output=tmp_path)
+
+
+def swin_classifier(folder):
+  config = runs.classification(folder)
+  network = {'name': 'swin', 'variant': 'mu', 'image_size': 32, 'window': 4, 'outputs': 3}
+  image = {'name': 'resize', 'size': 32}
+  return experiment.resolve(
+    config
+    | {
+      'objective': {'name': 'classification', 'network': network},
+      'evaluators': {},
+      'data': {'source': {'name': 'image_folder', 'path': str(folder)}, 'image': image},
+    }
+  )
+
+
+def test_a_swin_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
+  workdir = runs.untrained(swin_classifier(folder), tmp_path)
+  written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out', size=44)
+  assert [path.stem for path in written] == ['features', 'relevance']
+  assert 'likeliest class a' in capsys.readouterr().out.replace('\n', ' ')
+
+
+@pytest.mark.slow
+def test_a_convolutional_dual_encoder_shows_where_a_text_is(folder, tmp_path):
+  network = {'name': 'align', 'variant': 'mu', 'image_size': 32, 'vocab_size': 300, 'length': 8}
+  config = runs.contrastive(folder, objective__network=network, data__image={'name': 'resize', 'size': 32})
+  workdir = runs.untrained(config, tmp_path)
+  image = [str(folder / 'c' / '2.png')]
+  written = explain.run(image, str(workdir), ['a red picture'], output=tmp_path / 'out', size=96)
+  assert [path.stem for path in written] == ['features', 'similarity']
+
+
+@pytest.mark.parametrize('network', [swin('mu', image_size=32, window=4, outputs=5), efficientnet('mu', outputs=5)])
+def test_what_the_places_give_is_on_average_the_output(network):
+  images = jax.random.normal(jax.random.key(0), (2, 52, 68, 3))
+  born = jax.jit(network.init)(jax.random.key(1), images)
+  head = jax.random.normal(jax.random.key(2), born['params']['head']['kernel'].shape)
+  params = {**born['params'], 'head': {'kernel': head, 'bias': np.arange(5, dtype=np.float32)}}
+  stats = {name: tree for name, tree in born.items() if name != 'params'}
+  variables = {'params': params, **stats}
+  _, given = jax.jit(activation_maps.places, static_argnums=0)(network, variables, images)
+  output = jax.jit(network.apply)(variables, images).output
+  assert given.shape[1] < given.shape[2]
+  np.testing.assert_allclose(given.mean((1, 2)), output, rtol=1e-4, atol=1e-4)
