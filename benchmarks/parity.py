@@ -2,19 +2,23 @@
 
     pip install -e '.[parity]'; python benchmarks/parity.py [FAMILY ...] [--json FILE]
 
-For each: the largest difference of outputs in float32, and of every layer where the reference shows its layers; the
-difference of our bfloat16 and of the reference's own bfloat16 from its float32; whether what comes out went in.
+For each: the largest difference of outputs in float32, and of what every linear layer, convolution and norm says, as
+a part of its largest number (layers find each other by their weights); the difference of our bfloat16 and of the
+reference's own bfloat16 from its float32; whether what comes out went in.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import diffusers
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,21 +33,25 @@ from fmcv_jax.apps.model import dtypes_of
 from fmcv_jax.experiment import Run
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.controlnet import controlnet
-from fmcv_jax.models.layers import Block
+from fmcv_jax.models.positions import sincos_2d
+from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained.tensors import open_tensors
 
 RNG = np.random.default_rng(0)
-LAYERS = {'capture_intermediates': lambda module, _: isinstance(module, Block), 'mutable': ['intermediates']}
+LAYERS = (nn.Dense, nn.Conv, nn.LayerNorm, nn.GroupNorm)
+
+# A network of ours applied to inputs: (network, its parameters, inputs..., options of `apply`) -> what it says.
+Apply = Callable[..., Any]
 
 
 class Case(NamedTuple):
-  """theirs(model, dtype) and ours(run, params, extra) give outputs in the same order, and hidden states of layers."""
+  """theirs(model, dtype) and ours(apply, run, params, extra) give outputs in the same order, channels last."""
 
   family: str
   size: str
   build: Callable[[], Any]
-  theirs: Callable[[Any, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]]
-  ours: Callable[[Run, Any, Any], tuple[list[jax.Array], list[jax.Array]]]
+  theirs: Callable[[Any, torch.dtype], list[torch.Tensor]]
+  ours: Callable[[Apply, Run, Any, Any], list[jax.Array]]
   overrides: tuple[str, ...] = ()
   beside: Callable[[], dict[str, Any]] = dict  # further networks of the folder, each below its name
 
@@ -56,84 +64,87 @@ def to_torch(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
   return torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(dtype)
 
 
+def last(x: torch.Tensor) -> torch.Tensor:
+  """[B, C, H, W] with the channels last, as ours."""
+  return x.permute(0, 2, 3, 1)
+
+
 def encoder(family: str, size: str, config: Any, model: Any, output: str = 'logits') -> Case:
   """A network of images; `output` of theirs is compared with what ours calls so, or with its pooled token."""
   x = images(config.image_size)
 
   def theirs(model, dtype):
-    said = model(to_torch(x, dtype), output_hidden_states=True)
-    value = said.logits if output == 'logits' else said.last_hidden_state[:, 0]
-    return [value], list(said.hidden_states[1:]) if family != 'swin' else []
+    said = model(to_torch(x, dtype))
+    return [said.logits if output == 'logits' else said.last_hidden_state[:, 0]]
 
-  def ours(run, params, extra):
-    network = run.experiment.objective.network
-    said, more = network.apply({'params': params}, x, **LAYERS)
-    layers = jax.tree.leaves(more)[:1] if family != 'swin' else []
-    return [said.output if output == 'logits' else said.pooled], [layer for stack in layers for layer in stack]
+  def ours(apply, run, params, extra):
+    said = apply(run.experiment.objective.network, params, x)
+    return [said.output if output == 'logits' else said.pooled]
 
   return Case(family, size, lambda: model(config), theirs, ours)
 
 
-def pair(family: str, size: str, config: Any, model: Any, length: int, vocabulary: int) -> Case:
-  x = images(config.vision_config.image_size)
-  tokens = RNG.integers(1, vocabulary - 2, size=(2, length))
-  tokens[:, -1] = vocabulary - 1
+def pair(family: str, size: str, config: Any, model: Any) -> Case:
+  x, text = images(config.vision_config.image_size), config.text_config
+  tokens = RNG.integers(1, text.vocab_size - 2, size=(2, text.max_position_embeddings))
+  tokens[:, -1] = text.vocab_size - 1
 
   def theirs(model, dtype):
     said = model(input_ids=torch.from_numpy(tokens), pixel_values=to_torch(x, dtype))
-    return [said.image_embeds, said.text_embeds], []
+    return [said.image_embeds, said.text_embeds]
 
-  def ours(run, params, extra):
-    said = run.experiment.objective.network.apply({'params': params}, x, jnp.asarray(tokens))
-    return [said.image, said.text], []
+  def ours(apply, run, params, extra):
+    said = apply(run.experiment.objective.network, params, x, jnp.asarray(tokens))
+    return [said.image, said.text]
 
   return Case(family, size, lambda: model(config), theirs, ours)
 
 
-def masked() -> Case:
-  config = transformers.ViTMAEConfig()
+def masked(size: str, **encoder: Any) -> Case:
+  config = transformers.ViTMAEConfig(**encoder)
   x, noise = images(224), RNG.uniform(size=(2, 196)).astype(np.float32)
 
   def build():
-    from fmcv_jax.models.positions import sincos_2d
-
     model = transformers.ViTMAEForPreTraining(config)
-    for name, width in (('vit.embeddings.position_embeddings', 768), ('decoder.decoder_pos_embed', 512)):
+    for name, width in (
+      ('vit.embeddings.position_embeddings', config.hidden_size),
+      ('decoder.decoder_pos_embed', config.decoder_hidden_size),
+    ):
       table = np.concatenate([np.zeros((1, width)), sincos_2d(14, 14, width)]).astype(np.float32)
       model.get_parameter(name).data = torch.from_numpy(table)[None]
     return model
 
   def theirs(model, dtype):
-    return [model(to_torch(x, dtype), noise=torch.from_numpy(noise)).logits], []
+    return [model(to_torch(x, dtype), noise=torch.from_numpy(noise)).logits]
 
-  def ours(run, params, extra):
+  def ours(apply, run, params, extra):
     objective = run.experiment.objective
     order = jnp.asarray(np.argsort(noise, axis=1))
-    return [objective.network.apply({'params': params}, x, order, visible=objective.visible).pixels], []
+    return [apply(objective.network, params, x, order, visible=objective.visible).pixels]
 
-  return Case('mae_pretrain', 'B/16', build, theirs, ours)
+  return Case('mae_pretrain', size, build, theirs, ours)
 
 
-def coder() -> Case:
-  widths = (128, 256, 512, 512)
+def coder(size: str = 'kl-f8', widths: tuple[int, ...] = (128, 256, 512, 512), **more: Any) -> Case:
   config = {
     'block_out_channels': widths,
-    'down_block_types': ('DownEncoderBlock2D',) * 4,
-    'up_block_types': ('UpDecoderBlock2D',) * 4,
+    'down_block_types': ('DownEncoderBlock2D',) * len(widths),
+    'up_block_types': ('UpDecoderBlock2D',) * len(widths),
     'layers_per_block': 2,
+    **more,
   }
   x = images(64)
 
   def theirs(model, dtype):
     latent = model.encode(to_torch(x, dtype)).latent_dist
-    return [part.permute(0, 2, 3, 1) for part in (latent.mean, model.decode(latent.mean).sample)], []
+    return [last(part) for part in (latent.mean, model.decode(latent.mean).sample)]
 
-  def ours(run, params, extra):
-    network, variables = run.experiment.objective.network, {'params': params['autoencoder']}
-    latent = network.apply(variables, x, method='encode')
-    return [latent.mean, network.apply(variables, latent.mean, method='decode')], []
+  def ours(apply, run, params, extra):
+    network, own = run.experiment.objective.network, params['autoencoder']
+    latent = apply(network, own, x, method='encode')
+    return [latent.mean, apply(network, own, latent.mean, method='decode')]
 
-  return Case('sd_vae', 'kl-f8', lambda: diffusers.AutoencoderKL(**config), theirs, ours)
+  return Case('sd_vae', size, lambda: diffusers.AutoencoderKL(**config), theirs, ours)
 
 
 def parts(act: str, **text: Any) -> dict[str, Any]:
@@ -143,62 +154,57 @@ def parts(act: str, **text: Any) -> dict[str, Any]:
   return {'vae': coder().build(), 'text_encoder': transformers.CLIPTextModel(config)}
 
 
-def denoiser(family: str) -> Case:
+def denoiser(family: str, size: str = 'UNet', channels: int = 4) -> Case:
   """All parts of Stable Diffusion go in and out; outputs are those of the UNet."""
   second = family == 'sd2'
-  wide, context = (320, 640, 1280, 1280), 1024 if second else 768
+  context = 1024 if second else 768
   config = {
-    'block_out_channels': wide,
+    'in_channels': channels,
+    'block_out_channels': (320, 640, 1280, 1280),
     'cross_attention_dim': context,
     'attention_head_dim': (5, 10, 20, 20) if second else 8,
     'use_linear_projection': second,
   }
-  x, words, time = images(32, 4), RNG.normal(size=(2, 77, context)).astype(np.float32), np.array([7, 900])
+  x, words, time = images(32, channels), RNG.normal(size=(2, 77, context)).astype(np.float32), np.array([7, 900])
 
   def theirs(model, dtype):
     said = model(to_torch(x, dtype), torch.from_numpy(time), torch.from_numpy(words).to(dtype)).sample
-    return [said.permute(0, 2, 3, 1)], []
+    return [last(said)]
 
-  def ours(run, params, extra):
-    told = Condition(text=jnp.asarray(words))
-    return [run.experiment.objective.network.apply({'params': params['network']}, x, jnp.asarray(time), told)], []
+  def ours(apply, run, params, extra):
+    told = Condition(text=jnp.asarray(words), beside=jnp.asarray(x[..., 4:]) if channels > 4 else None)
+    return [apply(run.experiment.objective.network, params['network'], x[..., :4], jnp.asarray(time), told)]
 
   def beside():
     if not second:
       return parts('quick_gelu', hidden_size=768, num_attention_heads=12, intermediate_size=3072)
     return parts('gelu', hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=23)
 
-  return Case(family, 'UNet', lambda: diffusers.UNet2DConditionModel(**config), theirs, ours, (), beside)
+  return Case(family, size, lambda: diffusers.UNet2DConditionModel(**config), theirs, ours, (), beside)
 
 
-def steering() -> Case:
-  x, words, time = images(32, 4), RNG.normal(size=(2, 77, 768)).astype(np.float32), np.array([7, 900])
+def steering(family: str, **config: Any) -> Case:
+  """A ControlNet alone; what it steers is given in a workdir beside it."""
+  config = {'block_out_channels': (320, 640, 1280, 1280), **config}
+  context = config['cross_attention_dim']
+  x, words, time = images(32, 4), RNG.normal(size=(2, 77, context)).astype(np.float32), np.array([7, 900])
   hint = RNG.uniform(size=(2, 256, 256, 3)).astype(np.float32)
 
   def theirs(model, dtype):
-    said = model(
-      to_torch(x, dtype),
-      torch.from_numpy(time),
-      torch.from_numpy(words).to(dtype),
-      to_torch(hint, dtype),
-      return_dict=False,
-    )
-    return [part.permute(0, 2, 3, 1) for part in (*said[0], said[1])], []
+    told = torch.from_numpy(words).to(dtype), to_torch(hint, dtype)
+    down, middle = model(to_torch(x, dtype), torch.from_numpy(time), *told, return_dict=False)
+    return [last(part) for part in (*down, middle)]
 
-  def ours(run, params, extra):
+  def ours(apply, run, params, extra):
     network = controlnet(run.experiment.objective.network, 8)
     told = Condition(text=jnp.asarray(words), control=jnp.asarray(hint))
-    said = network.apply({'params': params['control']}, x, jnp.asarray(time), told)
-    return [*said[0], said[1]], []
+    down, middle = apply(network, params['control'], x, jnp.asarray(time), told)
+    return [*down, middle]
 
   given = {'network': 'params/network', 'autoencoder': 'extra/autoencoder', 'text': 'extra/text'}
   overrides = [f'init_from.extra/{name}.part={part}' for name, part in given.items()]
   overrides += [f'init_from.extra/{name}.workdir=BASE' for name in given]
-
-  def build():
-    return diffusers.ControlNetModel(cross_attention_dim=768)
-
-  return Case('controlnet_sd1', 'SD 1', build, theirs, ours, tuple(overrides))
+  return Case(family, 'SD', lambda: diffusers.ControlNetModel(**config), theirs, ours, tuple(overrides))
 
 
 def class_denoiser(size: str, heads: int, layers: int) -> Case:
@@ -207,68 +213,78 @@ def class_denoiser(size: str, heads: int, layers: int) -> Case:
 
   def build():
     model = diffusers.DiTTransformer2DModel(**config)
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
     for block in model.transformer_blocks:
-      block.norm1.emb = model.transformer_blocks[0].norm1.emb
+      block.norm1.emb.load_state_dict(first)  # in published files every block has a copy
       block.norm1.emb.time_proj.downscale_freq_shift = 0  # as in the original, with which the weights were learnt
     return model
 
   def theirs(model, dtype):
-    said = model(to_torch(x, dtype), torch.from_numpy(time), torch.from_numpy(label)).sample
-    return [said.permute(0, 2, 3, 1)], []
+    return [last(model(to_torch(x, dtype), torch.from_numpy(time), torch.from_numpy(label)).sample)]
 
-  def ours(run, params, extra):
+  def ours(apply, run, params, extra):
     told = Condition(label=jnp.asarray(label))
-    return [run.experiment.objective.network.apply({'params': params['network']}, x, jnp.asarray(time), told)], []
+    return [apply(run.experiment.objective.network, params['network'], x, jnp.asarray(time), told)]
 
   return Case('dit', size, build, theirs, ours, ('objective.autoencoder=None',))
 
 
 def cases() -> list[Case]:
   t = transformers
-  large = {'hidden_size': 1024, 'num_hidden_layers': 24, 'num_attention_heads': 16, 'intermediate_size': 4096}
-  exact = {'layer_norm_eps': 1e-6, 'num_labels': 1000}
   tiny = {'hidden_size': 192, 'num_attention_heads': 3, 'intermediate_size': 768}
+  small = {'hidden_size': 384, 'num_attention_heads': 6, 'intermediate_size': 1536}
+  wide = {'hidden_size': 768, 'num_attention_heads': 12, 'intermediate_size': 3072}
+  large = {'hidden_size': 1024, 'num_hidden_layers': 24, 'num_attention_heads': 16, 'intermediate_size': 4096}
+  shape = {'hidden_size': 1152, 'num_hidden_layers': 27, 'num_attention_heads': 16, 'intermediate_size': 4304}
+  exact = {'layer_norm_eps': 1e-6, 'num_labels': 1000}
   base = {'embed_dim': 128, 'depths': [2, 2, 18, 2], 'num_heads': [4, 8, 16, 32]}
   dino = {'image_size': 224, 'patch_size': 14}
+  eps = {'layer_norm_eps': 1e-6}
 
-  def clip(**vision):
-    text = {'projection_dim': vision.pop('projection', 512), **vision.pop('text', {})}
-    act = {'hidden_act': vision.pop('act', 'gelu')}
-    return t.CLIPConfig(
-      vision_config={**vision, **act}, text_config={**text, **act}, projection_dim=text['projection_dim']
-    )
+  def clip(act: str, vision: dict[str, Any], text: dict[str, Any], projection: int = 512) -> Any:
+    both = {'hidden_act': act, 'projection_dim': projection}
+    return t.CLIPConfig(vision_config={**vision, **both}, text_config={**text, **both}, projection_dim=projection)
 
-  l14 = {**large, 'patch_size': 14, 'projection': 768}
-  wide = {'hidden_size': 768, 'num_attention_heads': 12, 'intermediate_size': 3072}
-  so = {'hidden_size': 1152, 'num_hidden_layers': 27, 'num_attention_heads': 16, 'intermediate_size': 4304}
-  siglip = t.SiglipConfig()
-  shape = t.SiglipConfig(vision_config={**so, 'patch_size': 14}, text_config=so)
+  so400m = t.SiglipConfig(vision_config={**shape, 'patch_size': 14}, text_config=shape)
+  l14 = {**large, 'patch_size': 14}, wide, 768
+  two = {'vocab_size': 256_000, 'bos_token_id': 2, 'eos_token_id': 1, 'pad_token_id': 0}
+  first = {'cross_attention_dim': 768, 'attention_head_dim': 8}
+  second = {'cross_attention_dim': 1024, 'attention_head_dim': (5, 10, 20, 20), 'use_linear_projection': True}
   return [
     encoder('vit', 'B/16', t.ViTConfig(**exact), t.ViTForImageClassification),
     encoder('vit', 'L/16', t.ViTConfig(**large, **exact), t.ViTForImageClassification),
     encoder('deit', 'Ti/16', t.DeiTConfig(**tiny, **exact), t.DeiTForImageClassificationWithTeacher),
     encoder('deit', 'B/16', t.DeiTConfig(**exact), t.DeiTForImageClassificationWithTeacher),
-    encoder('dinov2', 'B/14', t.Dinov2WithRegistersConfig(**dino), t.Dinov2WithRegistersModel, 'token'),
-    encoder('dinov2', 'L/14', t.Dinov2WithRegistersConfig(**dino, **large), t.Dinov2WithRegistersModel, 'token'),
-    masked(),
+    encoder('dino', 'S/16', t.ViTConfig(**small, **eps), t.ViTModel, 'token'),
+    encoder('dino', 'B/8', t.ViTConfig(patch_size=8, **eps), t.ViTModel, 'token'),
+    encoder('dinov2', 'B/14, registers', t.Dinov2WithRegistersConfig(**dino), t.Dinov2WithRegistersModel, 'token'),
+    encoder('dinov2', 'L/14', t.Dinov2Config(**dino, **large), t.Dinov2Model, 'token'),
+    masked('B/16'),
+    masked('L/16', **large),
     encoder('swin', 'T', t.SwinConfig(num_labels=1000), t.SwinForImageClassification),
     encoder('swin', 'B', t.SwinConfig(**base, num_labels=1000), t.SwinForImageClassification),
-    pair('clip', 'B/32', clip(), t.CLIPModel, 77, 49_408),
-    pair('clip', 'L/14', clip(**l14, text=wide), t.CLIPModel, 77, 49_408),
-    pair('clip_openai', 'B/32', clip(act='quick_gelu'), t.CLIPModel, 77, 49_408),
-    pair('siglip', 'B/16', siglip, t.SiglipModel, 64, 32_000),
-    pair('siglip', 'So400m/14', shape, t.SiglipModel, 64, 32_000),
+    pair('clip', 'B/32', clip('gelu', {}, {}), t.CLIPModel),
+    pair('clip', 'L/14', clip('gelu', *l14), t.CLIPModel),
+    pair('clip_openai', 'B/32', clip('quick_gelu', {}, {}), t.CLIPModel),
+    pair('clip_openai', 'L/14', clip('quick_gelu', *l14), t.CLIPModel),
+    pair('siglip', 'B/16', t.SiglipConfig(), t.SiglipModel),
+    pair('siglip', 'So400m/14', so400m, t.SiglipModel),
+    pair('siglip', '2 B/16', t.SiglipConfig(text_config=two), t.SiglipModel),
     class_denoiser('S/2', 6, 12),
     class_denoiser('XL/2', 16, 28),
     coder(),
+    coder('kl-f4', (128, 256, 512), latent_channels=3),
     denoiser('sd1'),
+    denoiser('sd1', 'inpainting', 9),
     denoiser('sd2'),
-    steering(),
+    steering('controlnet_sd1', **first),
+    steering('controlnet_sd2', **second),
   ]
 
 
 def differences(case: Case, root: pathlib.Path) -> dict[str, Any]:
-  folder = root / case.family / case.size.replace('/', '-')
+  """A row of the table: how far outputs, layers, bfloat16 and what is exported are from the reference's."""
+  folder = root / case.family / re.sub(r'\W+', '-', case.size)
   torch.manual_seed(0)
   several = case.beside()
   model = case.build().eval()
@@ -279,29 +295,103 @@ def differences(case: Case, root: pathlib.Path) -> dict[str, Any]:
     save(model, folder / 'theirs' / ('unet' if several else ''))
     for name, part in several.items():
       save(part, folder / 'theirs' / name)
-    true, layers = case.theirs(model, torch.float32)
-    half, _ = case.theirs(model.to(torch.bfloat16), torch.bfloat16)
+    with heard(model) as layers:
+      true = case.theirs(model, torch.float32)
+    half = case.theirs(model.to(torch.bfloat16), torch.bfloat16)
   del model, several
-  overrides = [field.replace('BASE', str(root / 'sd1' / 'UNet' / 'ours')) for field in case.overrides]
+  base = root / case.family.replace('controlnet_', '') / 'UNet' / 'ours'
+  overrides = [field.replace('BASE', str(base)) for field in case.overrides]
   import_checkpoint(str(folder / 'theirs'), str(folder / 'ours'), case.family, overrides)
-  narrow = tuple(f'{path}=bfloat16' for path in dtypes_of(folder / 'ours'))
   found: dict[str, Any] = {'scale': max(float(x.abs().max()) for x in true), 'theirs': largest(half, true)}
-  for name, changed in (('float32', ()), ('bfloat16', narrow)):
-    run = Run.reopen(folder / 'ours', changed)
-    subject, _ = run.restored_subject()
-    compute = jax.jit(lambda params, extra, run=run: case.ours(run, params, extra))
-    own, own_layers = compute(subject.params, subject.extra)
-    found[name] = largest(own, true)
-    if name == 'float32' and layers:
-      found['layers'] = largest(own_layers, layers)
-  del run, subject, compute, own, own_layers
+  own, ours = said(case, Run.reopen(folder / 'ours'), listen=True)
+  found['float32'] = largest(own, true)
+  found['layers'], found['of'] = worst(ours, layers)
+  del own, ours, layers
+  narrow = tuple(f'{path}=bfloat16' for path in dtypes_of(folder / 'ours'))
+  found['bfloat16'] = largest(said(case, Run.reopen(folder / 'ours', narrow))[0], true)
   folder_of_parts = (folder / 'theirs' / 'unet').is_dir()
   out = folder / 'out' / ('' if folder_of_parts else 'model.safetensors')
   export_checkpoint(str(folder / 'ours'), str(out), 'transformers' if case.family in HUB else 'diffusers')
   first, again = open_tensors(folder / 'theirs'), open_tensors(folder / 'out')
   found['bitwise'] = all(np.array_equal(first[name], again[name]) for name in again.shapes)
   found['arrays'] = len(again.shapes)
+  for part in ('theirs', 'out') if case.size == 'UNet' else ('',):  # a ControlNet's case needs the UNet's workdir
+    shutil.rmtree(folder / part)
   return found
+
+
+def said(case: Case, run: Run, *, listen: bool = False) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+  """Our outputs and, if asked, what every layer with a weight says, by the weight's fingerprint."""
+  subject, _ = run.restored_subject()
+  capture = {'capture_intermediates': lambda module, _: isinstance(module, LAYERS), 'mutable': ['intermediates']}
+
+  @jax.jit
+  def compute(params, extra):
+    calls = []
+
+    def apply(network, own, *inputs, **options):
+      if not listen:
+        return network.apply({'params': own}, *inputs, **options)
+      output, more = network.apply({'params': own}, *inputs, **capture, **options)
+      calls.append((own, more['intermediates']))
+      return output
+
+    return case.ours(apply, run, params, extra), calls
+
+  outputs, calls = compute(subject.params, subject.extra)
+  found = {}
+  for params, intermediates in calls:
+    weights = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    for path, (value, *_) in layers_in(intermediates):
+      kind = 'kernel' if f'{path}/kernel' in weights else 'scale'
+      if f'{path}/{kind}' not in weights:
+        continue  # a norm without parameters
+      weight = np.asarray(weights[f'{path}/{kind}'])
+      stacked = weight.ndim in ((3, 5) if kind == 'kernel' else (2,))
+      pairs = zip(weight, value, strict=True) if stacked else [(weight, value)]
+      found |= {fingerprint(x): one for x, one in pairs}
+  return outputs, found
+
+
+def layers_in(tree: Any, path: str = '') -> Iterator[tuple[str, tuple[jax.Array, ...]]]:
+  for name, below in tree.items():
+    if name == '__call__':
+      yield path, below
+    elif isinstance(below, dict):
+      yield from layers_in(below, f'{path}/{name}' if path else name)
+
+
+@contextlib.contextmanager
+def heard(model: Any) -> Iterator[dict[int, torch.Tensor]]:
+  """What every layer of theirs with a weight says while this is open, by the weight's fingerprint."""
+  found, handles = {}, []
+
+  def listen(module, _, output):
+    if isinstance(output, torch.Tensor):
+      spatial = isinstance(module, torch.nn.Conv2d | torch.nn.GroupNorm)
+      found.setdefault(fingerprint(module.weight.numpy()), output.movedim(1, -1) if spatial else output)
+
+  for module in model.modules():
+    if getattr(module, 'weight', None) is not None and module.weight.dtype == torch.float32:
+      handles.append(module.register_forward_hook(listen))
+  yield found
+  for handle in handles:
+    handle.remove()
+
+
+def fingerprint(weight: np.ndarray) -> int:
+  """The same for an array in any order of its axes, as layouts have them, and for no other array here."""
+  bits = np.ascontiguousarray(weight).view(np.uint32).astype(np.uint64)
+  return int((bits * (bits >> np.uint64(7))).sum())  # wraps around
+
+
+def worst(ours: dict[int, jax.Array], theirs: dict[int, torch.Tensor]) -> tuple[float, int]:
+  """The largest difference of a layer, as a part of the largest number it says, and how many were compared."""
+  shares = []
+  for key in ours.keys() & theirs.keys():
+    one, other = np.asarray(ours[key]).ravel(), theirs[key].numpy().ravel()
+    shares.append(float(np.abs(one - other).max() / np.abs(other).max()))
+  return max(shares), len(shares)
 
 
 def save(model: Any, folder: pathlib.Path) -> None:
@@ -311,8 +401,6 @@ def save(model: Any, folder: pathlib.Path) -> None:
   arrays = {name.replace('decoder_encoder.layer', 'decoder_layers'): x for name, x in load_file(file).items()}
   if isinstance(model, transformers.CLIPTextModel):
     arrays = {f'text_model.{name.removeprefix("text_model.")}': x for name, x in arrays.items()}
-  if isinstance(model, diffusers.DiTTransformer2DModel):
-    arrays = {name: x.numpy() for name, x in model.state_dict().items()}  # the file leaves out what is shared
   save_file(arrays, file)
 
 
@@ -323,13 +411,11 @@ def largest(own: Any, theirs: list[torch.Tensor]) -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('families', nargs='*', help='by default all; controlnet_sd1 stands on sd1')
+  parser.add_argument('families', nargs='*', help='by default all; controlnet_sd1 stands on sd1, controlnet_sd2 on sd2')
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  table = Table(
-    'family', 'size', 'output scale', 'float32', 'every layer', 'bfloat16', 'their bfloat16', 'arrays', 'bitwise'
-  )
-  rows = []
+  headings = ('family', 'size', 'scale', 'float32', 'layers', 'of', 'bfloat16', 'their bfloat16', 'arrays', 'bitwise')
+  table, rows = Table(*headings), []
   with tempfile.TemporaryDirectory() as temporary:
     root = pathlib.Path(temporary)
     for case in cases():
@@ -337,20 +423,22 @@ def main() -> None:
         continue
       found = differences(case, root)
       rows.append({'family': case.family, 'size': case.size, **found})
-      numbers = [f'{found[name]:.1e}' if name in found else '' for name in ('scale', 'float32', 'layers')]
-      numbers += [f'{found["bfloat16"]:.1e}', f'{found["theirs"]:.1e}', str(found['arrays'])]
-      table.add_row(case.family, case.size, *numbers, 'yes' if found['bitwise'] else 'NO')
+      numbers = [f'{found[name]:.1e}' for name in ('scale', 'float32', 'layers', 'bfloat16', 'theirs')]
+      numbers.insert(3, str(found['of']))
+      table.add_row(case.family, case.size, *numbers, str(found['arrays']), 'yes' if found['bitwise'] else 'NO')
       Console(stderr=True).print(rows[-1], highlight=False)
-      if case.family != 'sd1':
-        shutil.rmtree(root / case.family)
+      if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + '\n')
   Console(width=120).print(table)
-  if args.json:
-    args.json.write_text(json.dumps(rows, indent=2) + '\n')
-  if not all(row['bitwise'] and row['float32'] < 1e-4 * max(1, row['scale']) for row in rows):
+  if not all(holds(row) for row in rows):
     raise SystemExit('a difference is larger than 1e-4 of the output, or an export is not what was imported')
 
 
-HUB = ('vit', 'deit', 'dinov2', 'mae_pretrain', 'swin', 'clip', 'clip_openai', 'siglip')
+def holds(row: dict[str, Any]) -> bool:
+  return row['bitwise'] and row['float32'] < 1e-4 * max(1, row['scale']) and row['layers'] < 1e-4
+
+
+HUB = ('vit', 'deit', 'dino', 'dinov2', 'mae_pretrain', 'swin', 'clip', 'clip_openai', 'siglip')
 
 if __name__ == '__main__':
   main()

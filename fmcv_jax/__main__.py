@@ -205,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--at', type=int, required=True, metavar='STEP', help='the step, the first being 1')
   sub = add(import_, 'Make a workdir of a checkpoint that others published.', workdir=False)
   sub.add_argument('file', metavar='FILE', help='.safetensors, .npz, .pth, or a folder of .safetensors')
-  sub.add_argument('--as', dest='family', metavar='FAMILY', help='vit, dinov2, clip, ... (default: judged)')
+  sub.add_argument('--as', dest='family', metavar='FAMILY', help='vit, dinov2_l14, clip, ... (default: judged)')
   sub.add_argument('--to', required=True, metavar='DIR', help='a new folder')
   sub = add(export, 'Write what a workdir has learnt so that other libraries open it.', workdir=False, fields=False)
   sub.add_argument('workdir', metavar='DIR', help='of `fmcv train` or `fmcv import` (local or gs://)')
@@ -214,7 +214,12 @@ def parser() -> argparse.ArgumentParser:
     required=True,
     help='timm, open_clip, transformers, diffusers, or that of a release: official, dit, compvis, augreg, big_vision',
   )
-  sub.add_argument('--to', required=True, metavar='FILE', help='a .safetensors or .npz file; diffusers: a folder')
+  sub.add_argument(
+    '--to',
+    required=True,
+    metavar='FILE',
+    help='a .safetensors or .npz file, or a folder that the library opens',
+  )
   sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
   add(report, 'Say where the time of a run went, and what became of its loss.', fields=False)
   add(demo, 'Train the demo and draw what it learnt.', config='configs/demo/clip.py')

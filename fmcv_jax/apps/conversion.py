@@ -1,9 +1,11 @@
 """Checkpoints that others published become workdirs, and workdirs become files that others read."""
 
+import json
 import math
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +14,23 @@ from rich.console import Console
 from rich.progress import track
 
 from fmcv_jax import config as config_lib
+from fmcv_jax.apps.model import evaluated_as
 from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.evaluate.base import Subject
 from fmcv_jax.experiment import Run, keep_tokenizer, resolve, trained_tree
+from fmcv_jax.objectives.encoder import Encoder
 from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.pretrained import beside, for_diffusers, for_timm, for_transformers
 from fmcv_jax.pretrained.families import FAMILIES, family_of, recognize
-from fmcv_jax.pretrained.layout import Shape, check, read, write
-from fmcv_jax.pretrained.tensors import open_tensors, write_tensors
+from fmcv_jax.pretrained.layout import Layout, Shape, check, read, write
+from fmcv_jax.pretrained.tensors import Tensors, open_tensors, write_tensors
 from fmcv_jax.train.checkpoint import Store, write_json
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.warm_start import Part, begin_with
 
-BESIDE = ('discriminator', 'projector')  # parameters that training alone needs
+FOR_TRAINING = ('discriminator', 'projector')  # parameters that training alone needs
+# What a library calls the file of arrays in a folder.
+WEIGHTS = {'diffusers': 'diffusion_pytorch_model.safetensors', 'open_clip': 'open_clip_model.safetensors'}
 
 
 def import_checkpoint(file: str, to: str, family: str | None = None, overrides: Sequence[str] = ()) -> Run:
@@ -30,7 +38,7 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
 
   file      what `open_tensors` reads
   family    a key of FAMILIES; None to judge by names and shapes
-  overrides 'objective.network.heads=8' and the like: what a file does not tell
+  overrides 'objective.network.heads=8' and the like: what a file does not tell; a folder's config.json is read
 
   UserError, and nothing written, for what is not whole, of no known family, or of other shapes than its network.
   """
@@ -38,34 +46,60 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   if pathlib.Path(to).exists() and any(pathlib.Path(to).iterdir()):
     raise UserError(f'--to {to}: is there and not empty; give a new folder')
   tensors = open_tensors(file)
-  name, layout, found = recognize(tensors, family, file)
+  match = matched(tensors, file, to, family, overrides)
   if family is None:
-    console.print(f'{file} looks like {name!r}; if it is another, name it by --as', highlight=False)
-  own = FAMILIES[name].config(found)
-  config = resolve(config_lib.override(config_lib.plain(own | _tokenizer_beside(file, own)), overrides))
-  run = Run(config, to)
-  sources: Mapping[str, Part] = run.experiment.init_from
-  leaves = _leaves(run)
-  shapes = {path.removeprefix('params/'): leaf.shape for path, (leaf, _) in leaves.items() if _is_held(path, sources)}
-  _check_parts(file, name, shapes, found)
-  network = getattr(run.experiment.objective, 'network', None)
-  check(layout, tensors, shapes, network, file)
-  values = {path: _zeros(*leaf) for path, leaf in leaves.items() if not _is_held(path, sources)}
-  arrays = read(layout, tensors, shapes, network, file)
-  for part, value in track(arrays, 'reading', len(shapes), console=console, transient=True):
+    console.print(f'{file} looks like {match.name!r}; if it is another, name it by --as', highlight=False)
+  run, sources = match.run, match.run.experiment.init_from
+  values = {path: _zeros(*leaf) for path, leaf in match.leaves.items() if not _is_held(path, sources)}
+  arrays = read(match.layout, tensors, match.shapes, match.network, file)
+  for part, value in track(arrays, 'reading', len(match.shapes), console=console, transient=True):
     path = part if part.startswith('extra/') else f'params/{part}'
-    values[path] = jax.device_put(value, leaves[path][1])
-  state = _untrained_state(run, [values[path] for path in leaves])
+    values[path] = jax.device_put(value, match.leaves[path][1])
+  state = _untrained_state(run, [values[path] for path in match.leaves])
   if sources:
     state = begin_with(state, sources, trained_tree)
-  _write(run, state, {'file': str(file), 'family': name})
-  count = sum(math.prod(shape) for shape in shapes.values())
-  console.print(f'{count / 1e6:.1f} M parameters of {name!r} in {to}', highlight=False)
+  _write(run, state, {'file': str(file), 'family': match.name})
+  count = sum(math.prod(shape) for shape in match.shapes.values())
+  console.print(f'{count / 1e6:.1f} M parameters of {match.name!r} in {to}', highlight=False)
   return run
 
 
+class Match(NamedTuple):
+  """What a checkpoint turned out to be: its family and layout, a run of its network, and what of it the file holds.
+
+  leaves   all that the run learns or carries along, by path, in the order of its tree
+  shapes   of those that the file holds, by path without 'params/'
+  """
+
+  name: str
+  layout: Layout
+  run: Run
+  leaves: Mapping[str, tuple[jax.ShapeDtypeStruct, jax.sharding.Sharding]]
+  shapes: Mapping[str, Shape]
+
+  @property
+  def network(self) -> Any:
+    return getattr(self.run.experiment.objective, 'network', None)
+
+
+def matched(
+  tensors: Tensors, file: str, to: str | None = None, family: str | None = None, overrides: Sequence[str] = ()
+) -> Match:
+  """Finds out what a checkpoint is, and holds its names and shapes against the network's; reads and writes nothing."""
+  name, layout, found = recognize(tensors, family, file)
+  own, folder = FAMILIES[name].config(found), pathlib.Path(file)
+  own |= beside.tokenizer(folder, own)
+  config = resolve(config_lib.override(config_lib.plain(own), [*beside.fields(folder, own), *overrides]))
+  run = Run(config, to)
+  leaves, sources = _leaves(run), run.experiment.init_from
+  shapes = {path.removeprefix('params/'): leaf.shape for path, (leaf, _) in leaves.items() if _is_held(path, sources)}
+  _check_parts(file, name, shapes, found)
+  match = Match(name, layout, run, leaves, shapes)
+  check(layout, tensors, shapes, match.network, file)
+  return match
+
+
 def _leaves(run: Run) -> dict[str, tuple[jax.ShapeDtypeStruct, jax.sharding.Sharding]]:
-  """All that a run learns or carries along, by path, in the order of its tree."""
   flat = jax.tree_util.tree_flatten_with_path(_learnt(run.abstract_state))[0]
   placed = jax.tree.leaves(_learnt(run.shardings))
   return {path_of(path): (leaf, sharding) for (path, leaf), sharding in zip(flat, placed, strict=True)}
@@ -117,32 +151,16 @@ def _write(run: Run, state: TrainState, imported: Mapping[str, str]) -> None:
   store.close()
 
 
-def _tokenizer_beside(file: str, config: dict[str, Any]) -> dict[str, Any]:
-  """The tokenizer that lies in a folder with a model whose texts no tokenizer of ours reads: SigLIP's."""
-  text = config['objective']['network'].get('text')
-  if text is None or 'tokenizer' in config:
-    return {}
-  known: dict[str, dict[str, Any]] = {
-    'spiece.model': {'name': 'sentencepiece'},
-    'tokenizer.json': {'name': 'tokenizer_json', 'end': '<eos>', 'lowercase': True},
-  }
-  for name, spec in known.items():
-    beside = pathlib.Path(file) / name
-    if beside.is_file():
-      return {'tokenizer': {**spec, 'file': str(beside), 'length': text['length']}}
-  return {}
-
-
 def export_checkpoint(workdir: str, to: str, format: str, step: int | None = None) -> None:
   """Writes what a workdir has learnt, the average where one is kept, with the names of `format`.
 
-  `to` is a file, .safetensors or .npz, or, where the format is of several networks in a folder, that folder.
+  `to` is a file, .safetensors or .npz, of the arrays alone; or a folder, in which the library that the format is of
+  also finds its configs of the network, of images and of texts, and which it opens. A pipeline of several networks
+  needs the folder. UserError for a model that the format has no place for.
   """
   run = Run.reopen(workdir)
   subject, _ = run.restored_subject(step)
-  objective = run.experiment.objective
-  params = _arrays(objective.whole(subject.params, subject.extra))
-  params = {path: x for path, x in params.items() if path.split('/')[0] not in BESIDE}
+  objective, params = _exported(run, subject)
   variant = run.config['objective'].get('network', {}).get('variant', '')
   family = family_of({path: x.shape for path, x in params.items()}, variant)
   layouts = [layout for name, layout in FAMILIES[family].layouts if name == format]
@@ -154,16 +172,59 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
   for layout in layouts:
     several = any(row.ours.startswith('extra/') for row in layout.rows)
     try:
-      written = write(layout, params | (frozen if several else {}), getattr(objective, 'network', None))
+      written = write(layout, params | (frozen if several else {}), objective.network)
       break
     except UserError as error:
       complaints.append(error)
   if written is None:
     raise UserError(f'{workdir}: cannot be written as {format}: {complaints[0]}')
-  for prefix, file in layout.files or (('', ''),):
-    of_file = {name.removeprefix(prefix): x for name, x in written.items() if name.startswith(prefix)}
-    write_tensors(pathlib.Path(to) / file, of_file)
+  target, more = pathlib.Path(to), _companions(format, family, run, objective, whole=bool(layout.files))
+  if target.suffix in ('.safetensors', '.npz'):
+    if layout.files:
+      raise UserError(f'--to {to}: {format} has several networks in a folder; give a folder')
+    write_tensors(target, written)
+  else:
+    for prefix, file in layout.files or (('', WEIGHTS.get(format, 'model.safetensors')),):
+      of_file = {name.removeprefix(prefix): x for name, x in written.items() if name.startswith(prefix)}
+      write_tensors(target / file, of_file)
+    for name, content in more.items():
+      _write_beside(target / name, content)
   Console(stderr=True).print(f'{len(written)} arrays in {to}', highlight=False)
+
+
+def _exported(run: Run, subject: Subject) -> tuple[Any, dict[str, np.ndarray]]:
+  """The objective and the parameters by path, without what training alone needs: of self-distillation the encoder's."""
+  outer = run.experiment.objective
+  objective = getattr(outer, 'objective', outer)
+  params = _arrays(outer.whole(subject.params, subject.extra))
+  params = {path: x for path, x in params.items() if path.split('/')[0] not in FOR_TRAINING}
+  if 'head/prototypes' in params:
+    tower: Any = outer.image_tower(subject.params, subject.extra)
+    return Encoder(tower.network, tower.normalize), _arrays(tower.params)
+  return objective, params
+
+
+def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bool) -> for_transformers.Files:
+  """What the library of a format wants to find next to the arrays."""
+  tokenizer, image = run.experiment.tokenizer, evaluated_as(run)
+  match format:
+    case 'transformers':
+      return for_transformers.files(family, objective, image, tokenizer)
+    case 'diffusers':
+      return for_diffusers.files(family, objective, tokenizer, whole=whole)
+    case 'timm':
+      return for_timm.files(objective, image)
+    case 'open_clip':
+      return for_timm.open_clip(family, objective, image)
+  return {}
+
+
+def _write_beside(file: pathlib.Path, content: Any) -> None:
+  file.parent.mkdir(parents=True, exist_ok=True)
+  if isinstance(content, pathlib.Path):
+    shutil.copy(content, file)
+  else:
+    file.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + '\n', encoding='utf-8')
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """A trained or imported model for use from Python: images and texts in, arrays out."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from fmcv_jax.apps.generate import Painter
 from fmcv_jax.config import paths_of
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.pictures import Picture, Pictures
-from fmcv_jax.data.transforms import ResizeCrop
+from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.zero_shot import class_embeddings
 from fmcv_jax.experiment import Run
@@ -37,8 +38,8 @@ class Model:
   def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
     """Embeddings float32 [N, E]: of unit length where the model knows texts, features of the network elsewhere.
 
-    Images are arrays uint8 [H, W, 3], files, encoded bytes or Pillow's; their short side is scaled to the network's,
-    and the centre is cut out.
+    Images are arrays uint8 [H, W, 3], files, encoded bytes or Pillow's. They are scaled and cut as those were on which
+    the model was published; without such a rule their short side is scaled to the network's, and the centre cut out.
     """
     return self._over('embed_image' if 'embed_image' in self._subject.functions else 'features', images)
 
@@ -71,8 +72,21 @@ class Model:
     shape = self._run.experiment.objective.example_batch.get('image')
     if name not in self._subject.functions or shape is None:
       raise UserError(f'{self._workdir}: offers no {name}; it has {", ".join(self._subject.functions) or "nothing"}')
-    pipeline = Pipeline(Pictures(images), ResizeCrop(shape.shape[0], crop=1.0), max_bad=0.0)
+    pipeline = Pipeline(Pictures(images), evaluated_as(self._run), max_bad=0.0)
     return self._subject.over(name, pipeline, self._batch).values
+
+
+def evaluated_as(run: Run) -> ImageTransform | None:
+  """How a model is shown images: as the config's data says, if by no chance, and else the short side is made to fit.
+
+  None for a model that is shown none.
+  """
+  objective: Any = run.experiment.objective
+  image, given = objective.example_batch.get('image'), run.experiment.data.image
+  size = image.shape[0] if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)
+  if size is None:
+    return None
+  return dataclasses.replace(given, size=size) if isinstance(given, Resize | ResizeCrop) else ResizeCrop(size, crop=1.0)
 
 
 def dtypes_of(workdir: str | pathlib.Path) -> list[str]:

@@ -60,7 +60,8 @@ class ViT(nn.Module):
   interpolated; the others are computed for it. `outputs` units of a linear head act on the pooled features; 0 leaves
   them as they are. `mask_token` learns what stands for a patch that must not be seen (BEiT, Bao et al. 2022).
   `distilled` adds a token and a head that learn from a teacher (DeiT, Touvron et al. 2021): features and outputs are
-  the means of both tokens' and of both heads'.
+  the means of both tokens' and of both heads'. With the pool 'gap' there may be a `class_token` that is not read, and
+  the last norm may act on the mean (`norm_pooled`): MAE's fine-tuning (He et al. 2022) does both.
   """
 
   patch: int
@@ -77,11 +78,17 @@ class ViT(nn.Module):
   outputs_bias: bool = True
   mask_token: bool = False
   distilled: bool = False
+  class_token: bool = False
+  norm_pooled: bool = False
 
   @property
   def prefix(self) -> int:
     """How many tokens come before the patches."""
-    return int(self.pool == 'cls') + int(self.distilled) + self.registers
+    return int(self.has_class_token) + int(self.distilled) + self.registers
+
+  @property
+  def has_class_token(self) -> bool:
+    return self.class_token or self.pool == 'cls'
 
   @nn.compact
   def __call__(self, images, *, keep=None, masked=None, train: bool = False) -> Features:
@@ -98,7 +105,7 @@ class ViT(nn.Module):
       if masked is not None:
         x = jnp.where(masked[..., None], token.astype(x.dtype), x)
     prefix = self.prefix
-    placed = (1 + self.distilled) * int(self.pool == 'cls' and self.place_class_token)
+    placed = (1 + self.distilled) * int(self.has_class_token and self.place_class_token)
 
     class_place, angles = None, None
     if self.positions == 'learned':
@@ -120,7 +127,7 @@ class ViT(nn.Module):
     if self.registers:
       registers = self.param('registers', nn.initializers.normal(1e-6), (self.registers, self.width))
       x = jnp.concatenate([jnp.broadcast_to(registers.astype(x.dtype), (batch, *registers.shape)), x], axis=1)
-    if self.pool == 'cls':
+    if self.has_class_token:
       token = self.param('class_token', nn.initializers.normal(1e-6), (1, self.width))
       if self.distilled:
         second = self.param('distillation_token', nn.initializers.normal(1e-6), (1, self.width))
@@ -133,7 +140,8 @@ class ViT(nn.Module):
     if self.pre_norm:
       x = layer_norm(block.eps, block.dtype, 'pre_norm')(x)
     x = self.stack(x, angles=angles, train=train)
-    x = layer_norm(block.eps, block.dtype, 'norm')(x)
+    if not self.norm_pooled:
+      x = layer_norm(block.eps, block.dtype, 'norm')(x)
 
     if self.distilled:
       pooled = (x[:, 0] + x[:, 1]) / 2
@@ -141,6 +149,8 @@ class ViT(nn.Module):
       pooled = x[:, 0]
     elif self.pool == 'gap':
       pooled = jnp.mean(x[:, prefix:], axis=1, dtype=jnp.float32).astype(x.dtype)
+      if self.norm_pooled:
+        pooled = layer_norm(block.eps, block.dtype, 'pooled_norm')(pooled)
     else:
       pooled = AttentionPool(block, name='map_pool')(x[:, prefix:])
     if not self.outputs:
@@ -217,6 +227,8 @@ def vit(
   outputs_bias: bool = True,
   mask_token: bool = False,
   distilled: bool = False,
+  class_token: bool = False,
+  norm_pooled: bool = False,
   width: int | None = None,
   depth: int | None = None,
   heads: int | None = None,
@@ -245,6 +257,8 @@ def vit(
     raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
   if distilled and pool != 'cls':
     raise ValueError(f"distilled: the second token goes beside a class token, so pool must be 'cls', not {pool!r}")
+  if norm_pooled and pool != 'gap':
+    raise ValueError(f"norm_pooled: it acts on the mean of the tokens, so pool must be 'gap', not {pool!r}")
   defaults = SIZES[size]
   width, depth = width or defaults[0], depth or defaults[1]
   block = BlockConfig(
@@ -276,4 +290,6 @@ def vit(
     outputs_bias=outputs_bias,
     mask_token=mask_token,
     distilled=distilled,
+    class_token=class_token,
+    norm_pooled=norm_pooled,
   )

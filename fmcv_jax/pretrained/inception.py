@@ -1,14 +1,9 @@
 """FID's Inception v3 as torch-fidelity and pytorch-fid name TensorFlow's weights of 2015."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from fmcv_jax.models.inception import BLOCKS, STEM, Branch, Conv
-from fmcv_jax.pretrained.layout import SPATIAL, Layout, Row, Rows, Shape, linear
-
-
-def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  return {'name': 'inception'}
+from fmcv_jax.pretrained.layout import SPATIAL, Layout, Row, Rows, linear
 
 
 def published() -> Layout:

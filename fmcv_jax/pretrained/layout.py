@@ -1,7 +1,8 @@
 """Tables that say which array of a published checkpoint is which of ours, read in both directions.
 
 A row names our path, theirs, and how the array changes. '{i}' stands for the layer in their name; we stack layers
-along a first axis, and where blocks come in pairs, those of '{2i}' and of '{2i+1}' apart. '{*}' is in a name that
+along a first axis, where blocks come in pairs those of '{2i}' and of '{2i+1}' apart, and where they count through all
+stages those of '{3..7}'. '{*}' is in a name that
 they repeat, with the same array, in every layer, and that we have once. Where several rows name the same array of
 theirs, it is ours joined along its first axis, in their order: queries, keys and values in one matrix.
 """
@@ -18,9 +19,7 @@ from fmcv_jax.pretrained.tensors import Tensors
 
 Shape = tuple[int, ...]
 
-# How layers are counted in a name: {layer of theirs} = step * i + offset.
-_PLACES = {'{i}': (1, 0), '{2i}': (2, 0), '{2i+1}': (2, 1)}
-_LAYER = re.compile('|'.join(re.escape(place) for place in _PLACES))
+_LAYER = re.compile(r'\{(2?)i(\+1)?\}|\{(\d+)\.\.(\d+)\}')
 _EVERY = '{*}'
 
 
@@ -199,8 +198,17 @@ def _layers(layout: Layout, theirs: str, shapes: Mapping[str, Shape], row: Row) 
   place = _LAYER.search(theirs)
   if place is None:
     return [(theirs, None)]
-  step, offset = _PLACES[place[0]]
+  step, offset, last = _counted(place)
+  if place[3] and shapes[row.ours][0] != last - offset + 1:
+    raise UserError(f'this format has no place for {shapes[row.ours][0]} layers of {row.ours}')
   return [(theirs.replace(place[0], str(step * i + offset)), i) for i in range(shapes[row.ours][0])]
+
+
+def _counted(place: re.Match[str]) -> tuple[int, int, float]:
+  """(step, offset, last): their layers are step * i + offset, up to the last."""
+  if place[3]:
+    return 1, int(place[3]), int(place[4])
+  return int(place[1] or 1), int(place[2] or 0), math.inf
 
 
 def _one(row: Row, shapes: Mapping[str, Shape]) -> Shape:
@@ -272,6 +280,7 @@ def outline(layout: Layout, tensors: Tensors) -> tuple[dict[str, Shape], list[st
   rows: dict[str, list[Row]] = {}
   for row in layout.rows:
     rows.setdefault(row.theirs, []).append(row)
+  places = {place[0]: _counted(place) for theirs in rows if (place := _LAYER.search(theirs))}
   fixed = dict(layout.fixed)
   found: dict[str, Shape] = {}
   layers: dict[str, int] = {}
@@ -282,7 +291,7 @@ def outline(layout: Layout, tensors: Tensors) -> tuple[dict[str, Shape], list[st
     if name in fixed:
       found[f'fixed/{name}'] = tuple(shape)
       continue
-    theirs, layer = next(_places(name, rows), (None, None))
+    theirs, layer = next(_places(name, rows, places), (None, None))
     if theirs is None:
       unknown.append(name)
       continue
@@ -308,7 +317,9 @@ def count(shapes: Mapping[str, Shape], pattern: str, first: int = 0) -> int:
   return next(number for number in range(1 + len(shapes)) if pattern.format(first + number) not in shapes)
 
 
-def _places(name: str, rows: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
+def _places(
+  name: str, rows: Mapping[str, Any], places: Mapping[str, tuple[int, int, float]]
+) -> Iterator[tuple[str, int | None]]:
   """(the name in the table, the layer) for each of `rows` that a name of theirs is of."""
   if name in rows:
     yield name, None
@@ -316,9 +327,9 @@ def _places(name: str, rows: Mapping[str, Any]) -> Iterator[tuple[str, int | Non
     before, after = name[: number.start()], name[number.end() :]
     if (theirs := before + _EVERY + after) in rows:
       yield theirs, None
-    for place, (step, offset) in _PLACES.items():
+    for place, (step, offset, last) in places.items():
       layer, rest = divmod(int(number[0]) - offset, step)
-      if not rest and layer >= 0 and (theirs := before + place + after) in rows:
+      if not rest and offset <= int(number[0]) <= last and (theirs := before + place + after) in rows:
         yield theirs, layer
 
 

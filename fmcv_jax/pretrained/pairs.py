@@ -50,7 +50,7 @@ def open_clip() -> Layout:
   image = (
     Row('class_token', 'class_embedding', ROW),
     Row('position', 'positional_embedding'),
-    *patch('conv1'),
+    *patch('conv1')[:1],
     *norm('pre_norm', 'ln_pre'),
     *_resblocks(),
     *norm('norm', 'ln_post'),
@@ -84,7 +84,7 @@ def transformers_clip() -> Layout:
   image = (
     Row('class_token', 'embeddings.class_embedding', ROW),
     Row('position', 'embeddings.position_embedding.weight'),
-    *patch('embeddings.patch_embedding'),
+    *patch('embeddings.patch_embedding')[:1],
     *norm('pre_norm', 'pre_layrnorm'),  # so spelt
     *_blocks('encoder.layers.{i}'),
     *norm('norm', 'post_layernorm'),

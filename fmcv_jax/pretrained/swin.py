@@ -46,7 +46,7 @@ def transformers(*, hub: bool) -> Layout:
   for stage in range(STAGES):
     for kind, place in _PAIR.items():
       ours, theirs = f'stage{stage + 1}/blocks/{kind}', f'swin.encoder.layers.{stage}.blocks.{place}'
-      table = 'attention.self' if hub else 'attention'
+      table = 'attention.self' if hub else 'attention.relative_position_bias'
       rows += hub_block(ours, theirs, hub, 'self')
       rows.append(Row(f'{ours}/attention/relative', f'{theirs}.{table}.relative_position_bias_table'))
     if stage:

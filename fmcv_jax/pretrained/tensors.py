@@ -2,6 +2,7 @@
 
 import abc
 import json
+import math
 import os
 import pathlib
 import zipfile
@@ -19,6 +20,7 @@ WRAPPERS = ('ema', 'model_ema', 'teacher', 'model', 'state_dict', 'module')
 PREFIXES = ('module.', 'backbone.', '_orig_mod.')
 
 INDEX = '*.safetensors.index.json'
+INFLATION = 100  # no weights are packed as tightly as this; what is would fill the memory
 PARTS = ('unet', 'transformer', 'vae', 'text_encoder')  # of a pipeline of diffusers: folders of networks that learn
 
 
@@ -158,6 +160,7 @@ class _Npz(Tensors):
     self._file = file
     try:
       self._open = np.load(file, allow_pickle=False)
+      _check_inflation(file, self._open.zip)
       self._shapes = {name: self._header(name) for name in self._open.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
       raise UserError(f'{file}: is no whole npz file of plain arrays ({_line(error)})') from error
@@ -168,8 +171,11 @@ class _Npz(Tensors):
       version = np.lib.format.read_magic(data)
       read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
       shape, _, dtype = read(data)
+      start = data.tell()
     if dtype.hasobject:
       raise ValueError(f'{name} holds objects, which only pickle could read')
+    if start + math.prod(shape) * dtype.itemsize != self._open.zip.getinfo(f'{name}.npy').file_size:
+      raise ValueError(f'{name} says it is {shape}, but is not as long')
     return shape
 
   @property
@@ -187,8 +193,11 @@ class _Npz(Tensors):
 
 class _Torch(Tensors):
   def __init__(self, file: pathlib.Path):
-    if zipfile.is_zipfile(file) and any('/code/' in name for name in zipfile.ZipFile(file).namelist()):
-      raise UserError(f'{file}: is a TorchScript program, which is not run here; save its state_dict as .safetensors')
+    if zipfile.is_zipfile(file):
+      with zipfile.ZipFile(file) as archive:
+        _check_inflation(file, archive)
+        if any('/code/' in name for name in archive.namelist()):
+          raise UserError(f'{file}: is a TorchScript program, which is not run here; save its state_dict instead')
     try:
       import torch
     except ImportError as error:
@@ -208,6 +217,12 @@ class _Torch(Tensors):
   def __getitem__(self, name):
     x = self._tensors[name]
     return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).numpy()
+
+
+def _check_inflation(file: pathlib.Path, archive: zipfile.ZipFile) -> None:
+  held, size = sum(info.file_size for info in archive.infolist()), file.stat().st_size
+  if held > INFLATION * size:
+    raise UserError(f'{file}: would grow from {size:,} to {held:,} bytes; such a file holds no weights')
 
 
 def unwrapped(tree: Any) -> dict[str, Any]:

@@ -28,29 +28,39 @@ from fmcv_jax.pretrained.layout import (
 HEAD_WIDTH = 64  # of nearly all that is published; a size with others is named in models/vit.py
 
 
-def timm_block(ours: str, theirs: str, *, gated: bool = False) -> Rows:
+_MLP = {'up': 'fc1', 'down': 'fc2'}
+
+
+def timm_block(ours: str, theirs: str) -> Rows:
   """A block as timm and the original releases name it."""
-  up_down = {'up': 'fc1', 'down': 'fc2'}
+  return (*_timm_attention(ours, theirs), *each(f'{ours}/mlp', f'{theirs}.mlp', _MLP))
+
+
+def _timm_attention(ours: str, theirs: str) -> Rows:
   return (
     *norm(f'{ours}/norm1', f'{theirs}.norm1'),
     *fused(f'{ours}/attention', f'{theirs}.attn.qkv.'),
     *linear(f'{ours}/attention/out', f'{theirs}.attn.proj'),
     *norm(f'{ours}/norm2', f'{theirs}.norm2'),
-    *(_gated(f'{ours}/mlp', f'{theirs}.mlp', 'w12', 'w3') if gated else each(f'{ours}/mlp', f'{theirs}.mlp', up_down)),
   )
 
 
 def hub_block(ours: str, theirs: str, hub: bool, attention: str = 'attention') -> Rows:
   """A block as transformers' files name it (`attention`: its queries, keys and values), or as version 5 in memory."""
-  own = f'{theirs}.attention.{attention}' if hub else f'{theirs}.attention'
   mlp = {'up': 'intermediate.dense', 'down': 'output.dense'} if hub else {'up': 'mlp.fc1', 'down': 'mlp.fc2'}
   return (
     *norm(f'{ours}/norm1', f'{theirs}.layernorm_before'),
-    *each(f'{ours}/attention', own, {name: name if hub else f'{name[0]}_proj' for name in QKV}),
-    *linear(f'{ours}/attention/out', f'{theirs}.attention.output.dense' if hub else f'{own}.o_proj'),
+    *_hub_attention(f'{ours}/attention', f'{theirs}.attention', hub, attention),
     *norm(f'{ours}/norm2', f'{theirs}.layernorm_after'),
     *each(f'{ours}/mlp', theirs, mlp),
   )
+
+
+def _hub_attention(ours: str, theirs: str, hub: bool, inner: str = 'attention') -> Rows:
+  if not hub:
+    return each(ours, theirs, {name: f'{name[0]}_proj' for name in (*QKV, 'out')})
+  parts = each(ours, f'{theirs}.{inner}', {name: name for name in QKV})
+  return (*parts, *linear(f'{ours}/out', f'{theirs}.output.dense'))
 
 
 def _gated(ours: str, theirs: str, enter: str, leave: str) -> Rows:
@@ -61,25 +71,36 @@ def _scales(first: str, second: str) -> Rows:
   return Row('blocks/scale1', first), Row('blocks/scale2', second)
 
 
-def timm(*, registers: str = 'reg_token', final_norm: str = 'norm', gated: bool = False) -> Layout:
-  """timm's names; the original releases have them too, but for `registers` ('register_tokens' in DINOv2's)."""
-  block = 'blocks.{i}'
-  return Layout(
-    (
-      Row('class_token', 'cls_token', BATCHED),
-      Row('distillation_token', 'dist_token', BATCHED),
-      Row('registers', registers, BATCHED),
-      Row('mask_token', 'mask_token'),
-      Row('position', 'pos_embed', BATCHED),
-      *patch('patch_embed.proj'),
-      *norm('pre_norm', 'norm_pre'),
-      *timm_block('blocks', block, gated=gated),
-      *_scales(f'{block}.ls1.gamma', f'{block}.ls2.gamma'),
-      *norm('norm', final_norm),
-      *linear('head', 'head'),
-      *linear('distillation_head', 'head_dist'),
-    ),
-    ignored=(r'head\.(mlp|last_layer)\..*',),  # what DINO trains on top
+def timm(*, gated: bool = False) -> Layout:
+  """timm's names."""
+  mlp = _gated('blocks/mlp', 'blocks.{i}.mlp', 'fc1', 'fc2') if gated else each('blocks/mlp', 'blocks.{i}.mlp', _MLP)
+  registers = Row('registers', 'reg_token', BATCHED)
+  return Layout((registers, *norm('pre_norm', 'norm_pre'), *_timm(mlp)), ignored=_TRAINED_ON_TOP)
+
+
+def original(*, gated: bool = False) -> Layout:
+  """Those of the releases of DeiT, DINO, DINOv2 and MAE, which timm took over but for registers and SwiGLU."""
+  mlp = _gated('blocks/mlp', 'blocks.{i}.mlp', 'w12', 'w3') if gated else each('blocks/mlp', 'blocks.{i}.mlp', _MLP)
+  tokens = Row('registers', 'register_tokens', BATCHED), Row('mask_token', 'mask_token')
+  return Layout((*tokens, *_timm(mlp)), ignored=_TRAINED_ON_TOP)
+
+
+_TRAINED_ON_TOP = (r'head\.(mlp|last_layer)\..*',)  # of DINO
+
+
+def _timm(mlp: Rows) -> Rows:
+  return (
+    Row('class_token', 'cls_token', BATCHED),
+    Row('distillation_token', 'dist_token', BATCHED),
+    Row('position', 'pos_embed', BATCHED),
+    *patch('patch_embed.proj'),
+    *_timm_attention('blocks', 'blocks.{i}'),
+    *mlp,
+    *_scales('blocks.{i}.ls1.gamma', 'blocks.{i}.ls2.gamma'),
+    *norm('norm', 'norm'),
+    *norm('pooled_norm', 'fc_norm'),
+    *linear('head', 'head'),
+    *linear('distillation_head', 'head_dist'),
   )
 
 
@@ -106,10 +127,15 @@ def transformers(prefix: str, *, hub: bool = True) -> Layout:
   )
 
 
-def transformers_dinov2(prefix: str, *, gated: bool = False) -> Layout:
+def transformers_dinov2(prefix: str, *, hub: bool = True, gated: bool = False) -> Layout:
   block = f'{prefix}encoder.layer.{{i}}'
-  mlp = f'{block}.mlp'
-  plain = each('blocks/mlp', mlp, {'up': 'fc1', 'down': 'fc2'})
+  own = f'{block}.mlp'
+  if not gated:
+    mlp = each('blocks/mlp', own, _MLP)
+  elif hub:
+    mlp = _gated('blocks/mlp', own, 'weights_in', 'weights_out')
+  else:
+    mlp = each('blocks/mlp', own, {name: f'{name}_proj' for name in ('gate', 'up', 'down')})
   return Layout(
     (
       *_hub_inputs(prefix),
@@ -117,10 +143,9 @@ def transformers_dinov2(prefix: str, *, gated: bool = False) -> Layout:
       Row('mask_token', f'{prefix}embeddings.mask_token'),
       Row('registers', f'{prefix}embeddings.register_tokens', BATCHED),
       *norm('blocks/norm1', f'{block}.norm1'),
-      *each('blocks/attention', f'{block}.attention.attention', {name: name for name in QKV}),
-      *linear('blocks/attention/out', f'{block}.attention.output.dense'),
+      *_hub_attention('blocks/attention', f'{block}.attention', hub),
       *norm('blocks/norm2', f'{block}.norm2'),
-      *(_gated('blocks/mlp', mlp, 'weights_in', 'weights_out') if gated else plain),
+      *mlp,
       *_scales(f'{block}.layer_scale1.lambda1', f'{block}.layer_scale2.lambda1'),
       *norm('norm', f'{prefix}layernorm'),
     )
@@ -130,7 +155,7 @@ def transformers_dinov2(prefix: str, *, gated: bool = False) -> Layout:
 def mae(*, hub: bool | None = None) -> Layout:
   """Encoder and decoder of a masked autoencoder: the original release's names or, by `hub`, transformers'."""
   if hub is None:
-    encoder = tuple(row for row in timm().rows if row.ours not in ('position', 'mask_token'))
+    encoder = tuple(row for row in original().rows if row.ours not in ('position', 'mask_token'))
     prefix, block = '', timm_block('blocks', 'decoder_blocks.{i}')
     places, mask = 'pos_embed', 'mask_token'
   else:
@@ -183,7 +208,9 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   network: dict[str, Any] = {'name': 'vit', 'variant': f'{size or "B"}/{side_of_patch}'}
   if size is None:
     network |= {'width': width, 'depth': depth, 'mlp_dim': hidden, 'heads': heads_of(width, depth, hidden)}
-  if 'class_token' not in shapes:
+  if 'pooled_norm/scale' in shapes:
+    network |= {'pool': 'gap', 'norm_pooled': True, 'class_token': 'class_token' in shapes}
+  elif 'class_token' not in shapes:
     network['pool'] = 'map' if 'map_pool/probe' in shapes else 'gap'
   distilled = 'distillation_token' in shapes
   special = int('class_token' in shapes) + int(distilled)

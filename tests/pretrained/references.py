@@ -3,9 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
+from fmcv_jax.experiment import Run, resolve
 from fmcv_jax.pretrained.tensors import PARTS, open_tensors
+from fmcv_jax.train.checkpoint import Store, write_json
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 
@@ -66,3 +69,48 @@ def equal(ours, theirs):
   """ours [B, H, W, C] and theirs [B, C, H, W], to 3e-5 of the largest value."""
   theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
   np.testing.assert_allclose(ours, theirs, atol=3e-5 * np.abs(theirs).max())
+
+
+def born(folder, objective):
+  """A workdir of a run of no steps: what its networks are born with."""
+  run = Run(resolve({'objective': objective}), folder)
+  state = run.init()
+  folder.mkdir(parents=True)
+  write_json(run.workdir / 'config.json', run.config)
+  store = Store(run.workdir)
+  store.save(state, {}, {})
+  store.wait()
+  store.close()
+  return run
+
+
+def sd_parts(folder, family, channels=4):
+  """A small Stable Diffusion as diffusers has it on disk: (UNet, autoencoder, text tower)."""
+  import diffusers
+  import transformers
+
+  unet = diffusers.UNet2DConditionModel(**unet_config(family, channels))
+  coder = diffusers.AutoencoderKL(**CODER)
+  activation = {'sd1': 'quick_gelu', 'sd2': 'gelu'}[family]
+  tokens = {'vocab_size': 49_408, 'max_position_embeddings': 77, 'eos_token_id': 49_407, 'bos_token_id': 49_406}
+  small = {'hidden_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 1, 'intermediate_size': 128}
+  text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**small, **tokens, hidden_act=activation))
+  for name, part in (('unet', unet), ('vae', coder), ('text_encoder', text)):
+    published(part, folder / name)
+  file = folder / 'text_encoder' / 'model.safetensors'
+  # As the hub's files have it; transformers 5 writes it without the prefix.
+  save_file({f'text_model.{name.removeprefix("text_model.")}': x for name, x in load_file(file).items()}, file)
+  return unet, coder, text
+
+
+def unet_config(family, channels=4):
+  return {
+    'in_channels': channels,
+    'block_out_channels': (128, 128),
+    'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D'),
+    'up_block_types': ('UpBlock2D', 'CrossAttnUpBlock2D'),
+    'cross_attention_dim': 64,
+    'attention_head_dim': 8 if family == 'sd1' else (2, 2),  # in truth the number of heads
+    'use_linear_projection': family == 'sd2',
+    'sample_size': 8,
+  }

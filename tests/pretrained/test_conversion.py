@@ -1,7 +1,9 @@
 """Import and export without the reference libraries: kinds of files, what is refused, and use."""
 
+import io
 import json
 import re
+import zipfile
 
 import jax
 import numpy as np
@@ -19,7 +21,8 @@ from fmcv_jax.pretrained.tensors import open_tensors, write_tensors
 @pytest.fixture(scope='module')
 def published():
   """A small classifier with registers, as timm has it."""
-  network = vit('mu/8', image_size=16, outputs=5, registers=2, layer_scale=0.5, width=64, depth=2, heads=1, mlp_dim=96)
+  size = {'width': 64, 'depth': 2, 'heads': 1, 'mlp_dim': 96}
+  network = vit('mu/8', image_size=16, outputs=5, registers=2, place_class_token=False, layer_scale=0.5, **size)
   params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, 16, 16, 3)))['params']
   noise = np.random.default_rng(0)
   flat = {
@@ -103,24 +106,93 @@ def test_a_checkpoint_that_is_not_whole_is_one_line_and_writes_nothing(published
 
 def test_files_that_are_no_checkpoints_are_one_line(published, tmp_path, capsys):
   write_tensors(tmp_path / 'x.safetensors', published)
-  whole = (tmp_path / 'x.safetensors').read_bytes()
-  (tmp_path / 'cut.safetensors').write_bytes(whole[: len(whole) // 2])
+  np.savez(tmp_path / 'x.npz', **published)
+  for kind in ('safetensors', 'npz'):
+    whole = (tmp_path / f'x.{kind}').read_bytes()
+    (tmp_path / f'cut.{kind}').write_bytes(whole[: len(whole) // 2])
   (tmp_path / 'noise.safetensors').write_bytes(b'\x00' * 64)
   (tmp_path / 'noise.npz').write_bytes(b'PK\x03\x04nonsense')
   np.savez(tmp_path / 'objects.npz', bomb=np.array([object()], dtype=object))
   (tmp_path / 'x.txt').write_text('x')
+  shards = in_shards(tmp_path / 'shards', published)
+  (shards / 'model-1.safetensors').unlink()
+  outside = in_shards(tmp_path / 'outside', published)
+  index = json.dumps({'weight_map': {'norm.weight': '../x.safetensors'}})
+  (outside / 'model.safetensors.index.json').write_text(index)
   for name, message in {
     'cut.safetensors': 'no whole safetensors file',
+    'cut.npz': 'no whole npz file',
     'noise.safetensors': 'no whole safetensors file',
     'noise.npz': 'no whole npz file',
     'objects.npz': 'objects',
     'x.txt': 'unknown kind of file',
     'missing.npz': 'no such file',
+    'shards': 'names the shard model-1.safetensors, which is not in',
+    'outside': 'names the shard ../x.safetensors, which is not in',
   }.items():
     assert run('import', tmp_path / name, '--to', tmp_path / 'run') == 2
     assert message in one_line(capsys)
-  assert run('import', tmp_path / 'x.safetensors', '--as', 'clip', '--to', tmp_path / 'run') == 2
-  assert "no layout of family 'clip' knows" in one_line(capsys)
-  assert run('import', tmp_path / 'x.safetensors', '--as', 'dinov3', '--to', tmp_path / 'run') == 2
-  assert "did you mean 'dinov2'" in one_line(capsys)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_family_and_a_size_are_held_against_the_file(published, tmp_path, capsys):
+  write_tensors(tmp_path / 'x.safetensors', published)
+  for name, message in {
+    'clip': "no layout of family 'clip' knows",
+    'dinov3': "did you mean 'dinov2'",
+    'dinov2_l14': 'is of no named size, not l14',
+    'deit_b16_distilled': 'is of no named size, not b16',
+  }.items():
+    assert run('import', tmp_path / 'x.safetensors', '--as', name, '--to', tmp_path / 'run') == 2
+    assert message in one_line(capsys)
+  assert not (tmp_path / 'run').exists()
+  network = vit('Ti/16', image_size=32, distilled=True, outputs=3)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))['params']
+  zeros = {path_of(path): np.zeros(x.shape, np.float32) for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]}
+  write_tensors(tmp_path / 'ti.safetensors', write(names.timm(), zeros, network))
+  assert run('import', tmp_path / 'ti.safetensors', '--as', 'deit_s16', '--to', tmp_path / 'run') == 2
+  assert 'is of the size Ti/16, not s16' in one_line(capsys)
+  assert run('import', tmp_path / 'ti.safetensors', '--as', 'deit_ti16_distilled', '--to', tmp_path / 'run') == 0
+
+
+def test_a_zip_bomb_is_one_line(tmp_path, capsys):
+  np.savez_compressed(tmp_path / 'packed.npz', **{'norm.weight': np.zeros(5_000_000, np.float32)})
+  plain = io.BytesIO()
+  np.save(plain, np.zeros(8, np.float32))
+  with zipfile.ZipFile(tmp_path / 'says.npz', 'w') as archive:
+    said = plain.getvalue().replace(b"'shape': (8,), }       ", b"'shape': (80000000,), }")
+    archive.writestr('norm.weight.npy', said)
+  for name, message in {
+    'packed.npz': 'would grow from',
+    'says.npz': 'says it is (80000000,), but is not as long',
+  }.items():
+    assert run('import', tmp_path / name, '--to', tmp_path / 'run') == 2
+    assert message in one_line(capsys)
+  assert not (tmp_path / 'run').exists()
+
+
+class Bomb:
+  def __init__(self, file):
+    self.file = file
+
+  def __reduce__(self):
+    return open, (str(self.file), 'w')
+
+
+def test_a_pickle_bomb_is_one_line_and_does_not_go_off(published, tmp_path, capsys):
+  torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
+  state = {name: torch.from_numpy(x.copy()) for name, x in published.items()}
+  for modern in (True, False):
+    torch.save(state | {'bomb': Bomb(tmp_path / 'went_off')}, tmp_path / 'x.pth', _use_new_zipfile_serialization=modern)
+    assert run('import', tmp_path / 'x.pth', '--to', tmp_path / 'run') == 2
+    assert 'is no whole file of plain tensors' in one_line(capsys)
+  torch.save(state, tmp_path / 'x.pth')
+  (tmp_path / 'cut.pth').write_bytes((tmp_path / 'x.pth').read_bytes()[:5000])
+  with zipfile.ZipFile(tmp_path / 'packed.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr('x/data/0', bytes(20_000_000))
+  for name, message in {'cut.pth': 'is no whole file of plain tensors', 'packed.pth': 'would grow from'}.items():
+    assert run('import', tmp_path / name, '--to', tmp_path / 'run') == 2
+    assert message in one_line(capsys)
+  assert not (tmp_path / 'went_off').exists()
+  assert not (tmp_path / 'run').exists()
+  assert run('import', tmp_path / 'x.pth', '--to', tmp_path / 'run') == 0

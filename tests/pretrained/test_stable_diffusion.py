@@ -10,40 +10,22 @@ from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.controlnet import controlnet
+from fmcv_jax.pretrained import families as known
 from fmcv_jax.pretrained.tensors import open_tensors
-from tests.pretrained.references import CODER, comes_back, equal, published, to_torch
+from tests.pretrained.references import CODER, comes_back, equal, published, sd_parts, to_torch, unet_config
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 diffusers = pytest.importorskip('diffusers', reason='pip install fmcv-jax[parity]')
 transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
 
-SIZES = ('network.image_size=8', 'autoencoder.image_size=16')
-TEXT = {'hidden_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 1, 'intermediate_size': 128}
+SIZES = ['objective.network.image_size=8', 'objective.autoencoder.image_size=16']
+FAMILIES = [pytest.param('sd1', marks=pytest.mark.slow), 'sd2']
 
 
-@pytest.mark.parametrize('family', [pytest.param('sd1', marks=pytest.mark.slow), 'sd2'])
+@pytest.mark.parametrize('family', FAMILIES)
 def test_stable_diffusion(tmp_path, family):
-  config = {
-    'block_out_channels': (128, 128),
-    'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D'),
-    'up_block_types': ('UpBlock2D', 'CrossAttnUpBlock2D'),
-    'cross_attention_dim': 64,
-    'attention_head_dim': 8 if family == 'sd1' else (2, 2),  # in truth the number of heads
-    'use_linear_projection': family == 'sd2',
-    'sample_size': 8,
-  }
-  unet = published(diffusers.UNet2DConditionModel(**config), tmp_path / 'theirs' / 'unet')
-  published(diffusers.AutoencoderKL(**CODER), tmp_path / 'theirs' / 'vae')
-  activation = {'sd1': 'quick_gelu', 'sd2': 'gelu'}[family]
-  tokens = {'vocab_size': 49_408, 'max_position_embeddings': 77, 'eos_token_id': 49_407, 'bos_token_id': 49_406}
-  tower = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **tokens, hidden_act=activation))
-  published(tower, tmp_path / 'theirs' / 'text_encoder')
-  file = tmp_path / 'theirs' / 'text_encoder' / 'model.safetensors'
-  with_prefix = {f'text_model.{name.removeprefix("text_model.")}': x for name, x in load_file(file).items()}
-  save_file(with_prefix, file)  # as the hub's files have it; transformers 5 writes it without
-  run = import_checkpoint(
-    str(tmp_path / 'theirs'), str(tmp_path / 'ours'), family, [f'objective.{field}' for field in SIZES]
-  )
+  unet, _, tower = sd_parts(tmp_path / 'theirs', family)
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), family, SIZES)
   subject, _ = run.restored_subject()
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
   prompts, time = ['a red apple', ''], np.array([7, 900])
@@ -56,45 +38,77 @@ def test_stable_diffusion(tmp_path, family):
     theirs = unet(to_torch(x), torch.from_numpy(time), words).sample
   equal(ours, theirs)
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
+  as_compvis(tmp_path, run, family)
   if family == 'sd1':
-    as_compvis(tmp_path, run, config)
     (tmp_path / 'control').mkdir()
     steered(tmp_path / 'control', tmp_path / 'ours')
 
 
-def as_compvis(tmp_path, run, config):
+def as_compvis(tmp_path, run, family):
   """The file of the original release, as diffusers itself turns it into its own names."""
   from diffusers.loaders import single_file_utils
 
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'one.safetensors'), 'compvis')
   whole, theirs = load_file(tmp_path / 'one.safetensors'), open_tensors(tmp_path / 'theirs')
   state = {name: torch.from_numpy(x) for name, x in whole.items()}
-  unet = single_file_utils.convert_ldm_unet_checkpoint(dict(state), {'layers_per_block': 2, **config})
-  coder = single_file_utils.convert_ldm_vae_checkpoint(dict(state), CODER)
-  for prefix, converted in (('unet.', unet), ('vae.', coder)):
+  config = {'layers_per_block': 2, **unet_config(family)}
+  parts = {
+    'unet.': single_file_utils.convert_ldm_unet_checkpoint(dict(state), config),
+    'vae.': single_file_utils.convert_ldm_vae_checkpoint(dict(state), CODER),
+  }
+  if family == 'sd2':
+    tower = transformers.CLIPTextModel(transformers.CLIPTextConfig(hidden_size=64))
+    parts['text_encoder.'] = single_file_utils.convert_open_clip_checkpoint(tower, dict(state))
+  for prefix, converted in parts.items():
     assert {f'{prefix}{name}' for name in converted} == {name for name in theirs.shapes if name.startswith(prefix)}
     for name, x in converted.items():
       np.testing.assert_array_equal(x.numpy(), theirs[prefix + name].reshape(x.shape), err_msg=name)
-  again = import_checkpoint(
-    str(tmp_path / 'one.safetensors'), str(tmp_path / 'again'), 'sd1', [f'objective.{field}' for field in SIZES]
-  )
-  first, second = (jax.device_get(r.restored_subject()[0].params) for r in (run, again))
-  jax.tree.map(np.testing.assert_array_equal, first, second)
+  if family == 'sd2':  # published files hold what no picture needs
+    tower = 'cond_stage_model.model.'
+    unused = {f'{tower}transformer.resblocks.23.ln_1.weight': np.ones(64), f'{tower}logit_scale': np.ones(())}
+    save_file(whole | unused | {f'{tower}text_projection': np.ones((64, 64))}, tmp_path / 'one.safetensors')
+  again = import_checkpoint(str(tmp_path / 'one.safetensors'), str(tmp_path / 'again'), family, SIZES)
+  first, second = (jax.device_get(r.restored_subject()[0]) for r in (run, again))
+  jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+  jax.tree.map(np.testing.assert_array_equal, first.extra, second.extra)
+
+
+@pytest.mark.slow
+def test_a_unet_that_fills_holes(tmp_path):
+  """Nine channels: the noisy latent, the hole, and the latent of what is around it."""
+  unet, _, _ = sd_parts(tmp_path / 'theirs', 'sd2', channels=9)
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'sd2', SIZES)
+  subject, _ = run.restored_subject()
+  rng = np.random.default_rng(0)
+  x, words = rng.normal(size=(2, 8, 8, 9)).astype(np.float32), rng.normal(size=(2, 5, 64)).astype(np.float32)
+  time = np.array([7, 900])
+  told = Condition(text=jnp.asarray(words), beside=jnp.asarray(x[..., 4:]))
+  params = {'params': subject.params['network']}
+  ours = jax.jit(run.experiment.objective.network.apply)(params, x[..., :4], jnp.asarray(time), told)
+  with torch.no_grad():
+    equal(ours, unet(to_torch(x), torch.from_numpy(time), torch.from_numpy(words)).sample)
+  comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
+
+
+def test_a_unet_alone_gets_the_text_tower_of_its_version():
+  for family, (width, depth, heads) in {'sd1': (768, 12, 12), 'sd2': (1024, 23, 16)}.items():
+    context = {'network/encoder/middle_attention0/blocks/cross_attention/key/kernel': (1, width, 1280)}
+    levels = {f'network/encoder/down{i}_block0/norm1/scale': (320,) for i in range(4)}
+    widths = zip(range(4), (320, 640, 1280, 1280), strict=True)
+    levels |= {f'network/encoder/down{i}_block0/conv1/kernel': (3, 3, 320, width) for i, width in widths}
+    layers = {'network/encoder/down0_block1/norm1/scale': (320,), 'network/encoder/conv_in/kernel': (3, 3, 4, 320)}
+    text = known.FAMILIES[family].config({**context, **levels, **layers})['objective']['text']
+    assert (text['width'], text['depth'], text['heads']) == (width, depth, heads)
 
 
 def steered(tmp_path, base):
   """A ControlNet on top of a workdir."""
-  config = {
-    'block_out_channels': (128, 128),
-    'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D'),
-    'cross_attention_dim': 64,
-    'attention_head_dim': 8,
-    'conditioning_embedding_out_channels': (16, 32),
-  }
-  model = published(diffusers.ControlNetModel(**config), tmp_path / 'theirs')
-  given = [*SIZES, 'autoencoder.channels=(128,128)', 'autoencoder.layers=1']
-  given += ['text.width=64', 'text.depth=2', 'text.heads=1', 'text.mlp_dim=128']
-  given = [f'objective.{field}' for field in given]
+  config = unet_config('sd1')
+  del config['up_block_types'], config['sample_size']
+  model = diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32))
+  published(model, tmp_path / 'theirs')
+  given = [*SIZES, 'objective.autoencoder.channels=(128,128)', 'objective.autoencoder.layers=1']
+  given += [f'objective.text.{field}' for field in ('width=64', 'depth=2', 'heads=1', 'mlp_dim=128')]
   with pytest.raises(UserError, match='also needs what is not in it: autoencoder, network, text'):
     import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'controlnet_sd1', given)
   for name, part in (('network', 'params/network'), ('autoencoder', 'extra/autoencoder'), ('text', 'extra/text')):
@@ -113,3 +127,11 @@ def steered(tmp_path, base):
   for one, other in zip((*ours[0], ours[1]), (*theirs[0], theirs[1]), strict=True):
     equal(one, other)
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
+  export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'folder'), 'diffusers')
+  again = diffusers.ControlNetModel.from_pretrained(tmp_path / 'folder')
+  for key, value in model.state_dict().items():
+    torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)
+  # CompVis' file of a ControlNet and all that it steers, which needs nothing beside it.
+  export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'one.safetensors'), 'compvis')
+  whole = import_checkpoint(str(tmp_path / 'one.safetensors'), str(tmp_path / 'whole'), 'controlnet_sd1', SIZES)
+  jax.tree.map(np.testing.assert_array_equal, whole.restored_subject()[0].params, subject.params)

@@ -1,0 +1,76 @@
+"""What a folder of transformers or diffusers says beside its arrays: heads, activations, eps, tokenizer, images."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.pretrained.for_diffusers import PREDICTIONS
+from fmcv_jax.pretrained.for_transformers import ACTIVATIONS
+
+_FIELDS = {'num_attention_heads': 'heads', 'layer_norm_eps': 'eps', 'hidden_act': 'activation'}
+# What transformers takes where a config of CLIP says nothing.
+_UNSAID = {'clip': {'hidden_act': 'quick_gelu'}}
+_TOKENIZERS: dict[str, dict[str, Any]] = {
+  'spiece.model': {'name': 'sentencepiece'},
+  'tokenizer.json': {'name': 'tokenizer_json', 'end': '<eos>', 'lowercase': True},
+}
+
+
+def fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
+  """Fields of a config, as 'objective.network.heads=8', that a folder tells; of a file none."""
+  found: list[str] = []
+  network = config['objective']['network']
+  said = _json(folder / 'config.json')
+  for path, numbers in _networks(network, said):
+    found += [f'{path}.{field}={value}' for field, value in _told(numbers)]
+  images = _json(folder / 'preprocessor_config.json')
+  for field, name in (('mean', 'image_mean'), ('std', 'image_std')):
+    if name in images and 'normalize' in config['objective']:
+      found.append(f'objective.normalize.{field}={tuple(images[name])}')
+  prediction = _json(folder / 'scheduler' / 'scheduler_config.json').get('prediction_type')
+  named = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+  if prediction in named:
+    found.append(f'objective.process.prediction={named[prediction]}')
+  return found
+
+
+def tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+  """The tokenizer of a model whose texts no tokenizer of ours reads: SigLIP's."""
+  text = config['objective']['network'].get('text')
+  for name, spec in _TOKENIZERS.items() if text is not None and 'tokenizer' not in config else ():
+    if (folder / name).is_file():
+      return {'tokenizer': {**spec, 'file': str(folder / name), 'length': text['length']}}
+  return {}
+
+
+def _networks(network: Mapping[str, Any], said: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+  """Where the transformers of a network stand in our config, and what is said of each."""
+  path, unsaid = 'objective.network', _UNSAID.get(said.get('model_type', ''), {})
+  match network['name']:
+    case 'vit':
+      yield path, {name: x for name, x in said.items() if name != 'hidden_act' or not network.get('gated')}
+    case 'mae':
+      yield f'{path}.encoder', said
+      yield path, {'num_attention_heads': said.get('decoder_num_attention_heads')}
+    case 'dual_encoder':
+      yield f'{path}.image', unsaid | said.get('vision_config', {})
+      yield f'{path}.text', unsaid | said.get('text_config', {})
+
+
+def _told(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+  for name, field in _FIELDS.items():
+    if (value := said.get(name)) is not None:
+      yield field, activations.get(value, value)
+
+
+def _json(file: Path) -> dict[str, Any]:
+  if not file.is_file():
+    return {}
+  try:
+    found = json.loads(file.read_text(encoding='utf-8'))
+  except (ValueError, OSError) as error:
+    raise UserError(f'{file}: cannot be read ({error})') from error
+  return found if isinstance(found, dict) else {}

@@ -1,0 +1,103 @@
+"""EfficientNet as timm and as transformers name it, with its running statistics.
+
+transformers counts its blocks through, so that its layouts are of one size each. timm's are those called `tf_`, with
+TensorFlow's padding and norms, in which the published weights were learnt.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.models.efficientnet import SIZES, STEM, TABLE, channels
+from fmcv_jax.pretrained.layout import POINT, SPATIAL, Layout, Row, Rows, Shape, linear, point
+
+_UNUSED = (r'.*\.num_batches_tracked',)
+# What a block's layers are called, and the norm after each, where a block widens first and where it does not.
+_TIMM = {'expand': 'conv_pw', 'depthwise': 'conv_dw', 'project': 'conv_pwl', 'squeeze': 'se.conv_reduce'}
+_TIMM |= {'excite': 'se.conv_expand', 'expand_norm': 'bn1', 'depthwise_norm': 'bn2', 'project_norm': 'bn3'}
+_TIMM_FIRST = _TIMM | {'project': 'conv_pw', 'depthwise_norm': 'bn1', 'project_norm': 'bn2'}
+_HUB = {
+  'expand': 'expansion.expand_conv',
+  'expand_norm': 'expansion.expand_bn',
+  'depthwise': 'depthwise_conv.depthwise_conv',
+  'depthwise_norm': 'depthwise_conv.depthwise_norm',
+  'squeeze': 'squeeze_excite.reduce',
+  'excite': 'squeeze_excite.expand',
+  'project': 'projection.project_conv',
+  'project_norm': 'projection.project_bn',
+}
+
+
+def timm() -> Layout:
+  rows = _ends('conv_stem', 'bn1', 'conv_head', 'bn2')
+  for stage, row in enumerate(TABLE):
+    names = _TIMM_FIRST if row.ratio == 1 else _TIMM
+    rows += _block(f'stage{stage + 1}/first', f'blocks.{stage}.0', names)
+    rows += _block(f'stage{stage + 1}/blocks', f'blocks.{stage}.{{i+1}}', names)
+  return Layout(rows, ignored=_UNUSED)
+
+
+def transformers(variant: str) -> Layout:
+  prefix = 'efficientnet.'
+  encoder = f'{prefix}encoder'
+  embed = f'{prefix}embeddings'
+  rows = _ends(f'{embed}.convolution', f'{embed}.batchnorm', f'{encoder}.top_conv', f'{encoder}.top_bn')
+  before = 0
+  for stage, repeats in enumerate(_repeats(variant), 1):
+    rows += _block(f'stage{stage}/first', f'{encoder}.blocks.{before}', _HUB)
+    rows += _block(f'stage{stage}/blocks', f'{encoder}.blocks.{{{before + 1}..{before + repeats - 1}}}', _HUB)
+    before += repeats
+  return Layout(rows, ignored=_UNUSED)
+
+
+def _ends(stem: str, stem_norm: str, top: str, top_norm: str) -> Rows:
+  return (
+    Row('conv/kernel', f'{stem}.weight', SPATIAL),
+    *_norm('norm', stem_norm),
+    Row('top/kernel', f'{top}.weight', POINT),
+    *_norm('top_norm', top_norm),
+    *linear('head', 'classifier'),
+  )
+
+
+def _block(ours: str, theirs: str, names: Mapping[str, str]) -> Rows:
+  def each(parts: tuple[str, ...], make: Callable[[str, str], Rows]) -> Rows:
+    return tuple(row for part in parts for row in make(f'{ours}/{part}', f'{theirs}.{names[part]}'))
+
+  return (
+    *(Row(f'{ours}/{part}/kernel', f'{theirs}.{names[part]}.weight', POINT) for part in ('expand', 'project')),
+    Row(f'{ours}/depthwise/kernel', f'{theirs}.{names["depthwise"]}.weight', SPATIAL),
+    *each(('squeeze', 'excite'), point),
+    *each(('expand_norm', 'depthwise_norm', 'project_norm'), _norm),
+  )
+
+
+def _norm(ours: str, theirs: str) -> Rows:
+  statistics = f'extra/batch_stats/{ours}'
+  return (
+    Row(f'{ours}/scale', f'{theirs}.weight'),
+    Row(f'{ours}/bias', f'{theirs}.bias'),
+    Row(f'{statistics}/mean', f'{theirs}.running_mean'),
+    Row(f'{statistics}/var', f'{theirs}.running_var'),
+  )
+
+
+def _repeats(variant: str) -> list[int]:
+  return [math.ceil(SIZES[variant][1] * row.repeats) for row in TABLE]
+
+
+def variant_of(stem: int, repeats: Sequence[int]) -> str:
+  for variant, (width, *_) in SIZES.items():
+    if channels(STEM, width) == stem and _repeats(variant) == list(repeats):
+      return variant
+  raise UserError(f'an EfficientNet with a stem of {stem} channels and stages of {repeats} blocks is none of the known')
+
+
+def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  """The EfficientNet that has these parameters, as a config."""
+  stages = range(1, len(TABLE) + 1)
+  repeats = [1 + shapes.get(f'stage{stage}/blocks/project/kernel', (0,))[0] for stage in stages]
+  variant = variant_of(shapes['conv/kernel'][-1], repeats)
+  found = {'name': 'efficientnet', 'variant': variant, 'image_size': SIZES[variant][2], 'top': 'top/kernel' in shapes}
+  return found | ({'outputs': shapes['head/kernel'][-1]} if 'head/kernel' in shapes else {})
