@@ -28,8 +28,8 @@ REMATS = get_args(Remat)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Figures of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes and bytes/s, interconnect bytes/s, clock in
-  Hz."""
+  """Figures of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes/s, interconnect bytes/s, clock in Hz; `hbm`
+  is the bytes that the compiler lets a program have."""
 
   flops: float
   hbm: float
@@ -39,9 +39,9 @@ class Chip:
 
 
 CHIPS = {
-  'v5e': Chip(197e12, 16e9, 819e9, 200e9, 1.5e9),
-  'v5p': Chip(459e12, 95e9, 2765e9, 600e9, 1.75e9),
-  'v6e': Chip(918e12, 32e9, 1640e9, 448e9, 1.75e9),
+  'v5e': Chip(197e12, 15.75 * GIB, 819e9, 200e9, 1.5e9),
+  'v5p': Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 1.75e9),
+  'v6e': Chip(918e12, 31.25 * GIB, 1640e9, 448e9, 1.75e9),
 }
 
 
@@ -51,7 +51,8 @@ class DoesNotFit(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Bytes and FLOPs are one chip's; `temporaries` are activations and all else that a step makes and drops."""
+  """Bytes and FLOPs are one chip's; `temporaries` are activations and all else that a step makes and drops, as many as
+  there are at one time."""
 
   config: str
   topology: str
@@ -145,7 +146,7 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
     optimizer_bytes=optimizer,
     other_bytes=memory.argument_size_in_bytes - parameters - optimizer - batch,
     batch_bytes=batch,
-    temporaries=memory.temp_size_in_bytes,
+    temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
     hbm=int(chip.hbm),
     flops=executed / count,
     model_flops=run.step_flops() / count,
