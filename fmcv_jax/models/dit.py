@@ -41,9 +41,7 @@ def plain_norm(x: jax.Array, config: BlockConfig, shift: jax.Array, scale: jax.A
 
 def bare_norm(config: BlockConfig) -> nn.LayerNorm:
   """LayerNorm without parameters."""
-  return nn.LayerNorm(
-    epsilon=config.eps, dtype=jnp.dtype(config.dtype), use_bias=False, use_scale=False, use_fast_variance=False
-  )
+  return nn.LayerNorm(epsilon=config.eps, dtype=jnp.dtype(config.dtype), use_bias=False, use_scale=False)
 
 
 class DiTBlock(nn.Module):
