@@ -20,7 +20,14 @@ def get_config(epochs='90'):
     mixup=0.2,
     augment=(dict(name='flip'), dict(name='rand_augment', layers=2, magnitude=10)),
     network=dict(
-      name='vit', variant='S/16', outputs=1000, pool='gap', positions='sincos2d', dtype='bfloat16', unroll=12
+      name='vit',
+      variant='S/16',
+      outputs=1000,
+      pool='gap',
+      positions='sincos2d',
+      activation='gelu_tanh',
+      dtype='bfloat16',
+      unroll=12,
     ),
   )
   imagenet = dict(name='tfds', builder='imagenet2012')

@@ -1,0 +1,59 @@
+"""ViT-22B at 224 px on labelled shards of your own, after Dehghani et al. 2023 (arXiv:2302.05442).
+
+Published: 21,743 M parameters, 177,000 steps of 65,536 images of JFT-4B, which is not public, on 1024 chips of TPU v4;
+89.5 % ImageNet-1k top-1 by a linear probe. Not measured here: `fmcv plan --config configs/vit_22b.py` compiles it for
+its pod (docs/plan.md has what it found). As there: attention and MLP side by side, normalized queries and keys, no bias
+in the projections of the attention, a head on attention-pooled tokens, sigmoid cross-entropy, Adafactor and a rate that
+falls with the square root of the step. Unlike there: norms have biases, and one weight decay acts on body and head.
+
+    fmcv train --config configs/vit_22b.py --workdir gs://BUCKET/vit_22b
+"""
+
+import ml_collections
+
+CLASSES = 29_593
+STEPS = 177_000
+
+
+def get_config():
+  c = ml_collections.ConfigDict()
+  c.objective = dict(
+    name='classification',
+    loss_name='sigmoid',
+    augment=(dict(name='flip'),),
+    network=dict(
+      name='vit',
+      variant='22B/14',
+      outputs=CLASSES,
+      pool='map',
+      parallel=True,
+      qk_norm=True,
+      qkv_bias=False,
+      activation='gelu_tanh',
+      dtype='bfloat16',
+      remat='full',
+    ),
+  )
+  labelled = dict(name='array_record', path='data/labelled/train')
+  c.data = dict(source=labelled, image=dict(name='random_resized_crop', size=224, scale=(0.05, 1.0)), workers=32)
+  c.evaluators = dict(
+    val=dict(
+      name='accuracy',
+      every=5_000,
+      batch=4096,
+      data=dict(source=dict(labelled, path='data/labelled/val'), image=dict(name='resize_crop', size=224), workers=32),
+    )
+  )
+  c.optimizer = dict(
+    rule=dict(name='adafactor'),
+    schedule=dict(name='rsqrt', peak=1e-3, warmup_steps=10_000, cooldown_steps=30_000),
+    weight_decay=0.03,
+    clip_norm=1.0,
+  )
+  c.train = dict(steps=STEPS, batch=65_536, microbatches=2)
+  c.checkpoint = dict(every=1_000)
+  # Between blocks, activations are split over the chips of one tensor group as well.
+  c.rules = dict(axes=dict(width=('tensor',)))
+  c.mesh = dict(data=1, fsdp=-1, tensor=8)
+  c.topology = 'v5p:8x8x8'
+  return c
