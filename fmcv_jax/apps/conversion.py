@@ -23,7 +23,7 @@ from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import beside, for_diffusers, for_timm, for_transformers
 from fmcv_jax.pretrained.families import FAMILIES, family_of, recognize
 from fmcv_jax.pretrained.layout import Layout, Shape, check, read, write
-from fmcv_jax.pretrained.tensors import Tensors, open_tensors, write_tensors
+from fmcv_jax.pretrained.tensors import TORCH, Tensors, open_tensors, write_tensors
 from fmcv_jax.train.checkpoint import Store, write_json
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.warm_start import Part, begin_with
@@ -87,7 +87,7 @@ def matched(
 ) -> Match:
   """Finds out what a checkpoint is, and holds its names and shapes against the network's; reads and writes nothing."""
   name, layout, found = recognize(tensors, family, file)
-  own, folder = FAMILIES[name].config(found), pathlib.Path(file)
+  own, folder = FAMILIES[name].config(found), beside.folder_of(pathlib.Path(file))
   own |= beside.tokenizer(folder, own)
   config = resolve(config_lib.override(config_lib.plain(own), [*beside.fields(folder, own), *overrides]))
   run = Run(config, to)
@@ -178,12 +178,15 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
       complaints.append(error)
   if written is None:
     raise UserError(f'{workdir}: cannot be written as {format}: {complaints[0]}')
+  if pathlib.Path(to).suffix in TORCH:
+    raise UserError(f'--to {to}: only .safetensors, .npz and folders are written')
   target, more = pathlib.Path(to), _companions(format, family, run, objective, whole=bool(layout.files))
   if target.suffix in ('.safetensors', '.npz'):
     if layout.files:
       raise UserError(f'--to {to}: {format} has several networks in a folder; give a folder')
     write_tensors(target, written)
   else:
+    _make_folder(target)
     for prefix, file in layout.files or (('', WEIGHTS.get(format, 'model.safetensors')),):
       of_file = {name.removeprefix(prefix): x for name, x in written.items() if name.startswith(prefix)}
       write_tensors(target / file, of_file)
@@ -217,6 +220,13 @@ def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bo
     case 'open_clip':
       return for_timm.open_clip(family, objective, image)
   return {}
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'--to {folder}: cannot be a folder ({error.strerror})') from error
 
 
 def _write_beside(file: pathlib.Path, content: Any) -> None:

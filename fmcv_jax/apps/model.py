@@ -45,6 +45,8 @@ class Model:
 
   def encode_text(self, texts: Sequence[str]) -> np.ndarray:
     """Embeddings of unit length, float32 [N, E]."""
+    if not texts:
+      raise UserError('give at least one text')
     if 'embed_text' not in self._subject.functions:
       raise UserError(f'{self._workdir}: this model knows no texts; it offers {", ".join(self._subject.functions)}')
     return self._subject.over_texts(texts, self._batch)
@@ -57,6 +59,8 @@ class Model:
       return _softmax(self._over('logits', images))
     if not labels:
       raise UserError(f'{self._workdir}: this model has no classes of its own; give labels')
+    if bad := [template for template in templates if template.count('{}') != 1]:
+      raise UserError(f"templates: each needs one '{{}}' for the label, got {bad[0]!r}")
     self.encode_text(labels[:1])
     texts = class_embeddings(self._subject, labels, templates, self._batch)
     scale = np.exp(np.asarray(self._subject.params['temperature']))
@@ -69,6 +73,8 @@ class Model:
     return self._painter.generate(prompts, **options)
 
   def _over(self, name: str, images: Sequence[Picture]) -> np.ndarray:
+    if len(images) == 0 or (isinstance(images, np.ndarray) and images.ndim == 3):
+      raise UserError('give a list of at least one image')
     shape = self._run.experiment.objective.example_batch.get('image')
     if name not in self._subject.functions or shape is None:
       raise UserError(f'{self._workdir}: offers no {name}; it has {", ".join(self._subject.functions) or "nothing"}')

@@ -1,4 +1,4 @@
-"""What a folder of transformers or diffusers says beside its arrays: heads, activations, eps, tokenizer, images."""
+"""What a folder of a library says beside its arrays: heads, activations, eps, tokenizer, how images are normalized."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.pretrained.for_diffusers import PREDICTIONS
 from fmcv_jax.pretrained.for_transformers import ACTIVATIONS
 
+_NAMES = ('model.', 'pytorch_model.', 'open_clip_', 'diffusion_pytorch_model.')
 _FIELDS = {'num_attention_heads': 'heads', 'layer_norm_eps': 'eps', 'hidden_act': 'activation'}
 # What transformers takes where a config of CLIP says nothing.
 _UNSAID = {'clip': {'hidden_act': 'quick_gelu'}}
@@ -18,17 +19,29 @@ _TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 
 
+def folder_of(file: Path) -> Path:
+  """The folder whose other files speak of this one: itself, or its own where it is called as the libraries call it."""
+  return file.parent if not file.is_dir() and file.name.startswith(_NAMES) else file
+
+
 def fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
   """Fields of a config, as 'objective.network.heads=8', that a folder tells; of a file none."""
   found: list[str] = []
   network = config['objective']['network']
   said = _json(folder / 'config.json')
-  for path, numbers in _networks(network, said):
-    found += [f'{path}.{field}={value}' for field, value in _told(numbers)]
+  path = 'objective.network'
+  for place, numbers in _networks(network, said):
+    found += [f'{place}.{field}={value}' for field, value in _told(numbers)]
+  theirs = _json(folder / 'open_clip_config.json')
+  if network['name'] == 'dual_encoder' and 'quick_gelu' in (model := theirs.get('model_cfg', {})):
+    activation = 'quick_gelu' if model['quick_gelu'] else 'gelu'
+    found += [f'{path}.{tower}.activation={activation}' for tower in ('image', 'text')]
   images = _json(folder / 'preprocessor_config.json')
-  for field, name in (('mean', 'image_mean'), ('std', 'image_std')):
-    if name in images and 'normalize' in config['objective']:
-      found.append(f'objective.normalize.{field}={tuple(images[name])}')
+  seen = [{field: images.get(f'image_{field}') for field in ('mean', 'std')}]
+  seen += [theirs.get('preprocess_cfg', {}), said.get('pretrained_cfg', {})]
+  for field in ('mean', 'std') if 'normalize' in config['objective'] else ():
+    if value := next((given[field] for given in seen if given.get(field)), None):
+      found.append(f'objective.normalize.{field}={tuple(value)}')
   prediction = _json(folder / 'scheduler' / 'scheduler_config.json').get('prediction_type')
   named = {theirs: ours for ours, theirs in PREDICTIONS.items()}
   if prediction in named:
@@ -50,6 +63,7 @@ def _networks(network: Mapping[str, Any], said: Mapping[str, Any]) -> Iterator[t
   path, unsaid = 'objective.network', _UNSAID.get(said.get('model_type', ''), {})
   match network['name']:
     case 'vit':
+      yield path, {'num_attention_heads': said.get('model_args', {}).get('num_heads')}
       yield path, {name: x for name, x in said.items() if name != 'hidden_act' or not network.get('gated')}
     case 'mae':
       yield f'{path}.encoder', said

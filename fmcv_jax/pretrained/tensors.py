@@ -1,6 +1,7 @@
 """Files of named arrays that others published, read one array at a time; nothing in them is ever executed."""
 
 import abc
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ WRAPPERS = ('ema', 'model_ema', 'teacher', 'model', 'state_dict', 'module')
 PREFIXES = ('module.', 'backbone.', '_orig_mod.')
 
 INDEX = '*.safetensors.index.json'
+TORCH = ('.pth', '.pt', '.bin', '.ckpt', '.pyth')
 INFLATION = 100  # no weights are packed as tightly as this; what is would fill the memory
 PARTS = ('unet', 'transformer', 'vae', 'text_encoder')  # of a pipeline of diffusers: folders of networks that learn
 
@@ -51,7 +53,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
   kinds: dict[str, Callable[[pathlib.Path], Tensors]] = {
     '.safetensors': _Safetensors,
     '.npz': _Npz,
-    **dict.fromkeys(('.pth', '.pt', '.bin', '.ckpt', '.pyth'), _Torch),
+    **dict.fromkeys(TORCH, _Torch),
   }
   if file.suffix not in kinds:
     raise UserError(f'{file}: unknown kind of file; known are {", ".join(kinds)} and folders of .safetensors')
@@ -60,9 +62,9 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
 
 def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes all or nothing: an .npz by its name, else .safetensors."""
-  file.parent.mkdir(parents=True, exist_ok=True)
   temporary = file.with_name(f'.{os.getpid()}.{file.name}')
   try:
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == '.npz':
       arrays: Any = tensors
       np.savez(temporary, **arrays)
@@ -74,7 +76,8 @@ def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
   except (OSError, SafetensorError) as error:
     raise UserError(f'{file}: cannot be written ({error})') from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
 
 
 def _wide(x: np.ndarray) -> np.ndarray:
@@ -151,7 +154,9 @@ def _folder(folder: pathlib.Path) -> Tensors:
   # Beside a file of full precision there may be its twin in half.
   files = sorted(file for file in folder.glob('*.safetensors') if not file.stem.endswith(('.fp16', '.non_ema')))
   if len(files) != 1:
-    raise UserError(f'{folder}: expected one .safetensors file or an index of shards, found {len(files)} files')
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (*TORCH, '.npz'))
+    advice = f'; to read {others[0]}, give it by its own name' if others else ''
+    raise UserError(f'{folder}: expected one .safetensors file or an index of shards, found {len(files)} files{advice}')
   return _Safetensors(files[0])
 
 

@@ -155,6 +155,22 @@ def test_a_family_and_a_size_are_held_against_the_file(published, tmp_path, caps
   assert run('import', tmp_path / 'ti.safetensors', '--as', 'deit_ti16_distilled', '--to', tmp_path / 'run') == 0
 
 
+def test_places_that_cannot_be_written_are_one_line(published, tmp_path, capsys):
+  write_tensors(tmp_path / 'x.safetensors', published)
+  assert run('import', tmp_path / 'x.safetensors', '--as', 'dinov2', '--to', tmp_path / 'run') == 0
+  (tmp_path / 'file').write_text('x')
+  capsys.readouterr()
+  for to, message in {
+    tmp_path / 'file': 'cannot be a folder',
+    tmp_path / 'file' / 'x.safetensors': 'cannot be written',
+    tmp_path / 'x.pth': 'only .safetensors, .npz and folders are written',
+  }.items():
+    assert run('export', tmp_path / 'run', '--format', 'timm', '--to', to) == 2
+    assert message in one_line(capsys)
+  assert run('export', tmp_path / 'run', '--format', 'onnx', '--to', tmp_path / 'x') == 2
+  assert 'known: official, timm, transformers' in one_line(capsys)
+
+
 def test_a_zip_bomb_is_one_line(tmp_path, capsys):
   np.savez_compressed(tmp_path / 'packed.npz', **{'norm.weight': np.zeros(5_000_000, np.float32)})
   plain = io.BytesIO()

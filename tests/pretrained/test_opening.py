@@ -190,6 +190,11 @@ def test_open_clip_opens_a_folder(tmp_path, name):
   np.testing.assert_allclose(image, theirs.image_embeds, atol=1e-5)
   np.testing.assert_allclose(text, theirs.text_embeds, atol=1e-5)
   assert preprocess(photo()).shape == (3, 32, 32)
+  # What the folder says is read again, also where its file is named: activations are none of what shapes tell.
+  back = import_checkpoint(str(tmp_path / 'out' / 'open_clip_model.safetensors'), str(tmp_path / 'back'), None)
+  params = {'params': back.restored_subject()[0].params}
+  ours = back.experiment.objective.network.apply(params, PIXELS, TOKENS)
+  np.testing.assert_allclose(ours.image, image, atol=1e-5)
 
 
 @pytest.mark.parametrize(('name', 'channels'), [('sd2', 4), pytest.param('sd2', 9, marks=pytest.mark.slow)])
