@@ -4,7 +4,7 @@ Worker processes end
   on `close()`, after the batch that each has in hand;
   when the process that started them dies, of whatever cause, within a second;
   half a minute after a SIGTERM, which batch systems send to a whole job: the trainer needs data up to its last save.
-Shared memory that they leave is removed by Python's resource tracker when the last of them is gone.
+Shared memory has lost its name by then (see `shared.py`), or is removed by Python's resource tracker.
 Not covered: a worker that is itself stopped (SIGSTOP) or stuck in the kernel when its parent is killed, and a thread
 that is stuck in the kernel: it is noticed after the timeout like a worker, but only ends with the process.
 """
@@ -18,16 +18,17 @@ import re
 import signal
 import sys
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 import grain
-import numpy as np
 from absl import flags
 
+from fmcv_jax.data.shared import Giving, Handed, RandomAccess, Taking
 from fmcv_jax.errors import UserError
 
 _TERM_GRACE_S = 30.0
 _CLOSE_S = 30.0
+_BUFFERED = 1  # elements of each worker, here and there
 _END = object()
 
 _HINTS = {
@@ -35,14 +36,6 @@ _HINTS = {
   '-7': '/dev/shm is full; enlarge it (docker run --shm-size) or use fewer workers',
   '1': 'its own error is printed above',
 }
-
-
-class RandomAccess(Protocol):
-  """What is read: pure and picklable, so that any process or thread may compute any element."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> Any: ...
 
 
 class ReadAhead:
@@ -56,13 +49,17 @@ class ReadAhead:
     _keep_memory()
     self._timeout, self._others = timeout, set(multiprocessing.active_children())
     threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0) if workers else grain.ReadOptions(2, 2)
-    dataset = grain.MapDataset.source(source).to_iter_dataset(threads)
+    # Of a worker's elements one is being taken here, others wait here, in a thread of grain, and in its queue, and one
+    # is being made.
+    given = Giving(source, 2 * _BUFFERED + 3) if workers else source
+    dataset = grain.MapDataset.source(given).to_iter_dataset(threads)
     if workers:
       if not flags.FLAGS.is_parsed():  # grain reads its flags, also where no absl application has parsed any
         flags.FLAGS.mark_as_parsed()
-      options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+      options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BUFFERED)
       dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
     self._iterator: Any = iter(dataset)
+    self._take = Taking()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'read-ahead')
     self._pending = self._thread.submit(self._read)
     self._closed = False
@@ -95,7 +92,8 @@ class ReadAhead:
     return element
 
   def _read(self) -> Any:
-    return _owned(next(self._iterator, _END))
+    element = next(self._iterator, _END)
+    return self._take(element) if isinstance(element, Handed) else element
 
   def close(self) -> None:
     """Ends threads and worker processes; those that do not answer are killed. May be called again."""
@@ -110,21 +108,13 @@ class ReadAhead:
     closing.start()
     closing.join(_CLOSE_S)  # one that is stuck in the kernel cannot even be killed; leave it
     self._iterator = None  # its semaphores go with it
+    self._take.close()
     self._thread.shutdown(wait=False)
 
   def _kill_workers(self) -> None:
     for process in set(multiprocessing.active_children()) - self._others:
       if process.name.startswith('grain-process-prefetch'):
         process.kill()
-
-
-def _owned(element: Any) -> Any:
-  """Copies what came through shared memory, so that it is freed now, not when the last array is."""
-  if isinstance(element, dict):
-    return {key: _owned(value) for key, value in element.items()}
-  if isinstance(element, tuple):
-    return tuple(map(_owned, element))
-  return np.array(element) if isinstance(element, grain.multiprocessing.SharedMemoryArray) else element
 
 
 def _start_worker(index: int, count: int) -> None:

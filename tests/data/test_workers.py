@@ -159,3 +159,18 @@ def test_threads_need_no_processes_and_closing_twice_does_no_harm():
   assert not children(os.getpid())
   loader.close()
   loader.close()
+
+
+def test_a_slow_reader_is_given_every_batch_as_it_was():
+  def slowly(workers, seconds):
+    pipeline = Pipeline(Textured(33), image=RandomResizedCrop(8), workers=workers)
+    loader = TrainLoader(pipeline, batch=16, seed=3, fields=('image',))
+    try:
+      for _ in range(12):  # the worker goes round its blocks more than twice
+        yield next(loader)['image']
+        time.sleep(seconds)
+    finally:
+      loader.close()
+
+  for batch, expected in zip(slowly(1, 0.1), slowly(0, 0), strict=True):
+    np.testing.assert_array_equal(batch, expected)
