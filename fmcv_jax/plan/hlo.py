@@ -188,7 +188,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
       lines = computations.setdefault(match[1], [])
       if line.startswith('ENTRY'):
         entry = match[1]
-    elif line.startswith('}'):
+    elif line == '}' or line.startswith('}, '):  # not '}}': attributes of a Pallas kernel are several lines
       lines = []
     else:
       lines.append(line)

@@ -162,3 +162,10 @@ ENTRY %main (p: bf16[96,1536]) -> f32[8] {{
     1,
     2 * 32 * 768 * 3 / 4,
   )
+
+
+def test_what_follows_a_kernel_with_attributes_of_several_lines_is_read():
+  line = '  %r = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add'
+  kernel = '  %k = f32[8]{0} custom-call(%x), frontend_attributes={kernel_metadata={\n"block": "1024"\n}}, metadata={}'
+  text = f'ENTRY %main (x: f32[8]) -> f32[8] {{\n{kernel}\n{line}\n}}'
+  assert [row.kind for row in hlo.collectives(text, MESH)] == ['all-reduce']
