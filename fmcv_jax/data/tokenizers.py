@@ -42,7 +42,7 @@ class Tokenizer(abc.ABC):
 class ClipBpe(Tokenizer):
   """The vocabulary of CLIP (Radford et al. 2021) and of nearly all that followed: 49,408 ids, lower case.
 
-  HTML entities are resolved as in the original. Its repair of wrongly decoded UTF-8 (ftfy) is left out.
+  As in the original wrongly decoded UTF-8 is repaired (ftfy), and HTML entities are resolved.
   """
 
   length: int = 77
@@ -55,13 +55,23 @@ class ClipBpe(Tokenizer):
     return 49_408
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    cleaned = [_encodable(html.unescape(html.unescape(text))) for text in texts]
+    cleaned = [_encodable(html.unescape(html.unescape(_repaired(text)))) for text in texts]
     if not cleaned:
       return np.zeros((0, self.length), np.int32)
     return _clip().tokenize_batch(cleaned, context_length=self.length).astype(np.int32)
 
   def decode(self, tokens: np.ndarray) -> list[str]:
     return [_clip().decode(row).strip() for row in _bodies(tokens, self.vocab_size - 1)]
+
+
+def _repaired(text: str) -> str:
+  if text.isascii() and text.isprintable():
+    return text  # nothing in it could be repaired, and most captions are so
+  try:
+    import ftfy
+  except ImportError as error:
+    raise UserError('tokenizer clip_bpe: texts that are not plain need the package ftfy: pip install ftfy') from error
+  return ftfy.fix_text(text)
 
 
 @functools.cache
