@@ -6,9 +6,14 @@ import sys
 import numpy as np
 import pytest
 
+from fmcv_jax.data.array_record import ArrayRecord
 from fmcv_jax.data.decode import decode
+from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.packing import pack
 from fmcv_jax.data.source import BadRecord
 from fmcv_jax.data.tfds import Tfds
+from fmcv_jax.data.tokenizers import ClipBpe
+from fmcv_jax.data.transforms import RandomResizedCrop
 from fmcv_jax.errors import UserError
 
 # Building and reading in a process of its own: the claim is that TensorFlow is never imported.
@@ -150,3 +155,24 @@ def test_a_set_without_random_access_says_how_to_prepare_it(data_dir, tmp_path, 
   monkeypatch.setattr(builder, 'as_data_source', refused)
   with pytest.raises(UserError, match='has no random access; run `tfds build tiny --file_format=array_record'):
     len(source)
+
+
+def test_batches_are_the_same_bytes_before_and_after_packing(data_dir, tmp_path):
+  source = Tfds('tiny', 'train', data_dir=data_dir, text_key='captions/text')
+  pack(source, tmp_path / 'packed', origin='tiny', shards=2)
+  loaders = [
+    TrainLoader(
+      Pipeline(each, image=RandomResizedCrop(8), prompts=('a {}', '{}')),
+      batch=5,
+      seed=3,
+      fields=('image', 'label', 'tokens'),
+      tokenizer=ClipBpe(9),
+    )
+    for each in (source, ArrayRecord(str(tmp_path / 'packed')))
+  ]
+  for _ in range(4):
+    ours, packed = (next(loader) for loader in loaders)
+    for field in ours:
+      np.testing.assert_array_equal(ours[field], packed[field])
+  for loader in loaders:
+    loader.close()
