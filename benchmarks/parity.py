@@ -414,7 +414,9 @@ def largest(own: Any, theirs: list[torch.Tensor]) -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('families', nargs='*', help='by default all; controlnet_sd1 stands on sd1, controlnet_sd2 on sd2')
+  parser.add_argument(
+    'families', nargs='*', help='or dit:XL/2; controlnet_sd1 stands on sd1:UNet, controlnet_sd2 on sd2'
+  )
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
   headings = ('family', 'size', 'scale', 'float32', 'layers', 'of', 'bfloat16', 'their bfloat16', 'arrays', 'bitwise')
@@ -422,7 +424,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as temporary:
     root = pathlib.Path(temporary)
     for case in cases():
-      if args.families and case.family not in args.families:
+      if args.families and not {case.family, f'{case.family}:{case.size}'} & set(args.families):
         continue
       found = differences(case, root)
       rows.append({'family': case.family, 'size': case.size, **found})
