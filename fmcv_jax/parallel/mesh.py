@@ -22,6 +22,9 @@ class MeshShape:
   fsdp      batch split and parameters split (gathered for each layer)
   sequence  tokens of one example split
   tensor    heads and hidden units of one layer split
+
+  `fsdp_at_most` bounds what fsdp=-1 takes; the rest are replicas. Parameters that are cut into pieces of a few rows are
+  no longer gathered by the TPU's compiler but summed, at twice the bytes (docs/plan.md).
   """
 
   slice: int = 1
@@ -29,11 +32,14 @@ class MeshShape:
   fsdp: int = 1
   sequence: int = 1
   tensor: int = 1
+  fsdp_at_most: int | None = None
 
   def __post_init__(self):
     sizes = self.sizes()
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(f'axis sizes are positive, -1 at most once for the rest; got {self}')
+    if self.fsdp_at_most is not None and (self.fsdp_at_most < 1 or self.fsdp != -1):
+      raise ValueError(f'fsdp_at_most: bounds fsdp=-1, and is positive; got {self}')
 
   def sizes(self) -> list[int]:
     return [getattr(self, axis) for axis in AXES]
@@ -46,7 +52,10 @@ class MeshShape:
     if -1 in sizes:
       if device_count % fixed:
         raise UserError(f'config.mesh: {shown} needs a multiple of {fixed} devices, but there are {device_count}')
-      sizes[sizes.index(-1)] = device_count // fixed
+      rest = device_count // fixed
+      taken = max(n for n in range(1, min(rest, self.fsdp_at_most or rest) + 1) if rest % n == 0)
+      sizes[sizes.index(-1)] = taken
+      sizes[AXES.index('data')] *= rest // taken
     elif fixed != device_count:
       raise UserError(
         f'config.mesh: {shown} is {fixed} devices, but there are {device_count}; set one axis to -1 to use them all'

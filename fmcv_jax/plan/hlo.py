@@ -247,13 +247,17 @@ def _group(rest: str) -> list[int]:
   if match := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', rest):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
     along = re.findall(r"'(\w+)'", match[2])
-    ids = np.arange(prod(sizes.values())).reshape(list(sizes.values()))
+    ids = np.arange(prod(sizes.values()))
+    if order := re.search(r'device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)', rest):
+      shape, axes = ([int(n) for n in numbers.split(',')] for numbers in order.groups())
+      ids = ids.reshape(shape).transpose(axes)
+    ids = ids.reshape(list(sizes.values()))
     return list(ids[tuple(slice(None) if name in along else 0 for name in sizes)].ravel())
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', rest):
     return [int(n) for n in match[1].split(',')]
   if match := re.search(r'source_target_pairs=\{(.*?)\}\}', rest):
     # Sending to a neighbour: the axes along which the pairs differ.
-    pairs = re.findall(r'\{(\d+),(\d+)', match[1] + '}')
+    pairs = [pair for pair in re.findall(r'\{(\d+),(\d+)', match[1] + '}') if pair[0] != pair[1]]
     return [int(n) for n in pairs[0]] if pairs else []
   return []
 

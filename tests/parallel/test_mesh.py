@@ -10,6 +10,11 @@ def test_minus_one_takes_the_devices_that_are_left():
   assert dict(make_mesh(MeshShape(fsdp=2)).shape) == {'slice': 1, 'data': 4, 'fsdp': 2, 'sequence': 1, 'tensor': 1}
 
 
+@pytest.mark.parametrize(('devices', 'data', 'fsdp'), [(8, 1, 8), (16, 1, 16), (256, 16, 16), (48, 3, 16), (22, 2, 11)])
+def test_fsdp_takes_no_more_than_it_may_and_the_rest_are_replicas(devices, data, fsdp):
+  assert MeshShape(data=1, fsdp=-1, fsdp_at_most=16).over(devices) == (1, data, fsdp, 1, 1)
+
+
 def test_indivisible_mesh_is_one_clear_line():
   with pytest.raises(UserError, match='tensor=3 needs a multiple of 3 devices, but there are 8'):
     make_mesh(MeshShape(tensor=3))

@@ -43,6 +43,8 @@ def test_what_a_loop_does_counts_each_time():
     ('replica_groups=[2,4]<=[8]', ('fsdp',)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ('fsdp',)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", ('data', 'fsdp')),
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", ('fsdp',)),
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", ('data',)),
   ],
 )
 def test_groups_are_read_in_every_spelling(groups, axes):
