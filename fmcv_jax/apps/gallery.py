@@ -73,8 +73,7 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
     generator = np.random.default_rng(0)
     rivals = {
       'painted': pictures,
-      # Real drawings of the training set, by another name than the prompt's.
-      'of another name': _others(painter.source, prompts, generator)[: len(pictures)],
+      'nearest of another name': _nearest(painter.source, prompts, subject, evaluator.batch),
       'noise': generator.integers(0, 256, pictures.shape, np.uint8),
     }
     real_features = _embedded(subject, real, evaluator.batch)
@@ -103,13 +102,17 @@ def _of(source: Source, labels: set[int]):
   return [example for example in examples if example['label'] in labels]
 
 
-def _others(source: Source, prompts: list[str], generator: np.random.Generator) -> np.ndarray:
-  """COLUMNS pictures for each prompt, drawn from those with another text."""
+def _nearest(source: Source, prompts: list[str], subject: Subject, batch: int) -> np.ndarray:
+  """For each prompt COLUMNS drawings of `source`, of the names that the judge finds nearest, but never its own."""
   examples = [source[index] for index in range(len(source))]
+  names = [example['text'] for example in examples]
+  known = sorted(set(names))
+  likeness = subject.over_texts(prompts, batch) @ subject.over_texts(known, batch).T
   drawn = []
-  for prompt in prompts:
-    allowed = [example['image'] for example in examples if example['text'] != prompt]
-    drawn += [allowed[i] for i in generator.integers(len(allowed), size=COLUMNS)]
+  for prompt, row in zip(prompts, likeness, strict=True):
+    of = dict(zip(known, row, strict=True)) | {prompt: -np.inf}
+    order = sorted(range(len(names)), key=lambda i: -of[names[i]])
+    drawn += [examples[i]['image'] for i in order[:COLUMNS]]
   return np.stack(drawn)
 
 
