@@ -22,7 +22,9 @@ def matmul_flops(fn: Callable[..., Any], *args: Any) -> int:
   long as they are in the jaxpr. A matrix product whose number of passes or of operations the jaxpr does not tell
   (a while loop, a grid of unknown size) is a ValueError, never a guess.
   """
-  return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+  # What is jitted is looked at itself: inside of another jit, compiler options would be refused.
+  closed = fn.trace(*args).jaxpr if isinstance(fn, jax.stages.Wrapped) else jax.make_jaxpr(fn)(*args)
+  return _of_jaxpr(closed.jaxpr)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> int:

@@ -170,3 +170,8 @@ def test_tiled_attention_computes_its_logits_again_for_each_gradient():
   # Forwards two; by queries the logits, those of the weights, and the gradient; by keys and values the logits, the
   # weights', and two gradients; besides, a sum for each query.
   assert matmul_flops(loss, x, x, x) == pytest.approx((2 + 3 + 4) * product, rel=1e-3)
+
+
+def test_a_function_that_is_jitted_with_options_for_its_compiler_is_counted():
+  options = {'xla_cpu_enable_fast_math': True}
+  assert matmul_flops(jax.jit(jnp.matmul, compiler_options=options), array(5, 7), array(7, 11)) == 2 * 5 * 7 * 11
