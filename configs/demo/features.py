@@ -7,8 +7,8 @@ seen. Measured on 2 busy cores (seed 0; CPU minutes are those of training and it
 |------------|---------------|-------------|-------|-------|---------------------|
 | raw pixels |               |             | 0.485 | 0.156 |                     |
 | untrained  |               |             | 0.321 | 0.347 | 0.323               |
-| mae        | 1000 x 128    | 3.4         | 0.192 | 0.308 | 0.274               |
-| dino       | 600 x 64      | 5.0         | 0.515 | 0.312 | 0.337               |
+| mae        | 1000 x 128    | 3.4         | 0.191 | 0.308 | 0.274               |
+| dino       | 600 x 64      | 5.0         | 0.524 | 0.341 | 0.365               |
 | supervised | 300 x 128     | 2.1         | 0.760 | 0.754 | 0.787               |
 
     make demo-features        # all of them, and their table
