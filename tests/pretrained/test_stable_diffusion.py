@@ -39,9 +39,6 @@ def test_stable_diffusion(tmp_path, family):
   equal(ours, theirs)
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
   as_compvis(tmp_path, run, family)
-  if family == 'sd1':
-    (tmp_path / 'control').mkdir()
-    steered(tmp_path / 'control', tmp_path / 'ours')
 
 
 def as_compvis(tmp_path, run, family):
@@ -101,8 +98,11 @@ def test_a_unet_alone_gets_the_text_tower_of_its_version():
     assert (text['width'], text['depth'], text['heads']) == (width, depth, heads)
 
 
-def steered(tmp_path, base):
-  """A ControlNet on top of a workdir."""
+@pytest.mark.slow
+def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
+  base = tmp_path / 'base'
+  sd_parts(tmp_path / 'steered', 'sd1')
+  import_checkpoint(str(tmp_path / 'steered'), str(base), 'sd1', SIZES)
   config = unet_config('sd1')
   del config['up_block_types'], config['sample_size']
   model = diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32))
