@@ -100,7 +100,7 @@ import sys
 import numpy as np
 from fmcv_jax.data import native
 from fmcv_jax.data.transforms import RandomResizedCrop
-print(native.engine())
+print(native.engine(), flush=True)
 sys.stdout.buffer.write(RandomResizedCrop(24)(open(sys.argv[1], 'rb').read(), np.random.default_rng(3)).tobytes())
 """
 
