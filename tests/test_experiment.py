@@ -9,6 +9,7 @@ import pytest
 
 from fmcv_jax import config as config_lib
 from fmcv_jax import experiment, training
+from fmcv_jax.apps import evaluation
 from fmcv_jax.apps.evaluation import evaluate_workdir, evaluate_workdirs
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import Run
@@ -77,10 +78,20 @@ def test_evaluate_puts_several_runs_in_one_table(finished, capsys, monkeypatch):
   workdir = str(finished[1])
   evaluate_workdirs([workdir, workdir + '/'])
   printed = capsys.readouterr().out
-  assert printed.count('at step 8') == 2
+  assert printed.count('step 8') == 2
   cells = next(line for line in printed.splitlines() if 'val/top1' in line).split('│')[1:-1]
   name, first, second = (cell.strip() for cell in cells)
   assert (name, first) == ('val/top1', second)
+
+
+def test_a_table_of_several_runs_names_them_in_a_narrow_window(capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '80')
+  monkeypatch.setattr(
+    evaluation, 'evaluate_workdir', lambda workdir, overrides, step: ({'pixels_ridge/strength': 1.0}, 1000)
+  )
+  evaluation.evaluate_workdirs(['runs/features/untrained', 'runs/features/mae', 'runs/features/supervised/'])
+  printed = capsys.readouterr().out
+  assert all(name in printed for name in ('untrained', 'mae', 'supervised', 'pixels_ridge/strength'))
 
 
 def test_evaluate_of_a_step_that_is_not_kept_says_which_are(finished):

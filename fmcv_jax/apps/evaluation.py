@@ -18,10 +18,12 @@ def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *,
   found = {workdir: evaluate_workdir(workdir, overrides, step=step) for workdir in workdirs}
   if not is_main():
     return
+  short = {workdir: workdir.rstrip('/').rpartition('/')[2] for workdir in found}
+  told_apart = len(set(short.values())) == len(short)
   table = Table()
-  table.add_column('figure')
+  table.add_column('figure', no_wrap=True)
   for workdir, (_, at) in found.items():
-    table.add_column(f'{workdir} at step {at}', justify='right')
+    table.add_column(f'{short[workdir] if told_apart else workdir}\nstep {at}', justify='right', overflow='fold')
   for name in dict.fromkeys(name for figures, _ in found.values() for name in figures):
     table.add_row(name, *(f'{figures[name]:.4f}' if name in figures else '' for figures, _ in found.values()))
   Console().print(table)
