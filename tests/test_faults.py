@@ -126,6 +126,7 @@ VIEWS = {
   name: {'count': count, 'image': {'name': 'random_resized_crop', 'size': size}}
   for name, count, size in (('global_views', 2, 16), ('local_views', 1, 8))
 }
+SCENES = {'name': 'scattered', 'size': 16, 'clutter': 1}
 OBJECTIVES = {
   'contrastive': runs.contrastive,
   'classes to pixels': runs.class_painter,
@@ -150,6 +151,12 @@ OBJECTIVES = {
     'discriminator_layers': 1,
     'adversarial_start': 3,
   },
+  'segmentation': {'name': 'segmentation', 'network': {'name': 'segmenter', 'classes': 11, 'encoder': VIT}},
+  'adapted': {
+    'name': 'adapted',
+    'objective': {'name': 'classification', 'network': {**VIT, 'outputs': 3}},
+    'lora': {'rank': 2},
+  },
   'batch norms': {
     'name': 'classification',
     'network': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'outputs': 3},
@@ -158,20 +165,23 @@ OBJECTIVES = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('launcher', [ONE, runs.LOCAL], ids=['one process', 'two processes'])
 @pytest.mark.parametrize('objective', OBJECTIVES)
-def test_every_objective_under_sigkill_ends_bitwise_as_one_left_alone(objective, tmp_path):
+def test_every_objective_under_sigkill_ends_bitwise_as_one_left_alone(objective, launcher, tmp_path):
   folder, given = runs.image_folder(tmp_path / 'images'), OBJECTIVES[objective]
   changes = {'train__steps': 20, 'checkpoint__every': 2, 'checkpoint__keep': 3}
   if callable(given):
     config = given(folder, **changes)
   else:
     config = runs.class_painter(folder, **changes)
-    data = {**config['data'], 'views': VIEWS if objective == 'dino' else {}}
+    data = {'dino': {**config['data'], 'views': VIEWS}, 'segmentation': {'source': SCENES}}.get(
+      objective, config['data']
+    )
     config = experiment.resolve({**config, 'objective': given, 'data': data})
   config = {**config, 'evaluators': {}}
-  finish(runs.start(config, tmp_path / 'alone'))
-  assert kill_at_random(config, tmp_path / 'killed', 3) >= 2
-  finish(runs.start(config, tmp_path / 'killed'))
+  finish(runs.start(config, tmp_path / 'alone', launcher=launcher))
+  assert kill_at_random(config, tmp_path / 'killed', 3, launcher=launcher) >= 2
+  finish(runs.start(config, tmp_path / 'killed', launcher=launcher))
   assert_equal_runs(tmp_path / 'alone', tmp_path / 'killed')
 
 
