@@ -38,8 +38,8 @@ class MeshShape:
     sizes = self.sizes()
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(f'axis sizes are positive, -1 at most once for the rest; got {self}')
-    if self.fsdp_at_most is not None and (self.fsdp_at_most < 1 or self.fsdp != -1):
-      raise ValueError(f'fsdp_at_most: bounds fsdp=-1, and is positive; got {self}')
+    if self.fsdp_at_most is not None and self.fsdp_at_most < 1:
+      raise ValueError(f'fsdp_at_most: expected a positive number, got {self.fsdp_at_most}')
 
   def sizes(self) -> list[int]:
     return [getattr(self, axis) for axis in AXES]
@@ -52,10 +52,11 @@ class MeshShape:
     if -1 in sizes:
       if device_count % fixed:
         raise UserError(f'config.mesh: {shown} needs a multiple of {fixed} devices, but there are {device_count}')
-      rest = device_count // fixed
-      taken = max(n for n in range(1, min(rest, self.fsdp_at_most or rest) + 1) if rest % n == 0)
+      left = taken = device_count // fixed
+      if self.fsdp == -1 and self.fsdp_at_most:
+        taken = max(n for n in range(1, min(left, self.fsdp_at_most) + 1) if left % n == 0)
       sizes[sizes.index(-1)] = taken
-      sizes[AXES.index('data')] *= rest // taken
+      sizes[AXES.index('data')] *= left // taken
     elif fixed != device_count:
       raise UserError(
         f'config.mesh: {shown} is {fixed} devices, but there are {device_count}; set one axis to -1 to use them all'

@@ -15,6 +15,13 @@ def test_fsdp_takes_no_more_than_it_may_and_the_rest_are_replicas(devices, data,
   assert MeshShape(data=1, fsdp=-1, fsdp_at_most=16).over(devices) == (1, data, fsdp, 1, 1)
 
 
+def test_the_bound_of_fsdp_bounds_nothing_else():
+  assert MeshShape(data=-1, fsdp=1, fsdp_at_most=2).over(8) == (1, 8, 1, 1, 1)
+  assert MeshShape(data=1, tensor=-1, fsdp_at_most=2).over(8) == (1, 1, 1, 1, 8)
+  with pytest.raises(ValueError, match='fsdp_at_most'):
+    MeshShape(fsdp=-1, data=1, fsdp_at_most=0)
+
+
 def test_indivisible_mesh_is_one_clear_line():
   with pytest.raises(UserError, match='tensor=3 needs a multiple of 3 devices, but there are 8'):
     make_mesh(MeshShape(tensor=3))

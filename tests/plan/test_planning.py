@@ -1,10 +1,12 @@
 import importlib.util
 import json
+import math
 
 import pytest
 
 from fmcv_jax import __main__ as door
 from fmcv_jax.errors import UserError
+from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.plan import planning
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
@@ -43,6 +45,7 @@ def test_a_search_tries_each_mesh_remat_and_batch_and_keeps_the_other_axes():
     assert (changed['mesh']['tensor'], changed['train']['batch']) == (2, batch)
     assert changed['objective']['network']['remat'] == remat
     assert (changed['mesh']['fsdp'] == 1) == (mesh == 'data')
+    assert math.prod(MeshShape(**changed['mesh']).over(32)) == 32
 
 
 @needs_compiler
