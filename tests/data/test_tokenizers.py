@@ -200,23 +200,27 @@ def odd_texts(count):
   return texts
 
 
-def test_sentencepiece_gives_the_ids_of_transformers_siglip(tmp_path):
-  transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
+def train_sentencepiece(prefix, texts, **options):
+  """Writes PREFIX.model, a vocabulary of 400 pieces with SigLIP's ids of the end and of what is unknown."""
   sentencepiece = pytest.importorskip('sentencepiece', reason='pip install fmcv-jax[parity]')
-  texts = odd_texts(1000)
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter([text.replace('\n', ' ') for text in texts]),
-    model_prefix=str(tmp_path / 'spiece'),
+    model_prefix=str(prefix),
     vocab_size=400,
     pad_id=-1,
     bos_id=-1,
     eos_id=1,
     unk_id=2,
     hard_vocab_limit=False,
-    character_coverage=0.99,
-    control_symbols=['<pad>'],
     minloglevel=2,
+    **options,
   )
+
+
+def test_sentencepiece_gives_the_ids_of_transformers_siglip(tmp_path):
+  transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
+  texts = odd_texts(1000)
+  train_sentencepiece(tmp_path / 'spiece', texts, character_coverage=0.99, control_symbols=['<pad>'])
   theirs = transformers.SiglipTokenizer(str(tmp_path / 'spiece.model'))
   expected = theirs(texts, padding='max_length', truncation=True, max_length=64, return_tensors='np')['input_ids']
   ours = SentencePiece(str(tmp_path / 'spiece.model'))

@@ -9,7 +9,7 @@ import pytest
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.data.tokenizers import ClipBpe
 from fmcv_jax.pretrained import clip_vocabulary
-from tests.data.test_tokenizers import odd_texts
+from tests.data.test_tokenizers import odd_texts, train_sentencepiece
 from tests.pretrained.references import IMAGE, TEXT, published
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
@@ -48,22 +48,11 @@ def test_transformers_reads_texts_as_a_clip_that_went_out(tmp_path):
 
 
 def test_transformers_reads_texts_as_a_siglip_that_went_out(tmp_path):
-  sentencepiece = pytest.importorskip('sentencepiece', reason='pip install fmcv-jax[parity]')
   texts = odd_texts(1000)
   text = {**TEXT, 'vocab_size': 400}
   config = transformers.SiglipConfig(vision_config=IMAGE, text_config=text)
   published(transformers.SiglipModel(config), tmp_path / 'theirs')
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter([text.replace('\n', ' ') for text in texts]),
-    model_prefix=str(tmp_path / 'theirs' / 'spiece'),
-    vocab_size=400,
-    pad_id=-1,
-    bos_id=-1,
-    eos_id=1,
-    unk_id=2,
-    hard_vocab_limit=False,
-    minloglevel=2,
-  )
+  train_sentencepiece(tmp_path / 'theirs' / 'spiece', texts)
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), None)
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'transformers')
   tokenizer = transformers.SiglipTokenizer.from_pretrained(tmp_path / 'out')
