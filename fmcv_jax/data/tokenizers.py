@@ -16,6 +16,7 @@ import string
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import ftfy
 import numpy as np
 from etils import epath
 
@@ -67,10 +68,6 @@ class ClipBpe(Tokenizer):
 def _repaired(text: str) -> str:
   if text.isascii() and text.isprintable():
     return text  # nothing in it could be repaired, and most captions are so
-  try:
-    import ftfy
-  except ImportError as error:
-    raise UserError('tokenizer clip_bpe: texts that are not plain need the package ftfy: pip install ftfy') from error
   return ftfy.fix_text(text)
 
 
