@@ -23,7 +23,7 @@ PER_CHIP = 64  # examples
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('config', nargs='?', default='configs/mae.py:B/16')
+  parser.add_argument('config', nargs='?', default='configs/vit_i1k.py:L/16')
   parser.add_argument('--picture', type=pathlib.Path)
   args, overrides = parser.parse_known_args()
   given = [override.removeprefix('--config.').removeprefix('--') for override in overrides]
