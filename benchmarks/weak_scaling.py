@@ -49,7 +49,7 @@ def row(plan: Plan) -> list[str]:
 
 def draw(plans: list[Plan], file: pathlib.Path) -> None:
   """FLOPs of a chip, and what it sends by kind of exchange, over the number of chips."""
-  figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.2), layout='constrained')
   chips = [plan.chips for plan in plans]
   left.plot(chips, [plan.flops / 1e12 for plan in plans], 'o-')
   left.set(xscale='log', ylim=(0, None), xlabel='chips', ylabel='T FLOPs of a chip and step')
@@ -58,7 +58,7 @@ def draw(plans: list[Plan], file: pathlib.Path) -> None:
     sent = [sum(exchange.bytes for exchange in plan.collectives if exchange.kind == kind) / 2**20 for plan in plans]
     right.plot(chips, sent, 'o-', label=kind)
   right.set(xscale='log', ylim=(0, None), xlabel='chips', ylabel='MiB a chip sends in a step')
-  right.legend(frameon=False)
+  right.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
   for axes in (left, right):
     axes.spines[['top', 'right']].set_visible(False)
     axes.set_xticks(chips, [f'{count:,}' for count in chips])
