@@ -12,6 +12,7 @@ from fmcv_jax.parallel.rules import island, platform
 
 LANES = 128  # tokens come in multiples of a TPU vector register's lanes
 TILE = 1024  # at most so many queries and keys are met at once
+WIDE = 256  # of wider heads half as many, or they do not fit the vector memory
 
 
 def splash_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
@@ -22,7 +23,7 @@ def splash_attention(query, key, value, valid=None, *, causal: bool = False) -> 
 
   def local(query, key, value, valid):
     queries, tokens = query.shape[1], key.shape[1]
-    rows, columns = _tiles(queries), _tiles(tokens)
+    rows, columns = (_tiles(count, query.shape[-1]) for count in (queries, tokens))
     if valid is None and math.prod(columns) > tokens:
       valid = jnp.ones(key.shape[:2], bool)
     kernel = _splash(query.shape[2], rows, columns, causal, platform() != 'tpu')
@@ -58,9 +59,9 @@ def _on_devices(local, query, key, value, valid):
   return island(local, inputs=(each, each, each, ('batch', None)), outputs=each)(query, key, value, valid)
 
 
-def _tiles(tokens: int) -> tuple[int, int]:
+def _tiles(tokens: int, dim: int) -> tuple[int, int]:
   """(number of tiles, tokens of one): as few as may be, as small as may be, in whole lanes."""
-  count = -(-tokens // TILE)
+  count = -(-tokens // (TILE if dim <= WIDE else TILE // 2))
   return count, -(-tokens // (count * LANES)) * LANES
 
 

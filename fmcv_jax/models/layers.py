@@ -26,11 +26,16 @@ ACTIVATIONS = {
   'relu': jax.nn.relu,
 }
 
+
+def _products(primitive, *args, **params) -> bool:
+  """Whether it multiplies by weights: what takes time. Norms, activations and attention's logits take memory."""
+  if primitive is jax.lax.conv_general_dilated_p:
+    return True
+  return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+
+
 # What the backward pass finds saved instead of computing it again; 'none' recomputes nothing.
-REMAT_POLICIES = {
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  'full': jax.checkpoint_policies.nothing_saveable,
-}
+REMAT_POLICIES = {'dots': _products, 'full': jax.checkpoint_policies.nothing_saveable}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.layers import Block, BlockConfig, Mlp, Stack
 from fmcv_jax.models.mmdit import mmdit
 from fmcv_jax.models.unet import unet
+from fmcv_jax.train.flops import matmul_flops
 
 CONFIG = BlockConfig(heads=2, mlp_dim=24, layer_scale=0.5)
 RNG = {'dropout': jax.random.key(2)}
@@ -91,6 +92,20 @@ def test_the_compiler_does_not_undo_remat_where_no_scan_keeps_the_passes_apart(n
     return jax.jit(gradient).lower(variables).compile().cost_analysis()['flops']
 
   assert flops('full') > 1.2 * flops('none')  # a forward pass more is a third
+
+
+def test_remat_of_dots_computes_no_convolution_and_no_product_with_weights_again():
+  """Without words every product of the small UNet is one with weights."""
+
+  def flops(remat):
+    network = unet('mu', remat=remat, context=0, depths=(0, 0), image_size=16)
+    inputs = np.zeros((1, 16, 16, 4), np.float32), np.zeros(1)
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs))
+    return matmul_flops(jax.grad(lambda variables: jnp.sum(network.apply(variables, *inputs) ** 2)), variables)
+
+  logits = 2 * 2 * 64 * 64 * 32  # of the attention in the middle, and their product with values
+  assert flops('none') <= flops('dots') <= flops('none') + logits
+  assert flops('full') > 1.1 * flops('none')
 
 
 def block_of(variables, i):
