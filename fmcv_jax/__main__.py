@@ -246,14 +246,14 @@ def parser() -> argparse.ArgumentParser:
   add_sampling(sub)
   sub.add_argument('--negative', default='', metavar='TEXT', help='a text to move away from')
   sub.add_argument('--image', metavar='FILE', help='paint over this picture')
-  sub.add_argument('--strength', type=float, default=0.6, help='how much of the picture is lost (default: 0.6)')
+  sub.add_argument('--strength', type=float, help='how much of the picture is lost (default: 0.6)')
   sub.add_argument('--mask', metavar='FILE', help='paint anew only where this picture is white')
   sub.add_argument('--expand', type=float, metavar='SHARE', help='paint a margin of this share around the picture')
   sub.add_argument('--control', metavar='FILE', help='a picture to follow (a model with a ControlNet)')
   sub.add_argument(
     '--drawn', action='store_true', help='that picture shows the edges (or what it was trained on) itself'
   )
-  sub.add_argument('--control-scale', type=float, default=1.0, metavar='X', help='how much to follow it (default: 1)')
+  sub.add_argument('--control-scale', type=float, metavar='X', help='how much to follow it (default: 1)')
   sub.add_argument('--interpolate', action='store_true', help='go from the first prompt to the second in n pictures')
   sub.add_argument('--output', default='generated', metavar='DIR', help='folder for the pictures (default: generated)')
   sub = add(synthesize, 'Paint a labelled data set with a trained diffusion model.', model=True)

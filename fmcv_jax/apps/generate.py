@@ -6,11 +6,12 @@
 A picture depends on the seed, its place in the request and what it is to show; not on the mesh or on its neighbours.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from fmcv_jax.errors import UserError, nearest
 from fmcv_jax.evaluate.painting import Canvas, Manner
 from fmcv_jax.experiment import Run
 from fmcv_jax.parallel.distributed import is_main
+
+STRENGTH = 0.6  # of an edit
 
 
 class Painter:
@@ -77,7 +80,7 @@ class Painter:
     return self._paint(prompts, seed, **options)
 
   def edit(
-    self, images: np.ndarray, prompts: Sequence[str | int], *, strength: float = 0.6, seed: int = 0, **options: Any
+    self, images: np.ndarray, prompts: Sequence[str | int], *, strength: float = STRENGTH, seed: int = 0, **options: Any
   ) -> np.ndarray:
     """Pictures uint8 [N, H, W, 3] painted over from a share `strength` of the noise on (Meng et al. 2022, SDEdit)."""
     if not 0 < strength <= 1:
@@ -88,8 +91,10 @@ class Painter:
     self, images: np.ndarray, masks: np.ndarray, prompts: Sequence[str | int], *, seed: int = 0, **options: Any
   ) -> np.ndarray:
     """Pictures uint8 [N, H, W, 3] painted anew where masks bool [N, H, W] are true; the rest stays as it is."""
-    if masks.shape != images.shape[:3]:
-      raise UserError(f'--mask: {list(masks.shape[1:])} pixels for an image of {list(images.shape[1:3])}')
+    if masks.shape != images.shape[:3] or masks.dtype != bool:
+      raise UserError(
+        f'--mask: {_kind(masks)} for images of {list(images.shape[:3])}; true where they are painted anew'
+      )
     return self._paint(prompts, seed, images=images, masks=masks, **options)
 
   def interpolate(self, first: str, last: str, count: int, *, seed: int = 0, **options: Any) -> np.ndarray:
@@ -98,7 +103,23 @@ class Painter:
       raise UserError('--interpolate: needs a model that is told texts')
     return self._paint([first] * count, seed, other=last, **options)
 
+  def check(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Any) -> None:
+    """Raises the UserError of `generate`, before anything is painted."""
+    self._request(prompts, seed, **options)
+
   def _paint(
+    self,
+    prompts: Sequence[str | int],
+    seed: int,
+    *,
+    progress: Callable[[int], Any] = lambda ready: None,
+    **options: Any,
+  ) -> np.ndarray:
+    fields, manner = self._request(prompts, seed, **options)
+    subject = self._subject
+    return self._canvas.paint(subject.params, subject.extra, fields, manner, seed=seed, progress=progress)
+
+  def _request(
     self,
     prompts: Sequence[str | int],
     seed: int,
@@ -118,8 +139,10 @@ class Painter:
     drawn: bool = False,
     control_scale: float = 1.0,
     first: int = 0,
-    progress: Callable[[int], Any] = lambda ready: None,
-  ) -> np.ndarray:
+  ) -> tuple[dict[str, np.ndarray], Manner]:
+    """What `Canvas.paint` is given."""
+    if isinstance(prompts, str):
+      raise UserError(f'prompts: {prompts!r} is one text; give a list, one for each picture')
     count = len(prompts)
     if solver not in SOLVERS:
       raise UserError(f'--solver: unknown {solver!r}; {nearest(solver, SOLVERS)}')
@@ -131,7 +154,7 @@ class Painter:
       raise UserError(f'--{error}') from error
     if not 0 <= seed < 2**31:
       raise UserError(f'--seed: {seed} is not from 0 to 2147483647')
-    if interval is not None and interval[0] > interval[1]:
+    if interval is not None and not interval[0] <= interval[1]:
       raise UserError(f'--interval: {interval[0]} to {interval[1]}; give the lower time first')
     if not 0 <= rescale <= 1:
       raise UserError(f'--rescale: {rescale} is not from 0 to 1')
@@ -139,6 +162,8 @@ class Painter:
     strength_of_prompt = np.asarray(guidance, np.float32)
     if strength_of_prompt.shape not in ((), (count,)):
       raise UserError(f'--guidance: {strength_of_prompt.shape[0]} numbers for {count} pictures')
+    if not np.isfinite(strength_of_prompt).all() or not np.isfinite(control_scale):
+      raise UserError(f'--guidance and --control-scale: {guidance} and {control_scale} have to be finite')
     is_guided = bool(self.told) and bool((strength_of_prompt != 1).any())
     if negative and not (is_guided and 'tokens' in self.told):
       raise UserError('--negative: needs a model that is told texts, and a --guidance other than 1')
@@ -150,8 +175,8 @@ class Painter:
       fields['other_tokens'] = self._fields([other] * count)['tokens']
       fields['share'] = np.linspace(0, 1, count, dtype=np.float32)
     if images is not None:
-      if images.shape[1:] != (self.size, self.size, 3) or len(images) != count:
-        raise UserError(f'{len(images)} images of {list(images.shape[1:3])}, but {count} of {self.size} are needed')
+      if images.shape != (count, self.size, self.size, 3) or images.dtype != np.uint8:
+        raise UserError(f'images: {_kind(images)}, but {[count, self.size, self.size, 3]} of uint8 are needed')
       fields['image'] = images
     if masks is not None:
       fields['mask'] = masks
@@ -159,14 +184,12 @@ class Painter:
       wants = 'follows a picture; give one' if self.steered else 'has no ControlNet that could follow a picture'
       raise UserError(f'--control: {self.workdir} {wants}')
     if control is not None:
-      if control.shape != (count, self.size, self.size, 3):
-        raise UserError(f'--control: {list(control.shape[:3])} pixels, but {[count, self.size, self.size]} are needed')
+      if control.shape != (count, self.size, self.size, 3) or control.dtype != np.uint8:
+        raise UserError(f'--control: {_kind(control)}, but {[count, self.size, self.size, 3]} of uint8 are needed')
       fields |= {'control': control, 'control_scale': np.full(count, control_scale, np.float32)}
     # Along an interpolation the noise is one.
     fields['number'] = np.zeros(count, np.int32) if other is not None else first + np.arange(count, dtype=np.int32)
-    manner = Manner(solver, tuple(times), is_guided, interval, rescale, drawn)
-    subject = self._subject
-    return self._canvas.paint(subject.params, subject.extra, fields, manner, seed=seed, progress=progress)
+    return fields, Manner(solver, tuple(times), is_guided, interval, rescale, drawn)
 
   def _fields(self, prompts: Sequence[str | int]) -> dict[str, np.ndarray]:
     if 'tokens' in self.told:
@@ -197,6 +220,10 @@ class Painter:
     if not row[0, -1] or tokenizer.decode(row) == _longer(tokenizer).decode(_longer(tokenizer)([prompt])):
       return None
     return tokenizer.decode(row)[0]
+
+
+def _kind(array: np.ndarray) -> str:
+  return f'{list(array.shape)} of {array.dtype}'
 
 
 def _longer(tokenizer: Any) -> Any:
@@ -265,6 +292,24 @@ def save_png(picture: np.ndarray, path: pathlib.Path, about: dict[str, Any]) -> 
   Image.fromarray(picture).save(path, pnginfo=info)
 
 
+@contextlib.contextmanager
+def _folder(path: pathlib.Path) -> Iterator[None]:
+  """Makes a folder for pictures before they are painted; UserError where none can be. It goes if they are refused."""
+  if not is_main():
+    yield
+    return
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'--output {path}: cannot be written ({error.strerror})') from error
+  try:
+    yield
+  except UserError:
+    with contextlib.suppress(OSError):  # others have put something there
+      path.rmdir()
+    raise
+
+
 def run(
   prompts: Sequence[str],
   model: str,
@@ -277,9 +322,11 @@ def run(
   image: str | None = None,
   mask: str | None = None,
   expand: float | None = None,
-  strength: float = 0.6,
+  strength: float | None = None,
   interpolate: bool = False,
   control: str | None = None,
+  drawn: bool = False,
+  control_scale: float | None = None,
   **options: Any,
 ) -> pathlib.Path:
   """`count` pictures for each prompt; writes them and a grid (a row a prompt, of one prompt a square) to `output`.
@@ -294,6 +341,10 @@ def run(
     raise UserError('--mask and --expand: need an --image')
   if mask is not None and expand is not None:
     raise UserError('--mask and --expand: give one of them')
+  if strength is not None and (not image or mask is not None or expand is not None):
+    raise UserError('--strength: is for an --image that is painted over as a whole')
+  if not control and (drawn or control_scale is not None):
+    raise UserError('--drawn and --control-scale: need a --control')
   folder, grid = pathlib.Path(output), pathlib.Path(output) / 'grid.png'
   if folder.exists() and not folder.is_dir():
     raise UserError(f'--output {folder}: is a file; give a folder')
@@ -304,7 +355,7 @@ def run(
   if bool(painter.told) != bool(prompts):
     raise UserError('give at least one prompt' if painter.told else f'{model}: is told nothing; give it no prompt')
   prompts = prompts or ['']
-  for prompt in prompts:
+  for prompt in (*prompts, options.get('negative', '')):
     if (left := painter.cut(prompt)) is not None:
       console.print(f'prompt too long, cut to: {left}', highlight=False, markup=False)
   rows = [prompts[0]] * count if interpolate else [prompt for prompt in prompts for _ in range(count)]
@@ -312,9 +363,12 @@ def run(
   def repeated(x):
     return np.repeat(x[None], len(rows), axis=0)
 
+  about = {'model': str(model), 'step': painter.step, 'seed': seed, **options}
   if control:
-    options['control'] = repeated(read_image(control, painter.size))
-  with Progress(console=console, transient=True) as bar:
+    followed = {'drawn': drawn, 'control_scale': 1.0 if control_scale is None else control_scale}
+    options |= {'control': repeated(read_image(control, painter.size)), **followed}
+    about |= {'control': control, **followed}
+  with _folder(folder), Progress(console=console, transient=True) as bar:
     task = bar.add_task('painting', total=len(rows))
     options['progress'] = lambda ready: bar.advance(task, ready)
     if interpolate:
@@ -330,14 +384,11 @@ def run(
       if hole is not None:
         pictures = painter.fill(repeated(given), repeated(hole), rows, seed=seed, **options)
       else:
-        pictures = painter.edit(repeated(given), rows, strength=strength, seed=seed, **options)
+        about['strength'] = STRENGTH if strength is None else strength
+        pictures = painter.edit(repeated(given), rows, strength=about['strength'], seed=seed, **options)
   if not is_main():
     return grid
-  folder.mkdir(parents=True, exist_ok=True)
-  settings = {name: value for name, value in options.items() if name != 'progress'} | {'control': control}
-  about = {'model': str(model), 'step': painter.step, 'seed': seed, **settings}
   about |= {'image': image, 'mask': mask, 'expand': expand} if image else {}
-  about |= {'strength': strength} if image and mask is None and expand is None else {}
   for index, (prompt, picture) in enumerate(zip(rows, pictures, strict=True)):
     said = list(prompts) if interpolate else prompt
     save_png(picture, folder / f'{index:04d}.png', {'prompt': said, 'number': index, **about})

@@ -38,6 +38,7 @@ def run(
   names = painter.source.names if prompts is None else _lines(prompts)
   if not names:
     raise UserError(f'{model}: its data has no names to paint; give a file of --prompts')
+  painter.check(names, seed=seed, **options)
   cut = [name for name in names if painter.cut(name) is not None]
   if cut:
     console.print(
@@ -73,4 +74,10 @@ def _lines(file: str) -> Sequence[str]:
   path = pathlib.Path(file)
   if not path.is_file():
     raise UserError(f'--prompts {file}: no such file')
-  return [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+  try:
+    lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+  except UnicodeDecodeError as error:
+    raise UserError(f'--prompts {file}: is no text in UTF-8') from error
+  if not lines:
+    raise UserError(f'--prompts {file}: has no prompt')
+  return lines

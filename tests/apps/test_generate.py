@@ -110,6 +110,25 @@ def test_classes_are_named_or_numbered_and_become_a_data_set(folder, tmp_path):
   assert made[1]['text'] == 'b'
 
 
+@pytest.mark.parametrize(
+  ('prompts', 'options', 'message'),
+  [
+    (b'red\n', ['--steps', '0'], '--steps: 0 is not between 1 and 1000'),
+    (b'\n \n', [], 'prompts.txt: has no prompt'),
+    (b'\xff\xfe', [], 'prompts.txt: is no text in UTF-8'),
+    (None, [], 'its data has no names to paint; give a file of --prompts'),
+  ],
+)
+def test_a_data_set_that_cannot_be_painted_is_not_begun(texts, tmp_path, prompts, options, message, capsys):
+  if prompts is not None:
+    (tmp_path / 'prompts.txt').write_bytes(prompts)
+    options = [*options, '--prompts', str(tmp_path / 'prompts.txt')]
+  (tmp_path / 'to').mkdir()
+  assert door.main(['synthesize', '--model', str(texts), '--to', str(tmp_path / 'to' / 'made'), *options]) == 2
+  assert message in capsys.readouterr().err
+  assert not list((tmp_path / 'to').iterdir())
+
+
 def opened(model):
   """With every parameter away from its initial value."""
   painter = Painter(model)
@@ -184,6 +203,11 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
     (['--interval', '800', '200'], '--interval: 800.0 to 200.0'),
     (['--rescale', '2'], '--rescale: 2.0 is not from 0 to 1'),
     (['--negative', 'blue', '--guidance', '1'], '--negative: needs'),
+    (['--guidance', 'nan'], '--guidance and --control-scale: nan and 1.0 have to be finite'),
+    (['--strength', '0.5'], '--strength: is for an --image that is painted over as a whole'),
+    (['--image', 'IMAGE', '--expand', '0.2', '--strength', '0.5'], '--strength: is for an --image'),
+    (['--drawn'], '--drawn and --control-scale: need a --control'),
+    (['--output', 'BELOW'], 'text.png/below: cannot be written (Not a directory)'),
     (['--config.mesh.fsdp=3'], 'config.mesh: data=-1 x fsdp=3 needs a multiple of 3 devices'),
   ],
 )
@@ -191,7 +215,7 @@ def test_bad_requests_end_in_one_line(texts, folder, tmp_path, options, message,
   (tmp_path / 'text.png').write_text('no image')
   Image.new('RGB', (12, 10)).save(tmp_path / 'small.png')
   files = {'IMAGE': str(folder / 'a' / '0.png'), 'TEXT': str(tmp_path / 'text.png')}
-  files['SMALL'] = str(tmp_path / 'small.png')
+  files |= {'SMALL': str(tmp_path / 'small.png'), 'BELOW': str(tmp_path / 'text.png' / 'below')}
   options = [files.get(option, option) for option in options]
   args = ['generate', 'red', '--model', str(texts), '--output', str(tmp_path / 'out'), *options]
   assert door.main(args) == 2
@@ -206,8 +230,11 @@ def test_bad_requests_are_refused_before_anything_is_painted(painter):
   for call, message in [
     (lambda: painter.generate(['red'], solver='eular'), "did you mean 'euler'"),
     (lambda: painter.edit(image, ['red'], strength=0.0), '--strength: 0.0 is not above 0'),
-    (lambda: painter.edit(image[:, :8], ['red']), 'but 1 of 16 are needed'),
-    (lambda: painter.fill(image, np.zeros((1, 8, 8), bool), ['red']), r'--mask: \[8, 8\] pixels'),
+    (lambda: painter.generate('red'), "'red' is one text; give a list"),
+    (lambda: painter.edit(image[:, :8], ['red']), r'images: \[1, 8, 16, 3\] of uint8, but \[1, 16, 16, 3\] of uint8'),
+    (lambda: painter.edit(image / 255, ['red']), r'images: \[1, 16, 16, 3\] of float64, but'),
+    (lambda: painter.fill(image, np.zeros((1, 8, 8), bool), ['red']), r'--mask: \[1, 8, 8\] of bool for images of'),
+    (lambda: painter.fill(image, np.zeros((1, 16, 16), np.uint8), ['red']), 'of uint8 for images of'),
   ]:
     with pytest.raises(UserError, match=message):
       call()
