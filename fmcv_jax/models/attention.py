@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from fmcv_jax.models.fused_attention import cudnn_attention, splash_attention
 from fmcv_jax.models.ring_attention import ring_attention
+from fmcv_jax.models.short_attention import short_attention
 from fmcv_jax.parallel.rules import mesh_axes, platform
 
-Backend = Literal['auto', 'xla', 'splash', 'cudnn', 'ring']
+Backend = Literal['auto', 'xla', 'short', 'splash', 'cudnn', 'ring']
 
-# From here on the tiled kernel beats plain einsums on TPU, whose logits then cost more than its padding to whole tiles.
-SPLASH_FROM = 1024
+SPLASH_FROM = 1024  # tokens; from here on a head's whole logits are too many for a TPU's vector memory
+SHORT_FROM = 16  # queries; fewer leave a kernel's rows empty
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,10 @@ def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None
   mask: bool, broadcastable to [B, H, Q, T], True where a query may look. Logits and softmax are float32 whatever the
   inputs are. A query that may look nowhere gets a mean of values (never NaN).
 
-  backend   'xla': plain einsums. 'splash': tiles that never leave the chip, by a Pallas kernel of TPUs (interpreted
-            elsewhere). 'cudnn': the same on GPUs, for 16-bit inputs. 'ring': keys and values travel round the mesh axes
-            that split `tokens`. 'auto': whichever fits platform, mesh and shapes; the reason is logged once.
+  backend   'xla': plain einsums. 'short': logits that never leave the chip, a head's whole at once, by a Pallas kernel
+            of TPUs (interpreted elsewhere). 'splash': the same in tiles, for many tokens. 'cudnn': tiles on GPUs, for
+            16-bit inputs. 'ring': keys and values travel round the mesh axes that split `tokens`. 'auto': whichever
+            fits platform, mesh and shapes; the reason is logged once.
             All but 'xla' take masks that are the same for every query, [B or 1, 1, 1, T]. Outside of a mesh program
             (no active placement) it is always 'xla'.
   """
@@ -47,8 +49,8 @@ def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None
   valid = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (query.shape[0], key.shape[1]))
   if backend != 'ring' and mesh_axes('tokens'):
     raise ValueError(f'attention={backend!r} needs all tokens on each device, but the mesh splits them; use ring')
-  kernel = {'splash': splash_attention, 'cudnn': cudnn_attention, 'ring': ring_attention}[backend]
-  return kernel(query, key, value, valid, causal=causal)
+  kernels = {'short': short_attention, 'splash': splash_attention, 'cudnn': cudnn_attention, 'ring': ring_attention}
+  return kernels[backend](query, key, value, valid, causal=causal)
 
 
 def choose(query, key, mask) -> tuple[Backend, str]:
@@ -61,7 +63,11 @@ def choose(query, key, mask) -> tuple[Backend, str]:
   if platform() == 'tpu':
     if tokens >= SPLASH_FROM:
       return 'splash', f'TPU, {SPLASH_FROM} tokens or more'
-    return 'xla', f'TPU, fewer than {SPLASH_FROM} tokens'
+    if query.shape[1] < SHORT_FROM:
+      return 'xla', f'TPU, fewer than {SHORT_FROM} queries'
+    if query.dtype.itemsize != 2:
+      return 'xla', f'TPU, but {query.dtype} where the kernel is for 16 bits'
+    return 'short', f'TPU, fewer than {SPLASH_FROM} tokens'
   if platform() in ('gpu', 'cuda'):
     if query.dtype.itemsize != 2:
       return 'xla', f'GPU, but {query.dtype} where cuDNN wants 16 bits'

@@ -41,7 +41,7 @@ def splash_attention(query, key, value, valid=None, *, causal: bool = False) -> 
       y = jax.vmap(kernel)(query, key, value, _segment_ids(own, segments))
     return y.swapaxes(1, 2)[:, :queries].astype(value.dtype)
 
-  return _on_devices(local, query, key, value, valid)
+  return on_devices(local, query, key, value, valid)
 
 
 def cudnn_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
@@ -51,10 +51,11 @@ def cudnn_attention(query, key, value, valid=None, *, causal: bool = False) -> j
     mask = None if valid is None else valid[:, None, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation='cudnn')
 
-  return _on_devices(local, query, key, value, valid)
+  return on_devices(local, query, key, value, valid)
 
 
-def _on_devices(local, query, key, value, valid):
+def on_devices(local, query, key, value, valid):
+  """local(query, key, value, valid) by each device, of its own examples and heads."""
   each = ('batch', None, 'heads' if query.shape[2] > 1 else None, None)
   return island(local, inputs=(each, each, each, ('batch', None)), outputs=each)(query, key, value, valid)
 

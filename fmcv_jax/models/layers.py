@@ -9,6 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fmcv_jax.models.attention import Backend, attention
 from fmcv_jax.models.positions import rotate
@@ -27,11 +28,15 @@ ACTIVATIONS = {
 }
 
 
+_NAMED = jax.checkpoint_policies.save_only_these_names('dense', 'attention')
+
+
 def _products(primitive, *args, **params) -> bool:
-  """Whether it multiplies by weights: what takes time. Norms, activations and attention's logits take memory."""
-  if primitive is jax.lax.conv_general_dilated_p:
-    return True
-  return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+  """Whether it is what takes time: results of dense layers (with their bias), of attention, and of convolutions.
+
+  Norms, activations and attention's logits take memory.
+  """
+  return primitive is jax.lax.conv_general_dilated_p or _NAMED(primitive, *args, **params)
 
 
 # What the backward pass finds saved instead of computing it again; 'none' recomputes nothing.
@@ -66,10 +71,40 @@ class BlockConfig:
   dtype: Dtype = 'float32'
 
 
-def dense(
-  features: int, dtype: str, name: str, *, bias: bool = True, init=nn.initializers.xavier_uniform()
-) -> nn.Dense:
-  return nn.Dense(features, use_bias=bias, dtype=jnp.dtype(dtype), kernel_init=init, name=name)
+class Dense(nn.Module):
+  """x [..., D] -> [..., features], with parameters `kernel` [D, features] and `bias` in float32, and products in dtype.
+
+  The bias is added in float32, so that its gradient is a float32 sum over all tokens.
+  """
+
+  features: int
+  dtype: jnp.dtype
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
+    y = jnp.dot(x.astype(self.dtype), rounded(kernel, self.dtype))
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,))
+      y = (y.astype(bias.dtype) + bias).astype(self.dtype)
+    return checkpoint_name(y, 'dense')
+
+
+def rounded(parameter: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """A parameter in the dtype of the matmuls.
+
+  The barrier keeps XLA from rounding it, and taking it out of stacked layers, anew inside of every product that reads
+  it: on a TPU it is then fetched ahead of the product (docs/plan.md has what that is worth).
+  """
+  if parameter.dtype == dtype:
+    return parameter
+  return jax.lax.optimization_barrier(parameter.astype(dtype))
+
+
+def dense(features: int, dtype: str, name: str, *, bias: bool = True, init=nn.initializers.xavier_uniform()) -> Dense:
+  return Dense(features, jnp.dtype(dtype), bias, init, name=name)
 
 
 def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
@@ -125,7 +160,7 @@ class Attention(nn.Module):
     self.sow('intermediates', 'projections', (query, key, value))
     if self.has_variable('probes', 'mixed'):
       y = y + self.get_variable('probes', 'mixed')
-    return dense(width, c.dtype, 'out')(y.reshape(*x.shape[:2], width))
+    return dense(width, c.dtype, 'out')(checkpoint_name(y.reshape(*x.shape[:2], width), 'attention'))
 
 
 class Mlp(nn.Module):

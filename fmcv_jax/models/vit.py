@@ -12,6 +12,7 @@ from fmcv_jax.models.layers import (
   Activation,
   Attention,
   BlockConfig,
+  Dense,
   Dtype,
   Mlp,
   Remat,
@@ -190,7 +191,7 @@ def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.A
   return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
 
 
-def linear_head(outputs: int, bias: bool, dtype: str, name: str = 'head') -> nn.Dense:
+def linear_head(outputs: int, bias: bool, dtype: str, name: str = 'head') -> Dense:
   """The head on pooled features: with bias a classifier, born zero; without, a projection into an embedding space."""
   init = nn.initializers.zeros if bias else nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
   return dense(outputs, dtype, name, bias=bias, init=init)

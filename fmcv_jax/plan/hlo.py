@@ -87,9 +87,17 @@ def _exchanges(text: str) -> Iterator[tuple[re.Match[str], int, bool]]:
           yield match, times, called[1].startswith('all-reduce-scatter')
 
 
+def kernels(text: str) -> Iterator[tuple[str, tuple[tuple[int, ...], ...], int]]:
+  """(name, shapes of its results, how often a step executes it) of each Pallas kernel of TPUs."""
+  for line, times in runs(text):
+    if 'custom_call_target="tpu_custom_call"' in line and (found := _INSTRUCTION.match(line)):
+      shapes = (tuple(int(size) for size in shape.split(',') if size) for _, shape in _ARRAY.findall(found[3]))
+      yield found[2], tuple(shapes), times
+
+
 def estimated_cycles(text: str) -> int:
   """Sum of the TPU compiler's estimates for the fusions, copies and products of a step; no exchanges, no overlap, and
-  nothing of the insides of Pallas kernels."""
+  nothing of Pallas kernels."""
   pattern = re.compile(r'"estimated_cycles":"(\d+)"')
   return sum(times * int(match[1]) for line, times in runs(text) if (match := pattern.search(line)))
 

@@ -19,7 +19,7 @@ from fmcv_jax.config import paths_of
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import Run, load_config, parameter_count
 from fmcv_jax.models.layers import Remat
-from fmcv_jax.plan import hlo
+from fmcv_jax.plan import hlo, kernels
 from fmcv_jax.train.flops import matmul_flops
 
 GIB = 2**30
@@ -28,19 +28,20 @@ REMATS = get_args(Remat)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Figures of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes/s, interconnect bytes/s, clock in Hz; `hbm`
-  is the bytes that the compiler lets a program have."""
+  """Figures of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes/s, interconnect bytes/s, clock in Hz, cores
+  that share a step; `hbm` is the bytes that the compiler lets a program have."""
 
   flops: float
   hbm: float
   bandwidth: float
   interconnect: float
   clock: float
+  cores: int = 1
 
 
 CHIPS = {
   'v5e': Chip(197e12, 15.75 * GIB, 819e9, 200e9, 1.5e9),
-  'v5p': Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 1.75e9),
+  'v5p': Chip(459e12, 95.74 * GIB, 2765e9, 600e9, 1.75e9, cores=2),
   'v6e': Chip(918e12, 31.25 * GIB, 1640e9, 448e9, 1.75e9),
 }
 
@@ -97,6 +98,7 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
   # The compiler looks for a machine that it is not on; any answer will do. It holds no chip: several may run at once.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-16', TPU_WORKER_HOSTNAMES='localhost')
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+  kernels.record()
   jax.config.update('jax_platforms', 'cpu')
   from jax.experimental import topologies
 
@@ -120,9 +122,9 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
   devices, chip = pod(topology, slices), CHIPS[topology.partition(':')[0]]
   run = Run(resolved, devices=devices)
   step: Any = run.train_step()
-  lowered = step.lower(run.abstract_state, run.batch_shapes)
+  traced = step.trace(run.abstract_state, run.batch_shapes)
   try:
-    compiled = lowered.compile()
+    compiled = traced.lower().compile()
   except Exception as error:  # jaxlib's class is no subclass of one that can be named
     if 'memory' not in str(error).lower():
       raise
@@ -134,6 +136,8 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
   parameters = _bytes(state.params, shardings.params)
   optimizer = _bytes(state.opt_state, shardings.opt_state)
   batch = _bytes(run.batch_shapes, run.placement.batch(run.batch_shapes))
+  # The grid of a kernel is shared out among the cores; the compiler's own estimates are of a core's share already.
+  scheduled = kernels.cycles(text, kernels.steps(traced.jaxpr.jaxpr))
   executed, moved = matmul_flops(step, state, run.batch_shapes), hlo.bytes_accessed(text)
   return Plan(
     config=config,
@@ -152,7 +156,7 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
     model_flops=run.step_flops() / count,
     bytes_accessed=moved,
     collectives=exchanged,
-    estimated_seconds=hlo.estimated_cycles(text) / chip.clock,
+    estimated_seconds=(hlo.estimated_cycles(text) + scheduled / chip.cores) / chip.clock,
     compute_seconds=executed / count / chip.flops,
     memory_seconds=moved / chip.bandwidth,
     interconnect_seconds=sum(row.bytes for row in exchanged) / chip.interconnect,

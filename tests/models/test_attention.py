@@ -48,6 +48,10 @@ CASES = [
   ('xla', None, 'padding', True),
   ('xla', None, 'pairs', False),
   ('xla', None, 'pairs', True),
+  ('short', 'one', 'none', False),
+  ('short', 'one', 'none', True),
+  ('short', 'one', 'padding', False),
+  ('short', 'one', 'padding', True),
   ('splash', 'one', 'none', True),
   ('splash', 'one', 'padding', False),
   ('ring', 'one', 'padding', True),
@@ -79,14 +83,14 @@ def test_outputs_and_gradients_equal_those_of_jax(backend, mesh, mask, causal, m
 @pytest.mark.slow
 @pytest.mark.parametrize('dim', [64, 72, 80, 128])
 @pytest.mark.parametrize('tokens', [196, 197, 257, 576, 1024, 4096])
-@pytest.mark.parametrize(('backend', 'mesh'), [('splash', 'one'), ('ring', 'tokens')])
+@pytest.mark.parametrize(('backend', 'mesh'), [('short', 'one'), ('splash', 'one'), ('ring', 'tokens')])
 def test_real_token_counts_and_head_dimensions(backend, mesh, tokens, dim):
   args = inputs(shape=(1, tokens, 1, dim))
   y = in_mesh(lambda *args: attention(*args, backend=backend), mesh)(*args)
   np.testing.assert_allclose(y, attention(*args), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(('backend', 'mesh'), [('xla', None), ('ring', 'tokens'), ('splash', 'one')])
+@pytest.mark.parametrize(('backend', 'mesh'), [('xla', None), ('ring', 'tokens'), ('short', 'one'), ('splash', 'one')])
 def test_a_query_that_may_look_nowhere_gives_a_finite_output_and_finite_gradients(backend, mesh):
   q, k, v = inputs()
   mask = jnp.ones((B, 1, 1, T), bool).at[1].set(False)
@@ -101,7 +105,7 @@ def test_a_query_that_may_look_nowhere_gives_a_finite_output_and_finite_gradient
   assert all(jnp.isfinite(x).all() for x in (y, *gradients))
 
 
-@pytest.mark.parametrize(('backend', 'mesh'), [('xla', None), ('ring', 'tokens'), ('splash', 'one')])
+@pytest.mark.parametrize(('backend', 'mesh'), [('xla', None), ('ring', 'tokens'), ('short', 'one'), ('splash', 'one')])
 def test_logits_and_softmax_are_float32_whatever_the_inputs_are(backend, mesh):
   q, k, v = inputs(jnp.bfloat16)
   q = 10 * q  # logits of some tens, which bfloat16 would round by a tenth
@@ -163,7 +167,9 @@ def test_auto_chooses_by_platform_mesh_and_shapes():
   ('platform', 'tokens', 'dtype', 'dim', 'backend'),
   [
     ('tpu', 1024, 'bfloat16', 64, 'splash'),
-    ('tpu', 256, 'bfloat16', 64, 'xla'),
+    ('tpu', 256, 'bfloat16', 64, 'short'),
+    ('tpu', 256, 'float32', 64, 'xla'),
+    ('tpu', 1, 'bfloat16', 64, 'xla'),
     ('gpu', 256, 'bfloat16', 64, 'cudnn'),
     ('gpu', 256, 'float32', 64, 'xla'),
     ('gpu', 256, 'bfloat16', 256, 'xla'),

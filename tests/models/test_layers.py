@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.models.conditioning import Condition
-from fmcv_jax.models.layers import Block, BlockConfig, Mlp, Stack
+from fmcv_jax.models.layers import Block, BlockConfig, Mlp, Stack, dense
 from fmcv_jax.models.mmdit import mmdit
 from fmcv_jax.models.unet import unet
 from fmcv_jax.train.flops import matmul_flops
@@ -185,3 +185,18 @@ def test_a_gated_mlp_multiplies_the_activated_gate_with_up(random_variables, x):
   up, gate = (x @ p[name]['kernel'] + p[name]['bias'] for name in ('up', 'gate'))
   expected = (gate / (1 + np.exp(-gate)) * up) @ p['down']['kernel'] + p['down']['bias']
   np.testing.assert_allclose(apply(mlp, variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_a_bias_is_a_sum_in_float32_whatever_the_products_are_in():
+  layer, x = dense(2, 'bfloat16', 'layer'), jnp.ones((1, 257, 4), jnp.bfloat16)  # bfloat16 knows 256 and 258
+  variables = layer.init(jax.random.key(0), x)
+  gradient = jax.grad(lambda variables: layer.apply(variables, x).astype(jnp.float32).sum())(variables)
+  np.testing.assert_array_equal(gradient['params']['bias'], [257, 257])
+
+
+def test_a_dense_layer_is_flax_s():
+  x = jax.random.normal(jax.random.key(0), (3, 5, 4))
+  ours, theirs = dense(6, 'float32', 'layer'), nn.Dense(6)
+  variables = theirs.init(jax.random.key(1), x)
+  assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
+  np.testing.assert_array_equal(ours.apply(variables, x), theirs.apply(variables, x))
