@@ -5,19 +5,22 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from fmcv_jax.models.attention import attention
+from fmcv_jax.models.attention import SHORT_TO, attention
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
-from fmcv_jax.plan.planning import pod
+from fmcv_jax.plan import hlo, kernels
+from fmcv_jax.plan.planning import CHIPS, pod
 
-WIDTH, BATCH = 768, 4
+WIDTH, TOKENS = 768, 16_384  # in all examples
 
 
-def compiled(backend: str, tokens: int, dim: int) -> tuple[float, float]:
-  """Temporaries and bytes accessed of forward and backward, in MiB by one chip."""
+def compiled(backend: str, tokens: int, dim: int) -> str:
+  """Temporaries and bytes accessed of forward and backward, in MiB, and microseconds by the compiler's cycles."""
+  if backend == 'short' and tokens > SHORT_TO:
+    return ''
   chips = 4 if backend == 'ring' else 1
   placement = Placement(make_mesh(MeshShape(data=1, sequence=chips), pod('v5e:2x2')[:chips]))
-  shape = jax.ShapeDtypeStruct((BATCH, tokens, WIDTH // dim, dim), jnp.bfloat16)
+  shape = jax.ShapeDtypeStruct((TOKENS // tokens, tokens, WIDTH // dim, dim), jnp.bfloat16)
   whole = (placement.sharding(('batch', None, None, None), shape.shape, 'inputs'),) * 3
 
   def gradients(*args):
@@ -26,23 +29,23 @@ def compiled(backend: str, tokens: int, dim: int) -> tuple[float, float]:
         *args
       )
 
-  program = jax.jit(gradients, in_shardings=whole, out_shardings=whole).lower(shape, shape, shape).compile()
-  bytes_accessed = program.cost_analysis()['bytes accessed']
-  return program.memory_analysis().temp_size_in_bytes / 2**20, bytes_accessed / 2**20
+  traced = jax.jit(gradients, in_shardings=whole, out_shardings=whole).trace(shape, shape, shape)
+  program = traced.lower(lowering_platforms=('tpu',)).compile()
+  text, temporaries = program.as_text(), program.memory_analysis().temp_size_in_bytes / 2**20
+  cycles = hlo.estimated_cycles(text) + kernels.cycles(text, kernels.steps(traced.jaxpr.jaxpr))
+  accessed = program.cost_analysis()['bytes accessed'] / 2**20
+  return f'{temporaries:,.0f} / {accessed:,.0f} / {1e6 * cycles / CHIPS["v5e"].clock:,.0f}'
 
 
 def main() -> None:
-  backends = ('xla', 'splash', 'ring')
-  table = Table(title='temporaries / bytes accessed, MiB by one chip of v5e')
+  backends = ('xla', 'short', 'splash', 'ring')
+  table = Table(title='temporaries, MiB / bytes accessed, MiB / microseconds by cycles, of one chip of v5e')
   for heading in ('tokens', 'head dimension', *backends):
     table.add_column(heading, justify='right')
   for dim in (64, 80):
-    for tokens in (197, 257, 1024, 4096):
-      cells = (compiled(backend, tokens, dim) for backend in backends)
-      table.add_row(
-        str(tokens), str(dim), *(f'{temporaries:,.0f} / {accessed:,.0f}' for temporaries, accessed in cells)
-      )
-  Console().print(table)
+    for tokens in (196, 257, 576, 1024, 4096):
+      table.add_row(str(tokens), str(dim), *(compiled(backend, tokens, dim) for backend in backends))
+  Console(width=120).print(table)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """The table of docs/data.md: 500 x 375 JPEGs to random-resized crops of 224 pixels, images a second of one core.
 
-    python -m venv peers && peers/bin/pip install tensorflow-cpu torch webdataset pillow numpy
+    python -m venv peers && peers/bin/pip install tensorflow-cpu torch torchvision webdataset pillow
     python benchmarks/input.py --peers peers/bin/python
 
 Contestants take turns, each in a process of its own; counted is the CPU time of all its threads, so that neighbours on
@@ -99,6 +99,24 @@ def torch_pil_bicubic(folder: pathlib.Path):
   return torch_pil(folder, Image.Resampling.BICUBIC)
 
 
+def torchvision(folder: pathlib.Path):
+  import torch
+  from torchvision.transforms import v2
+
+  files = sorted((folder / 'images').iterdir())
+  transform = v2.Compose([v2.RandomResizedCrop(SIZE), v2.PILToTensor()])
+
+  class Files(torch.utils.data.Dataset):
+    def __len__(self):
+      return 1 << 20
+
+    def __getitem__(self, index):
+      return transform(Image.open(files[index % FILES]).convert('RGB'))
+
+  torch.set_num_threads(1)
+  return iter(torch.utils.data.DataLoader(Files(), batch_size=BATCH, shuffle=True))
+
+
 def webdataset(folder: pathlib.Path):
   import webdataset as wds
 
@@ -143,6 +161,7 @@ CONTESTANTS = {
   'fmcv without a C compiler, bilinear': ours_by_packages,
   'tf.data, bilinear': tf_data_antialiased,
   'tf.data, bilinear without antialiasing': tf_data,
+  'torch DataLoader and torchvision, bilinear': torchvision,
   'torch DataLoader and PIL, bilinear': torch_pil,
   'torch DataLoader and PIL, bicubic': torch_pil_bicubic,
   'webdataset and PIL, bilinear': webdataset,

@@ -25,7 +25,7 @@ def get_config():
       vocab_size=49_408,
       length=length,
       dtype='bfloat16',
-      remat='dots',
+      remat='full',
     ),
   )
   c.tokenizer = dict(name='clip_bpe', length=length)

@@ -157,6 +157,11 @@ OBJECTIVES = {
     'objective': {'name': 'classification', 'network': {**VIT, 'outputs': 3}},
     'lora': {'rank': 2},
   },
+  'distillation': {
+    'name': 'classification',
+    'network': {**VIT, 'outputs': 3},
+    'distillation': {'teacher': {**VIT, 'outputs': 3}},
+  },
   'batch norms': {
     'name': 'classification',
     'network': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'outputs': 3},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.models import ring_attention
-from fmcv_jax.models.attention import attention, choose
+from fmcv_jax.models.attention import SHORT_TO, attention, choose
 from fmcv_jax.models.layers import Attention, BlockConfig
 from fmcv_jax.models.vit import vit
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
@@ -86,6 +86,10 @@ def test_outputs_and_gradients_equal_those_of_jax(backend, mesh, mask, causal, m
 @pytest.mark.parametrize(('backend', 'mesh'), [('short', 'one'), ('splash', 'one'), ('ring', 'tokens')])
 def test_real_token_counts_and_head_dimensions(backend, mesh, tokens, dim):
   args = inputs(shape=(1, tokens, 1, dim))
+  if backend == 'short' and tokens > SHORT_TO:
+    with pytest.raises(ValueError, match="attention='short' takes at most 1024 tokens, got 4096; use splash"):
+      in_mesh(lambda *args: attention(*args, backend=backend), mesh)(*args)
+    return
   y = in_mesh(lambda *args: attention(*args, backend=backend), mesh)(*args)
   np.testing.assert_allclose(y, attention(*args), rtol=0, atol=2e-6)
 
@@ -166,7 +170,8 @@ def test_auto_chooses_by_platform_mesh_and_shapes():
 @pytest.mark.parametrize(
   ('platform', 'tokens', 'dtype', 'dim', 'backend'),
   [
-    ('tpu', 1024, 'bfloat16', 64, 'splash'),
+    ('tpu', 1025, 'bfloat16', 64, 'splash'),
+    ('tpu', 1024, 'bfloat16', 64, 'short'),
     ('tpu', 256, 'bfloat16', 64, 'short'),
     ('tpu', 256, 'float32', 64, 'xla'),
     ('tpu', 1, 'bfloat16', 64, 'xla'),

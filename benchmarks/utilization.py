@@ -1,0 +1,59 @@
+"""The tables of docs/plan.md on how well a chip is used, by the TPU compiler's cycles.
+
+python benchmarks/utilization.py pods     # whole steps on pods
+python benchmarks/utilization.py depth    # layers side by side or in a loop, and what they take to compile
+"""
+
+import argparse
+import resource
+
+from rich.console import Console
+
+from fmcv_jax.plan import planning
+
+# Nothing but the step: what a peer's plain recipe does as well.
+PLAIN = ('train.ema=None', 'objective.augment=()', 'objective.mixup=0', 'objective.cutmix=0')
+PLAIN += ('objective.network.drop_path=0', 'train.batch=1024')
+MESHES = {'data': ('mesh.data=-1', 'mesh.fsdp=1'), 'fsdp': ('mesh.data=1', 'mesh.fsdp=-1')}
+PAIRS = ('train.batch=16384',)
+UNSAVED = ('objective.network.remat=none', 'objective.network.unroll=12')
+
+PODS = [
+  (f'{name}, {mesh}', f'configs/vit_i1k.py:{name}', topology, (*PLAIN, *axes))
+  for name, topology in (('B/16', 'v5e:4x4'), ('L/16', 'v5e:4x4'), ('B/16', 'v5p:4x4x4'))
+  for mesh, axes in MESHES.items()
+]
+PODS += [
+  ('SigLIP B/16, data', 'configs/siglip_b16.py', 'v5e:4x4', PAIRS),
+  ('SigLIP B/16, data, nothing computed again', 'configs/siglip_b16.py', 'v5p:4x4x4', (*PAIRS, *UNSAVED)),
+]
+
+
+def depth(layers: int, unroll: int, remat: str) -> tuple[str, str, str, tuple[str, ...]]:
+  network = {'depth': layers, 'unroll': unroll, 'remat': remat}
+  overrides = (f'objective.network.{name}={value}' for name, value in network.items())
+  label = f'{layers} layers, {"side by side" if unroll == layers else "in a loop"}, remat={remat}'
+  return label, 'configs/vit_i1k.py:B/16', 'v5e:4x4', (*PLAIN, 'train.batch=256', *MESHES['data'], *overrides)
+
+
+DEPTHS = [depth(layers, layers, 'none') for layers in (12, 48)]
+DEPTHS += [depth(layers, 1, 'dots') for layers in (12, 48)]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('table', choices=('pods', 'depth'))
+  console = Console(width=160)
+  console.print('| step | pod | batch | estimate | utilization | HBM of a chip | model/executed | CPU s to compile |')
+  for label, config, topology, overrides in PODS if parser.parse_args().table == 'pods' else DEPTHS:
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    plan = planning.make(config, overrides, topology)
+    console.print(
+      f'| {label} | {topology} | {plan.batch:,} | {1e3 * plan.estimated_seconds:.1f} ms | {plan.utilization:.2f} | '
+      f'{plan.needed / planning.GIB:.2f} of {plan.hbm / planning.GIB:.2f} GiB | {plan.model_flops / plan.flops:.2f} | '
+      f'{resource.getrusage(resource.RUSAGE_SELF).ru_utime - start:.0f} |'
+    )
+
+
+if __name__ == '__main__':
+  main()
