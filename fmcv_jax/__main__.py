@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -302,6 +303,16 @@ def parser() -> argparse.ArgumentParser:
   return top
 
 
+def _keep_compiled() -> None:
+  """Programs that take a second or more to compile are kept in the cache, where the next start finds them."""
+  import jax
+
+  from fmcv_jax.data.storage import cache_folder
+
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # which may be a gs:// folder
+    jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'compiled'))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status: 0 done, 2 a user's error, 75 stopped and saved."""
   args, rest = parser().parse_known_args(argv)
@@ -315,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   if args.cpu_devices:
     distributed.emulate(args.cpu_devices)
+  if args.command != 'plan':  # which compiles to look, not to run
+    _keep_compiled()
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   for library in ('absl', 'asyncio'):  # their own notes; what a user must know, we say
     logging.getLogger(library).setLevel(logging.CRITICAL)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from fmcv_jax.__main__ import main
@@ -19,6 +20,21 @@ def fails(capsys, *argv):
   lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('fmcv ')]
   assert len(lines) == 1
   return lines[0]
+
+
+def test_compiled_programs_are_kept_in_the_cache_or_where_the_user_says(monkeypatch, tmp_path):
+  monkeypatch.setenv('FMCV_CACHE', str(tmp_path))
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+  given = jax.config.jax_compilation_cache_dir
+  try:
+    main(['report', '--workdir', str(tmp_path / 'none')])
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'compiled')
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', given)
+    jax.config.update('jax_compilation_cache_dir', given)
+    main(['report', '--workdir', str(tmp_path / 'none')])
+    assert jax.config.jax_compilation_cache_dir == given
+  finally:
+    jax.config.update('jax_compilation_cache_dir', given)
 
 
 @pytest.mark.parametrize('argv', [['--help'], ['train', '--help'], ['evaluate', '--help'], ['demo', '--help']])
