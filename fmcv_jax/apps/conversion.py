@@ -48,33 +48,36 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   tensors = open_tensors(file)
   match = matched(tensors, file, to, family, overrides)
   if family is None:
-    console.print(f'{file} looks like {match.name!r}; if it is another, name it by --as', highlight=False)
+    console.print(
+      f'{file} looks like {match.name!r}; if it is another, name it by --as', highlight=False, soft_wrap=True
+    )
   run, sources = match.run, match.run.experiment.init_from
-  values = {path: _zeros(*leaf) for path, leaf in match.leaves.items() if not _is_held(path, sources)}
+  values: dict[str, Any] = dict(match.leaves)  # what comes from elsewhere takes no memory before it is there
   arrays = read(match.layout, tensors, match.shapes, match.network, file)
   for part, value in track(arrays, 'reading', len(match.shapes), console=console, transient=True):
     path = part if part.startswith('extra/') else f'params/{part}'
-    values[path] = jax.device_put(value, match.leaves[path][1])
-  state = _untrained_state(run, [values[path] for path in match.leaves])
+    values[path] = jax.device_put(value, match.leaves[path].sharding)
+  state = _untrained_state(run, list(values.values()))
   if sources:
     state = begin_with(state, sources, trained_tree)
+  state = jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, state)
   _write(run, state, {'file': str(file), 'family': match.name})
   count = sum(math.prod(shape) for shape in match.shapes.values())
-  console.print(f'{count / 1e6:.1f} M parameters of {match.name!r} in {to}', highlight=False)
+  console.print(f'{count / 1e6:.1f} M parameters of {match.name!r} in {to}', highlight=False, soft_wrap=True)
   return run
 
 
 class Match(NamedTuple):
   """What a checkpoint turned out to be: its family and layout, a run of its network, and what of it the file holds.
 
-  leaves   all that the run learns or carries along, by path, in the order of its tree
+  leaves   all that the run learns or carries along, by path, in the order of its tree, with its sharding
   shapes   of those that the file holds, by path without 'params/'
   """
 
   name: str
   layout: Layout
   run: Run
-  leaves: Mapping[str, tuple[jax.ShapeDtypeStruct, jax.sharding.Sharding]]
+  leaves: Mapping[str, jax.ShapeDtypeStruct]
   shapes: Mapping[str, Shape]
 
   @property
@@ -92,17 +95,16 @@ def matched(
   config = resolve(config_lib.override(config_lib.plain(own), [*beside.fields(folder, own), *overrides]))
   run = Run(config, to)
   leaves, sources = _leaves(run), run.experiment.init_from
-  shapes = {path.removeprefix('params/'): leaf.shape for path, (leaf, _) in leaves.items() if _is_held(path, sources)}
+  shapes = {path.removeprefix('params/'): leaf.shape for path, leaf in leaves.items() if _is_held(path, sources)}
   _check_parts(file, name, shapes, found)
   match = Match(name, layout, run, leaves, shapes)
   check(layout, tensors, shapes, match.network, file)
   return match
 
 
-def _leaves(run: Run) -> dict[str, tuple[jax.ShapeDtypeStruct, jax.sharding.Sharding]]:
-  flat = jax.tree_util.tree_flatten_with_path(_learnt(run.abstract_state))[0]
-  placed = jax.tree.leaves(_learnt(run.shardings))
-  return {path_of(path): (leaf, sharding) for (path, leaf), sharding in zip(flat, placed, strict=True)}
+def _leaves(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+  placed = jax.tree.map(_placed, _learnt(run.abstract_state), _learnt(run.shardings))
+  return {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(placed)[0]}
 
 
 def _learnt(state: TrainState) -> dict[str, Any]:
@@ -131,12 +133,12 @@ def _check_parts(file: str, name: str, shapes: Mapping[str, Shape], found: Mappi
     )
 
 
-def _untrained_state(run: Run, values: Sequence[jax.Array]) -> TrainState:
+def _untrained_state(run: Run, values: Sequence[Any]) -> TrainState:
   """Step 0 of a run that learns nothing, with these values in the order of `_leaves`."""
   abstract = run.abstract_state
   tree = jax.tree.unflatten(jax.tree.structure(_learnt(abstract)), values)
   counters = {
-    name: _zeros(getattr(abstract, name), run.placement.replicated()) for name in ('step', 'skipped', 'streak', 'rng')
+    name: _placed(getattr(abstract, name), run.placement.replicated()) for name in ('step', 'skipped', 'streak', 'rng')
   }
   return abstract.replace(**tree, opt_state=run.tx.init(tree['params']), ema=None, **counters)
 
@@ -192,7 +194,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
       write_tensors(target / file, of_file)
     for name, content in more.items():
       _write_beside(target / name, content)
-  Console(stderr=True).print(f'{len(written)} arrays in {to}', highlight=False)
+  Console(stderr=True).print(f'{len(written)} arrays in {to}', highlight=False, soft_wrap=True)
 
 
 def _exported(run: Run, subject: Subject) -> tuple[Any, dict[str, np.ndarray]]:
@@ -242,5 +244,9 @@ def _arrays(tree: Any) -> dict[str, np.ndarray]:
   return {path_of(path): np.asarray(leaf, np.float32) for path, leaf in flat}
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-  return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)

@@ -7,6 +7,7 @@ they repeat, with the same array, in every layer, and that we have once. Where s
 theirs, it is ours joined along its first axis, in their order: queries, keys and values in one matrix.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.pretrained.tensors import Tensors
+from fmcv_jax.pretrained.tensors import Late, Tensors
 
 Shape = tuple[int, ...]
 
@@ -216,16 +217,21 @@ def _one(row: Row, shapes: Mapping[str, Shape]) -> Shape:
   return shapes[row.ours][1:] if _LAYER.search(row.theirs) else shapes[row.ours]
 
 
-def write(layout: Layout, params: Mapping[str, np.ndarray], network: Any) -> dict[str, np.ndarray]:
+def write(layout: Layout, params: Mapping[str, np.ndarray], network: Any) -> dict[str, Late]:
   """Our parameters, by path, as their arrays, with those that the format makes of the network; UserError for one that
   it has no place for."""
   shapes = {path: x.shape for path, x in params.items()}
-  found = {}
-  for theirs, rows in _joined(layout, shapes):
-    for name, layer in _layers(layout, theirs, shapes, rows[0]):
-      parts = [row.form.write(params[row.ours] if layer is None else params[row.ours][layer]) for row in rows]
-      found[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-  return found | {name: make(network) for name, make in layout.fixed}
+  found = {
+    name: Late(functools.partial(_theirs, rows, layer, params))
+    for theirs, rows in _joined(layout, shapes)
+    for name, layer in _layers(layout, theirs, shapes, rows[0])
+  }
+  return found | {name: Late(functools.partial(make, network)) for name, make in layout.fixed}
+
+
+def _theirs(rows: Sequence[Row], layer: int | None, params: Mapping[str, np.ndarray]) -> np.ndarray:
+  parts = [row.form.write(params[row.ours] if layer is None else params[row.ours][layer]) for row in rows]
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str) -> None:
@@ -255,7 +261,7 @@ def read(
       raise UserError(f'{what}: {name} is not the table that this network computes; it cannot be used')
   for theirs, rows in _joined(layout, shapes):
     layers = _layers(layout, theirs, shapes, rows[0])
-    results = [np.empty(shapes[row.ours], np.float32) for row in rows]
+    results = [_empty(shapes[row.ours]) for row in rows]
     for name, layer in layers[:1] if _EVERY in theirs else layers:
       x = tensors[name]
       if not np.isfinite(x).all():
@@ -270,6 +276,14 @@ def read(
         else:
           result[layer] = value
     yield from zip((row.ours for row in rows), results, strict=True)
+
+
+def _empty(shape: Shape) -> np.ndarray:
+  """float32, begun at a multiple of 64 bytes: only such an array is jax's own on a CPU without being copied."""
+  size = 4 * math.prod(shape)
+  data = np.empty(size + 63, np.uint8)
+  begin = -data.ctypes.data % 64
+  return data[begin : begin + size].view(np.float32).reshape(shape)
 
 
 def outline(layout: Layout, tensors: Tensors) -> tuple[dict[str, Shape], list[str]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from fmcv_jax.errors import UserError
 
@@ -23,6 +22,7 @@ PREFIXES = ('module.', 'backbone.', '_orig_mod.')
 INDEX = '*.safetensors.index.json'
 TORCH = ('.pth', '.pt', '.bin', '.ckpt', '.pyth')
 INFLATION = 100  # no weights are packed as tightly as this; what is would fill the memory
+DTYPES = {'<f4': 'F32', '<i8': 'I64'}  # of what we write, as safetensors call them
 PARTS = ('unet', 'transformer', 'vae', 'text_encoder')  # of a pipeline of diffusers: folders of networks that learn
 
 
@@ -60,8 +60,18 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
   return kinds[file.suffix](file)
 
 
-def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes all or nothing: an .npz by its name, else .safetensors."""
+class Late:
+  """An array that is computed when numpy asks for it, and forgotten by the next."""
+
+  def __init__(self, compute: Callable[[], np.ndarray]):
+    self._compute = compute
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.asarray(self._compute(), dtype)
+
+
+def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | Late]) -> None:
+  """Writes all or nothing, one array after the other: an .npz by its name, else .safetensors."""
   temporary = file.with_name(f'.{os.getpid()}.{file.name}')
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,15 +79,34 @@ def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
       arrays: Any = tensors
       np.savez(temporary, **arrays)
     else:
-      # Not ascontiguousarray, which would make scalars arrays of one.
-      contiguous = {name: np.asarray(x, order='C') for name, x in tensors.items()}
-      save_file(contiguous, temporary, metadata={'format': 'pt'})
+      _write_safetensors(temporary, tensors)
     temporary.replace(file)
-  except (OSError, SafetensorError) as error:
+  except OSError as error:
     raise UserError(f'{file}: cannot be written ({error})') from error
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
+
+
+def _write_safetensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | Late]) -> None:
+  """What the library `safetensors` writes, byte for byte; that one wants all arrays in memory at once.
+
+  https://github.com/huggingface/safetensors#format: the length of a table as JSON, the table, the arrays.
+  """
+  kinds = {name: (x.dtype, x.shape) for name in tensors for x in [np.asarray(tensors[name])]}
+  names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
+  table: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for name in names:
+    dtype, shape = kinds[name]
+    begin, end = end, end + math.prod(shape) * dtype.itemsize
+    table[name] = {'dtype': DTYPES[dtype.str], 'shape': shape, 'data_offsets': (begin, end)}
+  head = json.dumps(table, separators=(',', ':'), ensure_ascii=False).encode()
+  head += b' ' * (-len(head) % 8)
+  with file.open('wb') as out:
+    out.write(len(head).to_bytes(8, 'little') + head)
+    for name in names:
+      out.write(np.asarray(tensors[name], order='C').data)
 
 
 def _wide(x: np.ndarray) -> np.ndarray:
@@ -88,7 +117,7 @@ class _Safetensors(Tensors):
   def __init__(self, file: pathlib.Path):
     self._file = file
     try:
-      self._open = safe_open(file, 'np')
+      self._open = safe_open(file, 'np', backend='pread')  # pages of a mapped file would stay in memory
       names = list(self._open.keys())
       self._shapes = {name: tuple(self._open.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
@@ -198,17 +227,19 @@ class _Npz(Tensors):
 
 class _Torch(Tensors):
   def __init__(self, file: pathlib.Path):
+    is_mapped = False  # read when asked for, which only arrays can be that lie in the file as they are
     if zipfile.is_zipfile(file):
       with zipfile.ZipFile(file) as archive:
         _check_inflation(file, archive)
         if any('/code/' in name for name in archive.namelist()):
           raise UserError(f'{file}: is a TorchScript program, which is not run here; save its state_dict instead')
+        is_mapped = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
     try:
       import torch
     except ImportError as error:
       raise UserError(f'{file}: to read it, pip install torch (or convert it to .safetensors)') from error
     try:
-      loaded = torch.load(file, map_location='cpu', weights_only=True)
+      loaded = torch.load(file, map_location='cpu', weights_only=True, mmap=is_mapped)
     except Exception as error:  # torch raises of every kind: pickle, zip, runtime, EOF, OS
       raise UserError(f'{file}: is no whole file of plain tensors ({_line(error)})') from error
     self._tensors = {name: x for name, x in unwrapped(loaded).items() if isinstance(x, torch.Tensor)}

@@ -20,6 +20,8 @@ from fmcv_jax.train.files import inode
 from fmcv_jax.train.state import TrainState
 
 DAMAGED = 'damaged'
+# Bytes of a file of arrays. What is written is kept packed in memory until a file is full, by default 2 GiB of it.
+PIECE = 2**26
 
 # Replicas share the writing of an array by slicing it, which compiles one program a shape: of use to large ones only.
 ocp.type_handlers.register_type_handler(
@@ -60,7 +62,7 @@ class Store:
     if options.best:
       figure = lambda figures: figures[options.best]  # noqa: E731
       policies.append(managers.BestN(get_metric_fn=figure, n=1, keep_checkpoints_without_metrics=False))
-    trees = {name: ocp.StandardCheckpointHandler() for name in ('params', 'ema', 'extra', 'rest')}
+    trees = {name: ocp.PyTreeCheckpointHandler() for name in ('params', 'ema', 'extra', 'rest')}
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={**trees, 'run': ocp.JsonCheckpointHandler()},
@@ -100,7 +102,7 @@ class Store:
       raise UserError(f'{self.directory}: was moved or removed while the run wrote to it; nothing is saved any more')
     if self._best and self._best not in figures:
       figures = {}
-    args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+    args = {name: ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=PIECE) for name, item in _items(state).items()}
     self.wait()  # for the save before this one
     self._saving = step
     with self._reported(step):
@@ -160,7 +162,10 @@ class Store:
     return step
 
   def _load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-    args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+    args = {
+      name: ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+      for name, item in items.items()
+    }
     try:
       checksums.verify(self.directory / str(step), (*items, 'run'))
       for name, item in items.items():

@@ -8,6 +8,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import fmcv_jax
 from fmcv_jax.__main__ import main
@@ -15,7 +16,7 @@ from fmcv_jax.models.vit import vit
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import vit as names
 from fmcv_jax.pretrained.layout import write
-from fmcv_jax.pretrained.tensors import open_tensors, write_tensors
+from fmcv_jax.pretrained.tensors import Late, open_tensors, write_tensors
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +30,7 @@ def published():
     path_of(path): np.asarray(x + 0.1 * noise.normal(size=x.shape), np.float32)
     for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
   }
-  return write(names.timm(), flat, network)
+  return {name: np.asarray(x) for name, x in write(names.timm(), flat, network).items()}
 
 
 def run(*arguments):
@@ -65,6 +66,15 @@ def test_a_file_a_folder_of_shards_and_an_npz_come_back_bitwise(published, tmp_p
     assert set(back.shapes) == set(published)
     for name, x in published.items():
       np.testing.assert_array_equal(back[name], x, err_msg=name)
+
+
+def test_what_is_written_is_the_librarys_own_file_byte_for_byte(published, tmp_path):
+  tensors = published | {'scalar': np.float32(3), 'counts': np.arange(3), 'none': np.zeros((0, 2), np.float32)}
+  tensors['turned'] = Late(lambda: np.arange(6, dtype=np.float32).reshape(2, 3).T)
+  write_tensors(tmp_path / 'ours.safetensors', tensors)
+  contiguous = {name: np.asarray(x, order='C') for name, x in tensors.items()}
+  save_file(contiguous, tmp_path / 'theirs.safetensors', metadata={'format': 'pt'})
+  assert (tmp_path / 'ours.safetensors').read_bytes() == (tmp_path / 'theirs.safetensors').read_bytes()
 
 
 def test_an_imported_model_is_used_in_four_lines(published, tmp_path):
