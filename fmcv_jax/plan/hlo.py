@@ -72,19 +72,22 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 def _exchanges(text: str) -> Iterator[tuple[re.Match[str], int, bool]]:
   """(match of _COLLECTIVE, how often a step has it, whether a device keeps only its part of a sum) of all exchanges.
 
-  TPUs have some inside of fusions: next to what is computed meanwhile, and then in several, under one channel.
+  TPUs have some inside of fusions: a sum that is scattered in one, others next to what is computed meanwhile, and then
+  in several. Those of one exchange have their channel and chain in common; equal layers share channels, not chains.
   """
   computations, entry = _computations(text)
-  channels = set()
+  seen = set()
   for line, times in _runs(computations, entry, 1):
     if match := _COLLECTIVE.search(line):
       yield match, times, False
     elif called := re.search(r' fusion\(.*calls=%?([\w.\-]+)', line):
+      scattered = called[1].startswith('all-reduce-scatter')
       for inner in computations.get(called[1], ()):
-        channel = re.search(r'channel_id=\d+', inner)
-        if (match := _COLLECTIVE.search(inner)) and channel and channel[0] not in channels:
-          channels.add(channel[0])
-          yield match, times, called[1].startswith('all-reduce-scatter')
+        if match := _COLLECTIVE.search(inner):
+          exchange = called[1] if scattered else tuple(re.findall(r'channel_id=\d+|chain_id="\d+"', inner))
+          if exchange not in seen:
+            seen.add(exchange)
+            yield match, times, scattered
 
 
 def kernels(text: str) -> Iterator[tuple[str, tuple[tuple[int, ...], ...], int]]:

@@ -128,10 +128,15 @@ ENTRY %main (x: (s32[], f32[3,8], f32[3,8])) -> (s32[], f32[3,8], f32[3,8]) {
   assert hlo.bytes_accessed(text) == 3 * (taken + copied + put)
 
 
-def test_exchanges_inside_of_fusions_count_once_for_each_channel():
-  """As the TPU's compiler writes them, shortened: a gather that runs beside two fusions, and a sum that is split."""
+def test_exchanges_inside_of_fusions_count_once_for_each_channel_and_chain():
+  """As the TPU's compiler writes them, shortened: a gather that runs beside two fusions, the same of another layer, and a
+  sum that is split."""
   groups = 'replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true'
-  gather = f'  %g = bf16[384,1536]{{1,0}} all-gather(%p), channel_id=135, {groups}, dimensions={{0}}'
+  gather, other = (
+    f'  %g = bf16[384,1536]{{1,0}} all-gather(%p), channel_id=135, {groups}, dimensions={{0}}, '
+    f'frontend_attributes={{chain_id="{chain}"}}'
+    for chain in (7, 8)
+  )
   text = f"""%begin (p: bf16[96,1536]) -> bf16[384,1536] {{
 {gather}
 }}
@@ -139,6 +144,10 @@ def test_exchanges_inside_of_fusions_count_once_for_each_channel():
 %meanwhile (p: bf16[96,1536], x: f32[8]) -> f32[8] {{
 {gather}
   ROOT %y = f32[8]{{0}} add(%x, %x)
+}}
+
+%next (p: bf16[96,1536]) -> bf16[384,1536] {{
+{other}
 }}
 
 %all-reduce-scatter.7 (p: bf16[32,768]) -> bf16[8,768] {{
@@ -149,14 +158,15 @@ def test_exchanges_inside_of_fusions_count_once_for_each_channel():
 ENTRY %main (p: bf16[96,1536]) -> f32[8] {{
   %async-collective-start.4 = bf16[384,1536]{{1,0}} fusion(%p), kind=kCustom, calls=%begin
   %fusion.663 = f32[8]{{0}} fusion(%p, %x), kind=kOutput, calls=%meanwhile
+  %async-collective-start.5 = bf16[384,1536]{{1,0}} fusion(%p), kind=kCustom, calls=%next
   %fusion.9 = bf16[8,768]{{1,0}} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.7
 }}"""
   gathered, summed = hlo.collectives(text, MESH)
   assert (gathered.kind, gathered.axes, gathered.times, gathered.bytes) == (
     'all-gather',
     ('fsdp',),
-    1,
-    2 * 384 * 1536 * 3 / 4,
+    2,
+    2 * 2 * 384 * 1536 * 3 / 4,
   )
   assert (summed.kind, summed.axes, summed.times, summed.bytes) == (
     'reduce-scatter',
