@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from fmcv_jax.models.fused_attention import cudnn_attention, splash_attention
 from fmcv_jax.models.ring_attention import ring_attention
-from fmcv_jax.models.short_attention import short_attention
+from fmcv_jax.models.short_attention import fits, short_attention
 from fmcv_jax.parallel.rules import mesh_axes, platform
 
 Backend = Literal['auto', 'xla', 'short', 'splash', 'cudnn', 'ring']
 
-SHORT_TO = 1024  # tokens; of more a head's whole logits are too many for a TPU's vector memory
+# From here on the tiled kernel beats plain einsums on TPU, whose logits then cost more than its padding to whole tiles.
+SPLASH_FROM = 1024
 SHORT_FROM = 16  # queries; fewer leave a kernel's rows empty
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,6 @@ def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None
     return xla_attention(query, key, value, causal=causal, mask=mask)
   if mask is not None and not _of_keys(mask):
     raise ValueError(f'attention={backend!r} takes masks of shape [B, 1, 1, T], got {mask.shape}; use xla')
-  if backend == 'short' and key.shape[1] > SHORT_TO:
-    raise ValueError(f"attention='short' takes at most {SHORT_TO} tokens, got {key.shape[1]}; use splash")
   valid = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (query.shape[0], key.shape[1]))
   if backend != 'ring' and mesh_axes('tokens'):
     raise ValueError(f'attention={backend!r} needs all tokens on each device, but the mesh splits them; use ring')
@@ -63,13 +62,11 @@ def choose(query, key, mask) -> tuple[Backend, str]:
   if mesh_axes('tokens'):
     return 'ring', 'the mesh splits the tokens'
   if platform() == 'tpu':
-    if tokens > SHORT_TO:
-      return 'splash', f'TPU, more than {SHORT_TO} tokens'
-    if query.shape[1] < SHORT_FROM:
-      return 'xla', f'TPU, fewer than {SHORT_FROM} queries'
-    if query.dtype.itemsize != 2:
-      return 'xla', f'TPU, but {query.dtype} where the kernel is for 16 bits'
-    return 'short', f'TPU, at most {SHORT_TO} tokens'
+    if query.shape[1] >= SHORT_FROM and query.dtype.itemsize == 2 and fits(query.shape[1], tokens, *query.shape[2:]):
+      return 'short', "TPU, 16 bits, and few enough tokens for a head's whole logits"
+    if tokens >= SPLASH_FROM:
+      return 'splash', f'TPU, {SPLASH_FROM} tokens or more'
+    return 'xla', f'TPU, but too few queries, or {query.dtype}, or heads of {dim} for a kernel'
   if platform() in ('gpu', 'cuda'):
     if query.dtype.itemsize != 2:
       return 'xla', f'GPU, but {query.dtype} where cuDNN wants 16 bits'

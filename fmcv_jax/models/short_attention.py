@@ -23,17 +23,28 @@ from fmcv_jax.parallel.rules import platform
 # What one step of the kernel takes at most: blocks, twice, since the next ones are fetched while these are computed;
 # and logits, since each is laid out in the program, whose length is what it takes to compile.
 BLOCK_BYTES, BLOCK_LOGITS = 24 * 2**20, 2**20
+MOST_TOKENS, MOST_LOGITS = 1024, 6 * 2**20  # what vector memory holds, and what compiles in half a minute
 VMEM_BYTES = 64 * 2**20  # of a chip's vector memory that the compiler may give it
 _MASKED = -1e30  # finite: a query that may look nowhere gets the mean of all values
 
 _NN, _NT, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 0), (1, 1), (0, 0)))
 
 
+def fits(queries: int, tokens: int, heads: int, dim: int) -> bool:
+  """Whether the kernel is for so many: heads that share registers have to be in one block."""
+  return tokens <= MOST_TOKENS and min(heads, math.lcm(dim, LANES) // dim) * queries * tokens <= MOST_LOGITS
+
+
 def short_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
 
-  Logits and softmax are float32. On other platforms than TPU the kernel is interpreted, which is slow.
+  Logits and softmax are float32. On other platforms than TPU the kernel is interpreted, which is slow. ValueError for
+  more than `fits`.
   """
+  if not fits(query.shape[1], key.shape[1], *query.shape[2:]):
+    raise ValueError(
+      f'{key.shape[1]} tokens and heads of {query.shape[-1]} are too many logits for one block; use splash'
+    )
 
   def local(query, key, value, valid):
     bias = None if valid is None else jnp.where(valid, 0.0, _MASKED).astype(jnp.float32)

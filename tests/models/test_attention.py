@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from fmcv_jax.models import ring_attention
-from fmcv_jax.models.attention import SHORT_TO, attention, choose
+from fmcv_jax.models.attention import attention, choose
 from fmcv_jax.models.layers import Attention, BlockConfig
+from fmcv_jax.models.short_attention import fits
 from fmcv_jax.models.vit import vit
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
@@ -86,8 +87,8 @@ def test_outputs_and_gradients_equal_those_of_jax(backend, mesh, mask, causal, m
 @pytest.mark.parametrize(('backend', 'mesh'), [('short', 'one'), ('splash', 'one'), ('ring', 'tokens')])
 def test_real_token_counts_and_head_dimensions(backend, mesh, tokens, dim):
   args = inputs(shape=(1, tokens, 1, dim))
-  if backend == 'short' and tokens > SHORT_TO:
-    with pytest.raises(ValueError, match="attention='short' takes at most 1024 tokens, got 4096; use splash"):
+  if backend == 'short' and not fits(tokens, tokens, 1, dim):
+    with pytest.raises(ValueError, match=f'{tokens} tokens and heads of {dim} are too many for one block'):
       in_mesh(lambda *args: attention(*args, backend=backend), mesh)(*args)
     return
   y = in_mesh(lambda *args: attention(*args, backend=backend), mesh)(*args)
@@ -171,6 +172,9 @@ def test_auto_chooses_by_platform_mesh_and_shapes():
   ('platform', 'tokens', 'dtype', 'dim', 'backend'),
   [
     ('tpu', 1025, 'bfloat16', 64, 'splash'),
+    ('tpu', 1024, 'bfloat16', 72, 'splash'),
+    ('tpu', 576, 'bfloat16', 72, 'short'),
+    ('tpu', 729, 'bfloat16', 72, 'xla'),
     ('tpu', 1024, 'bfloat16', 64, 'short'),
     ('tpu', 256, 'bfloat16', 64, 'short'),
     ('tpu', 256, 'float32', 64, 'xla'),
@@ -182,7 +186,7 @@ def test_auto_chooses_by_platform_mesh_and_shapes():
 )
 def test_auto_on_accelerators(monkeypatch, platform, tokens, dtype, dim, backend):
   monkeypatch.setattr('fmcv_jax.models.attention.platform', lambda: platform)
-  x = jax.ShapeDtypeStruct((1, tokens, 1, dim), dtype)
+  x = jax.ShapeDtypeStruct((1, tokens, 16, dim), dtype)
   assert choose(x, x, None)[0] == backend
 
 
