@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fmcv_jax.errors import UserError
+from fmcv_jax.models.unet import SIZES
 from fmcv_jax.pretrained.for_diffusers import PREDICTIONS
 from fmcv_jax.pretrained.for_transformers import ACTIVATIONS
 
@@ -42,6 +43,23 @@ def fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
   for field in ('mean', 'std') if 'normalize' in config['objective'] else ():
     if value := next((given[field] for given in seen if given.get(field)), None):
       found.append(f'objective.normalize.{field}={tuple(value)}')
+  found += _of_diffusion(folder, config['objective'])
+  return found
+
+
+def _of_diffusion(folder: Path, objective: Mapping[str, Any]) -> list[str]:
+  """Sides of pictures and latents, the scale of latents, what is predicted: of a pipeline, or of a network alone."""
+  found: list[str] = []
+  network, coder = objective['network'], objective.get('autoencoder')
+  side = (_json(folder / 'unet' / 'config.json') or _json(folder / 'config.json')).get('sample_size')
+  if isinstance(side, int) and network['name'] == 'unet' and coder is not None:
+    factor = coder['image_size'] // SIZES[network['variant']].image_size
+    found += [f'objective.network.image_size={side}', f'objective.autoencoder.image_size={side * factor}']
+  elif isinstance(side, int) and network['name'] == 'autoencoder':
+    found.append(f'objective.network.image_size={side}')
+  scale = _json(folder / 'vae' / 'config.json').get('scaling_factor')
+  if scale and 'latent_scale' in objective:
+    found.append(f'objective.latent_scale={scale}')
   prediction = _json(folder / 'scheduler' / 'scheduler_config.json').get('prediction_type')
   named = {theirs: ours for ours, theirs in PREDICTIONS.items()}
   if prediction in named:

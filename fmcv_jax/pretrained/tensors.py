@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -241,6 +242,10 @@ class _Torch(Tensors):
     try:
       loaded = torch.load(file, map_location='cpu', weights_only=True, mmap=is_mapped)
     except Exception as error:  # torch raises of every kind: pickle, zip, runtime, EOF, OS
+      if code := re.search(r'GLOBAL (\S+)', str(error)):
+        raise UserError(
+          f'{file}: holds more than tensors, which only running {code[1]} could read; save its state_dict instead'
+        ) from error
       raise UserError(f'{file}: is no whole file of plain tensors ({_line(error)})') from error
     self._tensors = {name: x for name, x in unwrapped(loaded).items() if isinstance(x, torch.Tensor)}
     if not self._tensors:

@@ -90,7 +90,7 @@ def sd_parts(folder, family, channels=4):
   import transformers
 
   unet = diffusers.UNet2DConditionModel(**unet_config(family, channels))
-  coder = diffusers.AutoencoderKL(**CODER)
+  coder = diffusers.AutoencoderKL(**CODER, scaling_factor=0.2)
   activation = {'sd1': 'quick_gelu', 'sd2': 'gelu'}[family]
   tokens = {'vocab_size': 49_408, 'max_position_embeddings': 77, 'eos_token_id': 49_407, 'bos_token_id': 49_406}
   small = {'hidden_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 1, 'intermediate_size': 128}

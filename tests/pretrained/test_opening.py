@@ -195,7 +195,7 @@ def test_diffusers_opens_a_pipeline_and_paints(tmp_path, name, channels):
   assert type(pipeline).__name__ == ('StableDiffusionPipeline' if channels == 4 else 'StableDiffusionInpaintPipeline')
   for key, x in unet.state_dict().items():
     torch.testing.assert_close(pipeline.unet.state_dict()[key], x, rtol=0, atol=0)
-  assert pipeline.vae.config.scaling_factor == 0.18215
+  assert pipeline.vae.config.scaling_factor == 0.2
   assert pipeline.scheduler.config.prediction_type == 'epsilon'
   pipeline.set_progress_bar_config(disable=True)
   more = {}

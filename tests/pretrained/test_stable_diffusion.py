@@ -25,11 +25,13 @@ FAMILIES = [pytest.param('sd1', marks=pytest.mark.slow), 'sd2']
 @pytest.mark.parametrize('family', FAMILIES)
 def test_stable_diffusion(tmp_path, family):
   unet, _, tower = sd_parts(tmp_path / 'theirs', family)
-  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), family, SIZES)
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), family)
+  objective = run.experiment.objective  # of the sides and the scale that the folder tells
+  assert (objective.network.image_size, objective.autoencoder.image_size, objective.latent_scale) == (8, 16, 0.2)
   subject, _ = run.restored_subject()
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
   prompts, time = ['a red apple', ''], np.array([7, 900])
-  generator = run.experiment.objective.generator(subject.params, subject.extra)
+  generator = objective.generator(subject.params, subject.extra)
   batch = {'tokens': subject.tokenizer(prompts)}
   ours = jax.jit(generator.denoise)(jnp.asarray(x), jnp.asarray(time), generator.condition(batch))
   ends = np.where(batch['tokens'] == 0, 49_407 if family == 'sd1' else 0, batch['tokens'])
