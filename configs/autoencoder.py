@@ -17,7 +17,7 @@ def get_config(variant='kl-f8'):
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='autoencoding',
-    network=dict(name='autoencoder', variant=variant, image_size=size, dtype='bfloat16'),
+    network=dict(name='autoencoder', variant=variant, image_size=size, dtype='bfloat16', remat='dots'),
     kl=1e-6,
     adversarial=0.5,
     adversarial_start=50_000,

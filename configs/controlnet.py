@@ -26,7 +26,7 @@ def get_config():
     'params/control/encoder': dict(workdir=base, part='params/network/encoder'),
   }
   c.optimizer.schedule = dict(name='cosine', peak=1e-5, end=1e-5, warmup_steps=500)
-  c.train = dict(steps=50_000, batch=256, ema=0.999)
+  c.train = dict(steps=50_000, batch=256, microbatches=4, ema=0.999)
   c.mesh = dict(data=1, fsdp=-1)
   c.topology = 'v5e:4x4'
   return c

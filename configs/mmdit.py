@@ -28,7 +28,7 @@ def get_config(size='256'):
     image_size=size // 8,
     positions=(64, 192),
     dtype='bfloat16',
-    remat='full',
+    remat='dots',
   )
   c.objective.process = dict(schedule='flow', prediction='flow', shift=1.0 if size == 256 else 2.0)
   c.objective.times = 'logit_normal'

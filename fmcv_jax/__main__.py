@@ -157,6 +157,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     'steps': args.steps,
     'guidance': args.guidance,
     'seed': args.seed,
+    'batch': args.batch,
     'solver': args.solver,
     'spacing': args.spacing,
     'interval': args.interval and tuple(args.interval),
@@ -234,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
     sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt; 1: as trained (default: 4)')
     sub.add_argument('--seed', type=int, default=0)
+    sub.add_argument('--batch', type=int, default=64, help='pictures at once, on all devices together (default: 64)')
     sub.add_argument('--solver', default='dpm++', help='ddim, ddpm, euler, heun, dpm++, unipc, ... (default: dpm++)')
     sub.add_argument('--spacing', default='trailing', choices=['trailing', 'leading', 'uniform', 'quadratic', 'karras'])
     sub.add_argument('--interval', type=float, nargs=2, metavar='TIME', help='guide only from and to these times')

@@ -37,6 +37,7 @@ class Painter:
   told       what it has to be told: texts ('tokens'), classes ('label'), or nothing
   steered    whether it has a ControlNet, and so needs pictures to follow
   size       sides of its pictures, in pixels
+  batch      pictures that are painted at once, on all devices together; more are painted piece by piece
   overrides  of its config, such as 'mesh.data=1', 'mesh.fsdp=-1' for a model that no one device holds
   """
 
@@ -48,6 +49,8 @@ class Painter:
     batch: int = 64,
     overrides: Sequence[str] = (),
   ):
+    if batch < 1:
+      raise UserError(f'--batch: {batch} pictures at once; give at least 1')
     self.workdir, self._run = workdir, Run.reopen(workdir, overrides)
     self._objective = self._run.experiment.objective
     abstract = self._run.abstract_state
@@ -316,6 +319,7 @@ def run(
   output: str | pathlib.Path = 'generated',
   *,
   step: int | None = None,
+  batch: int = 64,
   overrides: Sequence[str] = (),
   count: int = 4,
   seed: int = 0,
@@ -351,7 +355,7 @@ def run(
   for file in (image, control):
     if file and not pathlib.Path(file).is_file():
       raise UserError(f'{file}: no such image file')
-  console, painter = Console(quiet=not is_main()), Painter(model, step=step, overrides=overrides)
+  console, painter = Console(quiet=not is_main()), Painter(model, step=step, batch=batch, overrides=overrides)
   if bool(painter.told) != bool(prompts):
     raise UserError('give at least one prompt' if painter.told else f'{model}: is told nothing; give it no prompt')
   prompts = prompts or ['']

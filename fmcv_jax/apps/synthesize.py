@@ -22,6 +22,7 @@ def run(
   per_prompt: int,
   prompts: str | None = None,
   step: int | None = None,
+  batch: int = 64,
   overrides: Sequence[str] = (),
   shard_size: int = 1024,
   seed: int = 0,
@@ -34,7 +35,7 @@ def run(
   """
   if per_prompt < 1:
     raise UserError(f'-n: {per_prompt} pictures of each prompt; give at least 1')
-  console, painter = Console(quiet=not is_main()), Painter(model, step=step, overrides=overrides)
+  console, painter = Console(quiet=not is_main()), Painter(model, step=step, batch=batch, overrides=overrides)
   names = painter.source.names if prompts is None else _lines(prompts)
   if not names:
     raise UserError(f'{model}: its data has no names to paint; give a file of --prompts')

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import nearest
-from fmcv_jax.models.layers import Dtype, dense
+from fmcv_jax.models.layers import Dtype, Remat, dense, rematerialized
 from fmcv_jax.models.spatial import Downsample, ResidualBlock, SpatialAttention, Upsample, conv, group_norm, groups_of
 from fmcv_jax.parallel.rules import constrain
 
@@ -35,13 +35,15 @@ class Middle(nn.Module):
 
   attention: bool
   dtype: str
+  remat: Remat
 
   @nn.compact
   def __call__(self, x):
-    x = ResidualBlock(x.shape[-1], dtype=self.dtype, name='block0')(x)
+    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
+    x = block(x.shape[-1], dtype=self.dtype, name='block0')(x)
     if self.attention:
-      x = SpatialAttention(dtype=self.dtype, name='attention0')(x)
-    return ResidualBlock(x.shape[-1], dtype=self.dtype, name='block1')(x)
+      x = attention(dtype=self.dtype, name='attention0')(x)
+    return block(x.shape[-1], dtype=self.dtype, name='block1')(x)
 
 
 class Encoder(nn.Module):
@@ -53,18 +55,20 @@ class Encoder(nn.Module):
   middle_attention: bool
   outputs: int
   dtype: str
+  remat: Remat
 
   @nn.compact
   def __call__(self, x):
+    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = conv(self.channels[0], self.dtype, 'conv_in')(x)
     for level, features in enumerate(self.channels):
       for layer in range(self.layers):
-        x = ResidualBlock(features, dtype=self.dtype, name=f'level{level}_block{layer}')(x)
+        x = block(features, dtype=self.dtype, name=f'level{level}_block{layer}')(x)
         if self.attention[level]:
-          x = SpatialAttention(dtype=self.dtype, name=f'level{level}_attention{layer}')(x)
+          x = attention(dtype=self.dtype, name=f'level{level}_attention{layer}')(x)
       if level < len(self.channels) - 1:
         x = Downsample(dtype=self.dtype, name=f'level{level}_down')(x)
-    x = Middle(self.middle_attention, self.dtype, name='middle')(x)
+    x = Middle(self.middle_attention, self.dtype, self.remat, name='middle')(x)
     x = jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm')(x))
     return conv(self.outputs, self.dtype, 'conv_out')(x)
 
@@ -78,16 +82,18 @@ class Decoder(nn.Module):
   attention: tuple[bool, ...]
   middle_attention: bool
   dtype: str
+  remat: Remat
 
   @nn.compact
   def __call__(self, z):
+    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = conv(self.channels[-1], self.dtype, 'conv_in')(z)
-    x = Middle(self.middle_attention, self.dtype, name='middle')(x)
+    x = Middle(self.middle_attention, self.dtype, self.remat, name='middle')(x)
     for level in reversed(range(len(self.channels))):
       for layer in range(self.layers + 1):
-        x = ResidualBlock(self.channels[level], dtype=self.dtype, name=f'level{level}_block{layer}')(x)
+        x = block(self.channels[level], dtype=self.dtype, name=f'level{level}_block{layer}')(x)
         if self.attention[level]:
-          x = SpatialAttention(dtype=self.dtype, name=f'level{level}_attention{layer}')(x)
+          x = attention(dtype=self.dtype, name=f'level{level}_attention{layer}')(x)
       if level:
         x = Upsample(dtype=self.dtype, name=f'level{level}_up')(x)
     return jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm')(x))
@@ -108,11 +114,12 @@ class Autoencoder(nn.Module):
   quantize: bool = True
   image_size: int = 256
   dtype: str = 'float32'
+  remat: Remat = 'none'
 
   def setup(self):
     shape = (self.channels, self.layers, self.attention, self.middle_attention)
-    self.encoder = Encoder(*shape, 2 * self.latent, self.dtype)
-    self.decoder = Decoder(*shape, self.dtype)
+    self.encoder = Encoder(*shape, 2 * self.latent, self.dtype, self.remat)
+    self.decoder = Decoder(*shape, self.dtype, self.remat)
     self.conv_out = conv(3, self.dtype, 'conv_out')
     if self.quantize:
       self.into_latent = dense(2 * self.latent, self.dtype, 'quantize')
@@ -169,6 +176,7 @@ def autoencoder(
   latent: int | None = None,
   middle_attention: bool = True,
   dtype: Dtype = 'float32',
+  remat: Remat = 'none',
 ) -> Autoencoder:
   """A named autoencoder; channels, layers and latent override the variant's."""
   if variant not in SIZES:
@@ -188,4 +196,5 @@ def autoencoder(
     quantize=quantize,
     image_size=image_size,
     dtype=dtype,
+    remat=remat,
   )

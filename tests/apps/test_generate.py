@@ -203,6 +203,7 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
     (['--interval', '800', '200'], '--interval: 800.0 to 200.0'),
     (['--rescale', '2'], '--rescale: 2.0 is not from 0 to 1'),
     (['--negative', 'blue', '--guidance', '1'], '--negative: needs'),
+    (['--batch', '0'], '--batch: 0 pictures at once; give at least 1'),
     (['--guidance', 'nan'], '--guidance and --control-scale: nan and 1.0 have to be finite'),
     (['--strength', '0.5'], '--strength: is for an --image that is painted over as a whole'),
     (['--image', 'IMAGE', '--expand', '0.2', '--strength', '0.5'], '--strength: is for an --image'),

@@ -118,6 +118,7 @@ def test_controlnet_of_stable_diffusion():
   inputs = abstract(1, 64, 64, 4), abstract(1), told
   variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
   assert count(variables) == 361_279_120
+  assert_gmac('141.646', network.apply, variables, *inputs)
   assert count(variables['params']['hint']) == 1_086_480
   assert_gmac('141.646', network.apply, variables, *inputs)
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmcv_jax.models.autoencoder import autoencoder
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.layers import Block, BlockConfig, Mlp, Stack, dense
 from fmcv_jax.models.mmdit import mmdit
@@ -69,7 +70,7 @@ def test_unroll_and_remat_change_no_parameter(x):
   assert not np.allclose(kernels[0], kernels[1])  # each block is born different
 
 
-LATENT, TEXT = np.zeros((1, 8, 8, 4), np.float32), np.zeros((1, 3, 16), np.float32)
+IMAGES, LATENT, TEXT = (np.zeros(shape, np.float32) for shape in ((1, 16, 16, 3), (1, 8, 8, 4), (1, 3, 16)))
 
 
 @pytest.mark.parametrize(
@@ -81,17 +82,19 @@ LATENT, TEXT = np.zeros((1, 8, 8, 4), np.float32), np.zeros((1, 3, 16), np.float
       lambda remat: mmdit('mu/2', channels=4, depth=2, remat=remat),
       (LATENT, np.zeros(1), Condition(text=TEXT, pooled=TEXT[:, 0])),
     ),
+    (lambda remat: autoencoder(channels=(8, 16), layers=3, image_size=16, remat=remat), (IMAGES,)),
   ],
-  ids=['unrolled', 'unet', 'mmdit'],
+  ids=['unrolled', 'unet', 'mmdit', 'autoencoder'],
 )
 def test_the_compiler_does_not_undo_remat_where_no_scan_keeps_the_passes_apart(network, inputs):
   def flops(remat):
     module = network(remat)
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
-    gradient = jax.grad(lambda variables: jnp.sum(module.apply(variables, *inputs) ** 2))
+    variables = jax.eval_shape(lambda: network('none').init(jax.random.key(0), *inputs))
+    gradient = jax.grad(lambda variables: jnp.sum(jax.tree.leaves(module.apply(variables, *inputs))[0] ** 2))
     return jax.jit(gradient).lower(variables).compile().cost_analysis()['flops']
 
-  assert flops('full') > 1.2 * flops('none')  # a forward pass more is a third
+  # A forward pass more is a third, but for products that no gradient asks for, such as the last of a residual block.
+  assert flops('full') > 1.1 * flops('none')
 
 
 def test_remat_of_dots_computes_no_convolution_and_no_product_with_weights_again():
