@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax import experiment, training
+from fmcv_jax.data.augment import ThreeAugment
 from fmcv_jax.models.dino import dino
 from fmcv_jax.models.dual_encoder import DualEncoder
 from fmcv_jax.models.efficientnet import EfficientNet, Row
@@ -14,6 +15,7 @@ from fmcv_jax.models.segmenter import segmenter
 from fmcv_jax.models.swin import swin
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
+from fmcv_jax.objectives.adapted import Adapted, Lora
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.distillation import Distillation
@@ -31,7 +33,30 @@ FAMILIES = {
   'dino': lambda: SelfDistillation(
     dino(VIT(), prototypes=16, hidden=16, bottleneck=8), local_views=1, local_size=8, momentum_steps=4
   ),
+  'dinov2': lambda: SelfDistillation(
+    dino(
+      VIT(mask_token=True, registers=1, gated=True, activation='silu', layer_scale=0.1),
+      prototypes=16,
+      hidden=16,
+      bottleneck=8,
+      lengths=True,
+    ),
+    local_views=1,
+    local_size=8,
+    momentum_steps=4,
+    targets='sinkhorn',
+    patch_weight=1.0,
+    koleo_weight=0.1,
+  ),
   'deit': lambda: classification(VIT(outputs=10, distilled=True), distillation=Distillation(VIT(outputs=10))),
+  'deit iii': lambda: classification(
+    VIT(outputs=10, place_class_token=False, layer_scale=0.1, drop_path=0.2, drop_path_rise=False),
+    loss_name='sigmoid',
+    mixup=0.8,
+    cutmix=1.0,
+    augment=(ThreeAugment(),),
+  ),
+  'lora': lambda: Adapted(classification(VIT(outputs=10)), trained=('head/.*',), lora=Lora(rank=2)),
   'swin': lambda: classification(swin('mu', image_size=16, patch=2, window=4, outputs=10)),
   'align': lambda: Contrastive(
     DualEncoder(
@@ -57,6 +82,7 @@ def test_losses_are_those_of_one_device_however_the_model_is_split(family):
 
 NETWORKS = {
   'deit': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'outputs': 3, 'distilled': True},
+  'deit iii': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'outputs': 3, 'layer_scale': 1e-4},
   'swin': {'name': 'swin', 'variant': 'mu', 'image_size': 16, 'patch': 2, 'window': 4, 'outputs': 3, 'drop_path': 0.2},
   'efficientnet': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'outputs': 3, 'dropout': 0.2},
 }
@@ -72,6 +98,9 @@ def config_of(family, folder):
   if family == 'deit':
     teacher = {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'outputs': 3}
     objective['distillation'] = {'teacher': teacher}
+  if family == 'deit iii':
+    objective |= {'loss_name': 'sigmoid', 'cutmix': 1.0, 'augment': ({'name': 'three_augment'},)}
+    config = {**config, 'optimizer': {**config['optimizer'], 'rule': {'name': 'lamb'}}}
   return experiment.resolve({**config, 'objective': objective, 'train': {**config['train'], 'steps': 4}})
 
 

@@ -156,13 +156,30 @@ def test_dinov2_with_registers(gated):
   check_tower(reference, network, lambda y: y.last_hidden_state, unused={'embeddings.mask_token'})
 
 
-def test_swin_whose_windows_and_merges_do_not_fit_the_image():
+def swin_and_its_reference():
   config = transformers.SwinConfig(
     image_size=32, patch_size=4, embed_dim=24, depths=[2, 4], num_heads=[2, 4], window_size=3, num_labels=7
   )
   network = swin('mu', image_size=32, window=3, width=24, depths=(2, 4), heads=(2, 4), outputs=7)
-  reference = randomized(transformers.SwinForImageClassification(config))
-  check_tower(reference, network, lambda y: y.logits, images=IMAGES[:, :28])  # 7 x 8, then 4 x 4 tokens
+  images = IMAGES[:, :28]  # 7 x 8, then 4 x 4 tokens
+  return network, randomized(transformers.SwinForImageClassification(config)), images
+
+
+def test_swin_whose_windows_and_merges_do_not_fit_the_image():
+  network, reference, images = swin_and_its_reference()
+  check_tower(reference, network, lambda y: y.logits, images=images)
+
+
+def test_the_pyramid_of_a_swin_is_what_its_stages_give_before_they_are_merged():
+  network, reference, images = swin_and_its_reference()
+  params, _ = parameters_of(reference, network, images)
+  asked = {'output_hidden_states': True, 'output_hidden_states_before_downsampling': True}
+  _, *theirs = reference.swin(to_torch(images), **asked).reshaped_hidden_states
+  ours = jax.jit(lambda params: network.apply({'params': params}, images, method='pyramid'))(params)
+  assert [level.grid for level in ours] == [(7, 8), (4, 4)]
+  for level, reshaped in zip(ours, theirs, strict=True):
+    expected = reshaped.detach().permute(0, 2, 3, 1)
+    np.testing.assert_allclose(level.map(), expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
 def check_pair(reference, network, loss_name):
