@@ -61,7 +61,11 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   if sources:
     state = begin_with(state, sources, trained_tree)
   state = jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, state)
-  _write(run, state, {'file': str(file), 'family': match.name})
+  try:
+    _write(run, state, {'file': str(file), 'family': match.name})
+  except UserError:
+    run.workdir.rmtree(missing_ok=True)  # it was new or empty: the same command can come again
+    raise
   count = sum(math.prod(shape) for shape in match.shapes.values())
   console.print(f'{count / 1e6:.1f} M parameters of {match.name!r} in {to}', highlight=False, soft_wrap=True)
   return run

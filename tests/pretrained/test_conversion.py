@@ -1,5 +1,6 @@
 """Import and export without the reference libraries: kinds of files, what is refused, and use."""
 
+import errno
 import io
 import json
 import re
@@ -17,6 +18,8 @@ from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import vit as names
 from fmcv_jax.pretrained.layout import write
 from fmcv_jax.pretrained.tensors import Late, open_tensors, write_tensors
+from fmcv_jax.train import checksums
+from fmcv_jax.train.checkpoint import Store
 
 
 @pytest.fixture(scope='module')
@@ -75,6 +78,18 @@ def test_what_is_written_is_the_librarys_own_file_byte_for_byte(published, tmp_p
   contiguous = {name: np.asarray(x, order='C') for name, x in tensors.items()}
   save_file(contiguous, tmp_path / 'theirs.safetensors', metadata={'format': 'pt'})
   assert (tmp_path / 'ours.safetensors').read_bytes() == (tmp_path / 'theirs.safetensors').read_bytes()
+
+
+def test_each_array_goes_to_its_place_on_the_mesh(published, tmp_path, monkeypatch):
+  saved = []
+  monkeypatch.setattr(Store, 'save', lambda store, state, *rest: saved.append(state))
+  write_tensors(tmp_path / 'x.safetensors', published)
+  mesh = ['--config.mesh.data=1', '--config.mesh.fsdp=-1']
+  assert run('import', tmp_path / 'x.safetensors', '--as', 'dinov2', '--to', tmp_path / 'run', *mesh) == 0
+  kernel = saved[0].params['blocks']['mlp']['up']['kernel']
+  assert kernel.shape == (2, 64, 96)
+  assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 96)}
+  np.testing.assert_array_equal(kernel[1], published['blocks.1.mlp.fc1.weight'].T)
 
 
 def test_an_imported_model_is_used_in_four_lines(published, tmp_path):
@@ -179,6 +194,21 @@ def test_places_that_cannot_be_written_are_one_line(published, tmp_path, capsys)
     assert message in one_line(capsys)
   assert run('export', tmp_path / 'run', '--format', 'onnx', '--to', tmp_path / 'x') == 2
   assert 'known: official, timm, transformers' in one_line(capsys)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_in_the_way(published, tmp_path, capsys, monkeypatch):
+  write_tensors(tmp_path / 'x.safetensors', published)
+  command = 'import', tmp_path / 'x.safetensors', '--as', 'dinov2', '--to', tmp_path / 'run'
+  with monkeypatch.context() as full:
+
+    def write(folder):
+      raise OSError(errno.ENOSPC, 'No space left on device')
+
+    full.setattr(checksums, 'write', write)
+    assert run(*command) == 2
+  assert 'No space left on device' in one_line(capsys)
+  assert not (tmp_path / 'run').exists()
+  assert run(*command) == 0
 
 
 def test_a_zip_bomb_is_one_line(tmp_path, capsys):
