@@ -41,10 +41,9 @@ def short_attention(query, key, value, valid=None, *, causal: bool = False) -> j
   Logits and softmax are float32. On other platforms than TPU the kernel is interpreted, which is slow. ValueError for
   more than `fits`.
   """
-  if not fits(query.shape[1], key.shape[1], *query.shape[2:]):
-    raise ValueError(
-      f'{key.shape[1]} tokens and heads of {query.shape[-1]} are too many logits for one block; use splash'
-    )
+  tokens, dim = key.shape[1], query.shape[-1]
+  if not fits(query.shape[1], tokens, *query.shape[2:]):
+    raise ValueError(f"attention='short': {tokens} tokens and heads of {dim} are too many for one block; use splash")
 
   def local(query, key, value, valid):
     bias = None if valid is None else jnp.where(valid, 0.0, _MASKED).astype(jnp.float32)
