@@ -106,7 +106,7 @@ _CLIP = (('open_clip', pairs.open_clip()), ('transformers', pairs.transformers_c
 FAMILIES: dict[str, Family] = {
   'deit': Family((*_TIMM, *_transformers('deit.')), _encoder(IMAGENET, 0.875)),
   'vit': Family((*_TIMM, *_transformers('vit.', ''), *_GOOGLE), _encoder(HALF, 0.9)),
-  'dino': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET, 0.875)),
+  'dino': Family((*_TIMM, *_transformers('', 'vit.')), _encoder(IMAGENET, 0.875)),
   'mae': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET, 0.875)),
   'mae_pretrain': Family(
     (('timm', vit.mae()), ('transformers', vit.mae(hub=True)), ('transformers', vit.mae(hub=False))), _masked

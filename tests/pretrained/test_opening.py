@@ -57,6 +57,9 @@ def test_transformers_opens_a_folder_by_from_pretrained(tmp_path, name):
   again, loading = type(model).from_pretrained(tmp_path / 'out', output_loading_info=True, **more)
   assert not any(loading[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), loading
   assert json.loads((tmp_path / 'out' / 'config.json').read_text())['architectures'] == [type(model).__name__]
+  assert set(load_file(tmp_path / 'out' / 'model.safetensors')) == set(
+    load_file(tmp_path / 'theirs' / 'model.safetensors')
+  )
   with torch.no_grad():
     first, second = (network.eval()(**inputs(model)) for network in (model, again))
   for one, other in zip(first.to_tuple(), second.to_tuple(), strict=True):
