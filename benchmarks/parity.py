@@ -34,13 +34,14 @@ from fmcv_jax.apps.model import dtypes_of
 from fmcv_jax.experiment import Run
 from fmcv_jax.models.conditioning import Condition
 from fmcv_jax.models.controlnet import controlnet
+from fmcv_jax.models.layers import Dense
 from fmcv_jax.models.positions import sincos_2d
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained.tensors import open_tensors
 
 RNG = np.random.default_rng(0)
 COPIES = re.compile(r'(?<=transformer_blocks\.)\d+(?=\.norm1\.emb)')  # of one thing in DiT, which stay equal
-LAYERS = (nn.Dense, nn.Conv, nn.LayerNorm, nn.GroupNorm)
+LAYERS = (Dense, nn.Conv, nn.LayerNorm, nn.GroupNorm)
 
 # A network of ours applied to inputs: (network, its parameters, inputs..., options of `apply`) -> what it says.
 Apply = Callable[..., Any]
