@@ -32,7 +32,8 @@ FLOW = Process('flow', 'flow')
 CODER = autoencoder(channels=(8, 8), layers=1, latent=4, image_size=16, middle_attention=False)
 TEXT = text_transformer(64, 8, 16, 1, 2, causal=False, attend_padding=False, outputs=16)
 LATENT = functools.partial(Diffusion, autoencoder=CODER, latent_scale=0.5)
-UNET = functools.partial(unet, 'mu', channels=4, image_size=8, layers=1)
+# One level, with words; 'pixels by a unet' has two.
+UNET = functools.partial(unet, 'mu', channels=4, image_size=8, layers=1, widths=(16,), depths=(1,))
 FAMILIES = {
   'autoencoder': lambda: Autoencoding(
     CODER, discriminator_width=8, discriminator_layers=1, perceptual=0.1, features=vit('mu/8', image_size=16)
