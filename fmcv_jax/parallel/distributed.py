@@ -9,6 +9,8 @@ from fmcv_jax.parallel.emulation import emulation
 
 # A lost process is noticed after this long (jax's default of 100 s leaves a pod idle for minutes).
 HEARTBEAT_SECONDS = 20
+# One that ends by an error waits so long for the others, which may wait for it (jax: 300 s); so does one that is done.
+SHUTDOWN_SECONDS = 60
 
 
 def emulate(devices: int) -> None:
@@ -25,13 +27,16 @@ def initialize() -> None:
   """
   processes = os.environ.get('FMCV_PROCESSES', '1')
   if processes == 'auto':
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    jax.distributed.initialize(
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+    )
   elif int(processes) > 1:
     jax.distributed.initialize(
       coordinator_address=os.environ['FMCV_COORDINATOR'],
       num_processes=int(processes),
       process_id=int(os.environ['FMCV_PROCESS']),
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
 
 
