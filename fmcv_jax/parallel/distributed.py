@@ -27,9 +27,7 @@ def initialize() -> None:
   """
   processes = os.environ.get('FMCV_PROCESSES', '1')
   if processes == 'auto':
-    jax.distributed.initialize(
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
-    )
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
   elif int(processes) > 1:
     jax.distributed.initialize(
       coordinator_address=os.environ['FMCV_COORDINATOR'],
