@@ -1,10 +1,11 @@
 """The one door: `python -m fmcv_jax <command>`, or `fmcv <command>`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fmcv_jax.errors import UserError
@@ -315,6 +316,22 @@ def _keep_compiled() -> None:
     jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'compiled'))
 
 
+@contextlib.contextmanager
+def _without_echoes() -> Iterator[None]:
+  """Once a write has failed, threads of tensorstore find the event loop of the others closed, and each says so."""
+  usual = sys.unraisablehook
+
+  def hook(told):
+    if told.exc_type is not RuntimeError or str(told.exc_value) != 'Event loop is closed':
+      usual(told)
+
+  sys.unraisablehook = hook
+  try:
+    yield
+  finally:
+    sys.unraisablehook = usual
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status: 0 done, 2 a user's error, 75 stopped and saved."""
   args, rest = parser().parse_known_args(argv)
@@ -335,18 +352,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger(library).setLevel(logging.CRITICAL)
   from fmcv_jax.train.loop import Preempted
 
-  try:
-    distributed.initialize()
-    args.function(args, overrides)
-  except UserError as error:
-    print(f'fmcv {args.command}: {error}', file=sys.stderr)
-    return EXIT_USER_ERROR
-  except Preempted as notice:
-    print(f'fmcv {args.command}: {notice}', file=sys.stderr)
-    return EXIT_PREEMPTED
-  except KeyboardInterrupt:
-    print(f'fmcv {args.command}: interrupted', file=sys.stderr)
-    return 130
+  with _without_echoes():
+    try:
+      distributed.initialize()
+      args.function(args, overrides)
+    except UserError as error:
+      print(f'fmcv {args.command}: {error}', file=sys.stderr)
+      return EXIT_USER_ERROR
+    except Preempted as notice:
+      print(f'fmcv {args.command}: {notice}', file=sys.stderr)
+      return EXIT_PREEMPTED
+    except KeyboardInterrupt:
+      print(f'fmcv {args.command}: interrupted', file=sys.stderr)
+      return 130
   return 0
 
 

@@ -32,8 +32,10 @@ def finish(process, status=0):
 
 def told(process):
   """The one line on stderr of a run that must end with status 2."""
-  lines = [line for line in finish(process, 2)[1].splitlines() if line.startswith('fmcv train: ')]
-  assert len(lines) == 1
+  errors = finish(process, 2)[1]
+  lines = [line for line in errors.splitlines() if line.startswith('fmcv train: ')]
+  assert len(lines) == 1, errors
+  assert 'Traceback' not in errors
   return lines[0]
 
 
