@@ -293,7 +293,7 @@ def differences(case: Case, root: pathlib.Path) -> dict[str, Any]:
   model = case.build().eval()
   with torch.no_grad():
     for name, parameter in model.named_parameters():
-      if parameter.ndim < 2:  # norms and biases, which begin as ones and zeros
+      if parameter.ndim < 2 or not parameter.any():  # what begins as ones or zeros: norms, biases, places, a gate
         torch.manual_seed(zlib.crc32(COPIES.sub('', name).encode()))
         parameter += 0.1 * torch.randn(parameter.shape)
     save(model, folder / 'theirs' / ('unet' if several else ''))

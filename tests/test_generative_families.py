@@ -27,7 +27,6 @@ from tests.train.tiny import MESHES, Trainer, batch_of, shaken
 pytestmark = pytest.mark.slow
 
 NETWORKS = ('autoencoder', 'text', 'teacher', 'features', 'network')  # that stay as they are, in `extra`
-SPLIT = ('fsdp', 'data x fsdp x tensor')  # a compile of a family takes half a minute, and the last has all axes
 FLOW = Process('flow', 'flow')
 CODER = autoencoder(channels=(8, 8), layers=1, latent=4, image_size=16, middle_attention=False)
 TEXT = text_transformer(64, 8, 16, 1, 2, causal=False, attend_padding=False, outputs=16)
@@ -76,8 +75,8 @@ def test_losses_are_those_of_one_device_however_the_model_is_split(family):
 
   one = run(MeshShape(), devices=1)
   assert len(set(one)) == 3
-  for name in SPLIT:
-    np.testing.assert_allclose(run(MESHES[name]), one, rtol=2e-5, err_msg=name)
+  for name, mesh in MESHES.items():
+    np.testing.assert_allclose(run(mesh), one, rtol=2e-5, err_msg=name)
 
 
 RUNS = {
