@@ -53,8 +53,10 @@ def get_config(kind=''):
   emoji = dict(name='emoji', artists=('openmoji', 'noto'), image_size=32, aliases=False, only=THINGS)
   c.tokenizer = clip.tokenizer
   c.data = dict(source=emoji)
+  error = dict(name='denoising', every=300, batch=64)
   c.evaluators = dict(
-    new_hand=dict(name='denoising', every=300, batch=64, data=dict(source=dict(emoji, artists=('twemoji',))))
+    new_hand=dict(error, data=dict(source=dict(emoji, artists=('twemoji',)))),
+    held_out=dict(error, data=dict(source=dict(emoji, split='held_out'))),
   )
   c.optimizer = dict(
     rule=dict(name='adamw', b2=0.99),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.efficientnet import MOMENTUM, EfficientNet, Row, efficientnet
+from fmcv_jax.models.efficientnet import Depthwise, EfficientNet, Row, efficientnet
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 
@@ -24,7 +24,7 @@ def test_training_uses_the_batchs_statistics_and_hands_back_the_running_ones():
   windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2]
   stem = np.einsum('brcdij,ijdk->brck', windows, kernel)
   for name, start, now in (('mean', 0, stem.mean((0, 1, 2))), ('var', 1, stem.var((0, 1, 2)))):
-    expected = MOMENTUM * start + (1 - MOMENTUM) * now
+    expected = 0.99 * start + 0.01 * now
     np.testing.assert_allclose(new['batch_stats']['norm'][name], expected, rtol=1e-5, atol=1e-7)
   assert all(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(variables['batch_stats'])))
 
@@ -64,3 +64,29 @@ def test_any_size_of_image_and_bfloat16():
 def test_an_unknown_name_is_a_clear_error():
   with pytest.raises(ValueError, match="unknown EfficientNet variant 'B8'; known: B0"):
     efficientnet('B8')
+
+
+@pytest.mark.parametrize(
+  ('side', 'size', 'stride'), [(16, 3, 1), (16, 3, 2), (9, 5, 1), (9, 5, 2), (10, 5, 2), (1, 5, 2)]
+)
+def test_shifted_maps_sum_to_the_convolution(side, size, stride):
+  layer = Depthwise(size, stride, 'float32')
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(2, side, side + 3, 6)), rng.normal(size=(size, size, 1, 6))
+
+  def with_gradients(form):
+    gradients = jax.grad(lambda x, kernel: jnp.sum(jnp.sin(form(x, kernel))), (0, 1))
+    return jax.jit(lambda x, kernel: (form(x, kernel), *gradients(x, kernel)))(x, kernel)
+
+  for ours, theirs in zip(with_gradients(layer.sum_of_shifts), with_gradients(layer.convolution), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize('output_stride', [4, 8, 16, 32])
+def test_maps_of_small_images_need_not_shrink_to_a_point(output_stride):
+  net = efficientnet('mu', output_stride=output_stride)
+  features, _ = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3))))
+  assert net.patch == output_stride
+  assert features.tokens.shape[1] == (32 // output_stride) ** 2
+  with pytest.raises(ValueError, match='output_stride 12 is none of 2, 4, 8, 16, 32'):
+    efficientnet('mu', output_stride=12)
