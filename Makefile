@@ -42,8 +42,8 @@ demo-generate: demo
 	$(FMCV) train --config configs/demo/text_to_image.py --workdir runs/painter --cpu-devices 8
 	$(FMCV) gallery --model runs/painter --judge runs/demo --cpu-devices 2
 
-# One network, taught four ways; then the table.
-METHODS := untrained mae dino supervised
+# One network, taught with labels and without; then the table.
+METHODS := untrained mae dino supervised scratch mae_tuned dino_tuned
 demo-features: $(call stamps,demo)
 	for method in $(METHODS); do \
 	  $(FMCV) train --config configs/demo/features.py:$$method --workdir runs/features/$$method $(ARGS) || exit; done

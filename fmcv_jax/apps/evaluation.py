@@ -26,7 +26,10 @@ def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *,
     table.add_column(f'{short[workdir] if told_apart else workdir}\nstep {at}', justify='right', overflow='fold')
   for name in dict.fromkeys(name for figures, _ in found.values() for name in figures):
     table.add_row(name, *(f'{figures[name]:.4f}' if name in figures else '' for figures, _ in found.values()))
-  Console().print(table)
+  console = Console()
+  if not console.is_terminal:
+    console.width = 1000  # a file has no edge to fold at
+  console.print(table)
 
 
 def evaluate_workdir(

@@ -13,7 +13,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.data.randaugment import INCREASING, OPERATIONS, RECIPES, apply_operations, warp, within
+from fmcv_jax.data.randaugment import INCREASING, OPERATIONS, RECIPES, apply_operations, within
+from fmcv_jax.data.warp import warp
 
 # ImageNet's statistics, with which most published networks were trained; CLIP has its own.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -17,6 +17,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.data.warp import warp
+
 ENTRIES = 256
 
 # Operations by recipe, in the order of their sources: section 3 of the paper; `distort_image_with_randaugment` in
@@ -123,42 +125,6 @@ def apply_operations(
     ]
     images = jnp.floor(warp(images, jnp.stack([jnp.stack(row, -1) for row in matrix], -2), fill))
   return images
-
-
-def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
-  """Affine warp of images [B, H, W, C] with bilinear sampling, as PIL's Image.transform.
-
-  matrix [B, 2, 3] takes the point (x, y) of the result to the point of the image that is seen there, in pixels from the
-  corner: the first pixel's centre is (0.5, 0.5). What lies outside is `fill`, or with None as the nearest edge.
-
-  Four gathers of one pixel each. XLA's cost model for TPU has no price for them: measure before a large run.
-  """
-  batch, height, width, _ = images.shape
-  y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing='ij')
-  to_x, to_y = (matrix[:, axis, :, None, None] for axis in (0, 1))
-  x, y = (to[:, 0] * x + to[:, 1] * y + to[:, 2] for to in (to_x, to_y))
-
-  column, row = jnp.clip(x - 0.5, 0, width - 1), jnp.clip(y - 0.5, 0, height - 1)
-  left, top = jnp.floor(column), jnp.floor(row)
-  across, down = (column - left)[..., None], (row - top)[..., None]
-  left, top = left.astype(jnp.int32), top.astype(jnp.int32)
-  right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
-
-  def at(row, column):
-    index = (row * width + column).reshape(batch, -1, 1)
-    pixels = jnp.take_along_axis(images.reshape(batch, height * width, -1), index, axis=1, mode='clip')
-    return pixels.reshape(images.shape)
-
-  def between(low, high, share):
-    return low + (high - low) * share
-
-  result = between(
-    between(at(top, left), at(top, right), across), between(at(bottom, left), at(bottom, right), across), down
-  )
-  if fill is None:
-    return result
-  inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-  return jnp.where(inside[..., None], result, fill)
 
 
 def blend(second: jax.Array | float, images: jax.Array, factor: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from fmcv_jax.data.warp import warp
 from fmcv_jax.models.attention import attention
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
@@ -91,3 +92,21 @@ def test_heads_up_to_the_autoencoders_fit_the_chip(dim):
 
   text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x).compile().as_text()
   assert text.count('tpu_custom_call') >= 3  # the kernel, and those of both halves of its gradient
+
+
+@pytest.mark.parametrize('side', [32, 224, 384])
+def test_on_a_tpu_a_warp_gathers_nothing(side):
+  pytest.importorskip('libtpu')
+  placement = Placement(make_mesh(MeshShape(data=4), planning.pod('v5e:2x2')))
+  images, matrix = jnp.zeros((8, side, side, 3)), jnp.zeros((8, 2, 3))
+  shapes = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.batch({'image': x})['image']) for x in (images, matrix)
+  ]
+
+  def warped(images, matrix):
+    with placement.active():
+      return warp(images, matrix, 0.5)
+
+  text = jax.jit(warped).lower(*shapes).compile().as_text()
+  assert text.count('tpu_custom_call') == 1
+  assert ' gather(' not in text

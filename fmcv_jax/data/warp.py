@@ -1,0 +1,156 @@
+"""Affine warps with bilinear sampling: by gathers, and on TPUs by a Pallas kernel.
+
+A TPU gathers pixels one by one, eight cycles each: four of them for each pixel of 64 images of 224 x 224 would take
+70 ms of a v5e, more than a ViT-B's step. The kernel holds an image in vector memory. A tile of its result, 8 x 128
+pixels, sees a small box of the image; row by row of that box, a shuffle of lanes brings every pixel of the row to where
+it is seen.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.parallel.rules import island, platform
+
+ROWS, LANES = 8, 128  # of a vector register
+IMAGE_BYTES = 24 * 2**20  # of vector memory, where an image lies twice: the next is fetched while this one is warped
+VMEM_BYTES = 64 * 2**20
+
+
+class Seen(NamedTuple):
+  """Where points of the result lie in the image: among four pixels, in shares of the way from the first to the last."""
+
+  left: jax.Array
+  right: jax.Array
+  top: jax.Array
+  bottom: jax.Array
+  across: jax.Array
+  down: jax.Array
+  inside: jax.Array
+
+
+def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
+  """Affine warp of images float32 [B, H, W, C] with bilinear sampling, as PIL's Image.transform.
+
+  matrix [B, 2, 3] takes the point (x, y) of the result to the point of the image that is seen there, in pixels from the
+  corner: the first pixel's centre is (0.5, 0.5). What lies outside is `fill`, or with None as the nearest edge.
+  """
+  if platform() == 'tpu' and _bytes(images) <= IMAGE_BYTES:
+    each = ('batch', None, None, None)
+    by_each = island(functools.partial(by_kernel, fill=fill), (each, ('batch', None, None)), each)
+    return by_each(images, matrix)
+  return by_gathers(images, matrix, fill)
+
+
+def by_gathers(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
+  batch, height, width, _ = images.shape
+  y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing='ij')
+  seen = _seen([matrix[:, axis, part, None, None] for axis in (0, 1) for part in range(3)], x, y, height, width)
+
+  def at(row, column):
+    index = (row * width + column).reshape(batch, -1, 1)
+    pixels = jnp.take_along_axis(images.reshape(batch, height * width, -1), index, axis=1, mode='clip')
+    return pixels.reshape(images.shape)
+
+  around = [at(row, column) for row in (seen.top, seen.bottom) for column in (seen.left, seen.right)]
+  return _mixed(around, jax.tree.map(lambda part: part[..., None], seen), fill)
+
+
+def by_kernel(images: jax.Array, matrix: jax.Array, fill: float | None, *, interpret: bool = False) -> jax.Array:
+  # Imported here: Pallas takes a second to load, and few runs need it.
+  from jax.experimental import pallas
+  from jax.experimental.pallas import tpu
+
+  batch, height, width, channels = images.shape
+  rows, tiles = -(-height // ROWS), -(-width // LANES)
+  planes = jnp.pad(jnp.moveaxis(images, -1, 1), ((0, 0), (0, 0), (0, -height % ROWS), (0, -width % LANES)))
+  columns = planes.reshape(batch, channels, rows * ROWS, tiles, LANES).swapaxes(2, 3)
+  warped = pallas.pallas_call(
+    functools.partial(_kernel, height=height, width=width, fill=fill),
+    grid=(batch, rows, tiles),
+    in_specs=[
+      pallas.BlockSpec(memory_space=tpu.SMEM),
+      pallas.BlockSpec((1, *columns.shape[1:]), lambda image, row, tile: (image, 0, 0, 0, 0)),
+    ],
+    out_specs=pallas.BlockSpec((1, channels, ROWS, LANES), lambda image, row, tile: (image, 0, row, tile)),
+    out_shape=jax.ShapeDtypeStruct(planes.shape, planes.dtype),
+    interpret=interpret,
+    name='warp',
+    compiler_params=tpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+  )(matrix.reshape(batch, 6), columns)
+  return jnp.moveaxis(warped[:, :, :height, :width], 1, -1)
+
+
+def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: float | None):
+  """One tile; matrix_ref [B, 6], image_ref [1, C, tiles of columns, H, LANES], out_ref [1, C, ROWS, LANES]."""
+  from jax.experimental import pallas
+
+  image, row, tile = (pallas.program_id(axis) for axis in range(3))
+  channels = range(image_ref.shape[1])
+  matrix = [matrix_ref[image, part] for part in range(6)]
+  still = functools.reduce(jnp.logical_and, [part == one for part, one in zip(matrix, (1, 0, 0, 0, 1, 0), strict=True)])
+
+  @pallas.when(still)
+  def _():
+    for channel in channels:
+      out_ref[0, channel] = image_ref[0, channel, tile, pallas.ds(pallas.multiple_of(row * ROWS, ROWS), ROWS)]
+
+  @pallas.when(jnp.logical_not(still))
+  def _():
+    y, x = (
+      (start + jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), axis)).astype(jnp.float32) + 0.5
+      for axis, start in enumerate((row * ROWS, tile * LANES))
+    )
+    seen = _seen(matrix, x, y, height, width)
+    # Of a column the tile of lanes that it is in, and the lane: `//` and `%` by 128.
+    sides = [(column >> 7, column & (LANES - 1)) for column in (seen.left, seen.right)]
+
+    def of_tile(number, around):
+      def of_row(source, around):
+        taken = [
+          (level == source) & (tile == number) for level in (seen.top, seen.bottom) for tile, _ in sides
+        ]  # in the order of `around`
+        found: list[jax.Array] = []
+        for channel in channels:
+          pixels = jnp.broadcast_to(image_ref[0, channel, number, pallas.ds(source, 1)], (ROWS, LANES))
+          shuffled = [jnp.take_along_axis(pixels, lane, axis=1, mode='promise_in_bounds') for _, lane in sides]
+          found += map(jnp.where, taken, 2 * shuffled, around[4 * channel : 4 * channel + 4])
+        return found
+
+      return jax.lax.fori_loop(jnp.min(seen.top), jnp.max(seen.bottom) + 1, of_row, around)
+
+    nothing = [jnp.zeros((ROWS, LANES), jnp.float32)] * (4 * len(channels))
+    around = jax.lax.fori_loop(jnp.min(sides[0][0]), jnp.max(sides[1][0]) + 1, of_tile, nothing)
+    for channel in channels:
+      out_ref[0, channel] = _mixed(around[4 * channel : 4 * channel + 4], seen, fill)
+
+
+def _seen(matrix: list[Any], x: jax.Array, y: jax.Array, height: int, width: int) -> Seen:
+  """matrix: its six numbers, row by row; x and y: the centres of pixels of the result."""
+  x, y = (a * x + b * y + c for a, b, c in (matrix[:3], matrix[3:]))
+  column, row = jnp.clip(x - 0.5, 0, width - 1), jnp.clip(y - 0.5, 0, height - 1)
+  left, top = jnp.floor(column), jnp.floor(row)
+  across, down = column - left, row - top
+  left, top = left.astype(jnp.int32), top.astype(jnp.int32)
+  right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
+  inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+  return Seen(left, right, top, bottom, across, down, inside)
+
+
+def _mixed(around: list[jax.Array], seen: Seen, fill: float | None) -> jax.Array:
+  """around: the pixels above, left and right, and those below."""
+
+  def between(low, high, share):
+    return low + (high - low) * share
+
+  above, below = (between(left, right, seen.across) for left, right in (around[:2], around[2:]))
+  mixed = between(above, below, seen.down)
+  return mixed if fill is None else jnp.where(seen.inside, mixed, fill)
+
+
+def _bytes(images: jax.Array) -> int:
+  """Of one image, twice, in whole registers."""
+  _, height, width, channels = images.shape
+  return 8 * channels * -(-height // ROWS) * ROWS * -(-width // LANES) * LANES
