@@ -91,6 +91,25 @@ ENTRY %main (x: f32[]) -> f32[] {
   assert hlo.estimated_cycles(text) == 127
 
 
+def test_gathers_count_by_the_slices_that_they_take():
+  text = """%inner (a: f32[64,300,3], b: s32[64,100]) -> f32[64,100,3] {
+  %a = f32[64,300,3]{2,1,0} parameter(0)
+  %b = s32[64,100]{1,0} parameter(1)
+  ROOT %gather.3 = f32[64,100,3]{2,1,0:T(8,128)} gather(%a, %b), offset_dims={2}, slice_sizes={1,1,3}, metadata={}
+}
+
+%body (p: f32[]) -> f32[] {
+  %f = f32[64,100,3] fusion(%p, %p), kind=kCustom, calls=%inner
+}
+
+ENTRY %main (x: f32[]) -> f32[] {
+  %w = f32[] while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"2"}}
+  %words = bf16[5,768]{1,0} gather(%t, %i), offset_dims={1}, slice_sizes={1,768}
+}"""
+  assert hlo.gathered(text) == 2 * 6400 + 5
+  assert hlo.estimated_cycles(text) == hlo.GATHER_CYCLES * hlo.gathered(text)
+
+
 def test_bytes_of_a_loop_over_stacked_layers():
   text = """%inner (a: f32[3,8], b: s32[]) -> f32[8] {
   %a = f32[3,8]{1,0} parameter(0)
