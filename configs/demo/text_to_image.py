@@ -53,7 +53,7 @@ def get_config(kind=''):
   emoji = dict(name='emoji', artists=('openmoji', 'noto'), image_size=32, aliases=False, only=THINGS)
   c.tokenizer = clip.tokenizer
   c.data = dict(source=emoji)
-  error = dict(name='denoising', every=300, batch=64)
+  error = dict(name='denoising', every=500, batch=64)
   c.evaluators = dict(
     new_hand=dict(error, data=dict(source=dict(emoji, artists=('twemoji',)))),
     held_out=dict(error, data=dict(source=dict(emoji, split='held_out'))),
@@ -64,7 +64,7 @@ def get_config(kind=''):
     weight_decay=0.01,
     clip_norm=1.0,
   )
-  c.train = dict(steps=900, batch=64, ema=0.995)
+  c.train = dict(steps=1500, batch=64, ema=0.995)
   c.mesh = dict(data=1, fsdp=-1)  # the optimizer's work is shared by the emulated devices, not repeated in each
   c.log = dict(every=50)
   return c
