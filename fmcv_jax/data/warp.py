@@ -71,25 +71,25 @@ def by_kernel(images: jax.Array, matrix: jax.Array, fill: float | None, *, inter
     functools.partial(_kernel, height=height, width=width, fill=fill),
     grid=(batch, rows, tiles),
     in_specs=[
-      pallas.BlockSpec(memory_space=tpu.SMEM),
+      pallas.BlockSpec((1, 1, 6), lambda image, row, tile: (image, 0, 0), memory_space=tpu.SMEM),
       pallas.BlockSpec((1, *columns.shape[1:]), lambda image, row, tile: (image, 0, 0, 0, 0)),
     ],
     out_specs=pallas.BlockSpec((1, channels, ROWS, LANES), lambda image, row, tile: (image, 0, row, tile)),
     out_shape=jax.ShapeDtypeStruct(planes.shape, planes.dtype),
     interpret=interpret,
     name='warp',
-    compiler_params=tpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
-  )(matrix.reshape(batch, 6), columns)
+    compiler_params=tpu.CompilerParams(dimension_semantics=('parallel',) * 3, vmem_limit_bytes=VMEM_BYTES),
+  )(matrix.reshape(batch, 1, 6), columns)
   return jnp.moveaxis(warped[:, :, :height, :width], 1, -1)
 
 
 def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: float | None):
-  """One tile; matrix_ref [B, 6], image_ref [1, C, tiles of columns, H, LANES], out_ref [1, C, ROWS, LANES]."""
+  """One tile; matrix_ref [1, 1, 6], image_ref [1, C, tiles of columns, H, LANES], out_ref [1, C, ROWS, LANES]."""
   from jax.experimental import pallas
 
-  image, row, tile = (pallas.program_id(axis) for axis in range(3))
+  row, tile = pallas.program_id(1), pallas.program_id(2)
   channels = range(image_ref.shape[1])
-  matrix = [matrix_ref[image, part] for part in range(6)]
+  matrix = [matrix_ref[0, 0, part] for part in range(6)]
   still = functools.reduce(jnp.logical_and, [part == one for part, one in zip(matrix, (1, 0, 0, 0, 1, 0), strict=True)])
 
   @pallas.when(still)
@@ -109,9 +109,7 @@ def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: fl
 
     def of_tile(number, around):
       def of_row(source, around):
-        taken = [
-          (level == source) & (tile == number) for level in (seen.top, seen.bottom) for tile, _ in sides
-        ]  # in the order of `around`
+        taken = [(level == source) & (its == number) for level in (seen.top, seen.bottom) for its, _ in sides]
         found: list[jax.Array] = []
         for channel in channels:
           pixels = jnp.broadcast_to(image_ref[0, channel, number, pallas.ds(source, 1)], (ROWS, LANES))
