@@ -43,7 +43,7 @@ demo-generate: demo
 	$(FMCV) gallery --model runs/painter --judge runs/demo --cpu-devices 2
 
 # One network, taught with labels and without; then the table.
-METHODS := untrained mae dino supervised scratch mae_tuned dino_tuned
+METHODS := untrained mae dino supervised mae_tuned dino_tuned
 demo-features: $(call stamps,demo)
 	for method in $(METHODS); do \
 	  $(FMCV) train --config configs/demo/features.py:$$method --workdir runs/features/$$method $(ARGS) || exit; done

@@ -16,7 +16,7 @@ PLAIN = ('train.ema=None', 'objective.augment=()', 'objective.mixup=0', 'objecti
 PLAIN += ('objective.network.drop_path=0', 'train.batch=1024')
 MESHES = {'data': ('mesh.data=-1', 'mesh.fsdp=1'), 'fsdp': ('mesh.data=1', 'mesh.fsdp=-1')}
 PAIRS = ('train.batch=16384',)
-UNSAVED = ('objective.network.remat=none', 'objective.network.unroll=12')
+UNSAVED = ('objective.network.remat=none', 'objective.network.unroll=True')
 
 PODS = [
   (f'{name}, {mesh}', f'configs/vit_i1k.py:{name}', topology, (*PLAIN, *axes))

@@ -47,7 +47,7 @@ def get_config():
         layer_scale=1e-5,
         drop_path=0.3,
         dtype='bfloat16',
-        unroll=24,  # side by side all layers run a third faster than in a loop (docs/plan.md)
+        unroll=True,  # side by side all layers run a third faster than in a loop (docs/plan.md)
       ),
     ),
   )

@@ -12,8 +12,6 @@ autoencoder; this config takes one trained by `configs/autoencoder.py:kl-f8` (se
 import ml_collections
 
 BATCH = 256
-# Side by side all layers read and write half of what they do in a loop (docs/plan.md).
-DEPTH = {'S': 12, 'B': 12, 'L': 24, 'XL': 28}
 
 
 def get_config(variant='XL/2'):
@@ -29,7 +27,7 @@ def get_config(variant='XL/2'):
       outputs=8,
       classes=1000,
       dtype='bfloat16',
-      unroll=DEPTH[variant.partition('/')[0]],
+      unroll=True,  # side by side all layers read and write half of what they do in a loop (docs/plan.md)
     ),
     process=dict(schedule='linear', prediction='noise', learned_variance=True),
     autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'),

@@ -23,7 +23,7 @@ def get_config():
     objective=dict(
       name='classification',
       augment=(dict(name='flip'),),
-      network=dict(name='vit', variant='B/16', image_size=size, outputs=37, dtype='bfloat16', unroll=12),
+      network=dict(name='vit', variant='B/16', image_size=size, outputs=37, dtype='bfloat16', unroll=True),
     ),
   )
   c.init_from = {'extra/frozen': dict(workdir='runs/vit_b16', resize=('position',))}

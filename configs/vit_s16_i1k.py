@@ -27,7 +27,7 @@ def get_config(epochs='90'):
       positions='sincos2d',
       activation='gelu_tanh',
       dtype='bfloat16',
-      unroll=12,
+      unroll=True,
     ),
   )
   imagenet = dict(name='tfds', builder='imagenet2012')

@@ -45,6 +45,7 @@ def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
 
 
 def by_gathers(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
+  """As `warp`, on any platform."""
   batch, height, width, _ = images.shape
   y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing='ij')
   seen = _seen([matrix[:, axis, part, None, None] for axis in (0, 1) for part in range(3)], x, y, height, width)
@@ -59,6 +60,7 @@ def by_gathers(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.
 
 
 def by_kernel(images: jax.Array, matrix: jax.Array, fill: float | None, *, interpret: bool = False) -> jax.Array:
+  """As `warp`, on TPUs; elsewhere it has to be interpreted, which is slow."""
   # Imported here: Pallas takes a second to load, and few runs need it.
   from jax.experimental import pallas
   from jax.experimental.pallas import tpu

@@ -19,6 +19,7 @@ from fmcv_jax.models.layers import (
   Dtype,
   Mlp,
   Remat,
+  Unroll,
   dense,
   layer_norm,
   scanned,
@@ -82,7 +83,7 @@ class DiT(nn.Module):
   cross_attention: bool = False
   pooled_text: bool = False
   remat: Remat = 'none'
-  unroll: int = 1
+  unroll: Unroll = 1
 
   @nn.compact
   def __call__(self, x, time, condition: Condition = NOTHING, *, train: bool = False, tap: int | None = None) -> Any:
@@ -155,7 +156,7 @@ def dit(
   activation: Activation = 'gelu_tanh',
   attention: Backend = 'auto',
   remat: Remat = 'none',
-  unroll: int = 1,
+  unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> DiT:
   """A named DiT, 'size/patch' as in 'XL/2'. image_size is a side of what it denoises: 32 for 256 pixels in kl-f8.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fmcv_jax.errors import nearest
 from fmcv_jax.models.attention import Backend
 from fmcv_jax.models.efficientnet import efficientnet
-from fmcv_jax.models.layers import Activation, Dtype, Remat, unit
+from fmcv_jax.models.layers import Activation, Dtype, Remat, Unroll, unit
 from fmcv_jax.models.text import text_transformer
 from fmcv_jax.models.vit import vit
 from fmcv_jax.parallel.rules import constrain
@@ -91,7 +91,7 @@ def clip(
   activation: Activation = 'gelu',
   attention: Backend = 'auto',
   remat: Remat = 'none',
-  unroll: int = 1,
+  unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> DualEncoder:
   """CLIP by its published names. OpenAI's own weights want activation='quick_gelu'."""
@@ -140,7 +140,7 @@ def siglip(
   length: int = 64,
   attention: Backend = 'auto',
   remat: Remat = 'none',
-  unroll: int = 1,
+  unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> DualEncoder:
   """SigLIP by its published names: attention-pooled images, bidirectional text read at its last token."""
@@ -195,7 +195,7 @@ def align(
   drop_path: float = 0.2,
   attention: Backend = 'auto',
   remat: Remat = 'none',
-  unroll: int = 1,
+  unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> DualEncoder:
   """ALIGN (Jia et al. 2021): an EfficientNet without its last convolution, and BERT read at its first token.

@@ -17,6 +17,7 @@ from fmcv_jax.parallel.rules import constrain
 
 Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu']
 Remat = Literal['none', 'dots', 'full']
+Unroll = int | bool  # as in jax.lax.scan: how many of its steps are laid out side by side, True for all
 Dtype = Literal['float32', 'bfloat16']
 
 ACTIVATIONS = {
@@ -226,18 +227,19 @@ def rematerialized(module: type[nn.Module], remat: Remat, *, in_scan: bool = Fal
   return nn.remat(module, policy=REMAT_POLICIES[remat], prevent_cse=not in_scan)
 
 
-def scanned(module: type[nn.Module], length: int, in_axes: Any, *, remat: Remat = 'none', unroll: int = 1) -> Any:
+def scanned(module: type[nn.Module], length: int, in_axes: Any, *, remat: Remat = 'none', unroll: Unroll = 1) -> Any:
   """`length` modules in a row, each (carry, *inputs) -> (carry, output); parameters carry an axis of that length.
 
   in_axes: for each input 0, where it has such an axis as well, or nn.broadcast; `unroll` as in `Stack`.
   """
+  side_by_side = length if unroll is True else min(unroll, length)
   return nn.scan(
-    rematerialized(module, remat, in_scan=unroll < length),
+    rematerialized(module, remat, in_scan=side_by_side < length),
     variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0, 'probes': 0},
     split_rngs={'params': True, 'dropout': True},
     in_axes=in_axes,
     length=length,
-    unroll=min(unroll, length),
+    unroll=side_by_side,
   )
 
 
@@ -246,16 +248,15 @@ class Stack:
   """A stack of `depth` blocks; parameters carry a leading axis of that length.
 
   drop_path rises linearly from 0 in the first block to its full value in the last; without `drop_path_rise` it is the
-  same in all (DeiT III, Touvron et al. 2022). `unroll` blocks are laid out side
-  by side in the scan's body: depth gives the fastest program and the longest compile, 1 the reverse; parameters and
-  results are the same.
+  same in all (DeiT III, Touvron et al. 2022). `unroll` blocks are laid out side by side in the scan's body: all of them
+  (True) give the fastest program and the longest compile, 1 the reverse; parameters and results are the same.
   """
 
   depth: int
   block: BlockConfig
   drop_path: float = 0.0
   remat: Remat = 'none'
-  unroll: int = 1
+  unroll: Unroll = 1
   drop_path_rise: bool = True
 
   def __call__(self, x, *, angles=None, mask=None, train: bool = False):

@@ -13,7 +13,7 @@ from fmcv_jax.errors import nearest
 from fmcv_jax.models.attention import Backend, attention
 from fmcv_jax.models.conditioning import Condition, Perceptron, sinusoids
 from fmcv_jax.models.dit import bare_norm, final_layer
-from fmcv_jax.models.layers import Activation, BlockConfig, Dtype, Mlp, Remat, dense, rematerialized, scanned
+from fmcv_jax.models.layers import Activation, BlockConfig, Dtype, Mlp, Remat, Unroll, dense, rematerialized, scanned
 from fmcv_jax.models.positions import sincos_2d
 from fmcv_jax.models.vit import patches_of
 from fmcv_jax.parallel.rules import constrain
@@ -122,7 +122,7 @@ class MMDiT(nn.Module):
   qk_norm: bool = False
   positions: tuple[int, int] | None = None
   remat: Remat = 'none'
-  unroll: int = 1
+  unroll: Unroll = 1
   classes: int = 0
   cross_attention: bool = True
   pooled_text: bool = True
@@ -183,7 +183,7 @@ def mmdit(
   activation: Activation = 'gelu_tanh',
   attention: Backend = 'auto',
   remat: Remat = 'none',
-  unroll: int = 1,
+  unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> MMDiT:
   """A named MMDiT, 'depth/patch' as in 'd24/2'. image_size is a side of what it denoises: 128 for 1024 pixels in f8.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.errors import nearest
-from fmcv_jax.models.layers import BlockConfig, Dtype, Mlp, Remat, dense, drop_examples, layer_norm, scanned
+from fmcv_jax.models.layers import BlockConfig, Dtype, Mlp, Remat, Unroll, dense, drop_examples, layer_norm, scanned
 from fmcv_jax.models.vit import Features, linear_head, patches_of
 from fmcv_jax.parallel.rules import constrain
 
@@ -155,7 +155,7 @@ class Stage(nn.Module):
   window: int
   merge: bool
   remat: Remat = 'none'
-  unroll: int = 1
+  unroll: Unroll = 1
 
   @nn.compact
   def __call__(self, x, grid: Grid, drop_path=None):
@@ -194,7 +194,7 @@ class Swin(nn.Module):
   outputs: int = 0
   drop_path: float = 0.0
   remat: Remat = 'none'
-  unroll: int = 1
+  unroll: Unroll = 1
 
   prefix = 0  # no token stands before the patches
 
@@ -266,7 +266,7 @@ def swin(
   eps: float = 1e-5,
   drop_path: float = 0.0,
   remat: Remat = 'none',
-  unroll: int = 1,
+  unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> Swin:
   """A named Swin; width, depths and heads override the variant's. At 384 pixels the published ones have window=12."""

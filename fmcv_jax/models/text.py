@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fmcv_jax.models.attention import Backend
-from fmcv_jax.models.layers import Activation, BlockConfig, Dtype, Remat, Stack, dense, layer_norm
+from fmcv_jax.models.layers import Activation, BlockConfig, Dtype, Remat, Stack, Unroll, dense, layer_norm
 from fmcv_jax.models.vit import Features
 from fmcv_jax.parallel.rules import constrain
 
@@ -94,7 +94,7 @@ def text_transformer(
   post_norm: bool = False,
   attention: Backend = 'auto',
   remat: Remat = 'none',
-  unroll: int = 1,
+  unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> TextTransformer:
   """A text transformer by its numbers; mlp_dim None is four times the width."""

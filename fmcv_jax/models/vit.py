@@ -17,6 +17,7 @@ from fmcv_jax.models.layers import (
   Mlp,
   Remat,
   Stack,
+  Unroll,
   dense,
   layer_norm,
 )
@@ -246,7 +247,7 @@ def vit(
   drop_path_rise: bool = True,
   attention: Backend = 'auto',
   remat: Remat = 'none',
-  unroll: int = 1,
+  unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> ViT:
   """A named ViT, 'size/patch' as in 'B/16'; width, depth, heads and mlp_dim override the size's."""

@@ -56,7 +56,17 @@ def plain(variables, x):
   return outputs_and_gradients(tower(drop_path=0.5), variables, x)
 
 
-@pytest.mark.parametrize('options', [{'unroll': 2}, {'unroll': 100}, {'remat': 'dots'}, {'remat': 'full', 'unroll': 3}])
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'unroll': 2},
+    {'unroll': 100},
+    {'unroll': True},
+    {'unroll': False},
+    {'remat': 'dots'},
+    {'remat': 'full', 'unroll': 3},
+  ],
+)
 def test_unroll_and_remat_change_neither_outputs_nor_gradients(plain, variables, x, options):
   found = outputs_and_gradients(tower(drop_path=0.5, **options), variables, x)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * (1 + np.abs(b).max())), found, plain)
