@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from fmcv_jax.models.attention import attention
-from fmcv_jax.models.short_attention import fits
+from fmcv_jax.models.common.attention.dispatch import attention
+from fmcv_jax.models.common.attention.single_tile import fits
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.plan import hlo, kernels

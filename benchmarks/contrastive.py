@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from fmcv_jax.objectives.pairs import pair_loss
+from fmcv_jax.objectives.ring_contrastive import pair_loss
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.plan.planning import pod

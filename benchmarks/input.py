@@ -48,8 +48,8 @@ def write_files(folder: pathlib.Path, quality: int) -> float:
 
 
 def ours(folder: pathlib.Path, interpolation='bilinear'):
-  from fmcv_jax.data.folder import ImageFolder
   from fmcv_jax.data.loader import Pipeline, TrainLoader
+  from fmcv_jax.data.sources.image_folder import ImageFolder
   from fmcv_jax.data.transforms import RandomResizedCrop
 
   pipeline = Pipeline(ImageFolder(str(folder / 'images')), RandomResizedCrop(SIZE, interpolation=interpolation))

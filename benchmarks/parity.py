@@ -30,14 +30,14 @@ from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
-from fmcv_jax.apps.model import dtypes_of
-from fmcv_jax.experiment import Run
-from fmcv_jax.models.conditioning import Condition
-from fmcv_jax.models.controlnet import controlnet
-from fmcv_jax.models.layers import Dense
-from fmcv_jax.models.positions import sincos_2d
+from fmcv_jax.diffusion.condition import make_condition
+from fmcv_jax.inference.model import dtypes_of
+from fmcv_jax.models.common.layers import Dense
+from fmcv_jax.models.common.positions import sincos_2d
+from fmcv_jax.models.generative.controlnet import controlnet
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained.tensors import open_tensors
+from fmcv_jax.run import Run
 
 RNG = np.random.default_rng(0)
 COPIES = re.compile(r'(?<=transformer_blocks\.)\d+(?=\.norm1\.emb)')  # of one thing in DiT, which stay equal
@@ -175,7 +175,7 @@ def denoiser(family: str, size: str = 'UNet', channels: int = 4) -> Case:
     return [last(said)]
 
   def ours(apply, run, params, extra):
-    told = Condition(text=jnp.asarray(words), beside=jnp.asarray(x[..., 4:]) if channels > 4 else None)
+    told = make_condition(text=jnp.asarray(words), image=jnp.asarray(x[..., 4:]) if channels > 4 else None)
     return [apply(run.experiment.objective.network, params['network'], x[..., :4], jnp.asarray(time), told)]
 
   def beside():
@@ -200,7 +200,7 @@ def steering(family: str, **config: Any) -> Case:
 
   def ours(apply, run, params, extra):
     network = controlnet(run.experiment.objective.network, 8)
-    told = Condition(text=jnp.asarray(words), control=jnp.asarray(hint))
+    told = make_condition(text=jnp.asarray(words), control=jnp.asarray(hint))
     down, middle = apply(network, params['control'], x, jnp.asarray(time), told)
     return [*down, middle]
 
@@ -226,7 +226,7 @@ def class_denoiser(size: str, heads: int, layers: int) -> Case:
     return [last(model(to_torch(x, dtype), torch.from_numpy(time), torch.from_numpy(label)).sample)]
 
   def ours(apply, run, params, extra):
-    told = Condition(label=jnp.asarray(label))
+    told = make_condition(label=jnp.asarray(label))
     return [apply(run.experiment.objective.network, params['network'], x, jnp.asarray(time), told)]
 
   return Case('dit', size, build, theirs, ours, ('objective.autoencoder=None',))

@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fmcv_jax.diffusion.condition import make_condition
 from fmcv_jax.diffusion.process import Process
 from fmcv_jax.diffusion.samplers import Ddim, sample, times_of
-from fmcv_jax.models.conditioning import Condition
-from fmcv_jax.models.dit import DiT, dit
+from fmcv_jax.models.generative.dit import DiT, dit
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import dit as names
 from fmcv_jax.pretrained.layout import read
@@ -100,14 +100,14 @@ def main() -> None:
   arguments.add_argument('--rounds', type=int, default=3)
   args = arguments.parse_args()
   model, network = reference(), dit('S/2', image_size=SIZE, classes=CLASSES)
-  inputs = jnp.zeros((1, SIZE, SIZE, CHANNELS)), jnp.zeros(1), Condition(label=jnp.zeros(1, jnp.int32))
+  inputs = jnp.zeros((1, SIZE, SIZE, CHANNELS)), jnp.zeros(1), make_condition(label=jnp.zeros(1, jnp.int32))
   shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)['params']
   params = adopted(model, network, {'network': shapes})['network']
   times = times_of(PROCESS, args.steps)
 
   def sampled(params, noise, label):
     def denoise(x, time):
-      return network.apply({'params': params}, x, time, Condition(label=label))
+      return network.apply({'params': params}, x, time, make_condition(label=label))
 
     return sample(denoise, PROCESS, noise, times, solver=Ddim())
 

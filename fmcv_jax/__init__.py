@@ -2,11 +2,11 @@
 
 from typing import Any
 
-__version__ = '0.1.0'
+from fmcv_jax.version import __version__ as __version__
 
 
 def load(workdir: str, **options: Any) -> Any:
-  """The model of a workdir of `fmcv train` or `fmcv import`, ready for use: see `fmcv_jax.apps.model.Model`."""
-  from fmcv_jax.apps.model import Model
+  """The model of a workdir of `fmcv train` or `fmcv import`, ready for use: see `fmcv_jax.inference.model.Model`."""
+  from fmcv_jax.inference.model import Model
 
   return Model(workdir, **options)

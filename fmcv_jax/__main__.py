@@ -15,9 +15,9 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
-  from fmcv_jax import experiment, training
+  from fmcv_jax import experiment, trainer
 
-  training.train(experiment.load_config(args.config, overrides), args.workdir)
+  trainer.train(experiment.load_config(args.config, overrides), args.workdir)
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -76,7 +76,7 @@ def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
-  from fmcv_jax.apps import gallery as gallery_app
+  from fmcv_jax.apps import emoji_report as gallery_app
 
   gallery_app.run(args.model, args.judge, steps=args.steps, guidance=args.guidance, seed=args.seed)
 

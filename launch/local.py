@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 
-from fmcv_jax.parallel.emulation import emulation
+from fmcv_jax.parallel.cpu_emulation import emulation
 
 PREEMPTED = 75  # EX_TEMPFAIL: the run saved and wants to be started again
 POLL_SECONDS = 0.05

@@ -11,10 +11,12 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from fmcv_jax import experiment, training
+from fmcv_jax import experiment, trainer
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.train import loop, metrics
+from fmcv_jax.run import Run, trained_tree
+from fmcv_jax.train import loop
 from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.storage import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 UNET = {
@@ -179,7 +181,7 @@ def coder(folder, **changes):
 
 def untrained(config, workdir, changed=lambda params: params):
   """A workdir with the state before the first step, its parameters changed."""
-  run = experiment.Run(config, workdir)
+  run = Run(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'config.json').write_text(json.dumps(config))
   if run.experiment.tokenizer:
@@ -206,7 +208,7 @@ def stopped(config, workdir, step):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.StopSignal, 'requested', lambda self, now: now == step)
     with pytest.raises(loop.Preempted, match=f'at step {step}: saved'):
-      training.train(config, workdir)
+      trainer.train(config, workdir)
 
 
 def assert_bitwise_equal(a, b):
@@ -225,10 +227,10 @@ def start(config, workdir, *, launcher=('-m', 'fmcv_jax'), **options):
 
 def steps_of(workdir):
   """The steps that a run has told figures of, so far."""
-  return [row['step'] for row in metrics.read(epath.Path(workdir) / 'metrics.jsonl')]
+  return [row['step'] for row in read_metrics(epath.Path(workdir) / 'metrics.jsonl')]
 
 
 def parameters(workdir):
   """What a run has learnt, as {path: array}."""
-  params = experiment.trained_tree(str(workdir))['params']
+  params = trained_tree(str(workdir))['params']
   return {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}

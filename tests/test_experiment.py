@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from fmcv_jax import config as config_lib
-from fmcv_jax import experiment, training
+from fmcv_jax import experiment, trainer
 from fmcv_jax.apps import evaluation
 from fmcv_jax.apps.evaluation import evaluate_workdir, evaluate_workdirs
 from fmcv_jax.errors import UserError
-from fmcv_jax.experiment import Run
-from fmcv_jax.train import metrics
+from fmcv_jax.run import Run, parameter_count
 from fmcv_jax.train.flops import matmul_flops
+from fmcv_jax.train.storage import read_metrics
 from tests import runs
 
 TIMES = ('time', 'train/steps_per_second', 'train/images_per_second', 'train/input_wait')
@@ -30,11 +30,11 @@ def finished(folder, tmp_path_factory):
   """A run that was never interrupted: (config, workdir, final state)."""
   workdir = tmp_path_factory.mktemp('finished')
   config = runs.classification(folder)
-  return config, workdir, jax.device_get(training.train(config, workdir))
+  return config, workdir, jax.device_get(trainer.train(config, workdir))
 
 
 def rows_without_times(workdir):
-  return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics.read(workdir / 'metrics.jsonl')]
+  return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(workdir / 'metrics.jsonl')]
 
 
 def test_workdir_identifies_the_run_and_holds_its_figures(finished):
@@ -44,15 +44,15 @@ def test_workdir_identifies_the_run_and_holds_its_figures(finished):
   identity = json.loads((workdir / 'run.json').read_text())
   assert identity['devices']['count'] == 8
   assert identity['versions']['jax'] == jax.__version__
-  assert identity['parameters'] == experiment.parameter_count(experiment.Run(config).abstract_state.params)
-  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert identity['parameters'] == parameter_count(Run(config).abstract_state.params)
+  rows = read_metrics(workdir / 'metrics.jsonl')
   assert [row['step'] for row in rows if 'train/loss' in row] == list(range(1, 9))
   assert [row['step'] for row in rows if 'val/top1' in row] == [4, 8]
 
 
 def test_it_learns_the_colours(finished):
   _, workdir, _ = finished
-  rows = metrics.read(workdir / 'metrics.jsonl')
+  rows = read_metrics(workdir / 'metrics.jsonl')
   assert rows[-1]['val/top1'] >= 0.6
 
 
@@ -60,13 +60,13 @@ def test_stopped_run_goes_on_bitwise(finished, tmp_path):
   """State, data order, metrics: stopped at step 5 and resumed equals never stopped."""
   config, workdir, state = finished
   runs.stopped(config, tmp_path, 5)
-  runs.assert_bitwise_equal(training.train(config, tmp_path), state)
+  runs.assert_bitwise_equal(trainer.train(config, tmp_path), state)
   assert rows_without_times(tmp_path) == rows_without_times(workdir)
 
 
 def test_evaluate_gives_the_figures_of_the_last_training_step_on_any_mesh(finished):
   _, workdir, _ = finished
-  last = metrics.read(workdir / 'metrics.jsonl')[-1]
+  last = read_metrics(workdir / 'metrics.jsonl')[-1]
   for overrides in ([], ['mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2']):
     figures, step = evaluate_workdir(workdir, overrides)
     assert (figures, step) == ({name: last[name] for name in figures}, 8)
@@ -101,11 +101,11 @@ def test_evaluate_of_a_step_that_is_not_kept_says_which_are(finished):
 
 def test_checkpoint_of_one_mesh_continues_on_another(folder, tmp_path):
   changes = {'data__shuffle': True}
-  straight = training.train(runs.classification(folder, **changes), tmp_path / 'straight')
+  straight = trainer.train(runs.classification(folder, **changes), tmp_path / 'straight')
   runs.stopped(runs.classification(folder, **changes), tmp_path / 'moved', 4)
   moved = runs.classification(folder, **changes, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   for x, y in zip(
-    jax.tree.leaves(jax.device_get(training.train(moved, tmp_path / 'moved').params)),
+    jax.tree.leaves(jax.device_get(trainer.train(moved, tmp_path / 'moved').params)),
     jax.tree.leaves(jax.device_get(straight.params)),
     strict=True,
   ):
@@ -118,10 +118,10 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
   own = tmp_path / 'images'
   shutil.copytree(folder, own)
   config = runs.contrastive(own)
-  training.train(config, tmp_path / 'run')
-  tokens = experiment.Run(config).experiment.tokenizer(['a red picture'])
+  trainer.train(config, tmp_path / 'run')
+  tokens = Run(config).experiment.tokenizer(['a red picture'])
   shutil.rmtree(own)
-  subject, step = experiment.Run.reopen(tmp_path / 'run').restored_subject()
+  subject, step = Run.reopen(tmp_path / 'run').restored_subject()
   assert step == 4
   np.testing.assert_array_equal(subject.tokenizer(['a red picture']), tokens)
   embeddings = subject.over_texts(['a red picture', 'blue'], batch=8)
@@ -132,11 +132,11 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
   _, workdir, state = finished
   changes = {'init_from__params__workdir': workdir, 'init_from__params__skip': "('head/.*',)", 'train__steps': 1}
   warm = runs.classification(folder, **changes, optimizer__schedule__peak=1e-12, optimizer__schedule__warmup_steps=0)
-  params = jax.device_get(training.train(warm, tmp_path).params)
+  params = jax.device_get(trainer.train(warm, tmp_path).params)
   np.testing.assert_allclose(params['patch']['kernel'], state.ema['patch']['kernel'], atol=1e-8)
   assert abs(params['head']['kernel']).max() < 1e-6
   with pytest.raises(UserError, match=r'head/bias is \(3,\) in .* and \(4,\) here; add a pattern'):
-    training.train(
+    trainer.train(
       runs.classification(folder, init_from__params__workdir=workdir, objective__network__outputs=4), tmp_path / 'other'
     )
 
@@ -158,7 +158,7 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
 )
 def test_what_does_not_fit_is_one_line(folder, tmp_path, changes, message):
   with pytest.raises(UserError, match=message) as caught:
-    training.train(runs.classification(folder, **changes), tmp_path)
+    trainer.train(runs.classification(folder, **changes), tmp_path)
   assert '\n' not in str(caught.value)
 
 
@@ -166,13 +166,13 @@ def test_workdir_of_another_experiment_is_refused_and_left_as_it_was(finished, f
   _, workdir, _ = finished
   before = (workdir / 'config.json').read_bytes()
   with pytest.raises(UserError, match=r'another experiment: config\.objective\.mixup is 0\.2 there and 0\.5 here'):
-    training.train(runs.classification(folder, objective__mixup=0.5), workdir)
+    trainer.train(runs.classification(folder, objective__mixup=0.5), workdir)
   assert (workdir / 'config.json').read_bytes() == before
 
 
 def test_reopening_a_folder_without_a_run_says_so(tmp_path):
   with pytest.raises(UserError, match='no run here'):
-    experiment.Run.reopen(tmp_path)
+    Run.reopen(tmp_path)
 
 
 def test_model_flops_are_of_what_is_learnt_and_once_of_what_is_frozen(folder):

@@ -5,16 +5,16 @@ import functools
 import numpy as np
 import pytest
 
-from fmcv_jax import experiment, training
-from fmcv_jax.data.augment import ThreeAugment
-from fmcv_jax.models.dino import dino
-from fmcv_jax.models.dual_encoder import DualEncoder
-from fmcv_jax.models.efficientnet import EfficientNet, Row
-from fmcv_jax.models.mae import mae
-from fmcv_jax.models.segmenter import segmenter
-from fmcv_jax.models.swin import swin
-from fmcv_jax.models.text import text_transformer
-from fmcv_jax.models.vit import vit
+from fmcv_jax import experiment, trainer
+from fmcv_jax.augment.three_augment import ThreeAugment
+from fmcv_jax.models.backbones.efficientnet import EfficientNet, Row
+from fmcv_jax.models.backbones.swin import swin
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.segmenter import segmenter
+from fmcv_jax.models.multimodal.dual_encoder import DualEncoder
+from fmcv_jax.models.self_supervised.dino import dino
+from fmcv_jax.models.self_supervised.mae import mae
 from fmcv_jax.objectives.adapted import Adapted, Lora
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.dino import SelfDistillation
@@ -107,8 +107,8 @@ def config_of(family, folder):
 @pytest.mark.parametrize('family', [*NETWORKS, 'align'])
 def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(family, tmp_path):
   config = config_of(family, runs.image_folder(tmp_path / 'images'))
-  straight = training.train(config, tmp_path / 'straight')
+  straight = trainer.train(config, tmp_path / 'straight')
   runs.stopped(config, tmp_path / 'stopped', 2)
-  resumed = training.train(config, tmp_path / 'stopped')
+  resumed = trainer.train(config, tmp_path / 'stopped')
   assert ('batch_stats' in straight.extra) == (family in ('efficientnet', 'align'))
   runs.assert_bitwise_equal(straight, resumed)

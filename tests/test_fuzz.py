@@ -11,9 +11,10 @@ from PIL import Image
 
 from fmcv_jax import config as config_lib
 from fmcv_jax import experiment
-from fmcv_jax.data.decode import decode, picture
-from fmcv_jax.data.source import BadRecord
+from fmcv_jax.data.images.decode import decode, picture
+from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.errors import UserError
+from fmcv_jax.registry import KINDS
 
 CONFIGS = sorted(str(path) for path in (pathlib.Path(__file__).parent.parent / 'configs' / 'demo').glob('*.py'))
 
@@ -44,7 +45,7 @@ def answers(file, override):
   """Whether a config with an override is built, or refused in one line; anything else is raised."""
   try:
     written = experiment.resolve(config_lib.override(TREES[file], [override]))
-    config_lib.build(experiment.Experiment, written, experiment.KINDS)
+    config_lib.build(experiment.Experiment, written, KINDS)
   except UserError as error:
     return '\n' not in str(error)
   return True

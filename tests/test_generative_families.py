@@ -8,18 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from fmcv_jax import training
-from fmcv_jax.data.controls import Edges
-from fmcv_jax.data.holes import Holes
+from fmcv_jax import trainer
+from fmcv_jax.augment.control_maps import Edges
+from fmcv_jax.augment.inpaint_masks import Holes
 from fmcv_jax.diffusion.process import Process
-from fmcv_jax.models.autoencoder import autoencoder
-from fmcv_jax.models.dit import dit
-from fmcv_jax.models.mmdit import mmdit
-from fmcv_jax.models.text import text_transformer
-from fmcv_jax.models.unet import unet
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.generative.autoencoder import autoencoder
+from fmcv_jax.models.generative.dit import dit
+from fmcv_jax.models.generative.mmdit import mmdit
+from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.objectives.autoencoder import Autoencoding
-from fmcv_jax.objectives.diffusion import Alignment, Diffusion
+from fmcv_jax.objectives.diffusion import Diffusion
+from fmcv_jax.objectives.repa import Alignment
 from fmcv_jax.parallel.mesh import MeshShape
 from tests import runs
 from tests.train.tiny import MESHES, Trainer, batch_of, shaken
@@ -91,9 +92,9 @@ RUNS = {
 @pytest.mark.parametrize('family', RUNS)
 def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(family, tmp_path):
   config = RUNS[family](runs.image_folder(tmp_path / 'images'), train__ema=0.9)
-  straight = training.train(config, tmp_path / 'straight')
+  straight = trainer.train(config, tmp_path / 'straight')
   runs.stopped(config, tmp_path / 'stopped', 2)
-  runs.assert_bitwise_equal(straight, training.train(config, tmp_path / 'stopped'))
+  runs.assert_bitwise_equal(straight, trainer.train(config, tmp_path / 'stopped'))
 
 
 def test_a_painter_that_is_killed_goes_on_from_its_last_checkpoint_as_if_it_were_not(tmp_path):

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from fmcv_jax import training
-from fmcv_jax.data.array_record import ArrayRecord
-from fmcv_jax.data.decode import decode
-from fmcv_jax.train import metrics
+from fmcv_jax import trainer
+from fmcv_jax.data.images.decode import decode
+from fmcv_jax.data.sources.array_record import ArrayRecord
+from fmcv_jax.train.storage import read_metrics
 from tests import runs
 from tests.train.tiny import shaken
 
@@ -20,8 +20,8 @@ def test_two_processes_of_two_devices_give_the_losses_of_one_process(tmp_path):
   two = runs.start(config, tmp_path / 'two', launcher=runs.LOCAL)
   _, errors = two.communicate(timeout=300)
   assert two.returncode == 0, errors[-2000:]
-  training.train(config, tmp_path / 'one')
-  one, two = (metrics.read(tmp_path / name / 'metrics.jsonl') for name in ('one', 'two'))
+  trainer.train(config, tmp_path / 'one')
+  one, two = (read_metrics(tmp_path / name / 'metrics.jsonl') for name in ('one', 'two'))
   assert [row['step'] for row in two] == [row['step'] for row in one]
   for name in ('train/loss', 'train/gradient_norm', 'train/accuracy', 'val/top1'):
     np.testing.assert_allclose(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fmcv_jax import experiment, training
-from fmcv_jax.train import metrics
+from fmcv_jax import experiment, trainer
+from fmcv_jax.train.storage import read_metrics
 from tests import runs
 
 pytestmark = pytest.mark.slow
@@ -43,10 +43,10 @@ def config_of(kind, folder):
 @pytest.mark.parametrize('kind', ['dino', 'mae'])
 def test_resumed_run_is_bitwise_equal_and_its_features_are_judged(kind, tmp_path):
   config = config_of(kind, runs.image_folder(tmp_path / 'images'))
-  straight = training.train(config, tmp_path / 'straight')
+  straight = trainer.train(config, tmp_path / 'straight')
   runs.stopped(config, tmp_path / 'stopped', 3)
-  resumed = training.train(config, tmp_path / 'stopped')
+  resumed = trainer.train(config, tmp_path / 'stopped')
   runs.assert_bitwise_equal(straight, resumed)
-  last = metrics.read(tmp_path / 'straight' / 'metrics.jsonl')[-1]
+  last = read_metrics(tmp_path / 'straight' / 'metrics.jsonl')[-1]
   assert {'knn/k1_top1', 'ridge/top1', 'few/3_way_1_shot'} <= last.keys()
   assert last['knn/k1_top1'] == 1.0  # each image is its own neighbour

@@ -14,18 +14,20 @@ from rich.console import Console
 from rich.progress import track
 
 from fmcv_jax import config as config_lib
-from fmcv_jax.apps.model import evaluated_as
 from fmcv_jax.errors import UserError, nearest
 from fmcv_jax.evaluate.base import Subject
-from fmcv_jax.experiment import Run, keep_tokenizer, resolve, trained_tree
+from fmcv_jax.experiment import resolve
+from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.objectives.encoder import Encoder
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.pretrained import beside, for_diffusers, for_timm, for_transformers
+from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_config
 from fmcv_jax.pretrained.families import FAMILIES, family_of, recognize
 from fmcv_jax.pretrained.layout import Layout, Shape, check, read, write
 from fmcv_jax.pretrained.tensors import TORCH, Tensors, open_tensors, write_tensors
-from fmcv_jax.train.checkpoint import Store, write_json
+from fmcv_jax.run import Run, keep_tokenizer, trained_tree
+from fmcv_jax.train.checkpoint import Store
 from fmcv_jax.train.state import TrainState
+from fmcv_jax.train.storage import write_json
 from fmcv_jax.train.warm_start import Part, begin_with
 
 FOR_TRAINING = ('discriminator', 'projector')  # parameters that training alone needs
@@ -94,9 +96,9 @@ def matched(
 ) -> Match:
   """Finds out what a checkpoint is, and holds its names and shapes against the network's; reads and writes nothing."""
   name, layout, found = recognize(tensors, family, file)
-  own, folder = FAMILIES[name].config(found), beside.folder_of(pathlib.Path(file))
-  own |= beside.tokenizer(folder, own)
-  config = resolve(config_lib.override(config_lib.plain(own), [*beside.fields(folder, own), *overrides]))
+  own, folder = FAMILIES[name].config(found), hub_config.folder_of(pathlib.Path(file))
+  own |= hub_config.tokenizer(folder, own)
+  config = resolve(config_lib.override(config_lib.plain(own), [*hub_config.fields(folder, own), *overrides]))
   run = Run(config, to)
   leaves, sources = _leaves(run), run.experiment.init_from
   shapes = {path.removeprefix('params/'): leaf.shape for path, leaf in leaves.items() if _is_held(path, sources)}
@@ -213,18 +215,18 @@ def _exported(run: Run, subject: Subject) -> tuple[Any, dict[str, np.ndarray]]:
   return objective, params
 
 
-def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bool) -> for_transformers.Files:
+def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bool) -> export_transformers.Files:
   """What the library of a format wants to find next to the arrays."""
   tokenizer, image = run.experiment.tokenizer, evaluated_as(run)
   match format:
     case 'transformers':
-      return for_transformers.files(family, objective, image, tokenizer)
+      return export_transformers.files(family, objective, image, tokenizer)
     case 'diffusers':
-      return for_diffusers.files(family, objective, tokenizer, whole=whole)
+      return export_diffusers.files(family, objective, tokenizer, whole=whole)
     case 'timm':
-      return for_timm.files(objective, image)
+      return export_timm.files(objective, image)
     case 'open_clip':
-      return for_timm.open_clip(family, objective, image)
+      return export_timm.open_clip(family, objective, image)
   return {}
 
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fmcv_jax.apps.data_show import on_any_mesh
-from fmcv_jax.data import native
-from fmcv_jax.data.decode import decode
+from fmcv_jax.data.images import native_crop
+from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import to_devices
-from fmcv_jax.experiment import Run, load_config
+from fmcv_jax.experiment import load_config
+from fmcv_jax.parallel.batches import to_devices
+from fmcv_jax.run import Run
 
 _STEPS = 3  # at least, of a stage
 
@@ -50,7 +51,7 @@ def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, ste
     table.add_row(stage.name, stage.by, f'{stage.rate:,.0f}', f'{1000 / stage.rate:.3f}')
   console.print(table)
   if any(stage.name.startswith('decode') for stage in stages):
-    console.print(f'pictures are cropped by: {native.engine()}', highlight=False, soft_wrap=True)
+    console.print(f'pictures are cropped by: {native_crop.engine()}', highlight=False, soft_wrap=True)
   for line in verdict(stages, benched.experiment.data.workers, waited):
     console.print(line, highlight=False, soft_wrap=True)
   return stages

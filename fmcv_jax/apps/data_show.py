@@ -11,8 +11,9 @@ from rich.console import Console
 
 from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.errors import UserError
-from fmcv_jax.experiment import Run, load_config, resolve
-from fmcv_jax.objectives.seen import seen
+from fmcv_jax.experiment import load_config, resolve
+from fmcv_jax.objectives.network_inputs import seen
+from fmcv_jax.run import Run
 
 _LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor
 _GAP, _LINE = 3, 16  # between pictures, and for a caption, in pixels

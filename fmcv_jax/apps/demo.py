@@ -8,14 +8,15 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from fmcv_jax import experiment, training
-from fmcv_jax.apps import sheets
+from fmcv_jax import experiment, trainer
+from fmcv_jax.apps import figures
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Subject, topk_hits
 from fmcv_jax.evaluate.retrieval import captions_of
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
-from fmcv_jax.train import metrics
+from fmcv_jax.run import Run
+from fmcv_jax.train.storage import read_metrics
 
 CREDITS = 'Drawings: OpenMoji (CC BY-SA 4.0), Noto Emoji (Apache-2.0, OFL), Twemoji (CC BY 4.0)'
 
@@ -27,13 +28,13 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   kinds = {name: evaluator['name'] for name, evaluator in resolved['evaluators'].items()}
   if (kinds.get('seen'), kinds.get('held_out')) != ('zero_shot', 'zero_shot'):
     raise UserError(f'{config}: the demo needs zero_shot evaluators named seen and held_out')
-  training.train(resolved, workdir, console)
+  trainer.train(resolved, workdir, console)
 
-  trained = experiment.Run.reopen(workdir)
+  trained = Run.reopen(workdir)
   subject, step = trained.restored_subject()
   folder = workdir / 'demo'
   folder.mkdir(exist_ok=True)
-  sheets.loss_curve(workdir / 'metrics.jsonl', folder / 'loss.png')
+  figures.loss_curve(workdir / 'metrics.jsonl', folder / 'loss.png')
 
   table = Table(title=f'Names of drawings by an artist never seen in training (step {step})')
   for heading in ('', 'names', 'top-1', 'top-5', 'chance', 'nearest by pixels'):
@@ -41,16 +42,16 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   for name, text in (('seen', 'concepts of the training set'), ('held_out', 'concepts held out of training')):
     evaluator = trained.experiment.evaluators[name]
     assert isinstance(evaluator, ZeroShot)
-    figures = _zero_shot(subject, evaluator, folder / f'zero_shot_{name}.png', text)
+    accuracies = _zero_shot(subject, evaluator, folder / f'zero_shot_{name}.png', text)
     count = len(evaluator.data.source.names)
     if name == 'seen':
       pixels = f'{nearest_by_pixels(trained.experiment.data, evaluator.data):.3f}'
       _draw_retrieval(subject, evaluator, folder / 'retrieval.png')
     else:
       pixels = 'cannot name them'
-    table.add_row(text, str(count), *(f'{value:.3f}' for value in figures), f'{1 / count:.4f}', pixels)
+    table.add_row(text, str(count), *(f'{value:.3f}' for value in accuracies), f'{1 / count:.4f}', pixels)
   console.print(table)
-  last = metrics.read(epath.Path(workdir / 'metrics.jsonl'))[-1]
+  last = read_metrics(epath.Path(workdir / 'metrics.jsonl'))[-1]
   retrieval = {name: value for name, value in last.items() if name.startswith('retrieval/')}
   console.print('  '.join(f'{name} {value:.3f}' for name, value in retrieval.items()), highlight=False)
   console.print(f'figures and pictures: {folder}/   metrics: {workdir / "metrics.jsonl"}\n{CREDITS}', highlight=False)
@@ -61,18 +62,18 @@ def _zero_shot(subject: Subject, evaluator: ZeroShot, path: pathlib.Path, text: 
   outputs = subject.over('embed_image', evaluator.data, evaluator.batch)
   names = evaluator.data.source.names
   scores = outputs.values @ class_embeddings(subject, names, evaluator.templates, evaluator.batch).T
-  figures = [topk_hits(scores, outputs.labels, k) for k in (1, 5)]
+  accuracies = [topk_hits(scores, outputs.labels, k) for k in (1, 5)]
   chosen = np.random.default_rng(0).choice(len(scores), size=24, replace=False)
-  sheets.zero_shot_sheet(
+  figures.zero_shot_sheet(
     _pictures(evaluator.data, outputs.records[chosen]),
     names,
     outputs.labels[chosen],
     scores[chosen],
     path,
     title=f'{text}, drawn by an artist never seen: the five likeliest of {len(names)} names (right: green)\n'
-    f'top-1 {figures[0]:.3f}, top-5 {figures[1]:.3f}. {CREDITS}',
+    f'top-1 {accuracies[0]:.3f}, top-5 {accuracies[1]:.3f}. {CREDITS}',
   )
-  return figures
+  return accuracies
 
 
 def _draw_retrieval(subject: Subject, evaluator: ZeroShot, path: pathlib.Path) -> None:
@@ -82,7 +83,7 @@ def _draw_retrieval(subject: Subject, evaluator: ZeroShot, path: pathlib.Path) -
   queries = np.random.default_rng(1).choice(len(texts), size=10, replace=False)
   embeddings = subject.over_texts([texts[query] for query in queries], evaluator.batch)
   found = outputs.records[np.argsort(-embeddings @ outputs.values.T, axis=1)[:, :5]]
-  sheets.retrieval_sheet(
+  figures.retrieval_sheet(
     [texts[query] for query in queries],
     [_pictures(evaluator.data, row) for row in found],
     [[query in truth[record] for record in row] for query, row in zip(queries, found, strict=True)],

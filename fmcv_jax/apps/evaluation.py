@@ -8,9 +8,9 @@ from rich.table import Table
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import evaluate
-from fmcv_jax.experiment import Run
 from fmcv_jax.parallel.distributed import is_main
-from fmcv_jax.train.checkpoint import write_json
+from fmcv_jax.run import Run
+from fmcv_jax.train.storage import write_json
 
 
 def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *, step: int | None = None) -> None:

@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from fmcv_jax.apps import sheets
-from fmcv_jax.data.source import BadRecord
+from fmcv_jax.apps import figures
+from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Subject
-from fmcv_jax.experiment import Run
-from fmcv_jax.models import activation_maps, attention_maps
-from fmcv_jax.models.efficientnet import EfficientNet
-from fmcv_jax.models.layers import unit
-from fmcv_jax.models.vit import Features, ViT, patch_features
+from fmcv_jax.interpret import activation_maps, attention_maps
+from fmcv_jax.models.backbones.efficientnet import EfficientNet
+from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.models.common.layers import unit
+from fmcv_jax.models.common.outputs import Features
+from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.objectives.base import STATISTICS, ImageTower
+from fmcv_jax.run import Run
 
 
 def run(
@@ -62,7 +64,7 @@ def run(
 
   def draw(name, maps, title, **options):
     written.append(folder / f'{name}.png')
-    sheets.overlay_sheet(pictures, maps, written[-1], title=f'{title}\n{model}, step {step}', **options)
+    figures.overlay_sheet(pictures, maps, written[-1], title=f'{title}\n{model}, step {step}', **options)
 
   images = tower.normalize(jnp.asarray(pictures, jnp.float32) / 255)
   transformer = isinstance(network, ViT)

@@ -11,8 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fmcv_jax import config as config_lib
 from fmcv_jax import experiment
 from fmcv_jax.data import packing, storage
-from fmcv_jax.data.source import Source
+from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.registry import KINDS
 
 # What a path is taken for, by the files that it names or that lie in it.
 _KINDS = {'.tar': 'webdataset', '.parquet': 'parquet', '.array_record': 'array_record'}
@@ -29,7 +30,7 @@ def run(
 ) -> None:
   """Writes the source `what` (see source_spec) to the folder `to`; run again, it goes on from what is written."""
   console, spec = Console(), source_spec(what, overrides)
-  source = config_lib.build(Source, spec, experiment.KINDS, 'config')
+  source = config_lib.build(Source, spec, KINDS, 'config')
   columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
   with Progress(*columns, console=console) as bar:
     task = bar.add_task('packing', total=None)
@@ -61,8 +62,8 @@ def source_spec(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   """
   if what.partition(':')[0].endswith('.py'):
     return experiment.load_config(what, overrides)['data']['source']
-  spec = {'name': what} if what in experiment.KINDS[Source] else {'name': _judged(what), 'path': what}
-  return config_lib.resolve(Source, config_lib.override(spec, overrides), experiment.KINDS)
+  spec = {'name': what} if what in KINDS[Source] else {'name': _judged(what), 'path': what}
+  return config_lib.resolve(Source, config_lib.override(spec, overrides), KINDS)
 
 
 def _judged(path: str) -> str:
@@ -71,7 +72,7 @@ def _judged(path: str) -> str:
     if path.endswith(suffix):
       return name
   if not storage.is_remote(path) and not pathlib.Path(path).expanduser().exists() and not any(c in path for c in '*?{'):
-    known = [name for name in experiment.KINDS[Source] if name != 'none']
+    known = [name for name in KINDS[Source] if name != 'none']
     raise UserError(
       f'{path!r} is no config (.py), no file, no folder and no source (seen from {os.getcwd()}); {nearest(path, known)}'
     )

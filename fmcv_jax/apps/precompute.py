@@ -14,10 +14,11 @@ from rich.progress import Progress
 from fmcv_jax import experiment
 from fmcv_jax.data.loader import evaluation_batches
 from fmcv_jax.data.packing import Plan, Unfinished, unfinished_by_all
-from fmcv_jax.data.source import Example, Source
+from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.evaluate.base import Subject, to_devices
-from fmcv_jax.experiment import Run
+from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.parallel.batches import to_devices
+from fmcv_jax.run import Run, trained_tree
 from fmcv_jax.train.warm_start import begin_with
 
 _SHARD_RECORDS = 8192
@@ -111,7 +112,7 @@ def _frozen(job: Run) -> Subject:
   shardings = {name: tree for name, tree in job.shardings.extra.items() if name in keep}
   extra = jax.jit(born, out_shardings=shardings)()
   state = job.abstract_state.replace(params={}, ema=None, extra=extra)
-  subject.extra = begin_with(state, filled, experiment.trained_tree).extra
+  subject.extra = begin_with(state, filled, trained_tree).extra
   return subject
 
 

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from fmcv_jax.data.loader import TrainLoader, record_keys, resume
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import to_devices
-from fmcv_jax.experiment import Run
+from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.run import Run
 from fmcv_jax.train.checkpoint import Store
 from fmcv_jax.train.gradients import gradients
 from fmcv_jax.train.state import TrainState

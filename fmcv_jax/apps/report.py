@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.train import goodput, metrics
+from fmcv_jax.train import goodput
+from fmcv_jax.train.storage import read_metrics
 
 BLOCKS = '▁▂▃▄▅▆▇█'
 INPUT_BOUND = 0.1  # share of the training time spent waiting for input from which on a run is told so
@@ -20,7 +21,7 @@ def run(workdir: str | pathlib.Path) -> None:
   found = goodput.sessions(folder / goodput.FILE)
   if not found:
     raise UserError(f'{workdir}: no record of a run here ({goodput.FILE}); give the --workdir of a training run')
-  rows = metrics.read(folder / 'metrics.jsonl')
+  rows = read_metrics(folder / 'metrics.jsonl')
   losses = [row['train/loss'] for row in rows if row.get('train/loss') is not None]
   if losses:
     console.print(f'loss {losses[0]:.4f} {curve(losses)} {losses[-1]:.4f} at step {found[-1].last}', highlight=False)

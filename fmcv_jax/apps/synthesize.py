@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from fmcv_jax.apps.generate import Painter
 from fmcv_jax.data.packing import Plan, unfinished_by_all
 from fmcv_jax.errors import UserError
+from fmcv_jax.inference.generator import Painter
 from fmcv_jax.parallel.distributed import is_main
 
 

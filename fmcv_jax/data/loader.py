@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from fmcv_jax.data.decode import decode
+from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.order import Order, RunOrder
-from fmcv_jax.data.source import BadRecord, Example, Source
+from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.data.transforms import ImageTransform, of_segments
-from fmcv_jax.data.workers import ReadAhead
+from fmcv_jax.data.workers.prefetch import ReadAhead
 from fmcv_jax.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from fmcv_jax.data.array_record import encode_record, shard_path, write_info, write_shard
-from fmcv_jax.data.source import BadRecord, Example, Source
-from fmcv_jax.data.workers import end_with_parent
+from fmcv_jax.data.sources.array_record import encode_record, shard_path, write_info, write_shard
+from fmcv_jax.data.sources.base import BadRecord, Example, Source
+from fmcv_jax.data.workers.prefetch import end_with_parent
 from fmcv_jax.errors import UserError
 from fmcv_jax.parallel import distributed
 

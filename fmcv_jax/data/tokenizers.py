@@ -20,7 +20,7 @@ import ftfy
 import numpy as np
 from etils import epath
 
-from fmcv_jax.data.source import BadRecord, Source
+from fmcv_jax.data.sources.base import BadRecord, Source
 from fmcv_jax.errors import UserError
 
 

@@ -10,8 +10,8 @@ from typing import TypeGuard
 
 import numpy as np
 
-from fmcv_jax.data.decode import picture
-from fmcv_jax.data.resize import FILTERS, Interpolation
+from fmcv_jax.data.images.decode import picture
+from fmcv_jax.data.images.resize import FILTERS, Interpolation
 
 
 class ImageTransform(abc.ABC):

@@ -11,8 +11,9 @@ import numpy as np
 
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
 from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.errors import UserError
-from fmcv_jax.objectives.base import Generator
+from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.rules import Placement
 
 Figures = dict[str, float]
@@ -121,14 +122,6 @@ def pixels(params: Any, extra: Any, batch: Mapping[str, jax.Array], side: int = 
 def whole_image(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
   """The image itself, float32 [B, H, W, 3] in [0, 1]."""
   return batch['image'].astype(jnp.float32) / 255
-
-
-def to_devices(local: Mapping[str, np.ndarray], placement: Placement) -> dict[str, jax.Array]:
-  """The global batch, sharded over the mesh, of which this process holds the rows `local`."""
-  processes = jax.process_count()
-  shapes = {k: jax.ShapeDtypeStruct((len(v) * processes, *v.shape[1:]), v.dtype) for k, v in local.items()}
-  shardings = placement.batch(shapes)
-  return {k: jax.make_array_from_process_local_data(shardings[k], v, shapes[k].shape) for k, v in local.items()}
 
 
 class Evaluator(abc.ABC):

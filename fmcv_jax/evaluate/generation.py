@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
-from fmcv_jax.data.subset import Spaced
+from fmcv_jax.data.sources.subset import Spaced
 from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, times_of
+from fmcv_jax.diffusion.sharded_sampling import Canvas, Manner
 from fmcv_jax.errors import UserError, nearest
 from fmcv_jax.evaluate.base import Evaluator
-from fmcv_jax.evaluate.judge import Judge
-from fmcv_jax.evaluate.painting import Canvas, Manner
+from fmcv_jax.evaluate.feature_extractor import Judge
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Evaluator
-from fmcv_jax.models.attention_maps import mass_masks
+from fmcv_jax.interpret.attention_maps import mass_masks
 
 
 @dataclasses.dataclass(frozen=True)

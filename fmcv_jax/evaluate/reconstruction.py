@@ -9,7 +9,7 @@ import numpy as np
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.distances import fid
-from fmcv_jax.evaluate.judge import Judge
+from fmcv_jax.evaluate.feature_extractor import Judge
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.models.autoencoder import Autoencoder
-from fmcv_jax.models.discriminator import PatchDiscriminator
-from fmcv_jax.models.layers import unit
-from fmcv_jax.models.vit import ViT, patch_features
+from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.models.common.layers import unit
+from fmcv_jax.models.common.patches import patch_features
+from fmcv_jax.models.generative.autoencoder import Autoencoder
+from fmcv_jax.models.generative.discriminator import PatchDiscriminator
 from fmcv_jax.objectives.base import Objective
 
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.data.augment import Augment, Normalize, augmented
+from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.mixing import mix
+from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.objectives.base import STATISTICS, ImageTower, Objective, tower_functions, variables
 from fmcv_jax.objectives.distillation import Distillation
 
@@ -102,28 +104,3 @@ class Classification(Objective):
 
   def image_tower(self, params, extra):
     return ImageTower(self.network, params, self.normalize, extra.get(STATISTICS))
-
-
-def mix(images, targets, rng, *, mixup: float, cutmix: float):
-  """Mixes each example with its mirror in the batch: images [B, H, W, C], targets [B, classes].
-
-  One weight a batch, as in the authors' code. For cutmix the weight of a label is the share of pixels that it kept.
-  """
-  if not mixup and not cutmix:
-    return images, targets
-  choice_rng, weight_rng, box_rng = jax.random.split(rng, 3)
-  height, width = images.shape[1:3]
-  use_cutmix = jax.random.bernoulli(choice_rng) if mixup and cutmix else jnp.asarray(bool(cutmix))
-  alpha = jnp.where(use_cutmix, cutmix or 1.0, mixup or 1.0)
-  weight = jax.random.beta(weight_rng, alpha, alpha)
-
-  # A box of the share 1 - weight of the area around a uniform centre, cut off at the border.
-  centre = jax.random.uniform(box_rng, (2,)) * jnp.array([height, width])
-  half = jnp.sqrt(1 - weight) * jnp.array([height, width]) / 2
-  low, high = jnp.round(centre - half), jnp.round(centre + half)
-  rows, columns = jnp.arange(height), jnp.arange(width)
-  inside = ((rows >= low[0]) & (rows < high[0]))[:, None] & ((columns >= low[1]) & (columns < high[1]))[None]
-
-  keep = jnp.where(use_cutmix, 1.0 - inside, weight)[None, :, :, None].astype(images.dtype)
-  share = jnp.where(use_cutmix, 1 - inside.mean(), weight)
-  return images * keep + images[::-1] * (1 - keep), targets * share + targets[::-1] * (1 - share)

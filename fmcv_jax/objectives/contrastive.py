@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.models.vit import ViT, random_keep
+from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.models.common.patches import random_keep
 from fmcv_jax.objectives.base import STATISTICS, CoupledObjective, ImageTower, variables
-from fmcv_jax.objectives.pairs import LossName, pair_loss
+from fmcv_jax.objectives.ring_contrastive import LossName, pair_loss
 
 
 @dataclasses.dataclass(frozen=True)

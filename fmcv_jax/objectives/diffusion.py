@@ -9,53 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.data.controls import Control
-from fmcv_jax.data.holes import Holes
+from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.control_maps import Control
+from fmcv_jax.augment.inpaint_masks import Holes
+from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.diffusion.condition import Condition, make_condition
+from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.diffusion.process import Process, TimesName, WeightName, alphas_cumprod
-from fmcv_jax.models.autoencoder import Autoencoder, Gaussian
-from fmcv_jax.models.conditioning import Condition
-from fmcv_jax.models.controlnet import ControlNet, controlnet
-from fmcv_jax.models.layers import dense, unit
-from fmcv_jax.models.text import TextTransformer
-from fmcv_jax.models.unet import UNet
-from fmcv_jax.models.vit import ViT, patch_features
-from fmcv_jax.objectives.base import Generator, Objective
+from fmcv_jax.models.backbones.text import TextTransformer
+from fmcv_jax.models.common.layers import unit
+from fmcv_jax.models.common.patches import patch_features
+from fmcv_jax.models.generative.autoencoder import Autoencoder, Gaussian
+from fmcv_jax.models.generative.controlnet import ControlNet, controlnet
+from fmcv_jax.models.generative.unet import UNet
+from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.repa import Alignment, Projector
 
 LEVELS = 8  # noise levels at which the validation error is told
-
-
-class Projector(nn.Module):
-  """Tokens [B, T, D] -> [B, T, outputs], by three layers with SiLU (Yu et al. 2025)."""
-
-  width: int
-  outputs: int
-
-  @nn.compact
-  def __call__(self, x):
-    for name in ('hidden1', 'hidden2'):
-      x = jax.nn.silu(dense(self.width, 'float32', name)(x))
-    return dense(self.outputs, 'float32', 'head')(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Alignment:
-  """REPA (Yu et al. 2025, eq. 8): tokens of the denoiser point where those of a pretrained ViT of clean images do.
-
-  teacher   its values come by init_from, at 'extra/teacher'
-  layer     of the denoiser, counted from 1
-  weight    of the mean negative cosine in the loss
-  """
-
-  teacher: nn.Module
-  layer: int
-  weight: float = 0.5
-  hidden: int = 2048
-  normalize: Normalize = Normalize()
-
-  def __post_init__(self):
-    if not isinstance(self.teacher, ViT):
-      raise ValueError('teacher: alignment needs a vision transformer, teacher.name=vit')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +227,7 @@ class Diffusion(Objective):
       if keep is not None:
         tokens = jnp.where(keep[:, None], tokens, empty_text(tokens))
       text, mask, pooled = self._read(extra, tokens)
-    return Condition(label, text, mask, pooled)
+    return make_condition(label=label, text=text, text_mask=mask, pooled_text=pooled)
 
   def _read(self, extra, tokens):
     """What the tower says of each word of texts [B, L], which of them are words (None: all), and what of the whole."""
@@ -272,9 +242,9 @@ class Diffusion(Objective):
     """The condition with what is told of the images [B, H, W, 3] themselves, always: what steers, what is around a
     hole, which a key [B] draws."""
     if self.control is not None:
-      condition = condition._replace(control=self.control(images))
+      condition = {**condition, 'control': self.control(images)}
     if self.holes is not None:
-      condition = condition._replace(beside=self._around(extra, images, self.holes(keys, self.image_size)))
+      condition = {**condition, 'image': self._around(extra, images, self.holes(keys, self.image_size))}
     return condition
 
   def _around(self, extra, images, masks):

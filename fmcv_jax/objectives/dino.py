@@ -14,9 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.models.dino import SelfDistiller
-from fmcv_jax.models.layers import unit
+from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.models.common.layers import unit
+from fmcv_jax.models.self_supervised.dino import SelfDistiller
 from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.data.augment import Normalize
+from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.objectives.base import variables
 
 

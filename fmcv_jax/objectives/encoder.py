@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.data.augment import Normalize
+from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.errors import UserError
 from fmcv_jax.objectives.base import STATISTICS, ImageTower, Objective, tower_functions, variables
 

@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.data.augment import Augment, Normalize, augmented
-from fmcv_jax.models.mae import MaskedAutoencoder
-from fmcv_jax.models.vit import patches_of
+from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.models.common.patches import patches_of, pictures_of
+from fmcv_jax.models.self_supervised.mae import MaskedAutoencoder
 from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
 
 
@@ -114,10 +115,3 @@ def hidden_error(predicted: jax.Array, target: jax.Array, order: jax.Array, visi
   # Every image hides as many, so the mean over all of them is one sum; a mask moves nothing between devices.
   hidden = jnp.argsort(order, axis=1) >= visible
   return jnp.sum(errors, where=hidden) / (order.shape[0] * (order.shape[1] - visible))
-
-
-def pictures_of(patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """The inverse of patches_of: [B, rows * columns, patch * patch * 3] -> [B, H, W, 3]."""
-  (rows, columns), patch = grid, round((patches.shape[-1] // 3) ** 0.5)
-  x = patches.reshape(-1, rows, columns, patch, patch, 3).swapaxes(2, 3)
-  return x.reshape(-1, rows * patch, columns * patch, 3)

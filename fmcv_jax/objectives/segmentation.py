@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.data.augment import Affine, Augment, Flip, Normalize, RandAugment, ThreeAugment, augmented
-from fmcv_jax.models.segmenter import Segmenter
+from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.geometry import Affine, Flip
+from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.augment.randaugment import RandAugment
+from fmcv_jax.augment.three_augment import ThreeAugment
+from fmcv_jax.models.dense.segmenter import Segmenter
 from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
 
 UNKNOWN = 255  # of pixels that count nowhere: neither in the loss nor in a figure

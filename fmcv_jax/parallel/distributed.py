@@ -5,7 +5,7 @@ import os
 import jax
 import numpy as np
 
-from fmcv_jax.parallel.emulation import emulation
+from fmcv_jax.parallel.cpu_emulation import emulation
 
 # A lost process is noticed after this long (jax's default of 100 s leaves a pod idle for minutes).
 HEARTBEAT_SECONDS = 20

@@ -17,9 +17,10 @@ from rich.table import Table
 
 from fmcv_jax.config import paths_of
 from fmcv_jax.errors import UserError
-from fmcv_jax.experiment import Run, load_config, parameter_count
-from fmcv_jax.models.layers import Remat
+from fmcv_jax.experiment import load_config
+from fmcv_jax.models.common.layers import Remat
 from fmcv_jax.plan import hlo, kernels
+from fmcv_jax.run import Run, parameter_count
 from fmcv_jax.train.flops import matmul_flops
 
 GIB = 2**30

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.models.autoencoder import SIZES
+from fmcv_jax.models.generative.autoencoder import SIZES
 from fmcv_jax.pretrained.layout import (
   QKV,
   Layout,

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fmcv_jax.models.dit import SIZES
-from fmcv_jax.models.positions import sincos_2d
+from fmcv_jax.models.common.positions import sincos_2d
+from fmcv_jax.models.generative.dit import SIZES
 from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, below, each, linear, part, patch
 from fmcv_jax.pretrained.vit import timm_block
 

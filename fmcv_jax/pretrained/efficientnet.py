@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.models.efficientnet import SIZES, STEM, TABLE, channels
+from fmcv_jax.models.backbones.efficientnet import SIZES, STEM, TABLE, channels
 from fmcv_jax.pretrained.layout import POINT, SPATIAL, Layout, Row, Rows, Shape, linear, point
 
 _UNUSED = (r'.*\.num_batches_tracked',)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.pretrained import autoencoder, dit, efficientnet, flax, inception, pairs, stable_diffusion, swin, vit
+from fmcv_jax.pretrained import autoencoder, big_vision, clip, dit, efficientnet, inception, stable_diffusion, swin, vit
 from fmcv_jax.pretrained.layout import Layout, Shape, outline
 from fmcv_jax.pretrained.stable_diffusion import SD1, SD2
 from fmcv_jax.pretrained.tensors import Tensors
@@ -53,7 +53,7 @@ def _masked(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    network = pairs.dual_encoder(shapes, sigmoid=sigmoid, activation=activation)
+    network = clip.dual_encoder(shapes, sigmoid=sigmoid, activation=activation)
     objective = {'name': 'contrastive', 'network': network, 'normalize': dict(normalize)}
     seen = {'data': _seen(network['image']['image_size'], None if sigmoid else 1.0)}
     if sigmoid:
@@ -91,15 +91,15 @@ _DINOV2 = tuple(
   for gated in (False, True)
 )
 _GOOGLE = (
-  *(('augreg', layout) for layout in flax.augreg()),
-  *(('big_vision', layout) for layout in flax.big_vision()),
+  *(('augreg', layout) for layout in big_vision.augreg()),
+  *(('big_vision', layout) for layout in big_vision.big_vision()),
 )
 _SIGLIP = (
-  ('transformers', pairs.transformers_siglip()),
-  ('open_clip', pairs.open_clip_siglip()),
-  *(('big_vision', layout) for layout in flax.siglip()),
+  ('transformers', clip.transformers_siglip()),
+  ('open_clip', clip.open_clip_siglip()),
+  *(('big_vision', layout) for layout in big_vision.siglip()),
 )
-_CLIP = (('open_clip', pairs.open_clip()), ('transformers', pairs.transformers_clip()))
+_CLIP = (('open_clip', clip.open_clip()), ('transformers', clip.transformers_clip()))
 
 # In the order in which they are tried where none is named. Files do not tell how images were normalized, nor which
 # GELU was meant: that is what the names of one layout differ by.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fmcv_jax.models.inception import BLOCKS, STEM, Branch, Conv
+from fmcv_jax.models.backbones.inception import BLOCKS, STEM, Branch, Conv
 from fmcv_jax.pretrained.layout import SPATIAL, Layout, Row, Rows, linear
 
 

@@ -7,9 +7,9 @@ so a layout is of one number of levels.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fmcv_jax.models import unet
-from fmcv_jax.models.autoencoder import SIZES as CODERS
-from fmcv_jax.pretrained import autoencoder, pairs
+from fmcv_jax.models.generative import unet
+from fmcv_jax.models.generative.autoencoder import SIZES as CODERS
+from fmcv_jax.pretrained import autoencoder, clip
 from fmcv_jax.pretrained.autoencoder import BESIDE, DIFFUSERS, LAYERS, block
 from fmcv_jax.pretrained.layout import (
   QKV,
@@ -137,7 +137,7 @@ SD1 = Version(
   activation='quick_gelu',
   padding='end',
   text={**_LENGTH, 'width': 768, 'depth': 12, 'mlp_dim': 3072, 'heads': 12},
-  words=below('', pairs.transformers_text(), 'cond_stage_model.transformer.text_model.'),
+  words=below('', clip.transformers_text(), 'cond_stage_model.transformer.text_model.'),
 )
 # The text tower is OpenCLIP's H/14 without its last layer.
 SD2 = Version(
@@ -146,7 +146,7 @@ SD2 = Version(
   activation='gelu',
   padding='zeros',
   text={**_LENGTH, 'width': 1024, 'depth': 23, 'mlp_dim': 4096, 'heads': 16},
-  words=below('', pairs.open_clip_text(), 'cond_stage_model.model.'),
+  words=below('', clip.open_clip_text(), 'cond_stage_model.model.'),
   left=(r'cond_stage_model\.model\.(transformer\.resblocks\.23\..*|text_projection|logit_scale|attn_mask)',),
 )
 
@@ -165,7 +165,7 @@ def pipelines(version: Version) -> tuple[tuple[str, Layout], ...]:
     for old in (False, True):
       coder = below('extra/autoencoder', autoencoder.diffusers(levels, old=old))
       for prefix in ('text_model.', ''):
-        text = below('extra/text', pairs.transformers_text(), f'text_encoder.{prefix}')
+        text = below('extra/text', clip.transformers_text(), f'text_encoder.{prefix}')
         rows = (*below('', unet, 'unet.'), *below('', coder, 'vae.'), *text)
         found.append(('diffusers', Layout(rows, ignored=(r'.*position_ids',), files=FILES)))
     found.append(('diffusers', Layout(unet)))
@@ -243,7 +243,7 @@ def config_of(version: Version, prediction: str = 'noise') -> Callable[[Mapping[
     control = part(shapes, 'control/')
     network = denoiser(part(shapes, 'network/') or control, version.size)
     coder, text = part(shapes, 'extra/autoencoder/'), part(shapes, 'extra/text/')
-    numbers = pairs.text_numbers(text) if text else version.text
+    numbers = clip.text_numbers(text) if text else version.text
     decoder = autoencoder.network(coder) if coder else {'name': 'autoencoder', 'variant': 'kl-f8'}
     channels = decoder.get('channels', CODERS[decoder['variant']][0])
     side = unet.SIZES[network['variant']].image_size * 2 ** (len(channels) - 1)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fmcv_jax.models.swin import SIZES
+from fmcv_jax.models.backbones.swin import SIZES
 from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, count, linear, matrix, norm, patch
 from fmcv_jax.pretrained.vit import hub_block, timm_block
 

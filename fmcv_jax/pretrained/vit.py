@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.models.positions import sincos_2d
-from fmcv_jax.models.vit import SIZES
+from fmcv_jax.models.backbones.vit import SIZES
+from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.pretrained.layout import (
   BATCHED,
   QKV,

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,8 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.parallel.distributed import any_process, is_main
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train import checksums
-from fmcv_jax.train.files import inode
 from fmcv_jax.train.state import TrainState
+from fmcv_jax.train.storage import inode
 
 DAMAGED = 'damaged'
 # Bytes of a file of arrays. What is written is kept packed in memory until a file is full, by default 2 GiB of it.
@@ -231,10 +230,3 @@ def _first_line(error: BaseException) -> str:
   """The begin and the end of it, where orbax and tensorstore put what failed and why."""
   line = str(error).strip().split('\n')[0]
   return line if len(line) <= 240 else f'{line[:80]} ... {line[-150:]}'
-
-
-def write_json(path: epath.Path, data: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one, never half of it (object stores do so anyway)."""
-  temporary = path.with_suffix(path.suffix + '.tmp')
-  temporary.write_text(json.dumps(data, indent=2) + '\n')
-  temporary.replace(path)

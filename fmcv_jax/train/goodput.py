@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from fmcv_jax.train.metrics import append_line, read
+from fmcv_jax.train.storage import append_line, read_metrics
 
 FILE = 'goodput.jsonl'
 
@@ -55,7 +55,7 @@ class Session(NamedTuple):
 
 def sessions(path: epath.Path) -> list[Session]:
   """All sessions of a goodput.jsonl, in order."""
-  latest = {row['session']: row for row in read(path)}
+  latest = {row['session']: row for row in read_metrics(path)}
   return [
     Session(row['session'], row['time'], row['from'], row['step'], {cause: row[cause] for cause in CAUSES})
     for row in latest.values()

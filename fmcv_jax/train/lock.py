@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.train.files import local
+from fmcv_jax.train.storage import local
 
 FILE = '.lock'
 

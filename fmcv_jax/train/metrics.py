@@ -11,7 +11,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fmcv_jax.train.files import local
+from fmcv_jax.train.storage import append_line, read_metrics
 
 # Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind (vendors' data sheets).
 PEAK_FLOPS: dict[str, float] = {
@@ -113,29 +113,9 @@ class Writer:
         self._board.file_writer.event_writer._closed = True  # or tensorboardX tries once more as Python ends
 
 
-def read(path: epath.Path) -> list[dict[str, Any]]:
-  """The rows of a file of JSON lines; a last line that a kill left half-written is left out."""
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return rows
-
-
-def append_line(path: epath.Path, line: str) -> None:
-  """Appends to a file, local or gs://."""
-  if here := local(path):
-    with here.open('a') as file:
-      file.write(line)
-  else:  # an object store cannot append; what a run writes here stays small
-    path.write_text((path.read_text() if path.exists() else '') + line)
-
-
 def _drop_after(path: epath.Path, step: int) -> None:
   """Forgets rows after the step that a run resumes from: they will be written again."""
-  rows = [row for row in read(path) if row['step'] <= step]
+  rows = [row for row in read_metrics(path) if row['step'] <= step]
   temporary = path.with_suffix('.tmp')
   temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   temporary.replace(path)

@@ -8,77 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from fmcv_jax.errors import UserError
-from fmcv_jax.models.layers import Dtype
+from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.parallel.rules import constrain, path_of, ways
-
-
-class Schedule(abc.ABC):
-  """A learning rate by step: linear warm-up from 0 to `peak` over `warmup_steps`, then a decay."""
-
-  peak: float
-  warmup_steps: int
-
-  def __call__(self, total_steps: int) -> optax.Schedule:
-    """The schedule of a run of `total_steps`; the last step's rate is the decay's end."""
-    if self.warmup_steps >= total_steps:
-      raise ValueError(f'warmup_steps {self.warmup_steps} leaves nothing of a run of {total_steps} steps')
-    if not self.warmup_steps:
-      return self.decay(total_steps)
-    # The first step has rate peak / warmup_steps, not 0: a step that changes nothing is a step wasted.
-    warmup = optax.linear_schedule(self.peak / self.warmup_steps, self.peak, self.warmup_steps - 1 or 1)
-    return optax.join_schedules([warmup, self.decay(total_steps - self.warmup_steps)], [self.warmup_steps])
-
-  @abc.abstractmethod
-  def decay(self, steps: int) -> optax.Schedule:
-    """The rate over the `steps` after warm-up."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cosine(Schedule):
-  """Half a cosine from `peak` to `end` (Loshchilov & Hutter 2017)."""
-
-  peak: float
-  warmup_steps: int = 0
-  end: float = 0.0
-
-  def decay(self, steps):
-    return optax.cosine_decay_schedule(self.peak, steps, alpha=self.end / self.peak)
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear(Schedule):
-  """A straight line from `peak` to `end`."""
-
-  peak: float
-  warmup_steps: int = 0
-  end: float = 0.0
-
-  def decay(self, steps):
-    return optax.linear_schedule(self.peak, self.end, steps)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rsqrt(Schedule):
-  """peak / sqrt(1 + t / timescale), then linearly to 0 over the last `cooldown_steps` (Zhai et al. 2022)."""
-
-  peak: float
-  warmup_steps: int = 0
-  timescale: int = 10_000
-  cooldown_steps: int = 0
-
-  def decay(self, steps):
-    if self.cooldown_steps > steps:
-      raise ValueError(f'cooldown_steps {self.cooldown_steps} is longer than the {steps} steps after warm-up')
-
-    def rate(step):
-      cooldown = jnp.clip((steps - step) / max(self.cooldown_steps, 1), 0, 1) if self.cooldown_steps else 1.0
-      return self.peak * jax.lax.rsqrt(1 + step / self.timescale) * cooldown
-
-    return rate
+from fmcv_jax.train.layer_decay import layer_rates, map_by_path
+from fmcv_jax.train.schedules import Schedule
 
 
 class Rule(abc.ABC):
@@ -263,51 +198,3 @@ class Optimizer:
     if self.layer_decay != 1 or self.multipliers:
       parts.append(optax.stateless(at_own_rates))
     return optax.chain(*parts) if len(parts) > 1 else parts[0]
-
-
-# What a tower does before its first block.
-STEM = re.compile(r'(patch|patch_norm|pre_norm|tokens|position|registers|\w+_token)(/.*)?')
-
-
-def layer_rates(params: Any, decay: float) -> Any:
-  """decay^(L + 1 - l) for each parameter of layer l of L, shaped to multiply it (BEiT, Bao et al. 2022, appendix).
-
-  A layer is one entry of what is stacked below `blocks`, counted from 1 (a pair of blocks of a Swin, whose stages
-  follow one another); what stands before the blocks (patches, tokens, positions) is layer 0, what stands behind them
-  (last norm, pooling, heads) and what belongs to no tower L + 1, at the full rate.
-  """
-  flat = {path_of(key_path): x for key_path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
-  stacks: dict[str, dict[int, int]] = {}  # tower -> stage -> its layers
-  for path, x in flat.items():
-    place = _BLOCKS.fullmatch(path)
-    if place:
-      stacks.setdefault(place['tower'], {})[int(place['stage'] or 0)] = x.shape[0]
-  if decay != 1 and not stacks:
-    raise UserError('config.optimizer.layer_decay: this network has no stack of blocks whose layers could be counted')
-
-  def rate(path, x):
-    towers = [tower for tower in stacks if path.startswith(tower)]
-    if not towers:
-      return np.ones(())
-    tower = max(towers, key=len)
-    stages, rest = stacks[tower], path[len(tower) :]
-    total = sum(stages.values())
-    stage = int(match[1]) if (match := re.match(r'stage(\d+)/', rest)) else 0
-    before = sum(layers for index, layers in stages.items() if index < stage)
-    if _BLOCKS.fullmatch(path):
-      layer = np.arange(before + 1, before + 1 + x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
-    elif stage:  # the merge before a stage's blocks
-      layer = np.array(before + 1)
-    else:
-      layer = np.array(0 if STEM.fullmatch(rest) else total + 1)
-    return np.asarray(decay ** (total + 1.0 - layer), np.float32)
-
-  return map_by_path(rate, params)
-
-
-_BLOCKS = re.compile(r'(?P<tower>(.*?/)??)(stage(?P<stage>\d+)/)?blocks/.*')
-
-
-def map_by_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
-  """Maps fn('a/b/c', leaf) over a tree."""
-  return jax.tree_util.tree_map_with_path(lambda key_path, x: fn(path_of(key_path), x), tree)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.models.positions import resize_grid
+from fmcv_jax.models.common.positions import resize_grid
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train.state import TrainState
 

@@ -77,7 +77,7 @@ def test_the_bench_measures_every_stage_of_the_input(config, capsys):
 def test_the_bench_sees_a_loader_that_is_too_slow(config, monkeypatch):
   import time
 
-  from fmcv_jax.data.folder import ImageFolder
+  from fmcv_jax.data.sources.image_folder import ImageFolder
 
   read = ImageFolder.__getitem__
   monkeypatch.setattr(ImageFolder, '__getitem__', lambda self, index: time.sleep(0.05) or read(self, index))

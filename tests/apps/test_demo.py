@@ -8,9 +8,9 @@ from PIL import Image
 
 from fmcv_jax.apps import demo
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.source import Source
+from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
-from fmcv_jax.train import metrics
+from fmcv_jax.train.storage import read_metrics
 
 
 def test_demo_leaves_figures_and_pictures(tmp_path, capsys):
@@ -21,7 +21,7 @@ def test_demo_leaves_figures_and_pictures(tmp_path, capsys):
     picture = np.asarray(Image.open(tmp_path / 'demo' / name).convert('RGB'))
     assert min(picture.shape[:2]) > 300
     assert picture.std() > 10
-  last = metrics.read(tmp_path / 'metrics.jsonl')[-1]
+  last = read_metrics(tmp_path / 'metrics.jsonl')[-1]
   assert {'seen/top1', 'held_out/top5', 'retrieval/text_to_image_r1'} <= last.keys()
   out = capsys.readouterr().out
   assert f'{last["seen/top1"]:.3f}' in out

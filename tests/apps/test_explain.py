@@ -9,9 +9,9 @@ from fmcv_jax import __main__ as door
 from fmcv_jax import experiment
 from fmcv_jax.apps import explain
 from fmcv_jax.errors import UserError
-from fmcv_jax.models import activation_maps
-from fmcv_jax.models.efficientnet import efficientnet
-from fmcv_jax.models.swin import swin
+from fmcv_jax.interpret import activation_maps
+from fmcv_jax.models.backbones.efficientnet import efficientnet
+from fmcv_jax.models.backbones.swin import swin
 from tests import runs
 
 

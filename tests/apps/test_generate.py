@@ -9,11 +9,12 @@ from PIL import Image
 
 from fmcv_jax import __main__ as door
 from fmcv_jax.apps import generate, synthesize
-from fmcv_jax.apps.generate import Painter, expanded
-from fmcv_jax.data.array_record import ArrayRecord
-from fmcv_jax.data.controls import Edges
-from fmcv_jax.data.decode import decode
+from fmcv_jax.augment.control_maps import Edges
+from fmcv_jax.data.images.decode import decode
+from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.errors import UserError
+from fmcv_jax.inference.generator import Painter
+from fmcv_jax.inference.image_files import expanded, read_mask
 from tests import runs
 from tests.train.tiny import shaken
 
@@ -254,7 +255,7 @@ def test_a_mask_is_cut_as_the_image_that_it_belongs_to(tmp_path):
   Image.fromarray(wide).save(tmp_path / 'image.png')
   wide[:, 50:] = 255  # the right half, of which the square in the centre keeps the right half
   Image.fromarray(wide).save(tmp_path / 'mask.png')
-  mask = generate.read_mask(str(tmp_path / 'mask.png'), str(tmp_path / 'image.png'), 16)
+  mask = read_mask(str(tmp_path / 'mask.png'), str(tmp_path / 'image.png'), 16)
   np.testing.assert_array_equal(mask, np.broadcast_to(np.arange(16) >= 8, (16, 16)))
 
 

@@ -7,12 +7,13 @@ import pytest
 from fmcv_jax import experiment
 from fmcv_jax.__main__ import main
 from fmcv_jax.apps import precompute
-from fmcv_jax.data.array_record import ArrayRecord, decode_record, encode_record
-from fmcv_jax.data.decode import decode
+from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.loader import Pipeline, TrainLoader
 from fmcv_jax.data.packing import Unfinished
+from fmcv_jax.data.sources.array_record import ArrayRecord, decode_record, encode_record
 from fmcv_jax.data.transforms import Resize
 from fmcv_jax.errors import UserError
+from fmcv_jax.run import Run, trained_tree
 from tests import runs
 from tests.train.tiny import shaken
 
@@ -40,7 +41,7 @@ def with_coder(tmp_path, coder):
 def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_path, monkeypatch):
   runs.image_folder(tmp_path / 'images')
   config = with_coder(tmp_path, 'runs/coder')
-  objective = experiment.Run(experiment.load_config(config)).experiment.objective
+  objective = Run(experiment.load_config(config)).experiment.objective
   coder = jax.jit(objective.autoencoder.init)(jax.random.key(7), np.zeros((1, 16, 16, 3), np.float32))['params']
   monkeypatch.setattr(experiment, 'trained_tree', {'runs/coder': {'extra': {'autoencoder': coder}}}.get)
   write, to, written = Unfinished.write, tmp_path / 'latents', []
@@ -60,7 +61,7 @@ def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_
   assert main(['precompute', 'latents', '--config', config, '--to', str(to)]) == 0
   assert written == [2]
 
-  source, images = ArrayRecord(str(to)), experiment.Run(experiment.load_config(config)).experiment.data.source
+  source, images = ArrayRecord(str(to)), Run(experiment.load_config(config)).experiment.data.source
   assert [source[index]['key'] for index in range(24)] == [images.key_of(index) for index in range(24)]
   assert [source[index]['texts'] for index in range(24)] == [images.texts_of(index) for index in range(24)]
   pixels = np.stack([decode(images[index]['image']) for index in range(24)])
@@ -80,12 +81,12 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
   (tmp_path / 'coder').mkdir()
   config = with_coder(tmp_path, runs.untrained(runs.painter(tmp_path / 'images'), tmp_path / 'coder'))
   precompute.run(['latents'], str(tmp_path / 'latents'), config=config)
-  run = experiment.Run(experiment.load_config(config))
-  cached = experiment.Run(experiment.load_config(config, ['objective.latents=True']))
+  run = Run(experiment.load_config(config))
+  cached = Run(experiment.load_config(config, ['objective.latents=True']))
   of_images = first_batch(run, run.experiment.data)
   of_latents = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'latents'))))
   np.testing.assert_array_equal(of_latents['tokens'], of_images['tokens'])
-  extra = experiment.trained_tree(str(tmp_path / 'coder'))['extra']
+  extra = trained_tree(str(tmp_path / 'coder'))['extra']
   params, _ = jax.jit(run.experiment.objective.init)(jax.random.key(0))
   losses = [
     float(jax.jit(objective.loss)(params, batch, jax.random.key(2), extra)[0])
@@ -101,9 +102,9 @@ def test_training_on_words_is_training_on_the_texts(tmp_path, padding):
   config = runs.painter(tmp_path / 'images', objective__padding=padding, objective__drop=0.5)
   model = runs.untrained(config, tmp_path / 'model', changed=shaken)
   precompute.run(['words', 'whole_text'], str(tmp_path / 'told'), model=str(model), images=True)
-  cached = experiment.Run(experiment.resolve({**config, 'objective': {**config['objective'], 'words': True}}))
+  cached = Run(experiment.resolve({**config, 'objective': {**config['objective'], 'words': True}}))
   batch = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
-  run, state = experiment.Run(config), experiment.trained_tree(str(model))
+  run, state = Run(config), trained_tree(str(model))
   told = first_batch(run, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
   np.testing.assert_array_equal(batch['image'], told['image'])
   # Of two texts the first was written, and training draws one.
@@ -127,7 +128,7 @@ def test_embeddings_are_those_that_evaluators_see(tmp_path):
   workdir.mkdir()
   runs.untrained(runs.contrastive(folder, data__image={'name': 'resize', 'size': 16}), workdir)
   precompute.run(['embed_image', 'embed_text'], str(tmp_path / 'embedded'), model=str(workdir), shards=2)
-  source, run = ArrayRecord(str(tmp_path / 'embedded')), experiment.Run.reopen(workdir)
+  source, run = ArrayRecord(str(tmp_path / 'embedded')), Run.reopen(workdir)
   subject, _ = run.restored_subject()
   images = subject.over('embed_image', run.experiment.data, 16).values
   texts = subject.over('embed_text', run.experiment.data, 16, texts=True).values
@@ -165,4 +166,4 @@ def test_arrays_of_records_survive_encoding_and_are_given_by_their_names():
 def test_latents_leave_no_images_to_change(tmp_path, changes, message):
   config = runs.painter(tmp_path, objective__latents=True, **changes)
   with pytest.raises(UserError, match=message):
-    experiment.Run(config)
+    Run(config)

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from fmcv_jax import experiment, training
+from fmcv_jax import trainer
 from fmcv_jax.__main__ import main
 from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.errors import UserError
+from fmcv_jax.run import Run
 from tests import runs
 
 
@@ -22,7 +23,7 @@ def test_a_streak_stops_the_run_and_its_first_step_can_be_looked_at(tmp_path, ca
     optimizer__schedule={'name': 'cosine', 'peak': 3e38, 'warmup_steps': 0},
   )
   with pytest.raises(UserError, match='loss or gradient was not finite since step') as caught:
-    training.train(config, tmp_path / 'run')
+    trainer.train(config, tmp_path / 'run')
   first = int(re.search(r'since step (\d+)', str(caught.value)).group(1))
   capsys.readouterr()
 
@@ -30,7 +31,7 @@ def test_a_streak_stops_the_run_and_its_first_step_can_be_looked_at(tmp_path, ca
   said = ' '.join(capsys.readouterr().out.split())
   assert 'not finite in the gradient of: ' in said
   assert re.search(r'first seen: .*(nan|inf)', said)
-  run = experiment.Run.reopen(tmp_path / 'run')
+  run = Run.reopen(tmp_path / 'run')
   e = run.experiment
   loader = TrainLoader(e.data, batch=16, seed=e.seed, fields=('label',), start=(first - 1) * 16)
   labels = next(loader)['label']
@@ -44,7 +45,7 @@ def test_a_streak_stops_the_run_and_its_first_step_can_be_looked_at(tmp_path, ca
 
 def test_a_sound_step_after_a_checkpoint_is_reached_by_training(tmp_path, capsys):
   config = runs.classification(runs.image_folder(tmp_path / 'images'), evaluators={}, train__steps=6)
-  training.train(config, tmp_path / 'run')
+  trainer.train(config, tmp_path / 'run')
   rows = capsys.readouterr().out
   assert main(['replay', '--workdir', str(tmp_path / 'run'), '--at', '5']) == 0
   said = capsys.readouterr().out

@@ -4,7 +4,7 @@ import pytest
 from etils import epath
 
 from fmcv_jax import __main__ as door
-from fmcv_jax import training
+from fmcv_jax import trainer
 from fmcv_jax.apps.report import curve
 from fmcv_jax.train import goodput
 from tests import runs
@@ -12,7 +12,7 @@ from tests import runs
 
 def test_a_run_that_was_gone_on_with_is_reported(tmp_path, capsys):
   folder, workdir = runs.image_folder(tmp_path / 'images'), tmp_path / 'run'
-  training.train(runs.classification(folder, train__steps=4, evaluators={}), workdir)
+  trainer.train(runs.classification(folder, train__steps=4, evaluators={}), workdir)
   (session,) = goodput.sessions(epath.Path(workdir / goodput.FILE))
   assert (session.first, session.last) == (0, 4)
   assert all(session.seconds[cause] > 0 for cause in ('start', 'compile', 'input', 'train', 'save'))

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from fmcv_jax.data.source import BadRecord, Source
+from fmcv_jax.data.sources.base import BadRecord, Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fmcv_jax.config import build
-from fmcv_jax.data.digits import Digits
-from fmcv_jax.data.folder import ImageFolder
 from fmcv_jax.data.loader import Pipeline, TrainLoader, evaluation_batches, fingerprint, resume
-from fmcv_jax.data.mixture import Mixture
 from fmcv_jax.data.order import WindowedOrder
-from fmcv_jax.data.source import Source
+from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.sources.digits import Digits
+from fmcv_jax.data.sources.image_folder import ImageFolder
+from fmcv_jax.data.sources.mixture import Mixture
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe
 from fmcv_jax.data.transforms import RandomResizedCrop, Resize
 from fmcv_jax.errors import UserError

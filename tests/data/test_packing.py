@@ -10,14 +10,14 @@ import pytest
 
 from fmcv_jax.__main__ import main
 from fmcv_jax.apps import pack as pack_app
-from fmcv_jax.data.array_record import ArrayRecord
-from fmcv_jax.data.folder import ImageFolder
 from fmcv_jax.data.loader import Pipeline, TrainLoader
 from fmcv_jax.data.packing import Plan, pack, unfinished
-from fmcv_jax.data.parquet import Parquet
+from fmcv_jax.data.sources.array_record import ArrayRecord
+from fmcv_jax.data.sources.image_folder import ImageFolder
+from fmcv_jax.data.sources.parquet import Parquet
+from fmcv_jax.data.sources.webdataset import WebDataset
 from fmcv_jax.data.tokenizers import ClipBpe
 from fmcv_jax.data.transforms import RandomResizedCrop
-from fmcv_jax.data.webdataset import WebDataset
 from fmcv_jax.errors import UserError
 from tests.data.counting import Counting, Suicidal
 from tests.data.shards import picture, write_parquet, write_tars

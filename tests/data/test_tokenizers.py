@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fmcv_jax.config import build
 from fmcv_jax.data import tokenizers as tokenizers_file
-from fmcv_jax.data.source import Source
+from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.tokenizers import TOKENIZERS, Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
 from fmcv_jax.errors import UserError
 from tests.data.counting import Counting

@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import stats
 
 from fmcv_jax.config import build
-from fmcv_jax.data.source import BadRecord
+from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.transforms import IMAGE_TRANSFORMS, ImageTransform, RandomResizedCrop, Resize, ResizeCrop, sample_box
 from fmcv_jax.errors import UserError
 

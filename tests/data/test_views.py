@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fmcv_jax.data.folder import ImageFolder
 from fmcv_jax.data.loader import Pipeline, TrainLoader, Views
+from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.transforms import RandomResizedCrop, Resize
 from fmcv_jax.errors import UserError
 from tests import runs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.source import BadRecord, Source
+from fmcv_jax.data.sources.base import BadRecord, Source
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.accuracy import Accuracy

@@ -8,7 +8,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.source import Source
+from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Subject, pixels
 from fmcv_jax.evaluate.few_shot import FewShot, episode_accuracies

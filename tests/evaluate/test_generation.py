@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from etils import epath
 
-from fmcv_jax import experiment, training
+from fmcv_jax import experiment, trainer
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.subset import Spaced
+from fmcv_jax.data.sources.subset import Spaced
 from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.diffusion.condition import make_condition
+from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.diffusion.process import Process
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.evaluate.feature_extractor import Judge
 from fmcv_jax.evaluate.generation import Generation
-from fmcv_jax.evaluate.judge import Judge
-from fmcv_jax.models.conditioning import Condition
-from fmcv_jax.objectives.base import Generator
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
-from fmcv_jax.train import metrics
+from fmcv_jax.train.storage import read_metrics
 from tests import runs
 from tests.evaluate.test_evaluators import NAMES, Colours
 
@@ -51,13 +51,13 @@ def makes(params, extra):
   """Paints the colour that it is told, moved on by params['shift']; guidance brings it back from no colour."""
 
   def denoise(x, time, condition):
-    told = colours((condition.label + params['shift']) % 3)
-    picture = jnp.where((condition.label < 3)[:, None, None, None], told, 0.3)
+    told = colours((condition['label'] + params['shift']) % 3)
+    picture = jnp.where((condition['label'] < 3)[:, None, None, None], told, 0.3)
     return (x - picture) * 1000 / time.reshape(-1, 1, 1, 1)
 
   def condition(batch, told=True):
     label = batch['tokens'][:, 0]
-    return Condition(label=label if told else jnp.full_like(label, 3))
+    return make_condition(label=label if told else jnp.full_like(label, 3))
 
   same = lambda x: x  # noqa: E731
   return Generator(PROCESS, 4, (4, 4, 3), denoise, condition, ('tokens',), same, lambda x: jnp.clip(x, 0, 1))
@@ -131,13 +131,13 @@ def test_a_run_tells_the_distances_of_its_pictures_and_a_judge_that_is_not_there
   config = runs.class_painter(folder, train__steps=1, optimizer__schedule__warmup_steps=0)
   real = {'source': config['data']['source'], 'image': {'name': 'resize', 'size': 16}}
   spec = {'name': 'generation', 'judge': str(judge), 'count': 20, 'steps': 2, 'batch': 8, 'guidance': 2.0, 'data': real}
-  training.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'run')
-  rows = metrics.read(epath.Path(tmp_path / 'run' / 'metrics.jsonl'))
+  trainer.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'run')
+  rows = read_metrics(epath.Path(tmp_path / 'run' / 'metrics.jsonl'))
   told = {name: value for row in rows for name, value in row.items() if name.startswith('made/')}
   assert {name.removeprefix('made/') for name in told} == {'fid', 'kid', 'precision', 'recall', 'cmmd'}
   assert np.isfinite(list(told.values())).all()
 
   spec['judge'] = str(tmp_path / 'nowhere')
   with pytest.raises(UserError, match='nowhere: no run here'):
-    training.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'other')
-  assert not metrics.read(epath.Path(tmp_path / 'other' / 'metrics.jsonl'))
+    trainer.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'other')
+  assert not read_metrics(epath.Path(tmp_path / 'other' / 'metrics.jsonl'))

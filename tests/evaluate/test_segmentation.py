@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.data.loader import Pipeline, TrainLoader
-from fmcv_jax.data.scattered import Scattered
+from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.transforms import RandomResizedCrop
 from fmcv_jax.evaluate.base import Subject
 from fmcv_jax.evaluate.segmentation import MeanIou, ious

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from fmcv_jax.models.dual_encoder import DualEncoder
-from fmcv_jax.models.efficientnet import EfficientNet, Row
-from fmcv_jax.models.text import text_transformer
+from fmcv_jax.models.backbones.efficientnet import EfficientNet, Row
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.multimodal.dual_encoder import DualEncoder
 from fmcv_jax.objectives.contrastive import Contrastive
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')

@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models import ring_attention
-from fmcv_jax.models.attention import attention, choose
-from fmcv_jax.models.layers import Attention, BlockConfig
-from fmcv_jax.models.short_attention import fits
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.common.attention import ring
+from fmcv_jax.models.common.attention.dispatch import attention, choose
+from fmcv_jax.models.common.attention.single_tile import fits
+from fmcv_jax.models.common.layers import Attention, BlockConfig
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 
@@ -64,7 +64,7 @@ CASES = [
 
 @pytest.mark.parametrize(('backend', 'mesh', 'mask', 'causal'), CASES)
 def test_outputs_and_gradients_equal_those_of_jax(backend, mesh, mask, causal, monkeypatch):
-  monkeypatch.setattr(ring_attention, 'BLOCK', 2)  # several blocks on each device
+  monkeypatch.setattr(ring, 'BLOCK', 2)  # several blocks on each device
   q, k, v = inputs()
   weights, mask = jax.random.normal(jax.random.key(2), q.shape), masks()[mask]
 
@@ -185,7 +185,7 @@ def test_auto_chooses_by_platform_mesh_and_shapes():
   ],
 )
 def test_auto_on_accelerators(monkeypatch, platform, tokens, dtype, dim, backend):
-  monkeypatch.setattr('fmcv_jax.models.attention.platform', lambda: platform)
+  monkeypatch.setattr('fmcv_jax.models.common.attention.dispatch.platform', lambda: platform)
   x = jax.ShapeDtypeStruct((1, tokens, 16, dim), dtype)
   assert choose(x, x, None)[0] == backend
 

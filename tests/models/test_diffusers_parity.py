@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.autoencoder import Autoencoder
-from fmcv_jax.models.conditioning import Condition, sinusoids
-from fmcv_jax.models.controlnet import controlnet
-from fmcv_jax.models.dit import dit
-from fmcv_jax.models.mmdit import mmdit
-from fmcv_jax.models.unet import unet
+from fmcv_jax.diffusion.condition import make_condition
+from fmcv_jax.models.generative.autoencoder import Autoencoder
+from fmcv_jax.models.generative.conditioning import sinusoids
+from fmcv_jax.models.generative.controlnet import controlnet
+from fmcv_jax.models.generative.dit import dit
+from fmcv_jax.models.generative.mmdit import mmdit
+from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.parallel.rules import path_of
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
@@ -127,10 +128,17 @@ def test_dit():
   # Early times: torch's frequencies are rounded to float32 by their exponent, and late times magnify that.
   x, t = rng.normal(size=(3, 8, 8, 4)).astype(np.float32), np.array([0.0, 3.0, 90.0], np.float32)
   label = np.array([1, 10, 4], np.int32)
-  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, t, Condition(label)))['params']
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, t, make_condition(label=label)))['params']
   theirs = reference(nchw(x), torch.from_numpy(t), torch.from_numpy(label).long()).sample
   spelling = ((r'blocks/0/norm1/emb/', ''),)
-  compare(reference, theirs, lambda p: network.apply({'params': p}, x, t, Condition(label)), shapes, spelling, shared)
+  compare(
+    reference,
+    theirs,
+    lambda p: network.apply({'params': p}, x, t, make_condition(label=label)),
+    shapes,
+    spelling,
+    shared,
+  )
 
 
 def test_autoencoder():
@@ -212,7 +220,7 @@ def test_stable_diffusions_unet():
   )
   rng = np.random.default_rng(0)
   x, beside, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 8, 8, 5), (2, 7, 24)))
-  told = Condition(text=text, beside=beside)
+  told = make_condition(text=text, image=beside)
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
   both = nchw(np.concatenate([x, beside], axis=-1))
   theirs = reference(both, torch.from_numpy(EARLY), torch.from_numpy(text).double()).sample
@@ -234,7 +242,9 @@ def test_stable_diffusion_xls_unet():
   rng = np.random.default_rng(0)
   x, text, whole = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
   sizes = rng.integers(0, 64, (2, 6)).astype(np.float32)  # of the original and of the crop, and where it begins
-  told = Condition(text=text, pooled=np.concatenate([whole, sinusoids(sizes.ravel(), 8).reshape(2, -1)], axis=-1))
+  told = make_condition(
+    text=text, pooled_text=np.concatenate([whole, sinusoids(sizes.ravel(), 8).reshape(2, -1)], axis=-1)
+  )
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
   added = {'text_embeds': torch.from_numpy(whole).double(), 'time_ids': torch.from_numpy(sizes)}
   theirs = reference(nchw(x), torch.from_numpy(EARLY), torch.from_numpy(text).double(), added_cond_kwargs=added).sample
@@ -255,8 +265,8 @@ def test_controlnet_steers_the_unet():
   steering = controlnet(network, 8)
   rng = np.random.default_rng(0)
   x, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 4, 4, 4), (2, 7, 24)))
-  told = Condition(text=text, control=rng.uniform(size=(2, 32, 32, 3)).astype(np.float32))
-  told = told._replace(control_scale=np.array([0.7, 0.7], np.float32))
+  told = make_condition(text=text, control=rng.uniform(size=(2, 32, 32, 3)).astype(np.float32))
+  told = {**told, 'control_scale': np.array([0.7, 0.7], np.float32)}
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
   unet_params = adopted(dict(base.named_parameters()), shapes, UNET)
   shapes = jax.eval_shape(lambda: steering.init(jax.random.key(0), x, EARLY, told))['params']
@@ -316,7 +326,7 @@ def test_mmdit(qk_norm):
   network = mmdit('mu/2', image_size=8, channels=4, depth=3, heads=4, qk_norm=qk_norm, positions=(4, 6))
   rng = np.random.default_rng(0)
   x, text, pooled = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
-  told = Condition(text=text, pooled=pooled)
+  told = make_condition(text=text, pooled_text=pooled)
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
   theirs = reference(
     nchw(x), torch.from_numpy(text).double(), torch.from_numpy(pooled).double(), torch.from_numpy(EARLY)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fmcv_jax.models.autoencoder import autoencoder
-from fmcv_jax.models.conditioning import Condition
-from fmcv_jax.models.controlnet import controlnet
-from fmcv_jax.models.dit import dit
-from fmcv_jax.models.mmdit import mmdit
-from fmcv_jax.models.unet import unet
+from fmcv_jax.diffusion.condition import make_condition
+from fmcv_jax.models.generative.autoencoder import autoencoder
+from fmcv_jax.models.generative.controlnet import controlnet
+from fmcv_jax.models.generative.dit import dit
+from fmcv_jax.models.generative.mmdit import mmdit
+from fmcv_jax.models.generative.unet import unet
 from tests.models.test_tables import assert_gmac, count
 
 
@@ -41,7 +41,7 @@ def abstract(*shape, dtype=jnp.float32):
 )
 def test_dit_with_a_thousand_classes_and_a_learned_variance(variant, size, parameters, gmac):
   network = dit(variant, image_size=size, outputs=8, classes=1000)
-  inputs = abstract(1, size, size, 4), abstract(1), Condition(label=abstract(1, dtype=jnp.int32))
+  inputs = abstract(1, size, size, 4), abstract(1), make_condition(label=abstract(1, dtype=jnp.int32))
   variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
   assert count(variables) == parameters
   assert_gmac(gmac, network.apply, variables, *inputs)
@@ -103,7 +103,7 @@ def test_unets(variant, options, parameters, size, words, gmac):
   inputs = (
     abstract(1, size, size, network.channels),
     abstract(1),
-    Condition(label=label, text=text, pooled=abstract(1, 2816), beside=beside),
+    make_condition(label=label, text=text, pooled_text=abstract(1, 2816), image=beside),
   )
   variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
   assert count(variables) == parameters
@@ -114,7 +114,7 @@ def test_unets(variant, options, parameters, size, words, gmac):
 @pytest.mark.slow
 def test_controlnet_of_stable_diffusion():
   network = controlnet(unet('sd1'), 8)
-  told = Condition(text=abstract(1, 77, 768), control=abstract(1, 512, 512, 3))
+  told = make_condition(text=abstract(1, 77, 768), control=abstract(1, 512, 512, 3))
   inputs = abstract(1, 64, 64, 4), abstract(1), told
   variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
   assert count(variables) == 361_279_120
@@ -133,7 +133,7 @@ def test_controlnet_of_stable_diffusion():
   ],
 )
 def test_mmdit_with_the_text_towers_of_stable_diffusion_3(variant, qk_norm, parameters):
-  told = Condition(text=abstract(1, 154, 4096), pooled=abstract(1, 2048))
+  told = make_condition(text=abstract(1, 154, 4096), pooled_text=abstract(1, 2048))
   network = mmdit(variant, qk_norm=qk_norm, positions=(64, 192))
   assert (
     count(jax.eval_shape(network.init, jax.random.key(0), abstract(1, 128, 128, 16), abstract(1), told)) == parameters

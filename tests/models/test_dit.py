@@ -7,21 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.autoencoder import autoencoder
-from fmcv_jax.models.conditioning import Condition, sinusoids
-from fmcv_jax.models.dit import dit, picture_of
-from fmcv_jax.models.mmdit import mmdit
-from fmcv_jax.models.vit import patches_of
+from fmcv_jax.diffusion.condition import make_condition
+from fmcv_jax.models.common.patches import patches_of, picture_of
+from fmcv_jax.models.generative.autoencoder import autoencoder
+from fmcv_jax.models.generative.conditioning import sinusoids
+from fmcv_jax.models.generative.dit import dit
+from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 8, 8, 4)).astype(np.float32)
 TIME = np.linspace(0, 999, 8).astype(np.float32)
-TEXT = Condition(
+TEXT = make_condition(
   text=RNG.normal(size=(8, 5, 16)).astype(np.float32),
-  mask=np.arange(5) < np.array([1, 2, 3, 4, 5, 1, 2, 3])[:, None],
-  pooled=RNG.normal(size=(8, 16)).astype(np.float32),
+  text_mask=np.arange(5) < np.array([1, 2, 3, 4, 5, 1, 2, 3])[:, None],
+  pooled_text=RNG.normal(size=(8, 16)).astype(np.float32),
 )
 TOLD = dict(image_size=8, cross_attention=True, pooled_text=True)
 MMDIT = mmdit('mu/2', image_size=8, channels=4, positions=(4, 6))
@@ -46,9 +47,9 @@ def test_text_reaches_the_picture_and_masked_words_do_not(network, random_variab
   variables = random_variables(network, X, TIME, TEXT)
   apply = jax.jit(network.apply)
   before = apply(variables, X, TIME, TEXT)
-  hidden = TEXT._replace(text=np.where(TEXT.mask[..., None], TEXT.text, 7.0).astype(np.float32))
+  hidden = {**TEXT, 'text': np.where(TEXT['text_mask'][..., None], TEXT['text'], 7.0).astype(np.float32)}
   np.testing.assert_array_equal(apply(variables, X, TIME, hidden), before)
-  for other in (TEXT._replace(text=TEXT.text + 1), TEXT._replace(pooled=TEXT.pooled + 1)):
+  for other in ({**TEXT, key: TEXT[key] + 1} for key in ('text', 'pooled_text')):
     assert np.abs(apply(variables, X, TIME, other) - before).max() > 1e-3
 
 

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip, unit
-from fmcv_jax.models.text import text_transformer
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.multimodal.dual_encoder import clip, dual_encoder, siglip, unit
 
 IMAGES, TOKENS = jnp.ones((2, 16, 16, 3)), jnp.array([[1, 2, 9, 0], [1, 9, 0, 0]])
 

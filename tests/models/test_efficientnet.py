@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.efficientnet import Depthwise, EfficientNet, Row, efficientnet
+from fmcv_jax.models.backbones.efficientnet import Depthwise, EfficientNet, Row, efficientnet
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 

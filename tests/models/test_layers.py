@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.autoencoder import autoencoder
-from fmcv_jax.models.conditioning import Condition
-from fmcv_jax.models.layers import Block, BlockConfig, Mlp, Stack, dense
-from fmcv_jax.models.mmdit import mmdit
-from fmcv_jax.models.unet import unet
+from fmcv_jax.diffusion.condition import make_condition
+from fmcv_jax.models.common.layers import Block, BlockConfig, Mlp, Stack, dense
+from fmcv_jax.models.generative.autoencoder import autoencoder
+from fmcv_jax.models.generative.mmdit import mmdit
+from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.train.flops import matmul_flops
 
 CONFIG = BlockConfig(heads=2, mlp_dim=24, layer_scale=0.5)
@@ -87,10 +87,10 @@ IMAGES, LATENT, TEXT = (np.zeros(shape, np.float32) for shape in ((1, 16, 16, 3)
   ('network', 'inputs'),
   [
     (lambda remat: tower(remat=remat, unroll=3), (np.zeros((4, 5, 16), np.float32),)),
-    (lambda remat: unet('mu', remat=remat), (LATENT, np.zeros(1), Condition(text=TEXT))),
+    (lambda remat: unet('mu', remat=remat), (LATENT, np.zeros(1), make_condition(text=TEXT))),
     (
       lambda remat: mmdit('mu/2', channels=4, depth=2, remat=remat),
-      (LATENT, np.zeros(1), Condition(text=TEXT, pooled=TEXT[:, 0])),
+      (LATENT, np.zeros(1), make_condition(text=TEXT, pooled_text=TEXT[:, 0])),
     ),
     (lambda remat: autoencoder(channels=(8, 16), layers=3, image_size=16, remat=remat), (IMAGES,)),
   ],

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.mae import mae
-from fmcv_jax.models.positions import sincos_2d
-from fmcv_jax.models.vit import patches_of, vit
-from fmcv_jax.objectives.mae import MaskedAutoencoding, hidden_error, pictures_of, random_order, standardized
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.common.patches import patches_of, pictures_of
+from fmcv_jax.models.common.positions import sincos_2d
+from fmcv_jax.models.self_supervised.mae import mae
+from fmcv_jax.objectives.mae import MaskedAutoencoding, hidden_error, random_order, standardized
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train.flops import matmul_flops

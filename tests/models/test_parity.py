@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.dual_encoder import clip, dual_encoder, siglip
-from fmcv_jax.models.positions import resize_grid
-from fmcv_jax.models.swin import swin
-from fmcv_jax.models.text import text_transformer
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.swin import swin
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.common.positions import resize_grid
+from fmcv_jax.models.multimodal.dual_encoder import clip, dual_encoder, siglip
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.parallel.rules import path_of
 

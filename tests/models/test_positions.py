@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.positions import resize_grid, rope_2d, rotate, sincos_2d
+from fmcv_jax.models.common.positions import resize_grid, rope_2d, rotate, sincos_2d
 
 
 def mae_table(side, dim):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmcv_jax.models.swin import relative_index, shift_mask, swin, to_windows
+from fmcv_jax.models.backbones.swin import relative_index, shift_mask, swin, to_windows
 from fmcv_jax.parallel.mesh import MeshShape
 from tests.train.tiny import Trainer, batch_of, classification
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fmcv_jax.models.dual_encoder import align, clip, siglip
-from fmcv_jax.models.efficientnet import efficientnet
-from fmcv_jax.models.swin import swin
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.efficientnet import efficientnet
+from fmcv_jax.models.backbones.swin import swin
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.multimodal.dual_encoder import align, clip, siglip
 from fmcv_jax.train.flops import matmul_flops
 
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmcv_jax.models.text import text_transformer
+from fmcv_jax.models.backbones.text import text_transformer
 
 EOT = 19
 TOKENS = np.array([[18, 4, 7, EOT, 0, 0], [18, 5, EOT, 0, 0, 0]])

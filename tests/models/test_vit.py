@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.layers import BlockConfig, Mlp
-from fmcv_jax.models.positions import resize_grid
-from fmcv_jax.models.vit import patches_of, random_keep, vit
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.common.layers import BlockConfig, Mlp
+from fmcv_jax.models.common.patches import patches_of, random_keep
+from fmcv_jax.models.common.positions import resize_grid
 
 SIZE, PATCHES = 32, 16
 

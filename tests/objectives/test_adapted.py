@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.objectives.adapted import Adapted, Lora
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.train.gradients import gradients

@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from fmcv_jax.models.autoencoder import autoencoder
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.generative.autoencoder import autoencoder
 from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.parallel.mesh import MeshShape
 from tests.train.tiny import Trainer, batch_of

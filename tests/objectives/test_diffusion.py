@@ -3,15 +3,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.data.controls import Edges
-from fmcv_jax.data.holes import Holes
+from fmcv_jax.augment.control_maps import Edges
+from fmcv_jax.augment.inpaint_masks import Holes
 from fmcv_jax.diffusion.process import Process, alphas_cumprod
-from fmcv_jax.models.autoencoder import autoencoder
-from fmcv_jax.models.dit import dit
-from fmcv_jax.models.text import text_transformer
-from fmcv_jax.models.unet import unet
-from fmcv_jax.models.vit import vit
-from fmcv_jax.objectives.diffusion import Alignment, Diffusion, empty_text
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.generative.autoencoder import autoencoder
+from fmcv_jax.models.generative.dit import dit
+from fmcv_jax.models.generative.unet import unet
+from fmcv_jax.objectives.diffusion import Diffusion, empty_text
+from fmcv_jax.objectives.repa import Alignment
 from fmcv_jax.parallel.mesh import MeshShape
 from tests.train.tiny import Trainer, batch_of, shaken
 
@@ -62,7 +63,7 @@ def test_a_new_controlnet_changes_nothing_and_one_that_learnt_steers():
   @jax.jit
   def said(params):
     paints = objective.generator(params, extra)
-    condition = paints.condition(batch)._replace(control=paints.control(images))
+    condition = {**paints.condition(batch), 'control': paints.control(images)}
     return paints.denoise(images, time, condition)
 
   alone = Diffusion(objective.network, objective.process).generator(extra, {})
@@ -107,7 +108,7 @@ def test_dropped_conditions_are_those_of_no_class_and_of_an_empty_text():
   np.testing.assert_array_equal(empty_text(tokens), [[1, 63, 0, 0, 0]] * 2)
   objective = told_classes()
   condition = objective.condition({}, {'label': jnp.array([3, 4])}, jnp.array([True, False]))
-  np.testing.assert_array_equal(condition.label, [3, 10])
+  np.testing.assert_array_equal(condition['label'], [3, 10])
   objective = painter()
   batch = {'tokens': jnp.asarray([[1, 5, 6, 63, 0, 0, 0, 0]] * 2)}
 
@@ -131,7 +132,7 @@ def test_a_text_tower_is_trained_where_that_is_asked_for():
   batch = {name: jnp.asarray(x) for name, x in batch_of(objective).items()}
   gradient = jax.jit(jax.grad(lambda p: objective.loss(p, batch, jax.random.key(1), extra)[0]))(shaken(params))
   assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient['text']['blocks']))
-  assert objective.generator(params, extra).condition(batch).text.shape == (16, 8, 16)
+  assert objective.generator(params, extra).condition(batch)['text'].shape == (16, 8, 16)
 
 
 def test_variance_bits_are_the_divergence_of_two_gaussians():

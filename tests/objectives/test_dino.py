@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.dino import PrototypeHead, dino
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.self_supervised.dino import PrototypeHead, dino
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
 from fmcv_jax.objectives.dino import SelfDistillation, koleo, patch_loss, sinkhorn, view_loss
 from fmcv_jax.parallel.mesh import MeshShape

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.distillation import Distillation, disagreement
 from fmcv_jax.parallel.mesh import MeshShape

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.models.vit import vit
-from fmcv_jax.objectives.classification import Classification, mix
+from fmcv_jax.augment.mixing import mix
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
 from tests.train.tiny import batch_of, classification, contrastive
 

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.data.augment import ColorJitter, Flip
-from fmcv_jax.models.segmenter import segmenter
-from fmcv_jax.models.swin import swin
-from fmcv_jax.models.vit import vit
+from fmcv_jax.augment.color import ColorJitter
+from fmcv_jax.augment.geometry import Flip
+from fmcv_jax.models.backbones.swin import swin
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.segmenter import segmenter
 from fmcv_jax.objectives.segmentation import Segmentation
 
 ENCODER = vit('mu/8', image_size=16, pool='cls', registers=1, depth=1)

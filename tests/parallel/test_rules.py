@@ -4,8 +4,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.models.dual_encoder import clip, siglip
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.multimodal.dual_encoder import clip, siglip
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules, constrain
 

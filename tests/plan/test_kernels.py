@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fmcv_jax.data.warp import warp
-from fmcv_jax.models.attention import attention
+from fmcv_jax.augment.warp import warp
+from fmcv_jax.models.common.attention.dispatch import attention
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.plan import kernels, planning

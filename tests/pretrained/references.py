@@ -6,9 +6,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
-from fmcv_jax.experiment import Run, resolve
+from fmcv_jax.experiment import resolve
 from fmcv_jax.pretrained.tensors import PARTS, open_tensors
-from fmcv_jax.train.checkpoint import Store, write_json
+from fmcv_jax.run import Run
+from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.storage import write_json
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 

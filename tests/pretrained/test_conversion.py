@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import fmcv_jax
 from fmcv_jax.__main__ import main
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import vit as names
 from fmcv_jax.pretrained.layout import write

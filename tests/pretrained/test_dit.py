@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from fmcv_jax.apps.conversion import import_checkpoint
-from fmcv_jax.apps.model import Model
-from fmcv_jax.experiment import Run
-from fmcv_jax.models.conditioning import Condition
+from fmcv_jax.diffusion.condition import make_condition
+from fmcv_jax.inference.model import Model
+from fmcv_jax.run import Run
 from tests.pretrained.references import CODER, comes_back, equal, published, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
@@ -50,7 +50,7 @@ def test_dit(tmp_path):
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
   label, time = np.array([1, 4]), np.array([7, 900])
   ours = run.experiment.objective.network.apply(
-    {'params': subject.params['network']}, x, jnp.asarray(time), Condition(label=jnp.asarray(label))
+    {'params': subject.params['network']}, x, jnp.asarray(time), make_condition(label=jnp.asarray(label))
   )
   # diffusers computes the frequencies of the time with a shift of one; the published weights learnt without it.
   for block in model.transformer_blocks:

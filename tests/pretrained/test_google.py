@@ -78,7 +78,7 @@ def stacked(arrays):
 
 
 def values(workdir):
-  from fmcv_jax.experiment import Run
+  from fmcv_jax.run import Run
 
   return jax.device_get(Run.reopen(workdir).restored_subject()[0].params)
 

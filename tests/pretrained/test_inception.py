@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fmcv_jax.__main__ import main
-from fmcv_jax.apps.model import Model
 from fmcv_jax.evaluate import distances
+from fmcv_jax.inference.model import Model
 from fmcv_jax.pretrained.tensors import open_tensors
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')

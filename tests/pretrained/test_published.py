@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fmcv_jax.models.positions import sincos_2d
+from fmcv_jax.models.common.positions import sincos_2d
 from tests.pretrained.references import IMAGE, PIXELS, TEXT, TOKENS, comes_back, imported, published, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')

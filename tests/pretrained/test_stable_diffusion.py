@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
+from fmcv_jax.diffusion.condition import make_condition
 from fmcv_jax.errors import UserError
-from fmcv_jax.models.conditioning import Condition
-from fmcv_jax.models.controlnet import controlnet
+from fmcv_jax.models.generative.controlnet import controlnet
 from fmcv_jax.pretrained import families as known
 from fmcv_jax.pretrained.tensors import open_tensors
 from tests.pretrained.references import CODER, comes_back, equal, published, sd_parts, to_torch, unet_config
@@ -81,7 +81,7 @@ def test_a_unet_that_fills_holes(tmp_path):
   rng = np.random.default_rng(0)
   x, words = rng.normal(size=(2, 8, 8, 9)).astype(np.float32), rng.normal(size=(2, 5, 64)).astype(np.float32)
   time = np.array([7, 900])
-  told = Condition(text=jnp.asarray(words), beside=jnp.asarray(x[..., 4:]))
+  told = make_condition(text=jnp.asarray(words), image=jnp.asarray(x[..., 4:]))
   params = {'params': subject.params['network']}
   ours = jax.jit(run.experiment.objective.network.apply)(params, x[..., :4], jnp.asarray(time), told)
   with torch.no_grad():
@@ -122,7 +122,7 @@ def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
   x, words, hint = x.astype(np.float32), words.astype(np.float32), rng.uniform(size=(2, 16, 16, 3)).astype(np.float32)
   time = np.array([7, 900])
   network = controlnet(run.experiment.objective.network, 2)
-  told = Condition(text=jnp.asarray(words), control=jnp.asarray(hint))
+  told = make_condition(text=jnp.asarray(words), control=jnp.asarray(hint))
   ours = jax.jit(network.apply)({'params': subject.params['control']}, x, jnp.asarray(time), told)
   with torch.no_grad():
     theirs = model(to_torch(x), torch.from_numpy(time), torch.from_numpy(words), to_torch(hint), return_dict=False)

@@ -5,8 +5,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
-from fmcv_jax.models.fused_attention import splash_attention
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.common.attention.fused import splash_attention
 from fmcv_jax.train.flops import matmul_flops
 
 

@@ -5,7 +5,8 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from fmcv_jax.train.metrics import Writer, peak_of, read
+from fmcv_jax.train.metrics import Writer, peak_of
+from fmcv_jax.train.storage import read_metrics
 
 FIGURES = {'loss': 2.0, 'images_per_second': 100.0, 'input_wait': 0.1, 'skipped': 0.0}
 
@@ -23,7 +24,7 @@ def test_rows_after_the_resumed_step_are_written_again_not_twice(tmp_path):
   again = writer(tmp_path, start=2)
   again.train(3, {**FIGURES, 'loss': 30.0})
   again.close()
-  rows = read(epath.Path(tmp_path) / 'metrics.jsonl')
+  rows = read_metrics(epath.Path(tmp_path) / 'metrics.jsonl')
   assert [(row['step'], row['train/loss']) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
@@ -35,7 +36,7 @@ def test_nan_is_written_as_null_and_a_half_written_last_line_is_left_out(tmp_pat
   assert json.loads(path.read_text())['train/loss'] is None
   with path.open('a') as file:
     file.write('{"step": 2, "train/lo')
-  assert [row['step'] for row in read(path)] == [1]
+  assert [row['step'] for row in read_metrics(path)] == [1]
 
 
 def test_the_line_at_the_terminal_tells_loss_speed_wait_and_skips(tmp_path):

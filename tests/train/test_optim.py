@@ -5,7 +5,9 @@ import optax
 import pytest
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.train.optim import Adafactor, AdamW, Cosine, Lamb, Linear, Lion, Muon, Optimizer, Rsqrt, layer_rates
+from fmcv_jax.train.layer_decay import layer_rates
+from fmcv_jax.train.optim import Adafactor, AdamW, Lamb, Lion, Muon, Optimizer
+from fmcv_jax.train.schedules import Cosine, Linear, Rsqrt
 
 
 @pytest.mark.parametrize('kind', [Cosine, Linear])

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.train.optim import Muon
 from fmcv_jax.train.step import moving_average

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.models.positions import resize_grid
+from fmcv_jax.models.common.positions import resize_grid
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.warm_start import Part, begin_with, resized, widened
 

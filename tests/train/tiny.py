@@ -3,14 +3,15 @@
 import jax
 import numpy as np
 
-from fmcv_jax.models.dual_encoder import DualEncoder
-from fmcv_jax.models.text import text_transformer
-from fmcv_jax.models.vit import vit
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.multimodal.dual_encoder import DualEncoder
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
-from fmcv_jax.train.optim import AdamW, Cosine, Optimizer
+from fmcv_jax.train.optim import AdamW, Optimizer
+from fmcv_jax.train.schedules import Cosine
 from fmcv_jax.train.state import init_state, state_shardings
 from fmcv_jax.train.step import make_train_step
 

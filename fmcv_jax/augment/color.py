@@ -1,0 +1,150 @@
+"""Augmentations of color and sharpness: invert, solarize, color jitter, Gaussian blur."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_share
+
+
+@dataclasses.dataclass(frozen=True)
+class Invert(Augment):
+  """The negative of the image, with the given probability."""
+
+  probability: float = 0.5
+
+  def __post_init__(self):
+    check_share('probability', self.probability)
+
+  def __call__(self, images, rng):
+    return jnp.where(bernoulli_mask(rng, self.probability, images), 1 - images, images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solarize(Augment):
+  """The negative of what is at least as light as the threshold, with the given probability (as in BYOL and DINO)."""
+
+  threshold: float = 0.5
+  probability: float = 0.2
+
+  def __post_init__(self):
+    check_share('threshold', self.threshold)
+    check_share('probability', self.probability)
+
+  def __call__(self, images, rng):
+    solarized = bernoulli_mask(rng, self.probability, images) & (images >= self.threshold)
+    return jnp.where(solarized, 1 - images, images)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColorJitter(Augment):
+  """Brightness, contrast, saturation and hue, with torchvision's meaning of the factors; then perhaps all grey.
+
+  brightness, contrast, saturation   the factor is drawn from max(0, 1 - x) to 1 + x
+  hue                                share of a full turn, at most 0.5, drawn from -x to x
+  probability                        that an image is jittered at all
+  grayscale                          probability that an image is grey in the end, jittered or not
+
+  All of it is one 3 x 3 matrix and one offset for each image. Three things differ from torchvision: the order is the
+  one above instead of random; values leave [0, 1] in between and are clipped once, at the end; and hue turns colours
+  about the grey axis of the RGB cube instead of in HSV, which keeps the mean of the channels.
+  """
+
+  brightness: float = 0.0
+  contrast: float = 0.0
+  saturation: float = 0.0
+  hue: float = 0.0
+  grayscale: float = 0.0
+  probability: float = 1.0
+
+  def __post_init__(self):
+    for name in ('brightness', 'contrast', 'saturation'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name}: expected at least 0, got {getattr(self, name)}')
+    if not 0 <= self.hue <= 0.5:
+      raise ValueError(f'hue: expected a share of a turn between 0 and 0.5, got {self.hue}')
+    check_share('grayscale', self.grayscale)
+    check_share('probability', self.probability)
+
+  def __call__(self, images, rng):
+    batch = images.shape[0]
+    rngs = jax.random.split(rng, 6)
+    jittered = jax.random.bernoulli(rngs[0], self.probability, (batch,))
+
+    def factor(rng, width):
+      drawn = jax.random.uniform(rng, (batch,), minval=max(0.0, 1 - width), maxval=1 + width)
+      return jnp.where(jittered, drawn, 1.0)
+
+    brightness, contrast = factor(rngs[1], self.brightness), factor(rngs[2], self.contrast)
+    saturation = factor(rngs[3], self.saturation)
+    turn = jnp.where(jittered, jax.random.uniform(rngs[4], (batch,), minval=-self.hue, maxval=self.hue), 0.0)
+    grayscale = jax.random.bernoulli(rngs[5], self.grayscale, (batch,))
+    return jittered_colors(images, brightness, contrast, saturation, turn, grayscale)
+
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+def jittered_colors(images, brightness, contrast, saturation, turn, grayscale):
+  """Images [B, H, W, 3] with their factors, turns of the hue and whether they become grey, each [B]."""
+  identity, luma = jnp.eye(3), jnp.broadcast_to(jnp.array(LUMA), (3, 3))
+
+  def from_gray(factor):
+    factor = factor[:, None, None]
+    return factor * identity + (1 - factor) * luma
+
+  # Rodrigues' formula for the axis (1, 1, 1).
+  cos, sin = jnp.cos(2 * math.pi * turn)[:, None, None], jnp.sin(2 * math.pi * turn)[:, None, None]
+  across = jnp.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+  hue = cos * identity + (1 - cos) / 3 + sin * across
+
+  matrix = jnp.matmul(hue, from_gray(saturation), precision='highest')
+  matrix = jnp.matmul(from_gray(1 - grayscale.astype(jnp.float32)), matrix, precision='highest')
+  matrix *= (brightness * contrast)[:, None, None]
+  # Contrast moves towards the image's mean grey, which no later step changes.
+  offset = brightness * (1 - contrast) * (images * jnp.array(LUMA)).sum(-1).mean((1, 2))
+
+  red, green, blue = (images[..., channel, None] * matrix[:, None, None, :, channel] for channel in range(3))
+  return jnp.clip(red + green + blue + offset[:, None, None, None], 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blur(Augment):
+  """Gaussian blur with the given probability; sigma in pixels is drawn uniformly (as in SimCLR and DINO).
+
+  The kernel reaches a twentieth of the short side to either side, so that it has 23 taps at 224 pixels as in SimCLR,
+  and the border reflects. Each image has its own kernel: as a band matrix from the left and one from the right.
+  """
+
+  probability: float = 0.5
+  sigma: tuple[float, float] = (0.1, 2.0)
+
+  def __post_init__(self):
+    check_share('probability', self.probability)
+    check_bounds('sigma', self.sigma)
+
+  def __call__(self, images, rng):
+    drawn, sigma_rng = jax.random.split(rng)
+    sigma = jax.random.uniform(sigma_rng, images.shape[:1], minval=self.sigma[0], maxval=self.sigma[1])
+    return jnp.where(bernoulli_mask(drawn, self.probability, images), blurred(images, sigma), images)
+
+
+def blurred(images: jax.Array, sigma: jax.Array) -> jax.Array:
+  """Images [B, H, W, C] after a Gaussian of sigma [B] pixels."""
+  radius = max(1, min(images.shape[1:3]) // 20)
+
+  def weights(size):  # [B, size, size], from the pixel in the last axis to the one before it
+    to, source = jnp.arange(size)[:, None], jnp.arange(size)
+
+    def tap(distance):
+      return jnp.exp(-0.5 * jnp.square(distance / sigma[:, None, None])) * (jnp.abs(distance) <= radius)
+
+    before, beyond = tap(to + source) * (source > 0), tap(2 * (size - 1) - to - source) * (source < size - 1)
+    kernel = tap(to - source) + before + beyond
+    return kernel / kernel.sum(-1, keepdims=True)
+
+  height, width = images.shape[1:3]
+  images = jnp.einsum('bij,bjwc->biwc', weights(height), images, precision='highest')
+  return jnp.clip(jnp.einsum('bij,bhjc->bhic', weights(width), images, precision='highest'), 0, 1)

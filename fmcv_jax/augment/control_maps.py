@@ -1,0 +1,103 @@
+"""Pictures that steer a diffusion, made from images on the device: edges, grey, or what is left of few pixels."""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmcv_jax.augment.color import LUMA, blurred
+
+
+class Control(abc.ABC):
+  """What a ControlNet is shown of an image."""
+
+  @abc.abstractmethod
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """images float32 [B, H, W, 3] in [0, 1] -> the same shape and range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Edges(Control):
+  """White edges, one pixel wide, on black (Canny 1986).
+
+  low, high   an edge is where the gradient (by Sobel's operator, of images in [0, 1]) is largest across it and above
+              `high`, or above `low` and joined to such a place; the defaults are OpenCV's 100 and 200 of bytes
+  sigma       in pixels, of the blur before
+  reach       how many pixels far an edge is followed from where it is strong
+  """
+
+  low: float = 100 / 255
+  high: float = 200 / 255
+  sigma: float = 1.0
+  reach: int = 16
+
+  def __post_init__(self):
+    if not 0 < self.low <= self.high:
+      raise ValueError(f'low: expected 0 < low <= high, got {self.low} and {self.high}')
+    if self.sigma <= 0:
+      raise ValueError(f'sigma: expected pixels above 0, got {self.sigma}')
+
+  def __call__(self, images):
+    gray = blurred((images * jnp.array(LUMA)).sum(-1, keepdims=True), jnp.full(len(images), self.sigma))[..., 0]
+    smooth = {axis: 2 * gray + _shifted(gray, axis, 1) + _shifted(gray, axis, -1) for axis in (1, 2)}
+    down, right = ((_shifted(smooth[3 - axis], axis, 1) - _shifted(smooth[3 - axis], axis, -1)) for axis in (1, 2))
+    # Coarser than rounding, so that equals are equal in every program.
+    size = jnp.round(jnp.hypot(down, right) * 4096) / 4096
+    # The neighbours on both sides, in the nearest of four directions.
+    slope = np.tan(np.pi / 8)
+    across, along = jnp.abs(right) * slope > jnp.abs(down), jnp.abs(down) * slope > jnp.abs(right)
+    same = down * right > 0
+    steps = [(0, 1), (1, 0), (1, 1), (1, -1)]
+    ahead, behind = (
+      jnp.select([across, along, same, ~same], [_shifted(_shifted(size, 1, s * y), 2, s * x) for y, x in steps])
+      for s in (1, -1)
+    )
+    # Of two equal neighbours one remains.
+    ridge = (size > ahead) & (size >= behind)
+    weak = ridge & (size > self.low)
+    window = (1, 3, 3)
+
+    def grow(_, edges):
+      return jax.lax.reduce_window(edges, False, jnp.logical_or, window, (1, 1, 1), 'SAME') & weak
+
+    edges = jax.lax.fori_loop(0, self.reach, grow, ridge & (size > self.high))
+    return jnp.broadcast_to(edges[..., None].astype(jnp.float32), images.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gray(Control):
+  """The image without its colours."""
+
+  def __call__(self, images):
+    return jnp.broadcast_to((images * jnp.array(LUMA)).sum(-1, keepdims=True), images.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coarse(Control):
+  """The image in squares of `factor` x `factor` pixels, each of its mean colour."""
+
+  factor: int = 8
+
+  def __post_init__(self):
+    if self.factor < 1:
+      raise ValueError(f'factor: expected at least 1, got {self.factor}')
+
+  def __call__(self, images):
+    batch, height, width, _ = images.shape
+    if height % self.factor or width % self.factor:
+      raise ValueError(f'control.factor: {height} x {width} pixels do not divide by {self.factor}')
+    squares = images.reshape(batch, height // self.factor, self.factor, width // self.factor, self.factor, 3)
+    return jnp.broadcast_to(squares.mean((2, 4), keepdims=True), squares.shape).reshape(images.shape)
+
+
+def _shifted(x: jax.Array, axis: int, by: int) -> jax.Array:
+  """x [B, H, W], each pixel replaced by that `by` (-1, 0 or 1) further along an axis; the border goes on beyond."""
+  if not by:
+    return x
+  size = x.shape[axis]
+  ends = jax.lax.slice_in_dim(x, size - 1, size, axis=axis), jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+  if by > 0:
+    return jnp.concatenate([jax.lax.slice_in_dim(x, 1, size, axis=axis), ends[0]], axis=axis)
+  return jnp.concatenate([ends[1], jax.lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis=axis)

@@ -1,0 +1,58 @@
+"""Random erasing (Zhong et al. 2020)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_share, within
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomErasing(Augment):
+  """Overwrites a random box with the given probability (Zhong et al. 2020).
+
+  area    bounds of the box's share of the image, drawn uniformly
+  ratio   bounds of width / height, drawn uniformly in the logarithm from those with which the box fits
+  value   'noise', drawn from [0, 1] for each value anew, or what to fill in
+
+  Cutout (DeVries & Taylor 2017), its square inside the image: probability=1, area=(a, a), ratio=(1, 1), value=0.5.
+  """
+
+  probability: float = 0.25
+  area: tuple[float, float] = (0.02, 1 / 3)
+  ratio: tuple[float, float] = (0.3, 1 / 0.3)
+  value: Literal['noise'] | float = 'noise'
+
+  def __post_init__(self):
+    check_share('probability', self.probability)
+    check_bounds('area', self.area, most=1.0)
+    check_bounds('ratio', self.ratio)
+    if self.value != 'noise':
+      if isinstance(self.value, str):
+        raise ValueError(f"value: expected 'noise' or a number, got {self.value!r}")
+      check_share('value', self.value)
+
+  def __call__(self, images, rng):
+    rngs = jax.random.split(rng, 6)
+    rows, columns = self.boxes(images.shape, rngs[:4])
+    inside = bernoulli_mask(rngs[4], self.probability, images) & (rows[:, :, None] & columns[:, None])[..., None]
+    value = jax.random.uniform(rngs[5], images.shape) if self.value == 'noise' else self.value
+    return jnp.where(inside, value, images)
+
+  def boxes(self, shape, rngs):
+    """Whether each row bool [B, H] and each column bool [B, W] crosses the box."""
+    (batch, height, width, _), square = shape, shape[1] / shape[2]
+    share = jax.random.uniform(rngs[0], (batch,), minval=self.area[0], maxval=self.area[1])
+    low = jnp.log(jnp.maximum(self.ratio[0], share / square))  # narrower than this the box would be too high
+    high = jnp.log(jnp.minimum(self.ratio[1], 1 / (share * square)))
+    ratio = jnp.exp(low + (high - low) * jax.random.uniform(rngs[1], (batch,)))
+
+    def side(length, size, rng):
+      length = jnp.clip(jnp.round(length), 1, size)
+      start = jnp.floor(jax.random.uniform(rng, (batch,)) * (size - length + 1))
+      return within(start, start + length, size)
+
+    pixels = share * (height * width)
+    return side(jnp.sqrt(pixels / ratio), height, rngs[2]), side(jnp.sqrt(pixels * ratio), width, rngs[3])

@@ -1,0 +1,214 @@
+"""Encoded images to RGB, strictly: what comes out is the right picture, or `BadRecord` says why there is none."""
+
+import abc
+import io
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fmcv_jax.data.images import jpeg, native_crop
+from fmcv_jax.data.images.resize import RADII, Box, Interpolation, resize
+from fmcv_jax.data.sources.base import BadRecord
+
+MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own limit for a warning
+
+# Named one by one, since Pillow also opens documents (EPS runs Ghostscript) and formats that nobody has fuzzed.
+Image.init()
+_WANTED = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+
+_ORIENTATION = 0x0112  # the EXIF tag; the camera says how it was held, not all software turns the pixels
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+
+_TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
+
+_FACTORS = (1, 2, 4, 8)  # by which libjpeg reduces in the DCT domain
+_GAP = 1.5  # a picture is reduced only while the box keeps so many times the pixels that are wanted on each side
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """Encoded bytes -> uint8 [H, W, 3], read-only, upright by its EXIF orientation; the first frame of an animation.
+
+  Grey, palette, CMYK and 16-bit images become RGB; what is transparent lies on white. Colour profiles are not applied.
+  Raises BadRecord for what is no image, is truncated, or says in its header that it has more than `max_pixels`.
+  """
+  head = jpeg.header(data)
+  if head and head.orientation == 1 and head.height * head.width <= max_pixels:
+    pixels = jpeg.decode_rows(data, head, head.height, 1)
+    if pixels is not None:
+      pixels.flags.writeable = False
+      return pixels
+  return np.asarray(decode_pil(data, max_pixels))
+
+
+class Region(NamedTuple):
+  """`pixels` uint8 [h, w, 3], the `box` in them, and how what is made of it is to be turned to be upright."""
+
+  pixels: np.ndarray
+  box: Box
+  turn: Image.Transpose | None = None
+
+
+class Picture(abc.ABC):
+  """An image whose size is known and whose pixels are not yet decoded: those of a crop may be all that is needed."""
+
+  height: int
+  width: int
+
+  @abc.abstractmethod
+  def region(self, box: Box, size: int, radius: int = 3) -> Region:
+    """What a resize of `box` to size x size pixels looks at, by a filter of so many pixels at either side; raises
+    BadRecord if it cannot be decoded."""
+
+  def crop(self, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
+    """The box as uint8 [size, size, 3]; raises BadRecord if it cannot be decoded."""
+    region = self.region(box, size, RADII[interpolation])
+    return _turned(resize(region.pixels, region.box, size, interpolation), region.turn)
+
+
+def picture(image: bytes | np.ndarray) -> Picture:
+  """Encoded bytes or uint8 [H, W, 3] as a picture; raises BadRecord for what is neither."""
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+      raise BadRecord(f'expected an image uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
+    return _Pixels(image)
+  head = jpeg.header(image)
+  if head and head.height * head.width <= MAX_PIXELS:
+    return _Jpeg(image, head)
+  return _Pixels(np.asarray(decode_pil(image)))
+
+
+class _Pixels(Picture):
+  def __init__(self, pixels: np.ndarray):
+    self._pixels = pixels
+    self.height, self.width = pixels.shape[:2]
+
+  def region(self, box, size, radius=3):
+    return _cut(self._pixels, box, size, radius)
+
+
+class _Jpeg(Picture):
+  def __init__(self, data: bytes, head: jpeg.Header):
+    self._data, self._head = data, head
+    self._turn = _UPRIGHT.get(head.orientation)
+    sides = head.height, head.width
+    self.height, self.width = sides[::-1] if head.orientation in _TURNED else sides
+
+  def crop(self, box, size, interpolation):
+    # In C only the columns of the crop are decoded too, and its pixels leave the processor's cache resized.
+    factor = self._factor(box, size)
+    reduced = _reduced(self._as_stored(box), factor)
+    height, width = -(-self._head.height // factor), -(-self._head.width // factor)
+    left, top, right, bottom = _window(height, width, reduced, size, RADII[interpolation])
+    window = left, top, right - left, bottom - top
+    pixels = native_crop.crop_jpeg(self._data, factor, window, _within(reduced, left, top), size, interpolation)
+    return super().crop(box, size, interpolation) if pixels is None else _turned(pixels, self._turn)
+
+  def region(self, box, size, radius=3):
+    factor, stored = self._factor(box, size), self._as_stored(box)
+    beyond = factor * _reach((stored[3] - stored[1]) / factor, size, radius)
+    last = min(self._head.height, math.ceil(stored[3]) + beyond)
+    pixels = jpeg.decode_rows(self._data, self._head, last, factor)
+    if pixels is None:
+      return _cut(np.asarray(decode_pil(self._data)), box, size, radius)  # which knows the reason, or knows better
+    return _cut(pixels, _reduced(stored, factor), size, radius)._replace(turn=self._turn)
+
+  def _factor(self, box: Box, size: int) -> int:
+    side = min(box[2] - box[0], box[3] - box[1])
+    return max(f for f in _FACTORS if f == 1 or side >= f * _GAP * size)
+
+  def _as_stored(self, box: Box) -> Box:
+    """The box of the upright picture in the one that is stored."""
+    orientation, (left, top, right, bottom) = self._head.orientation, box
+    if orientation in _TURNED:
+      left, top, right, bottom = top, left, bottom, right
+    if orientation in (2, 3, 7, 8):
+      left, right = self._head.width - right, self._head.width - left
+    if orientation in (3, 4, 6, 7):
+      top, bottom = self._head.height - bottom, self._head.height - top
+    return left, top, right, bottom
+
+
+def _cut(pixels: np.ndarray, box: Box, size: int, radius: int) -> Region:
+  left, top, right, bottom = _window(pixels.shape[0], pixels.shape[1], box, size, radius)
+  return Region(pixels[top:bottom, left:right], _within(box, left, top))
+
+
+def _window(height: int, width: int, box: Box, size: int, radius: int) -> tuple[int, int, int, int]:
+  """The pixels that a resize of the box looks at: from (left, top) to before (right, bottom)."""
+  x, y = _reach(box[2] - box[0], size, radius), _reach(box[3] - box[1], size, radius)
+  left, top = max(0, math.floor(box[0]) - x), max(0, math.floor(box[1]) - y)
+  return left, top, min(width, math.ceil(box[2]) + x), min(height, math.ceil(box[3]) + y)
+
+
+def _reduced(box: Box, factor: int) -> Box:
+  return box[0] / factor, box[1] / factor, box[2] / factor, box[3] / factor
+
+
+def _within(box: Box, left: int, top: int) -> Box:
+  return box[0] - left, box[1] - top, box[2] - left, box[3] - top
+
+
+def _reach(side: float, size: int, radius: int) -> int:
+  """How many pixels outside a side of a box a filter of `radius` pixels looks at, at the box's scale."""
+  return math.ceil(radius * max(1.0, side / size)) + 1
+
+
+def _turned(pixels: np.ndarray, turn: Image.Transpose | None) -> np.ndarray:
+  return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
+def decode_pil(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+  """As `decode`, but a PIL image of mode RGB."""
+  try:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > max_pixels:
+      raise BadRecord(f'{image.width} x {image.height} pixels are more than the {max_pixels} allowed')
+    image.load()
+    return _rgb(_upright(image))
+  except BadRecord:
+    raise
+  except Exception as error:  # Pillow's plugins raise what they like on damaged files: SyntaxError, IndexError, ...
+    raise BadRecord(_one_line(error, data)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  try:  # after load(): formats that are turned by their own plugin (TIFF, AVIF) have dropped the tag by now
+    orientation = image.getexif().get(_ORIENTATION)
+  except Exception:  # damaged metadata of a sound picture
+    return image
+  return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+  if image.mode == 'RGB' and 'transparency' not in image.info:
+    return image
+  if image.mode.startswith('I'):  # Pillow's own conversion clips 16 bits at 255 instead of scaling
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 0xFFFF:
+      raise BadRecord(f'pixels of mode {image.mode} from {grey.min()} to {grey.max()} are not 16-bit')
+    return Image.fromarray((grey >> 8).astype(np.uint8)).convert('RGB')
+  if image.mode == 'F':
+    raise BadRecord('floating-point pixels have no known range')
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    white = Image.new('RGB', image.size, 'white')
+    white.paste(image, mask=image.getchannel('A'))
+    return white
+  return image.convert('RGB')
+
+
+def _one_line(error: Exception, data: bytes) -> str:
+  if isinstance(error, Image.UnidentifiedImageError):
+    return f'no image: {len(data)} bytes that start with {bytes(data[:8])!r}'
+  return ' '.join(f'{type(error).__name__}: {error}'.split())

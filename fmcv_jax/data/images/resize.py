@@ -1,0 +1,49 @@
+"""Resizing a box of an image to a square, with Pillow's filters and antialiasing."""
+
+import threading
+from typing import Literal
+
+import cykooz_resizer as resizer
+import numpy as np
+
+from fmcv_jax.data.images import native_crop
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Interpolation = Literal['bicubic', 'bilinear', 'lanczos', 'nearest']  # but for the last Pillow's, with antialiasing
+
+FILTERS = {
+  'bicubic': resizer.ResizeAlg.convolution(resizer.FilterType.catmull_rom),
+  'bilinear': resizer.ResizeAlg.convolution(resizer.FilterType.bilinear),
+  'lanczos': resizer.ResizeAlg.convolution(resizer.FilterType.lanczos3),
+  'nearest': resizer.ResizeAlg.nearest(),
+}
+RADII = {'bicubic': 2, 'bilinear': 1, 'lanczos': 3, 'nearest': 1}  # pixels at either side that a filter looks at
+
+
+class _Reused(threading.local):
+  """What one thread uses again for each image, so that its memory is not asked for anew."""
+
+  def __init__(self):
+    self.resizer = resizer.Resizer()
+    self.targets: dict[int, resizer.ImageData] = {}
+
+
+_THREAD = _Reused()
+
+
+def resize(pixels: np.ndarray, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
+  """The box of uint8 [H, W, 3] as uint8 [size, size, 3]: the same bytes by C and by cykooz.resizer."""
+  done = native_crop.resize(pixels, box, size, interpolation)
+  return by_package(pixels, box, size, interpolation) if done is None else done
+
+
+def by_package(pixels: np.ndarray, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
+  height, width, _ = pixels.shape
+  left, top, right, bottom = box
+  source = resizer.ImageData(width, height, resizer.PixelType.U8x3, pixels.tobytes())
+  target = _THREAD.targets.get(size)
+  if target is None:
+    target = _THREAD.targets[size] = resizer.ImageData(size, size, resizer.PixelType.U8x3)
+  crop = resizer.CropBox(left, top, right - left, bottom - top)
+  _THREAD.resizer.resize(source, target, resizer.ResizeOptions(FILTERS[interpolation], crop_box=crop))
+  return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)

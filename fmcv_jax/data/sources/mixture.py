@@ -1,0 +1,91 @@
+"""Several sources as one, each with its share of the examples."""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
+
+from fmcv_jax.data.order import MixedOrder, RunOrder
+from fmcv_jax.data.sources.base import Example, Source
+from fmcv_jax.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(Source):
+  """Draws from named `sources`, of which each gets its share of `weights` of every stretch of examples.
+
+  Each source goes through epochs of its own, each record once in each: with weights of 3 to 1 and as many records, the
+  first has been through three times when the second has been through once. Without weights a source's share is that of
+  its records, and all epochs are one. Evaluation reads every record of every source once.
+
+  Classes are joined by their names: equal names are one class.
+  """
+
+  sources: Mapping[str, Source]
+  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    if not self.sources:
+      raise ValueError('sources: expected at least one')
+    if unknown := [name for name in self.weights if name not in self.sources]:
+      raise ValueError(f'weights: {unknown[0]!r} is no source; {nearest(unknown[0], self.sources)}')
+    if self.weights and (missing := [name for name in self.sources if name not in self.weights]):
+      raise ValueError(f'weights: {missing[0]!r} has none; give every source one, or none')
+    if bad := [name for name, weight in self.weights.items() if not 0 < weight < float('inf')]:
+      raise ValueError(f'weights: expected numbers above 0, got {self.weights[bad[0]]} for {bad[0]!r}')
+
+  @functools.cached_property
+  def names(self) -> tuple[str, ...]:  # type: ignore[override]
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(source.names for source in self.sources.values())))
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{index} of {len(self)}')
+    name, row = self._locate(index)
+    example = self.sources[name][row]
+    if 'label' not in example or not self.names:
+      return example
+    if not self.sources[name].names:
+      raise UserError(f'mixture: {name!r} has labels without names, the others have names; give it class names')
+    return {**example, 'label': self._labels[name][example['label']]}
+
+  def key_of(self, index: int) -> str:
+    name, row = self._locate(index)
+    return f'{name}: {self.sources[name].key_of(row)}'
+
+  def texts_of(self, index: int) -> tuple[str, ...]:
+    name, row = self._locate(index)
+    return self.sources[name].texts_of(row)
+
+  def order(self, seed: int, shuffle: bool) -> RunOrder:
+    parts = tuple(source.order(seed + part, shuffle) for part, source in enumerate(self.sources.values()))
+    if not self.weights:
+      return super().order(seed, shuffle)
+    return MixedOrder(parts, tuple(self.weights[name] for name in self.sources), seed)
+
+  @property
+  def order_name(self) -> str:
+    if not self.weights:
+      return super().order_name
+    parts = ', '.join(f'{self.weights[name]:g} {source.order_name}' for name, source in self.sources.items())
+    return f'Mixture({parts})'
+
+  @functools.cached_property
+  def _ends(self) -> list[int]:
+    lengths = {name: len(source) for name, source in self.sources.items()}
+    if empty := [name for name, length in lengths.items() if not length]:
+      raise UserError(f'mixture: the source {empty[0]!r} has no records')
+    return list(itertools.accumulate(lengths.values()))
+
+  @functools.cached_property
+  def _labels(self) -> dict[str, list[int]]:
+    number = {name: label for label, name in enumerate(self.names)}
+    return {part: [number[name] for name in source.names] for part, source in self.sources.items()}
+
+  def _locate(self, index: int) -> tuple[str, int]:
+    part = bisect.bisect_right(self._ends, index)
+    return list(self.sources)[part], index - (self._ends[part - 1] if part else 0)

@@ -1,0 +1,32 @@
+"""Some records of a source, evenly spaced, so that a source sorted by class gives of each."""
+
+import dataclasses
+
+from fmcv_jax.data.sources.base import Example, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Spaced(Source):
+  """`count` records of a source, or all where it has no more."""
+
+  source: Source
+  count: int
+
+  def __len__(self) -> int:
+    return min(self.count, len(self.source))
+
+  def __getitem__(self, index: int) -> Example:
+    return self.source[self._at(index)]
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return self.source.names
+
+  def key_of(self, index: int) -> str:
+    return self.source.key_of(self._at(index))
+
+  def texts_of(self, index: int) -> tuple[str, ...]:
+    return self.source.texts_of(self._at(index))
+
+  def _at(self, index: int) -> int:
+    return index * len(self.source) // len(self)

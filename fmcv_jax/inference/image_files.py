@@ -1,0 +1,75 @@
+"""Images read from and written to files, as generation needs them."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from fmcv_jax.data.images.decode import decode
+from fmcv_jax.data.sources.base import BadRecord
+from fmcv_jax.data.transforms import ResizeCrop
+from fmcv_jax.errors import UserError
+
+
+def read_image(file: str, size: int) -> np.ndarray:
+  """An image file as uint8 [size, size, 3]: the square in its centre."""
+  try:
+    return ResizeCrop(size, crop=1.0)(pathlib.Path(file).read_bytes(), np.random.default_rng(0))
+  except BadRecord as error:
+    raise UserError(f'{file}: {error}') from error
+
+
+def read_mask(file: str, image: str, size: int) -> np.ndarray:
+  """bool [size, size], true where the file is white, cut as `read_image` cuts the image that it belongs to."""
+  path = pathlib.Path(file)
+  if not path.is_file():
+    raise UserError(f'--mask {file}: no such file')
+  try:
+    pixels, whole = decode(path.read_bytes()), decode(pathlib.Path(image).read_bytes())
+  except BadRecord as error:
+    raise UserError(f'--mask {file}: {error}') from error
+  if pixels.shape != whole.shape:
+    raise UserError(f'--mask {file}: {_sides(pixels)} pixels, but the image has {_sides(whole)}')
+  return ResizeCrop(size, crop=1.0)(pixels, np.random.default_rng(0)).mean(-1) > 127
+
+
+def _sides(pixels: np.ndarray) -> str:
+  height, width, _ = pixels.shape
+  return f'{width} x {height}'
+
+
+def expanded(image: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
+  """uint8 [H, W, 3] shrunk into the middle, with a margin of that share on every side, and the mask of the margin."""
+  if not 0 < margin < 0.5:
+    raise UserError(f'--expand: {margin} is not between 0 and 0.5')
+  size = len(image)
+  inner = max(1, round(size * (1 - 2 * margin)))
+  start = (size - inner) // 2
+  canvas, mask = np.full_like(image, 255), np.ones((size, size), bool)
+  small = Image.fromarray(image).resize((inner, inner), Image.Resampling.LANCZOS)
+  canvas[start : start + inner, start : start + inner] = np.asarray(small)
+  mask[start : start + inner, start : start + inner] = False
+  return canvas, mask
+
+
+def grid_of(pictures: np.ndarray, columns: int) -> np.ndarray:
+  """uint8 [N, H, W, 3] -> one picture, row by row on white, a pixel or more between them."""
+  count, height, width, _ = pictures.shape
+  gap = max(1, width // 32)
+  rows = -(-count // columns)
+  sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+  for index, picture in enumerate(pictures):
+    top, left = (
+      gap + place * (side + gap) for place, side in zip(divmod(index, columns), (height, width), strict=True)
+    )
+    sheet[top : top + height, left : left + width] = picture
+  return sheet
+
+
+def save_png(picture: np.ndarray, path: pathlib.Path, about: dict[str, Any]) -> None:
+  """Writes uint8 [H, W, 3] with `about` in the file's text chunk 'fmcv', as JSON."""
+  info = PngImagePlugin.PngInfo()
+  info.add_itxt('fmcv', json.dumps(about, ensure_ascii=False))
+  Image.fromarray(picture).save(path, pnginfo=info)

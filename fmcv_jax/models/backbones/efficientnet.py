@@ -1,0 +1,284 @@
+"""EfficientNet (Tan & Le 2019): inverted bottlenecks that squeeze and excite, scaled in width, depth and resolution.
+
+Batch norms keep running statistics in the collection 'batch_stats'. In training they take those of the batch they are
+given, which is the global one on any mesh; `apply(..., mutable=['batch_stats'])` hands back what they are then.
+
+Letters in shapes: B batch, R rows, C columns, D channels.
+"""
+
+import functools
+import itertools
+import math
+import operator
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.common.layers import Dtype, Remat, dense, drop_examples, rematerialized, scanned
+from fmcv_jax.models.common.outputs import Features, linear_head
+from fmcv_jax.parallel.rules import constrain
+
+EPS = 1e-3  # of every batch norm
+FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# A depthwise kernel [k, k, 1, D] has one output for each input.
+DEPTHWISE = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal', in_axis=-1, out_axis=-2)
+
+
+class Row(NamedTuple):
+  """A row of the paper's table 1: `repeats` blocks of `features` channels, of which the first has the stride.
+
+  size is that of the kernels, ratio how much wider a block is inside.
+  """
+
+  repeats: int
+  features: int
+  size: int
+  stride: int
+  ratio: int
+
+
+# B0's; the others scale repeats and features.
+TABLE = (
+  Row(1, 16, 3, 1, 1),
+  Row(2, 24, 3, 2, 6),
+  Row(2, 40, 5, 2, 6),
+  Row(3, 80, 3, 2, 6),
+  Row(3, 112, 5, 1, 6),
+  Row(4, 192, 5, 2, 6),
+  Row(1, 320, 3, 1, 6),
+)
+STEM, TOP = 32, 1280
+
+
+def batch_norm(dtype: str, name: str, train: bool, momentum: float) -> nn.BatchNorm:
+  return nn.BatchNorm(
+    use_running_average=not train,
+    momentum=momentum,
+    epsilon=EPS,
+    dtype=jnp.dtype(dtype),
+    use_fast_variance=False,
+    name=name,
+  )
+
+
+class Depthwise(nn.Module):
+  """A convolution of each channel by itself, [B, R, C, D] -> [B, R / stride, C / stride, D], rounded up."""
+
+  size: int
+  stride: int
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', DEPTHWISE, (self.size, self.size, 1, x.shape[-1]))
+    # On a CPU a training step is five times as fast with sums of shifted maps as with XLA's convolution of single
+    # channels. On a TPU, which would write those maps to memory, it is three times as slow.
+    return jax.lax.platform_dependent(x, kernel.astype(self.dtype), cpu=self.sum_of_shifts, default=self.convolution)
+
+  def convolution(self, x, kernel):
+    strides, layout, groups = (self.stride, self.stride), ('NHWC', 'HWIO', 'NHWC'), x.shape[-1]
+    return jax.lax.conv_general_dilated(
+      x, kernel, strides, 'SAME', dimension_numbers=layout, feature_group_count=groups
+    )
+
+  def sum_of_shifts(self, x, kernel):
+    size, stride = self.size, self.stride
+    x = jnp.pad(x, [(0, 0), *jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), 'SAME'), (0, 0)])
+    rows, columns = ((side - size) // stride + 1 for side in x.shape[1:3])
+    return sum(
+      x[:, i : i + rows * stride : stride, j : j + columns * stride : stride] * kernel[i, j, 0]
+      for i in range(size)
+      for j in range(size)
+    )
+
+
+class Bottleneck(nn.Module):
+  """Widens, filters each channel for itself, weighs the channels, narrows: [B, R, C, D] -> [B, R', C', features].
+
+  In the form of a scan. drop_path: share of examples that skip the block; needs the rng 'dropout'.
+  """
+
+  features: int
+  size: int
+  stride: int
+  ratio: int
+  dtype: Dtype
+  train: bool
+  momentum: float
+
+  @nn.compact
+  def __call__(self, x, drop_path=None):
+    channels, dtype = x.shape[-1], self.dtype
+    norm = functools.partial(batch_norm, dtype, train=self.train, momentum=self.momentum)
+    hidden = channels * self.ratio
+    y = x
+    if self.ratio != 1:
+      y = dense(hidden, dtype, 'expand', bias=False, init=FAN_OUT)(y)
+      y = jax.nn.silu(norm('expand_norm')(y))
+    y = constrain(y, 'batch', None, None, 'mlp')
+    y = Depthwise(self.size, self.stride, dtype, name='depthwise')(y)
+    y = jax.nn.silu(norm('depthwise_norm')(y))
+
+    whole = jnp.mean(y, axis=(1, 2), dtype=jnp.float32).astype(y.dtype)
+    squeezed = jax.nn.silu(dense(max(1, channels // 4), dtype, 'squeeze', init=FAN_OUT)(whole))
+    y = y * jax.nn.sigmoid(dense(hidden, dtype, 'excite', init=FAN_OUT)(squeezed))[:, None, None]
+
+    y = norm('project_norm')(dense(self.features, dtype, 'project', bias=False, init=FAN_OUT)(y))
+    if self.stride == 1 and channels == self.features:
+      y = x + (y if drop_path is None else drop_examples(y, drop_path, self.make_rng('dropout')))
+    return constrain(y, 'batch', None, None, None), None
+
+
+class Stage(nn.Module):
+  """The blocks of one row, [B, R, C, D] -> [B, R', C', features]: the first, and a scan over the others."""
+
+  row: Row
+  dtype: Dtype
+  remat: Remat
+  train: bool
+  momentum: float
+
+  @nn.compact
+  def __call__(self, x, drop_path=None):
+    """drop_path: float [repeats], or None; needs the rng 'dropout'."""
+    repeats, features, size, stride, ratio = self.row
+    shared = (self.dtype, self.train, self.momentum)
+    block = rematerialized(Bottleneck, self.remat)
+    first = block(features, size, stride, ratio, *shared, name='first')
+    x = first(x, None if drop_path is None else drop_path[0])[0]
+    if repeats == 1:
+      return x
+    stack = scanned(Bottleneck, repeats - 1, nn.broadcast if drop_path is None else 0, remat=self.remat)
+    rest = stack(features, size, 1, ratio, *shared, name='blocks')
+    return rest(x, None if drop_path is None else drop_path[1:])[0]
+
+
+class EfficientNet(nn.Module):
+  """Images [B, height, width, 3], normalized, of any size -> Features, whose tokens are the last map, row by row.
+
+  stem      channels of the first convolution
+  top       channels of the last, of one pixel; 0 for none (ALIGN, Jia et al. 2021, section 4.1)
+  outputs   units of a linear head on the mean of the last map, of which a share `dropout` is zero in training; 0 leaves
+            the mean as it is
+  momentum  what running statistics keep of themselves at each step
+  """
+
+  stages: tuple[Row, ...]
+  stem: int
+  top: int
+  image_size: int = 224
+  outputs: int = 0
+  dropout: float = 0.0
+  drop_path: float = 0.0
+  momentum: float = 0.99
+  remat: Remat = 'none'
+  dtype: Dtype = 'float32'
+
+  @property
+  def patch(self) -> int:
+    """Pixels along the side of what becomes one of the last tokens."""
+    return 2 * math.prod(stage.stride for stage in self.stages)
+
+  @property
+  def width(self) -> int:
+    """Channels of the pooled features."""
+    return self.top or self.stages[-1].features
+
+  @nn.compact
+  def __call__(self, images, *, train: bool = False) -> Features:
+    stem = nn.Conv(
+      self.stem, (3, 3), 2, 'SAME', use_bias=False, dtype=jnp.dtype(self.dtype), kernel_init=FAN_OUT, name='conv'
+    )
+    norm = functools.partial(batch_norm, self.dtype, train=train, momentum=self.momentum)
+    x = jax.nn.silu(norm('norm')(stem(images)))
+    x = constrain(x, 'batch', None, None, None)
+    total = sum(stage.repeats for stage in self.stages)
+    rates = np.arange(total, dtype=np.float32) * (self.drop_path / total) if train and self.drop_path else None
+    done = 0
+    for number, row in enumerate(self.stages, 1):
+      drop = None if rates is None else rates[done : done + row.repeats]
+      x = Stage(row, self.dtype, self.remat, train, self.momentum, name=f'stage{number}')(x, drop)
+      done += row.repeats
+    if self.top:
+      x = dense(self.top, self.dtype, 'top', bias=False, init=FAN_OUT)(x)
+      x = jax.nn.silu(norm('top_norm')(x))
+    pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
+    tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+    if not self.outputs:
+      return Features(pooled, pooled, tokens)
+    kept = nn.Dropout(self.dropout, deterministic=not train)(pooled)
+    return Features(linear_head(self.outputs, True, self.dtype)(kept), pooled, tokens)
+
+
+# Factors of width and depth, side of the images, dropout (Tan & Le 2019 and the authors' code; L2: Xie et al. 2020);
+# mu is for demos and tests.
+SIZES: dict[str, tuple[float, float, int, float]] = {
+  'mu': (0.5, 0.5, 32, 0.0),
+  'B0': (1.0, 1.0, 224, 0.2),
+  'B1': (1.0, 1.1, 240, 0.2),
+  'B2': (1.1, 1.2, 260, 0.3),
+  'B3': (1.2, 1.4, 300, 0.3),
+  'B4': (1.4, 1.8, 380, 0.4),
+  'B5': (1.6, 2.2, 456, 0.4),
+  'B6': (1.8, 2.6, 528, 0.5),
+  'B7': (2.0, 3.1, 600, 0.5),
+  'L2': (4.3, 5.3, 800, 0.5),
+}
+
+
+def channels(base: int, factor: float) -> int:
+  """A scaled number of channels: the nearest multiple of 8 that is not more than a tenth too small."""
+  rounded = max(8, int(base * factor + 4) // 8 * 8)
+  return rounded + 8 * (rounded < 0.9 * base * factor)
+
+
+def efficientnet(
+  variant: str = 'B0',
+  *,
+  image_size: int | None = None,
+  outputs: int = 0,
+  top: bool = True,
+  dropout: float | None = None,
+  drop_path: float = 0.2,
+  momentum: float = 0.99,
+  output_stride: int = 32,
+  remat: Remat = 'none',
+  dtype: Dtype = 'float32',
+) -> EfficientNet:
+  """A named EfficientNet; image_size and dropout of None are the variant's.
+
+  output_stride is the side in pixels of what becomes one of the last tokens, a power of two from 2 on: the rows that
+  would go beyond it keep the size of their maps (undilated), as small images want.
+  """
+  if variant not in SIZES:
+    raise ValueError(f'unknown EfficientNet variant {variant!r}; {nearest(variant, SIZES)}')
+  width, depth, size, share = SIZES[variant]
+  if output_stride not in (2, 4, 8, 16, 32):
+    raise ValueError(f'output_stride {output_stride} is none of 2, 4, 8, 16, 32')
+  strides = itertools.accumulate((row.stride for row in TABLE), operator.mul, initial=2)
+  stages = tuple(
+    Row(
+      math.ceil(depth * row.repeats),
+      channels(row.features, width),
+      row.size,
+      row.stride if side * row.stride <= output_stride else 1,
+      row.ratio,
+    )
+    for row, side in zip(TABLE, strides)
+  )
+  return EfficientNet(
+    stages=stages,
+    stem=channels(STEM, width),
+    top=channels(TOP, width) if top else 0,
+    image_size=image_size or size,
+    outputs=outputs,
+    dropout=share if dropout is None else dropout,
+    drop_path=drop_path,
+    momentum=momentum,
+    remat=remat,
+    dtype=dtype,
+  )

@@ -1,0 +1,193 @@
+"""Inception v3 (Szegedy et al. 2016) as TensorFlow's graph of 2015 has it, whose features FID is defined by.
+
+Its 1008 classes, its average pools, which do not count the border, and a maximum instead of the average in the last
+block set that graph apart from later versions. Letters in shapes: B batch, R rows, C columns, D channels.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmcv_jax.models.common.layers import dense
+from fmcv_jax.models.common.outputs import Features
+from fmcv_jax.parallel.rules import constrain
+
+SIZE = 299
+EPS = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+  """A convolution with its norm; `inside` keeps the kernel within the picture, otherwise zeros surround it."""
+
+  name: str
+  features: int
+  size: tuple[int, int]
+  stride: int = 1
+  inside: bool = False
+
+
+# A step of a branch is a convolution, several side by side, or a pool: 'mean' and 'max' of 3 x 3 pixels, 'half' the
+# largest of 3 x 3 at every other pixel, within the picture.
+Step = Conv | tuple[Conv, ...] | str
+Branch = tuple[Step, ...]
+
+
+def _line(prefix: str, *steps: tuple[int, int, int], half: bool = False) -> Branch:
+  """Convolutions 'prefix_1', 'prefix_2', ... of (features, rows, columns); the last one takes every other pixel."""
+  last = len(steps)
+  return tuple(
+    Conv(f'{prefix}_{i}' if last > 1 else prefix, f, (r, c), *((2, True) if half and i == last else ()))
+    for i, (f, r, c) in enumerate(steps, 1)
+  )
+
+
+def _a(pooled: int) -> tuple[Branch, ...]:
+  return (
+    _line('branch1x1', (64, 1, 1)),
+    _line('branch5x5', (48, 1, 1), (64, 5, 5)),
+    _line('branch3x3dbl', (64, 1, 1), (96, 3, 3), (96, 3, 3)),
+    ('mean', Conv('branch_pool', pooled, (1, 1))),
+  )
+
+
+def _c(width: int) -> tuple[Branch, ...]:
+  down, across, last = (width, 7, 1), (width, 1, 7), (192, 1, 7)
+  return (
+    _line('branch1x1', (192, 1, 1)),
+    _line('branch7x7', (width, 1, 1), across, (192, 7, 1)),
+    _line('branch7x7dbl', (width, 1, 1), down, across, down, last),
+    ('mean', Conv('branch_pool', 192, (1, 1))),
+  )
+
+
+def _e(pool: str) -> tuple[Branch, ...]:
+  def fork(prefix):
+    return Conv(f'{prefix}a', 384, (1, 3)), Conv(f'{prefix}b', 384, (3, 1))
+
+  return (
+    _line('branch1x1', (320, 1, 1)),
+    (Conv('branch3x3_1', 384, (1, 1)), fork('branch3x3_2')),
+    (Conv('branch3x3dbl_1', 448, (1, 1)), Conv('branch3x3dbl_2', 384, (3, 3)), fork('branch3x3dbl_3')),
+    (pool, Conv('branch_pool', 192, (1, 1))),
+  )
+
+
+STEM: Branch = (
+  Conv('conv2d_1a_3x3', 32, (3, 3), 2, True),
+  Conv('conv2d_2a_3x3', 32, (3, 3), 1, True),
+  Conv('conv2d_2b_3x3', 64, (3, 3)),
+  'half',
+  Conv('conv2d_3b_1x1', 80, (1, 1)),
+  Conv('conv2d_4a_3x3', 192, (3, 3), 1, True),
+  'half',
+)
+BLOCKS: dict[str, tuple[Branch, ...]] = {
+  'mixed_5b': _a(32),
+  'mixed_5c': _a(64),
+  'mixed_5d': _a(64),
+  'mixed_6a': (
+    _line('branch3x3', (384, 3, 3), half=True),
+    _line('branch3x3dbl', (64, 1, 1), (96, 3, 3), (96, 3, 3), half=True),
+    ('half',),
+  ),
+  'mixed_6b': _c(128),
+  'mixed_6c': _c(160),
+  'mixed_6d': _c(160),
+  'mixed_6e': _c(192),
+  'mixed_7a': (
+    _line('branch3x3', (192, 1, 1), (320, 3, 3), half=True),
+    _line('branch7x7x3', (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), half=True),
+    ('half',),
+  ),
+  'mixed_7b': _e('mean'),
+  'mixed_7c': _e('max'),
+}
+
+
+class FrozenNorm(nn.Module):
+  """Batch norm with the statistics that it was trained with, as parameters."""
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (x.shape[-1],)
+    scale, variance = (self.param(name, nn.initializers.ones, shape) for name in ('scale', 'variance'))
+    bias, mean = (self.param(name, nn.initializers.zeros, shape) for name in ('bias', 'mean'))
+    return (x - mean) * (scale * jax.lax.rsqrt(variance + EPS)) + bias
+
+
+class Unit(nn.Module):
+  conv: Conv
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.conv
+    padding = 'VALID' if c.inside else 'SAME'
+    x = nn.Conv(c.features, c.size, (c.stride, c.stride), padding=padding, use_bias=False, name='conv')(x)
+    return jax.nn.relu(FrozenNorm(name='norm')(x))
+
+
+def _walk(x: jax.Array, branch: Branch) -> jax.Array:
+  """To be called in the compact method that owns the scope."""
+  for step in branch:
+    if isinstance(step, Conv):
+      x = Unit(step, name=step.name)(x)
+    elif isinstance(step, tuple):
+      x = jnp.concatenate([Unit(conv, name=conv.name)(x) for conv in step], axis=-1)
+    elif step == 'mean':
+      x = nn.avg_pool(x, (3, 3), (1, 1), 'SAME', count_include_pad=False)
+    else:
+      x = nn.max_pool(x, (3, 3), *(((2, 2), 'VALID') if step == 'half' else ((1, 1), 'SAME')))
+  return x
+
+
+class Mixed(nn.Module):
+  branches: tuple[Branch, ...]
+
+  @nn.compact
+  def __call__(self, x):
+    x = jnp.concatenate([_walk(x, branch) for branch in self.branches], axis=-1)
+    return constrain(x, 'batch', None, None, None)
+
+
+class Inception(nn.Module):
+  """Images [B, R, C, 3] of any size, from -1 to 127 / 128 -> Features: 1008 logits, 2048 pooled, tokens [B, 64, 2048].
+
+  They are resized to 299 x 299 as that graph does, which takes one pixel of many where it shrinks.
+  """
+
+  image_size: int = SIZE
+  any_size: bool = True
+  outputs: int = 1008
+
+  @nn.compact
+  def __call__(self, images, *, train: bool = False) -> Features:
+    x = _walk(resized(constrain(images, 'batch', None, None, None)), STEM)
+    for name, branches in BLOCKS.items():
+      x = Mixed(branches, name=name)(x)
+    pooled = x.mean((1, 2))
+    return Features(dense(self.outputs, 'float32', 'head')(pooled), pooled, x.reshape(len(x), -1, x.shape[-1]))
+
+
+def resized(images: jax.Array) -> jax.Array:
+  """To 299 x 299 by TensorFlow 1's bilinear interpolation: the first pixels of both lie on each other."""
+
+  def matrix(size):
+    place = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
+    low = np.floor(place).astype(int)
+    share = place - low
+    rows = np.zeros((SIZE, size), np.float32)
+    np.add.at(rows, (np.arange(SIZE), low), 1 - share)
+    np.add.at(rows, (np.arange(SIZE), np.minimum(low + 1, size - 1)), share)
+    return rows
+
+  images = jnp.einsum('ir,brcd->bicd', matrix(images.shape[1]), images, precision='highest')
+  return jnp.einsum('jc,bicd->bijd', matrix(images.shape[2]), images, precision='highest')
+
+
+def inception() -> Inception:
+  """The network whose pooled features FID, KID, precision and recall are published of."""
+  return Inception()

@@ -1,0 +1,306 @@
+"""Swin transformer (Liu et al. 2021): attention in windows that shift from block to block, patches that merge.
+
+Windows are cut by a reshape and shifted by a roll, so XLA sees batched products of one shape. Blocks come in pairs, the
+second shifted; a stage is a scan over its pairs.
+
+Letters in shapes: B batch, R rows, C columns, T = R * C tokens, D width, W windows, M tokens of a window, H heads.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.common.layers import (
+  BlockConfig,
+  Dtype,
+  Mlp,
+  Remat,
+  Unroll,
+  dense,
+  drop_examples,
+  layer_norm,
+  scanned,
+)
+from fmcv_jax.models.common.outputs import Features, linear_head
+from fmcv_jax.models.common.patches import patches_of
+from fmcv_jax.parallel.rules import constrain
+
+Grid = tuple[int, int]
+
+
+def to_windows(x: jax.Array, window: int) -> jax.Array:
+  """[B, R, C, D] -> [B, W, M, D]; R and C are multiples of the window's side."""
+  batch, rows, columns, width = x.shape
+  x = x.reshape(batch, rows // window, window, columns // window, window, width).swapaxes(2, 3)
+  return x.reshape(batch, -1, window * window, width)
+
+
+def from_windows(x: jax.Array, window: int, grid: Grid) -> jax.Array:
+  """The inverse of to_windows."""
+  rows, columns = grid
+  x = x.reshape(x.shape[0], rows // window, columns // window, window, window, -1).swapaxes(2, 3)
+  return x.reshape(x.shape[0], rows, columns, -1)
+
+
+def relative_index(window: int) -> np.ndarray:
+  """Row of the table of relative positions for each pair of a window's tokens, int [M, M] (Liu et al., sec. 3.2)."""
+  place = np.stack(np.divmod(np.arange(window * window), window), -1)
+  down, right = np.moveaxis(place[:, None] - place[None] + window - 1, -1, 0)
+  return down * (2 * window - 1) + right
+
+
+def shift_mask(grid: Grid, window: int, shift: int) -> np.ndarray:
+  """Which tokens of a rolled window lay side by side in the image, bool [W, M, M]."""
+
+  def parts(size):  # what the roll brought from the other side is a part of its own
+    place = np.arange(size)
+    return (place >= size - window).astype(int) + (place >= size - shift)
+
+  part = parts(grid[0])[:, None] * 3 + parts(grid[1])
+  part = np.asarray(part.reshape(grid[0] // window, window, grid[1] // window, window).swapaxes(1, 2))
+  part = part.reshape(-1, window * window)
+  return part[:, :, None] == part[:, None]
+
+
+class WindowAttention(nn.Module):
+  """Multi-head attention within windows x [B, W, M, D] -> the same; each head learns a bias by relative position."""
+
+  config: BlockConfig
+  window: int
+
+  @nn.compact
+  def __call__(self, x, mask=None):
+    """mask: bool [W, M, M], True where a query may look; None for everywhere."""
+    c, width = self.config, x.shape[-1]
+    if width % c.heads:
+      raise ValueError(f'a width of {width} does not divide into {c.heads} heads')
+    heads = 'heads' if c.heads > 1 else None
+
+    def project(name):
+      y = dense(width, c.dtype, name)(x)
+      return constrain(y.reshape(*y.shape[:3], c.heads, -1), 'batch', None, None, heads, None)
+
+    query, key, value = project('query'), project('key'), project('value')
+    table = self.param('relative', nn.initializers.truncated_normal(0.02), ((2 * self.window - 1) ** 2, c.heads))
+    logits = jnp.einsum('bwqhk,bwthk->bwhqt', query, key, preferred_element_type=jnp.float32)
+    logits = logits * query.shape[-1] ** -0.5 + jnp.moveaxis(table[relative_index(self.window)], -1, 0)
+    if mask is not None:
+      logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    y = jnp.einsum('bwhqt,bwthk->bwqhk', weights, value)
+    return dense(width, c.dtype, 'out')(y.reshape(x.shape))
+
+
+class WindowBlock(nn.Module):
+  """Pre-norm transformer block on a grid of tokens x [B, T, D], whose attention stays within (shifted) windows."""
+
+  config: BlockConfig
+  grid: Grid
+  window: int
+  shift: int
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x, drop_path=None):
+    c, window, shift, (rows, columns) = self.config, self.window, self.shift, self.grid
+    x = constrain(x, 'batch', 'tokens', 'width')
+    y = layer_norm(c.eps, c.dtype, 'norm1')(x).reshape(x.shape[0], rows, columns, -1)
+    # As published for detection, zeros below and to the right fill up the last windows and are attended to.
+    y = jnp.pad(y, ((0, 0), (0, -rows % window), (0, -columns % window), (0, 0)))
+    padded = (y.shape[1], y.shape[2])
+    mask = shift_mask(padded, window, shift) if shift else None
+    y = to_windows(jnp.roll(y, (-shift, -shift), (1, 2)), window)
+    y = WindowAttention(c, window, name='attention')(y, mask)
+    y = jnp.roll(from_windows(y, window, padded), (shift, shift), (1, 2))[:, :rows, :columns]
+    x = x + self._branch(y.reshape(x.shape), drop_path).astype(x.dtype)
+    y = Mlp(c, name='mlp')(layer_norm(c.eps, c.dtype, 'norm2')(x))
+    return constrain(x + self._branch(y, drop_path).astype(x.dtype), 'batch', 'tokens', 'width')
+
+  def _branch(self, y, drop_path):
+    return y if drop_path is None else drop_examples(y, drop_path, self.make_rng('dropout'))
+
+
+class WindowPair(nn.Module):
+  """A block of plain windows and one of windows shifted by half, in the form of a scan; drop_path [2] for the two."""
+
+  config: BlockConfig
+  grid: Grid
+  window: int
+
+  @nn.compact
+  def __call__(self, x, drop_path=None):
+    # A single window has no neighbours to look at.
+    shift = self.window // 2 if min(self.grid) > self.window else 0
+    rates = (None, None) if drop_path is None else (drop_path[0], drop_path[1])
+    x = WindowBlock(self.config, self.grid, self.window, 0, name='plain')(x, rates[0])
+    return WindowBlock(self.config, self.grid, self.window, shift, name='shifted')(x, rates[1]), None
+
+
+class Merge(nn.Module):
+  """Joins 2 x 2 neighbours and doubles the width: x [B, T, D] on a grid -> ([B, T / 4, 2 D], the new grid)."""
+
+  eps: float
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x, grid: Grid):
+    rows, columns, width = *grid, x.shape[-1]
+    x = x.reshape(-1, rows, columns, width)
+    x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
+    rows, columns = x.shape[1] // 2, x.shape[2] // 2
+    # Published order: the neighbour below comes before the one to the right.
+    x = x.reshape(-1, rows, 2, columns, 2, width).transpose(0, 1, 3, 4, 2, 5).reshape(-1, rows * columns, 4 * width)
+    x = layer_norm(self.eps, self.dtype, 'norm')(x)
+    return dense(2 * width, self.dtype, 'reduce', bias=False)(x), (rows, columns)
+
+
+class Stage(nn.Module):
+  """Merges where `merge` says so, then runs `pairs` pairs of blocks; x [B, T, D] on a grid -> tokens and their grid."""
+
+  pairs: int
+  config: BlockConfig
+  window: int
+  merge: bool
+  remat: Remat = 'none'
+  unroll: Unroll = 1
+
+  @nn.compact
+  def __call__(self, x, grid: Grid, drop_path=None):
+    """drop_path: float [pairs, 2], or None; needs the rng 'dropout'."""
+    if self.merge:
+      x, grid = Merge(self.config.eps, self.config.dtype, name='merge')(x, grid)
+    in_axes = nn.broadcast if drop_path is None else 0
+    stack = scanned(WindowPair, self.pairs, in_axes, remat=self.remat, unroll=self.unroll)
+    return stack(self.config, grid, self.window, name='blocks')(x, drop_path)[0], grid
+
+
+class Level(NamedTuple):
+  """One level of the pyramid: tokens [B, T, D] row by row on a grid of (rows, columns)."""
+
+  tokens: jax.Array
+  grid: Grid
+
+  def map(self) -> jax.Array:
+    """[B, rows, columns, D]."""
+    return self.tokens.reshape(self.tokens.shape[0], *self.grid, -1)
+
+
+class Swin(nn.Module):
+  """Images [B, height, width, 3], normalized, in multiples of the smallest patch -> Features of the last stage.
+
+  `image_size` tells the largest window that a stage has use for; images of other sizes fill up their last windows.
+  `outputs` units of a linear head act on the mean of the last tokens; 0 leaves it as it is.
+  """
+
+  smallest_patch: int
+  width: int
+  depths: tuple[int, ...]
+  blocks: tuple[BlockConfig, ...]
+  window: int = 7
+  image_size: int = 224
+  outputs: int = 0
+  drop_path: float = 0.0
+  remat: Remat = 'none'
+  unroll: Unroll = 1
+
+  prefix = 0  # no token stands before the patches
+
+  @property
+  def patch(self) -> int:
+    """Pixels along the side of what becomes one of the last tokens."""
+    return self.smallest_patch * 2 ** (len(self.depths) - 1)
+
+  def setup(self):
+    eps, dtype = self.blocks[0].eps, self.blocks[0].dtype
+    self.embed = dense(self.width, dtype, 'patch')
+    self.embed_norm = layer_norm(eps, dtype, 'patch_norm')
+    side = self.image_size // self.smallest_patch
+    self.stages = [
+      Stage(
+        depth // 2,
+        block,
+        min(self.window, -(-side // 2**level)),
+        merge=level > 0,
+        remat=self.remat,
+        unroll=self.unroll,
+        name=f'stage{level + 1}',
+      )
+      for level, (depth, block) in enumerate(zip(self.depths, self.blocks, strict=True))
+    ]
+    self.norm = layer_norm(eps, dtype, 'norm')
+    if self.outputs:
+      self.head = linear_head(self.outputs, True, dtype)
+
+  def pyramid(self, images, *, train: bool = False) -> tuple[Level, ...]:
+    """What each stage makes of the images, the finest first; the last is not yet normalized."""
+    x, grid = patches_of(images, self.smallest_patch)
+    x = self.embed_norm(self.embed(x))
+    rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
+    levels, done = [], 0
+    for stage, depth in zip(self.stages, self.depths, strict=True):
+      drop = rates[done : done + depth].reshape(-1, 2) if train and self.drop_path else None
+      x, grid = stage(x, grid, drop)
+      levels.append(Level(x, grid))
+      done += depth
+    return tuple(levels)
+
+  def __call__(self, images, *, train: bool = False) -> Features:
+    x = self.norm(self.pyramid(images, train=train)[-1].tokens)
+    pooled = jnp.mean(x, axis=1, dtype=jnp.float32).astype(x.dtype)
+    return Features(self.head(pooled) if self.outputs else pooled, pooled, x)
+
+
+# Width of the first stage, blocks of each stage, heads of each stage (Liu et al. 2021, sec. 3.3); mu is for tests.
+SIZES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+  'mu': (32, (2, 2), (2, 4)),
+  'T': (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+  'S': (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+  'B': (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+  'L': (192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+
+
+def swin(
+  variant: str = 'T',
+  *,
+  image_size: int = 224,
+  window: int = 7,
+  patch: int = 4,
+  outputs: int = 0,
+  width: int | None = None,
+  depths: tuple[int, ...] | None = None,
+  heads: tuple[int, ...] | None = None,
+  eps: float = 1e-5,
+  drop_path: float = 0.0,
+  remat: Remat = 'none',
+  unroll: Unroll = 1,
+  dtype: Dtype = 'float32',
+) -> Swin:
+  """A named Swin; width, depths and heads override the variant's. At 384 pixels the published ones have window=12."""
+  if variant not in SIZES:
+    raise ValueError(f'unknown Swin variant {variant!r}; {nearest(variant, SIZES)}')
+  defaults = SIZES[variant]
+  width, depths, heads = width or defaults[0], depths or defaults[1], heads or defaults[2]
+  if len(depths) != len(heads) or any(depth % 2 for depth in depths):
+    raise ValueError(f'depths {depths}: expected an even number of blocks for each of the {len(heads)} stages of heads')
+  if image_size % patch:
+    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  blocks = tuple(
+    BlockConfig(heads=count, mlp_dim=4 * width * 2**level, eps=eps, dtype=dtype) for level, count in enumerate(heads)
+  )
+  return Swin(
+    smallest_patch=patch,
+    width=width,
+    depths=depths,
+    blocks=blocks,
+    window=window,
+    image_size=image_size,
+    outputs=outputs,
+    drop_path=drop_path,
+    remat=remat,
+    unroll=unroll,
+  )

@@ -1,0 +1,121 @@
+"""Text transformer: CLIP's causal one (Radford et al. 2021), and two that look both ways: SigLIP's and BERT.
+
+SigLIP: Zhai et al. 2023. BERT: Devlin et al. 2019, as ALIGN's text tower (Jia et al. 2021).
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.layers import Activation, BlockConfig, Dtype, Remat, Stack, Unroll, dense, layer_norm
+from fmcv_jax.models.common.outputs import Features
+from fmcv_jax.parallel.rules import constrain
+
+Pool = Literal['eot', 'first', 'last', 'mean']
+PROJECTION = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+
+
+class Embedding(nn.Module):
+  """Looks tokens up in a table: int32 [B, T] -> float32 [B, T, width]."""
+
+  size: int
+  width: int
+
+  @nn.compact
+  def __call__(self, tokens):
+    table = self.param('embedding', nn.initializers.normal(0.02), (self.size, self.width))
+    # The rows are made whole before the lookup: left split, the partitioner would replicate the looked-up batch.
+    return jnp.take(constrain(table, 'vocab', 'width'), tokens, axis=0)
+
+
+class TextTransformer(nn.Module):
+  """Token ids int32 [B, T <= length] -> Features.
+
+  pool 'eot' reads the position of the largest id, which is the end-of-text token of our tokenizers as of CLIP's;
+  'first' the start-of-text token (BERT's [CLS]); 'last' the last position (SigLIP, whose texts are padded to full
+  length); 'mean' averages what is not padding (id 0). Post-norm blocks (BERT) have a norm before the first instead of
+  one after the last.
+  """
+
+  vocab_size: int
+  length: int
+  width: int
+  stack: Stack
+  pool: Pool = 'eot'
+  attend_padding: bool = True
+  outputs: int = 0
+  outputs_bias: bool = False
+
+  @nn.compact
+  def __call__(self, tokens, *, train: bool = False) -> Features:
+    block = self.stack.block
+    if tokens.shape[1] > self.length:
+      raise ValueError(f'texts of {tokens.shape[1]} tokens for a text transformer of length {self.length}')
+    x = Embedding(self.vocab_size, self.width, name='tokens')(tokens).astype(block.dtype)
+    place = self.param('position', nn.initializers.normal(0.01), (self.length, self.width))
+    x = constrain(x + place[: tokens.shape[1]].astype(x.dtype), 'batch', 'tokens', 'width')
+    if block.post_norm:
+      x = layer_norm(block.eps, block.dtype, 'embed_norm')(x)
+    words = tokens != 0
+    x = self.stack(x, mask=None if self.attend_padding else words[:, None, None, :], train=train)
+    if not block.post_norm:
+      x = layer_norm(block.eps, block.dtype, 'norm')(x)
+    if self.pool == 'eot':
+      pooled = x[jnp.arange(x.shape[0]), jnp.argmax(tokens, axis=1)]
+    elif self.pool in ('first', 'last'):
+      pooled = x[:, 0 if self.pool == 'first' else -1]
+    else:
+      weights = words / jnp.maximum(words.sum(axis=1, keepdims=True), 1)
+      pooled = jnp.einsum('bt,btd->bd', weights, x.astype(jnp.float32)).astype(x.dtype)
+    if not self.outputs:
+      return Features(pooled, pooled, x)
+    head = dense(self.outputs, block.dtype, 'head', bias=self.outputs_bias, init=PROJECTION)
+    return Features(head(pooled), pooled, x)
+
+
+def text_transformer(
+  vocab_size: int,
+  length: int,
+  width: int,
+  depth: int,
+  heads: int,
+  *,
+  mlp_dim: int | None = None,
+  causal: bool = True,
+  pool: Pool = 'eot',
+  attend_padding: bool = True,
+  outputs: int = 0,
+  outputs_bias: bool = False,
+  activation: Activation = 'gelu',
+  eps: float = 1e-5,
+  dropout: float = 0.0,
+  post_norm: bool = False,
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  unroll: Unroll = 1,
+  dtype: Dtype = 'float32',
+) -> TextTransformer:
+  """A text transformer by its numbers; mlp_dim None is four times the width."""
+  block = BlockConfig(
+    heads=heads,
+    mlp_dim=mlp_dim or 4 * width,
+    activation=activation,
+    eps=eps,
+    dropout=dropout,
+    causal=causal,
+    post_norm=post_norm,
+    attention=attention,
+    dtype=dtype,
+  )
+  return TextTransformer(
+    vocab_size=vocab_size,
+    length=length,
+    width=width,
+    stack=Stack(depth, block, remat=remat, unroll=unroll),
+    pool=pool,
+    attend_padding=attend_padding,
+    outputs=outputs,
+    outputs_bias=outputs_bias,
+  )

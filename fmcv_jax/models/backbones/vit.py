@@ -1,0 +1,252 @@
+"""Vision transformer (Dosovitskiy et al. 2021) with the options of its successors, and its table of sizes."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.layers import (
+  Activation,
+  Attention,
+  BlockConfig,
+  Dtype,
+  Mlp,
+  Remat,
+  Stack,
+  Unroll,
+  dense,
+  layer_norm,
+)
+from fmcv_jax.models.common.outputs import Features, linear_head
+from fmcv_jax.models.common.patches import patches_of
+from fmcv_jax.models.common.positions import resize_grid, rope_2d, sincos_2d
+from fmcv_jax.parallel.rules import constrain
+
+Pool = Literal['cls', 'gap', 'map']
+Positions = Literal['learned', 'sincos2d', 'rope2d']
+
+
+class AttentionPool(nn.Module):
+  """One learned query gathers the tokens x [B, T, D] -> [B, D] (MAP head: Lee et al. 2019; Zhai et al. 2022)."""
+
+  config: BlockConfig
+
+  @nn.compact
+  def __call__(self, x):
+    probe = self.param('probe', nn.initializers.xavier_uniform(), (1, x.shape[-1]))
+    query = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], *probe.shape))
+    y = Attention(self.config, name='attention')(query, x)
+    z = layer_norm(self.config.eps, self.config.dtype, 'norm')(y)
+    return (y + Mlp(self.config, name='mlp')(z))[:, 0]
+
+
+class ViT(nn.Module):
+  """Images [B, height, width, 3], normalized, in multiples of `patch` -> Features.
+
+  Tokens are the class token (if pool is 'cls'), the distillation token (if `distilled`), `registers` (Darcet et al.
+  2024), then the patches row by row. At another resolution than image_size x image_size a learned table is
+  interpolated; the others are computed for it. `outputs` units of a linear head act on the pooled features; 0 leaves
+  them as they are. `mask_token` learns what stands for a patch that must not be seen (BEiT, Bao et al. 2022).
+  `distilled` adds a token and a head that learn from a teacher (DeiT, Touvron et al. 2021): features and outputs are
+  the means of both tokens' and of both heads'. With the pool 'gap' there may be a `class_token` that is not read, and
+  the last norm may act on the mean (`norm_pooled`): MAE's fine-tuning (He et al. 2022) does both.
+  """
+
+  patch: int
+  width: int
+  stack: Stack
+  image_size: int = 224
+  pool: Pool = 'cls'
+  positions: Positions = 'learned'
+  registers: int = 0
+  place_class_token: bool = True
+  pre_norm: bool = False
+  patch_bias: bool = True
+  outputs: int = 0
+  outputs_bias: bool = True
+  mask_token: bool = False
+  distilled: bool = False
+  class_token: bool = False
+  norm_pooled: bool = False
+
+  @property
+  def prefix(self) -> int:
+    """How many tokens come before the patches."""
+    return int(self.has_class_token) + int(self.distilled) + self.registers
+
+  @property
+  def has_class_token(self) -> bool:
+    return self.class_token or self.pool == 'cls'
+
+  @nn.compact
+  def __call__(self, images, *, keep=None, masked=None, train: bool = False) -> Features:
+    """What the images hold.
+
+    keep     int32 [B, N], the patches that are looked at (FLIP, Li et al. 2023; MAE); None for all
+    masked   bool [B, rows * columns], the patches that the mask token takes the place of; None for none
+    """
+    block, batch = self.stack.block, images.shape[0]
+    x, grid = patches_of(images, self.patch)
+    x = dense(self.width, block.dtype, 'patch', bias=self.patch_bias)(x)
+    if self.mask_token:
+      token = self.param('mask_token', nn.initializers.normal(0.02), (1, self.width))
+      if masked is not None:
+        x = jnp.where(masked[..., None], token.astype(x.dtype), x)
+    prefix = self.prefix
+    placed = (1 + self.distilled) * int(self.has_class_token and self.place_class_token)
+
+    class_place, angles = None, None
+    if self.positions == 'learned':
+      side = self.image_size // self.patch
+      shape = (placed + side * side, self.width)
+      table = self.param('position', nn.initializers.normal(self.width**-0.5), shape)
+      class_place, places = table[:placed], resize_grid(table[placed:], (side, side), grid)
+      x = x + places.astype(x.dtype)
+    elif self.positions == 'sincos2d':
+      x = x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)
+    else:
+      angles = jnp.asarray(rope_2d(*grid, self.width // block.heads, prefix))
+
+    if keep is not None:
+      x = jnp.take_along_axis(x, keep[..., None], axis=1)
+      if angles is not None:
+        first = jnp.broadcast_to(jnp.arange(prefix), (batch, prefix))
+        angles = angles[jnp.concatenate([first, keep + prefix], axis=1)]
+    if self.registers:
+      registers = self.param('registers', nn.initializers.normal(1e-6), (self.registers, self.width))
+      x = jnp.concatenate([jnp.broadcast_to(registers.astype(x.dtype), (batch, *registers.shape)), x], axis=1)
+    if self.has_class_token:
+      token = self.param('class_token', nn.initializers.normal(1e-6), (1, self.width))
+      if self.distilled:
+        second = self.param('distillation_token', nn.initializers.normal(1e-6), (1, self.width))
+        token = jnp.concatenate([token, second])
+      if class_place is not None and placed:
+        token = token + class_place
+      x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (batch, *token.shape)), x], axis=1)
+
+    x = constrain(x, 'batch', 'tokens', 'width')
+    if self.pre_norm:
+      x = layer_norm(block.eps, block.dtype, 'pre_norm')(x)
+    x = self.stack(x, angles=angles, train=train)
+    if not self.norm_pooled:
+      x = layer_norm(block.eps, block.dtype, 'norm')(x)
+
+    if self.distilled:
+      pooled = (x[:, 0] + x[:, 1]) / 2
+    elif self.pool == 'cls':
+      pooled = x[:, 0]
+    elif self.pool == 'gap':
+      pooled = jnp.mean(x[:, prefix:], axis=1, dtype=jnp.float32).astype(x.dtype)
+      if self.norm_pooled:
+        pooled = layer_norm(block.eps, block.dtype, 'pooled_norm')(pooled)
+    else:
+      pooled = AttentionPool(block, name='map_pool')(x[:, prefix:])
+    if not self.outputs:
+      return Features(pooled, pooled, x)
+    head = linear_head(self.outputs, self.outputs_bias, block.dtype)
+    if not self.distilled:
+      return Features(head(pooled), pooled, x)
+    second_head = linear_head(self.outputs, self.outputs_bias, block.dtype, 'distillation_head')
+    heads = head(x[:, 0]), second_head(x[:, 1])
+    return Features((heads[0] + heads[1]) / 2, pooled, x, heads)
+
+
+# width, depth, heads, hidden width of the MLP. Ti, S: Touvron et al. 2021; B, L, H: Dosovitskiy et al. 2021; g, G: Zhai
+# et al. 2022; So400m: Alabdulmohsin et al. 2023; 22B: Dehghani et al. 2023; mu is for tests.
+SIZES: dict[str, tuple[int, int, int, int]] = {
+  'mu': (32, 2, 2, 64),
+  'Ti': (192, 12, 3, 768),
+  'S': (384, 12, 6, 1536),
+  'M': (512, 12, 8, 2048),
+  'B': (768, 12, 12, 3072),
+  'L': (1024, 24, 16, 4096),
+  'So400m': (1152, 27, 16, 4304),
+  'H': (1280, 32, 16, 5120),
+  'g': (1408, 40, 16, 6144),
+  'G': (1664, 48, 16, 8192),
+  '22B': (6144, 48, 48, 24576),
+}
+
+
+def vit(
+  variant: str = 'B/16',
+  *,
+  image_size: int = 224,
+  outputs: int = 0,
+  pool: Pool = 'cls',
+  positions: Positions = 'learned',
+  registers: int = 0,
+  place_class_token: bool = True,
+  pre_norm: bool = False,
+  patch_bias: bool = True,
+  outputs_bias: bool = True,
+  mask_token: bool = False,
+  distilled: bool = False,
+  class_token: bool = False,
+  norm_pooled: bool = False,
+  width: int | None = None,
+  depth: int | None = None,
+  heads: int | None = None,
+  mlp_dim: int | None = None,
+  activation: Activation = 'gelu',
+  gated: bool = False,
+  qkv_bias: bool = True,
+  parallel: bool = False,
+  qk_norm: bool = False,
+  eps: float = 1e-6,
+  layer_scale: float | None = None,
+  dropout: float = 0.0,
+  drop_path: float = 0.0,
+  drop_path_rise: bool = True,
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  unroll: Unroll = 1,
+  dtype: Dtype = 'float32',
+) -> ViT:
+  """A named ViT, 'size/patch' as in 'B/16'; width, depth, heads and mlp_dim override the size's."""
+  size, _, patch = variant.partition('/')
+  if size not in SIZES or not patch.isdigit():
+    known = [f'{name}/{p}' for name in SIZES for p in (8, 14, 16, 32)]
+    raise ValueError(f'unknown ViT variant {variant!r}; {nearest(variant, known)}')
+  if image_size % int(patch):
+    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  if distilled and pool != 'cls':
+    raise ValueError(f"distilled: the second token goes beside a class token, so pool must be 'cls', not {pool!r}")
+  if norm_pooled and pool != 'gap':
+    raise ValueError(f"norm_pooled: it acts on the mean of the tokens, so pool must be 'gap', not {pool!r}")
+  defaults = SIZES[size]
+  width, depth = width or defaults[0], depth or defaults[1]
+  block = BlockConfig(
+    heads=heads or defaults[2],
+    mlp_dim=mlp_dim or defaults[3],
+    activation=activation,
+    gated=gated,
+    qkv_bias=qkv_bias,
+    parallel=parallel,
+    qk_norm=qk_norm,
+    eps=eps,
+    layer_scale=layer_scale,
+    dropout=dropout,
+    attention=attention,
+    dtype=dtype,
+  )
+  return ViT(
+    patch=int(patch),
+    width=width,
+    stack=Stack(depth, block, drop_path, remat, unroll, drop_path_rise),
+    image_size=image_size,
+    pool=pool,
+    positions=positions,
+    registers=registers,
+    place_class_token=place_class_token,
+    pre_norm=pre_norm,
+    patch_bias=patch_bias,
+    outputs=outputs,
+    outputs_bias=outputs_bias,
+    mask_token=mask_token,
+    distilled=distilled,
+    class_token=class_token,
+    norm_pooled=norm_pooled,
+  )

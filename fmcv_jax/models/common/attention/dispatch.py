@@ -1,0 +1,100 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1): one function, several implementations.
+
+Letters in shapes: B batch, Q queries, T keys, H heads, K head dimension.
+"""
+
+import functools
+import logging
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.models.common.attention.fused import cudnn_attention, splash_attention
+from fmcv_jax.models.common.attention.ring import ring_attention
+from fmcv_jax.models.common.attention.single_tile import fits, short_attention
+from fmcv_jax.parallel.rules import mesh_axes, platform
+
+Backend = Literal['auto', 'xla', 'short', 'splash', 'cudnn', 'ring']
+
+# From here on the tiled kernel beats plain einsums on TPU, whose logits then cost more than its padding to whole tiles.
+SPLASH_FROM = 1024
+SHORT_FROM = 16  # queries; fewer leave a kernel's rows empty
+
+logger = logging.getLogger(__name__)
+
+
+def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None, backend: Backend = 'auto'):
+  """query [B, Q, H, K], key and value [B, T, H, K] -> [B, Q, H, K].
+
+  mask: bool, broadcastable to [B, H, Q, T], True where a query may look. Logits and softmax are float32 whatever the
+  inputs are. A query that may look nowhere gets a mean of values (never NaN).
+
+  backend   'xla': plain einsums. 'short': logits that never leave the chip, a head's whole at once, by a Pallas kernel
+            of TPUs (interpreted elsewhere). 'splash': the same in tiles, for many tokens. 'cudnn': tiles on GPUs, for
+            16-bit inputs. 'ring': keys and values travel round the mesh axes that split `tokens`. 'auto': whichever
+            fits platform, mesh and shapes; the reason is logged once.
+            All but 'xla' take masks that are the same for every query, [B or 1, 1, 1, T]. Outside of a mesh program
+            (no active placement) it is always 'xla'.
+  """
+  if backend == 'auto':
+    backend, reason = choose(query, key, mask)
+    if platform() is not None:
+      _say(f'attention over {key.shape[1]} tokens: {backend} ({reason})')
+  if platform() is None:
+    backend = 'xla'
+  if backend == 'xla':
+    return xla_attention(query, key, value, causal=causal, mask=mask)
+  if mask is not None and not _of_keys(mask):
+    raise ValueError(f'attention={backend!r} takes masks of shape [B, 1, 1, T], got {mask.shape}; use xla')
+  valid = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (query.shape[0], key.shape[1]))
+  if backend != 'ring' and mesh_axes('tokens'):
+    raise ValueError(f'attention={backend!r} needs all tokens on each device, but the mesh splits them; use ring')
+  kernels = {'short': short_attention, 'splash': splash_attention, 'cudnn': cudnn_attention, 'ring': ring_attention}
+  return kernels[backend](query, key, value, valid, causal=causal)
+
+
+def choose(query, key, mask) -> tuple[Backend, str]:
+  """What 'auto' stands for, and why: from the shapes and dtype of the arguments, and from the active placement."""
+  tokens, dim = key.shape[1], key.shape[-1]
+  if mask is not None and not _of_keys(mask):
+    return 'xla', 'its mask differs from query to query'
+  if mesh_axes('tokens'):
+    return 'ring', 'the mesh splits the tokens'
+  if platform() == 'tpu':
+    if query.shape[1] >= SHORT_FROM and query.dtype.itemsize == 2 and fits(query.shape[1], tokens, *query.shape[2:]):
+      return 'short', "TPU, 16 bits, and few enough tokens for a head's whole logits"
+    if tokens >= SPLASH_FROM:
+      return 'splash', f'TPU, {SPLASH_FROM} tokens or more'
+    return 'xla', f'TPU, but too few queries, or {query.dtype}, or heads of {dim} for a kernel'
+  if platform() in ('gpu', 'cuda'):
+    if query.dtype.itemsize != 2:
+      return 'xla', f'GPU, but {query.dtype} where cuDNN wants 16 bits'
+    if dim > 128 or dim % 8:
+      return 'xla', f'GPU, but a head dimension of {dim} where cuDNN wants a multiple of 8, at most 128'
+    if mask is not None and (tokens % 2 or query.shape[1] % 2):
+      return 'xla', 'GPU, but a mask over an odd number of tokens, which cuDNN does not take'
+    return 'cudnn', 'GPU'
+  return 'xla', 'the only one without a TPU or GPU'
+
+
+def xla_attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None) -> jax.Array:
+  """Plain einsums, which XLA fuses; a query that may look nowhere gets the mean of all values."""
+  logits = jnp.einsum('bqhk,bthk->bhqt', query, key, preferred_element_type=jnp.float32)
+  logits = logits * (query.shape[-1] ** -0.5)
+  if causal:
+    triangle = jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))
+    mask = triangle if mask is None else mask & triangle
+  if mask is not None:
+    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  return jnp.einsum('bhqt,bthk->bqhk', weights, value)
+
+
+def _of_keys(mask: jax.Array) -> bool:
+  return mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
+
+
+@functools.cache
+def _say(line: str) -> None:
+  logger.info(line)

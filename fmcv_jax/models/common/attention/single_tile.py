@@ -1,0 +1,175 @@
+"""Attention over a few hundred tokens on TPUs: a Pallas kernel that holds a head's whole logits in vector memory.
+
+XLA writes logits and weights of such attentions to memory several times in each direction; splash attention wants
+whole tiles of tokens, heads before tokens, and whole lanes of a head. Here an image's tokens are one block in the
+layout that the projections leave, [B, T, H x K]: nothing is padded, transposed or copied, and only queries, keys and
+values are kept for the backward pass, which computes the weights again. The math is that of Dao et al. 2022, algorithms
+2 and 4, with one tile.
+
+A head whose K is no multiple of 128 lanes shares its registers with its neighbours: products run over the aligned
+window of lanes around it, with zeros in place of the neighbours on one side.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.models.common.attention.fused import LANES, on_devices
+from fmcv_jax.parallel.rules import platform
+
+# What one step of the kernel takes at most: blocks, twice, since the next ones are fetched while these are computed;
+# and logits, since each is laid out in the program, whose length is what it takes to compile.
+BLOCK_BYTES, BLOCK_LOGITS = 24 * 2**20, 2**20
+MOST_TOKENS, MOST_LOGITS = 1024, 6 * 2**20  # what vector memory holds, and what compiles in half a minute
+VMEM_BYTES = 64 * 2**20  # of a chip's vector memory that the compiler may give it
+_MASKED = -1e30  # finite: a query that may look nowhere gets the mean of all values
+
+_NN, _NT, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 0), (1, 1), (0, 0)))
+
+
+def fits(queries: int, tokens: int, heads: int, dim: int) -> bool:
+  """Whether the kernel is for so many: heads that share registers have to be in one block."""
+  return tokens <= MOST_TOKENS and min(heads, math.lcm(dim, LANES) // dim) * queries * tokens <= MOST_LOGITS
+
+
+def short_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
+  """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
+
+  Logits and softmax are float32. On other platforms than TPU the kernel is interpreted, which is slow. ValueError for
+  more than `fits`.
+  """
+  tokens, dim = key.shape[1], query.shape[-1]
+  if not fits(query.shape[1], tokens, *query.shape[2:]):
+    raise ValueError(f"attention='short': {tokens} tokens and heads of {dim} are too many for one block; use splash")
+
+  def local(query, key, value, valid):
+    bias = None if valid is None else jnp.where(valid, 0.0, _MASKED).astype(jnp.float32)
+    flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
+    return _attention(query.shape[2], causal, platform() != 'tpu', *flat, bias).reshape(query.shape)
+
+  return on_devices(local, query, key, value, valid)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(heads, causal, interpret, query, key, value, bias):
+  rows = None if bias is None else bias[:, None]
+  return _call(_forward, heads, causal, interpret, (query, key, value), rows, (query,))[0]
+
+
+def _attention_forward(heads, causal, interpret, *inputs):
+  return _attention(heads, causal, interpret, *inputs), inputs
+
+
+def _attention_backward(heads, causal, interpret, inputs, gradient):
+  query, key, value, bias = inputs
+  columns = None if bias is None else bias[:, :, None]
+  args = (query, key, value, gradient.astype(query.dtype))
+  return *_call(_backward, heads, causal, interpret, args, columns, (query, key, value)), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _call(kernel, heads: int, causal: bool, interpret: bool, args, bias, like) -> list[jax.Array]:
+  """The kernel on each example and on as many heads at once as fit; results are as large as `like`."""
+  # Imported here: Pallas takes a second to load, and few runs need it.
+  from jax.experimental import pallas
+  from jax.experimental.pallas import tpu
+
+  batch, queries, width = args[0].shape
+  tokens, dim = args[1].shape[1], width // heads
+  bytes_of_a_lane = 2 * sum(x.shape[1] * x.dtype.itemsize for x in (*args, *like))
+  lanes = _lanes(heads, dim, min(BLOCK_BYTES // bytes_of_a_lane, BLOCK_LOGITS * dim // (queries * tokens)))
+
+  def block(x):
+    return pallas.BlockSpec((1, x.shape[1], lanes), lambda example, group: (example, 0, group))
+
+  specs = [block(x) for x in args]
+  if bias is not None:
+    specs.append(pallas.BlockSpec((1, *bias.shape[1:]), lambda example, group: (example, 0, 0)))
+  products = 2 if kernel is _forward else 5
+  return pallas.pallas_call(
+    functools.partial(kernel, dim=dim, causal=causal),
+    grid=(batch, width // lanes),
+    in_specs=specs,
+    out_specs=[block(x) for x in like],
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
+    interpret=interpret,
+    name=f'short_attention{kernel.__name__}',
+    compiler_params=tpu.CompilerParams(dimension_semantics=('parallel', 'parallel'), vmem_limit_bytes=VMEM_BYTES),
+    cost_estimate=pallas.CostEstimate(
+      flops=2 * products * batch * queries * tokens * width,
+      transcendentals=batch * heads * queries * tokens,
+      bytes_accessed=sum(x.nbytes for x in (*args, *like)),
+    ),
+  )(*args, *([] if bias is None else [bias]))
+
+
+def _lanes(heads: int, dim: int, most: int) -> int:
+  """Lanes of one block: of as many whole heads as `most` allows, in whole registers if there is more than one block."""
+  width, unit = heads * dim, math.lcm(dim, LANES)
+  widths = [lanes for lanes in range(unit, width, unit) if not width % lanes] + [width]
+  return max([lanes for lanes in widths if lanes <= most] or widths[:1])
+
+
+def _heads(lanes: int, dim: int) -> Iterator[tuple[slice, jax.Array]]:
+  """For each head the aligned window of lanes around it, and which of these are its own, [1, window]."""
+  for start in range(0, lanes, dim):
+    first, last = start // LANES * LANES, min(-(-(start + dim) // LANES) * LANES, lanes)
+    lane = first + jax.lax.broadcasted_iota(jnp.int32, (1, last - first), 1)
+    yield slice(first, last), (lane >= start) & (lane < start + dim)
+
+
+def _forward(query_ref, key_ref, value_ref, *refs, dim: int, causal: bool):
+  *bias, out_ref = refs
+  for window, own in _heads(query_ref.shape[2], dim):
+    query, key, value = (ref[0, :, window] for ref in (query_ref, key_ref, value_ref))
+    logits = _dot(jnp.where(own, query, 0), key, _NT)
+    logits = _masked(logits, [ref[0] for ref in bias], causal, queries=0)
+    weights = _exponentials(logits, dim, axis=1)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    _write(out_ref, window, own, _dot(weights.astype(value.dtype), value, _NN) / total)
+
+
+def _backward(query_ref, key_ref, value_ref, gradient_ref, *refs, dim: int, causal: bool):
+  """Logits and weights lie as [T, Q] here, so that only one of five products has to turn one of its operands."""
+  *bias, query_out, key_out, value_out = refs
+  for window, own in _heads(query_ref.shape[2], dim):
+    query, key, value, gradient = (ref[0, :, window] for ref in (query_ref, key_ref, value_ref, gradient_ref))
+    query, gradient = jnp.where(own, query, 0), jnp.where(own, gradient, 0)
+    logits = _masked(_dot(key, query, _NT), [ref[0] for ref in bias], causal, queries=1)
+    weights = _exponentials(logits, dim, axis=0)
+    weights = weights * (1 / jnp.sum(weights, axis=0, keepdims=True))
+    of_weights = _dot(value, gradient, _NT)
+    of_logits = weights * (of_weights - jnp.sum(weights * of_weights, axis=0, keepdims=True))
+    of_logits = of_logits.astype(query.dtype)
+    _write(value_out, window, own, _dot(weights.astype(gradient.dtype), gradient, _NN))
+    _write(key_out, window, own, _dot(of_logits, query, _NN) * dim**-0.5)
+    _write(query_out, window, own, _dot(of_logits, key, _TN) * dim**-0.5)
+
+
+def _dot(a, b, dimensions) -> jax.Array:
+  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _masked(logits, bias, causal: bool, *, queries: int):
+  """bias: none, or one [1, T] or [T, 1]; `queries`: the axis of logits along which queries lie."""
+  for mask in bias:
+    logits = logits + mask
+  if causal:
+    places = [jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (queries, 1 - queries)]
+    logits = jnp.where(places[0] >= places[1], logits, _MASKED)
+  return logits
+
+
+def _exponentials(logits, dim: int, *, axis: int):
+  """exp of the scaled logits, of which the largest along the axis becomes 1."""
+  return jnp.exp((logits - jnp.max(logits, axis=axis, keepdims=True)) * dim**-0.5)
+
+
+def _write(ref, window: slice, own, x):
+  """x in the head's own lanes; the others keep what another head wrote, or will."""
+  ref[0, :, window] = jnp.where(own, x.astype(ref.dtype), ref[0, :, window])

@@ -1,0 +1,109 @@
+"""What convolutional autoencoders and UNets are built of, on pictures [B, H, W, C].
+
+Shapes follow Rombach et al. 2022; convolutions of one pixel are dense layers.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.models.common.layers import Attention, BlockConfig, dense
+from fmcv_jax.parallel.rules import constrain
+
+# Of every group norm; narrow networks have fewer, of four channels: groups of one would lose a picture's colours.
+GROUPS = 32
+GLOROT = nn.initializers.xavier_uniform()
+
+
+def conv(
+  features: int,
+  dtype: str,
+  name: str,
+  *,
+  size: int = 3,
+  stride: int = 1,
+  padding: str | Sequence[tuple[int, int]] = 'SAME',
+  init: nn.initializers.Initializer = GLOROT,
+) -> nn.Conv:
+  return nn.Conv(
+    features, (size, size), (stride, stride), padding=padding, dtype=jnp.dtype(dtype), kernel_init=init, name=name
+  )
+
+
+def groups_of(channels: int) -> int:
+  """How many groups a norm of so many channels has."""
+  return min(GROUPS, max(1, channels // 4))
+
+
+def group_norm(channels: int, dtype: str, name: str, eps: float = 1e-6) -> nn.GroupNorm:
+  return nn.GroupNorm(groups_of(channels), epsilon=eps, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
+
+
+class ResidualBlock(nn.Module):
+  """Two convolutions around a skip: [B, H, W, C] -> [B, H, W, features].
+
+  Told the time [B, E], it is born without a say: its last convolution is zero (Ho et al. 2020). `dropout` needs the rng
+  'dropout'.
+  """
+
+  features: int
+  eps: float = 1e-6
+  dropout: float = 0.0
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x, time=None):
+    y = jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm1', self.eps)(x))
+    y = conv(self.features, self.dtype, 'conv1')(y)
+    last = GLOROT
+    if time is not None:
+      y = y + dense(self.features, self.dtype, 'modulation')(jax.nn.silu(time))[:, None, None]
+      last = nn.initializers.zeros
+    y = jax.nn.silu(group_norm(self.features, self.dtype, 'norm2', self.eps)(y))
+    if self.dropout:
+      y = nn.Dropout(self.dropout, deterministic=False)(y)
+    y = conv(self.features, self.dtype, 'conv2', init=last)(y)
+    if x.shape[-1] != self.features:
+      x = dense(self.features, self.dtype, 'shortcut')(x)
+    return constrain(x + y, 'batch', None, None, None)
+
+
+class SpatialAttention(nn.Module):
+  """Every pixel looks at all pixels, around a skip: [B, H, W, C] -> [B, H, W, C]."""
+
+  heads: int = 1
+  eps: float = 1e-6
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    batch, height, width, channels = x.shape
+    config = BlockConfig(self.heads, 0, dtype=self.dtype)  # type: ignore[arg-type]
+    y = group_norm(channels, self.dtype, 'norm', self.eps)(x).reshape(batch, height * width, channels)
+    return x + Attention(config, name='attention')(y).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+  """Halves both sides; `centred` pads on all sides, else below and to the right only."""
+
+  centred: bool = False
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    padding = (1, 1) if self.centred else (0, 1)
+    return conv(x.shape[-1], self.dtype, 'conv', stride=2, padding=[padding, padding])(x)
+
+
+class Upsample(nn.Module):
+  """Doubles both sides: every pixel four times, then a convolution."""
+
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return conv(channels, self.dtype, 'conv')(x.reshape(batch, 2 * height, 2 * width, channels))

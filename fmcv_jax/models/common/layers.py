@@ -1,0 +1,269 @@
+"""The one attention, MLP, block and scanned stack of blocks that every transformer here is made of.
+
+Letters in shapes: B batch, T tokens, D width, H heads, K head dimension, L depth.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from fmcv_jax.models.common.attention.dispatch import Backend, attention
+from fmcv_jax.models.common.positions import rotate
+from fmcv_jax.parallel.rules import constrain
+
+Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu']
+Remat = Literal['none', 'dots', 'full']
+Unroll = int | bool  # as in jax.lax.scan: how many of its steps are laid out side by side, True for all
+Dtype = Literal['float32', 'bfloat16']
+
+ACTIVATIONS = {
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+  'silu': jax.nn.silu,
+  'relu': jax.nn.relu,
+}
+
+
+_NAMED = jax.checkpoint_policies.save_only_these_names('dense', 'attention')
+
+
+def _products(primitive, *args, **params) -> bool:
+  """Whether it is what takes time: results of dense layers (with their bias), of attention, and of convolutions.
+
+  Norms, activations and attention's logits take memory.
+  """
+  return primitive is jax.lax.conv_general_dilated_p or _NAMED(primitive, *args, **params)
+
+
+# What the backward pass finds saved instead of computing it again; 'none' recomputes nothing.
+REMAT_POLICIES = {'dots': _products, 'full': jax.checkpoint_policies.nothing_saveable}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+  """What the blocks of one stack have in common.
+
+  eps is that of LayerNorm; layer_scale the initial value of LayerScale (Touvron et al. 2021), None for none; gated
+  makes the MLP a GLU (Shazeer 2020); `qkv_bias` is that of the attentions' projections; `dropout` acts on both
+  residual branches; `post_norm` normalizes after each residual sum instead of before each branch (Vaswani et al. 2017,
+  BERT); `parallel` adds attention and MLP of the same normalized input in one sum, and `qk_norm` normalizes queries and
+  keys in each head before they meet (both Dehghani et al. 2023, section 2.1); `dtype` is that of the matmuls
+  (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
+  """
+
+  heads: int
+  mlp_dim: int
+  activation: Activation = 'gelu'
+  gated: bool = False
+  qkv_bias: bool = True
+  eps: float = 1e-6
+  layer_scale: float | None = None
+  dropout: float = 0.0
+  causal: bool = False
+  post_norm: bool = False
+  parallel: bool = False
+  qk_norm: bool = False
+  attention: Backend = 'auto'
+  dtype: Dtype = 'float32'
+
+
+class Dense(nn.Module):
+  """x [..., D] -> [..., features], with parameters `kernel` [D, features] and `bias` in float32, and products in dtype.
+
+  The bias is added in float32, so that its gradient is a float32 sum over all tokens.
+  """
+
+  features: int
+  dtype: jnp.dtype
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
+    y = jnp.dot(x.astype(self.dtype), rounded(kernel, self.dtype))
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,))
+      y = (y.astype(bias.dtype) + bias).astype(self.dtype)
+    return checkpoint_name(y, 'dense')
+
+
+def rounded(parameter: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """A parameter in the dtype of the matmuls.
+
+  The barrier keeps XLA from rounding it, and taking it out of stacked layers, anew inside of every product that reads
+  it: on a TPU it is then fetched ahead of the product (docs/plan.md has what that is worth).
+  """
+  if parameter.dtype == dtype:
+    return parameter
+  return jax.lax.optimization_barrier(parameter.astype(dtype))
+
+
+def dense(features: int, dtype: str, name: str, *, bias: bool = True, init=nn.initializers.xavier_uniform()) -> Dense:
+  return Dense(features, jnp.dtype(dtype), bias, init, name=name)
+
+
+def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
+  # Its variance is E[x^2] - E[x]^2 in float32, in one pass over the tokens (docs/plan.md has what that is worth). What
+  # cancels is small, since the mean over the channels is small beside their spread.
+  return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
+
+
+def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+  """x at unit length along an axis, in float32; a vector of zeros stays one, with a finite gradient."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-12))
+
+
+def drop_examples(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
+  """y [B, ...], in which each example is zero with probability `rate` and the others are scaled to keep the mean."""
+  keep = 1.0 - rate
+  kept = jax.random.bernoulli(rng, keep, (y.shape[0], *(1,) * (y.ndim - 1)))
+  return jnp.where(kept, y / keep, 0).astype(y.dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D]."""
+
+  config: BlockConfig
+
+  @nn.compact
+  def __call__(self, x, context=None, *, angles=None, mask=None):
+    c, width = self.config, x.shape[-1]
+    if width % c.heads:
+      raise ValueError(f'a width of {width} does not divide into {c.heads} heads')
+    # A context (a text, say) is short, and whole on each device.
+    tokens: str | None = 'tokens' if context is None else None
+    backend: Backend = c.attention if context is None else 'xla'
+    context = x if context is None else context
+
+    def project(inputs, name, tokens):
+      y = dense(width, c.dtype, name, bias=c.qkv_bias)(inputs)
+      heads = 'heads' if c.heads > 1 else None  # a single head is whole on every mesh
+      return constrain(y.reshape(*y.shape[:2], c.heads, -1), 'batch', tokens, heads, None)
+
+    query, key, value = (
+      project(x, 'query', 'tokens'),
+      project(context, 'key', tokens),
+      project(context, 'value', tokens),
+    )
+    if c.qk_norm:
+      query, key = layer_norm(c.eps, c.dtype, 'query_norm')(query), layer_norm(c.eps, c.dtype, 'key_norm')(key)
+    if angles is not None:
+      query, key = rotate(query, angles), rotate(key, angles)
+    y = attention(query, key, value, causal=c.causal, mask=mask, backend=backend)
+    # For `attention_maps`; neither exists unless the caller of `apply` asks for the one and gives the other.
+    self.sow('intermediates', 'projections', (query, key, value))
+    if self.has_variable('probes', 'mixed'):
+      y = y + self.get_variable('probes', 'mixed')
+    return dense(width, c.dtype, 'out')(checkpoint_name(y.reshape(*x.shape[:2], width), 'attention'))
+
+
+class Mlp(nn.Module):
+  """Two-layer perceptron on the last axis of x [B, T, D] -> [B, T, D]."""
+
+  config: BlockConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    y = ACTIVATIONS[c.activation](dense(c.mlp_dim, c.dtype, 'gate' if c.gated else 'up')(x))
+    if c.gated:
+      y = y * dense(c.mlp_dim, c.dtype, 'up')(x)
+    y = constrain(y, 'batch', 'tokens', 'mlp')
+    return dense(x.shape[-1], c.dtype, 'down')(y)
+
+
+class Block(nn.Module):
+  """Transformer block, x [B, T, D] -> [B, T, D], in the (carry, input) -> (carry, output) form of a scan."""
+
+  config: BlockConfig
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x, drop_path=None, angles=None, mask=None):
+    """drop_path: share of examples that skip a branch (Huang et al. 2016); needs the rng 'dropout'."""
+    c = self.config
+    # The scan's body must return what it takes, so the residual stream has one dtype throughout.
+    x = constrain(x, 'batch', 'tokens', 'width')
+    norm1, norm2 = (layer_norm(c.eps, c.dtype, name) for name in ('norm1', 'norm2'))
+    attention = Attention(c, name='attention')
+    if c.parallel:
+      y = norm1(x)
+      y = attention(y, angles=angles, mask=mask) + Mlp(c, name='mlp')(y)
+      return constrain(x + self._branch(y, 'scale1', drop_path).astype(x.dtype), 'batch', 'tokens', 'width'), None
+    y = attention(x if c.post_norm else norm1(x), angles=angles, mask=mask)
+    x = x + self._branch(y, 'scale1', drop_path).astype(x.dtype)
+    x = norm1(x).astype(x.dtype) if c.post_norm else x
+    y = Mlp(c, name='mlp')(x if c.post_norm else norm2(x))
+    x = x + self._branch(y, 'scale2', drop_path).astype(x.dtype)
+    x = norm2(x).astype(x.dtype) if c.post_norm else x
+    return constrain(x, 'batch', 'tokens', 'width'), None
+
+  def _branch(self, y, scale, drop_path):
+    if self.config.layer_scale is not None:
+      init = nn.initializers.constant(self.config.layer_scale)
+      y = y * self.param(scale, init, (y.shape[-1],)).astype(y.dtype)
+    if self.train and self.config.dropout:
+      y = nn.Dropout(self.config.dropout, deterministic=False)(y)
+    if drop_path is not None:
+      y = drop_examples(y, drop_path, self.make_rng('dropout'))
+    return y
+
+
+def rematerialized(module: type[nn.Module], remat: Remat, *, in_scan: bool = False) -> Any:
+  """The module, of which the backward pass computes again what `remat` does not save.
+
+  XLA merges equal computations, and so would undo this. A scan keeps its two passes apart by itself; elsewhere a
+  barrier has to, which also stands in the way of fusion.
+  """
+  if remat == 'none':
+    return module
+  return nn.remat(module, policy=REMAT_POLICIES[remat], prevent_cse=not in_scan)
+
+
+def scanned(module: type[nn.Module], length: int, in_axes: Any, *, remat: Remat = 'none', unroll: Unroll = 1) -> Any:
+  """`length` modules in a row, each (carry, *inputs) -> (carry, output); parameters carry an axis of that length.
+
+  in_axes: for each input 0, where it has such an axis as well, or nn.broadcast; `unroll` as in `Stack`.
+  """
+  side_by_side = length if unroll is True else min(unroll, length)
+  return nn.scan(
+    rematerialized(module, remat, in_scan=side_by_side < length),
+    variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0, 'probes': 0},
+    split_rngs={'params': True, 'dropout': True},
+    in_axes=in_axes,
+    length=length,
+    unroll=side_by_side,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """A stack of `depth` blocks; parameters carry a leading axis of that length.
+
+  drop_path rises linearly from 0 in the first block to its full value in the last; without `drop_path_rise` it is the
+  same in all (DeiT III, Touvron et al. 2022). `unroll` blocks are laid out side by side in the scan's body: all of them
+  (True) give the fastest program and the longest compile, 1 the reverse; parameters and results are the same.
+  """
+
+  depth: int
+  block: BlockConfig
+  drop_path: float = 0.0
+  remat: Remat = 'none'
+  unroll: Unroll = 1
+  drop_path_rise: bool = True
+
+  def __call__(self, x, *, angles=None, mask=None, train: bool = False):
+    """Runs x [B, T, D] through the blocks; to be called in the compact method that owns the scope `blocks`."""
+    drop = bool(train and self.drop_path)
+    in_axes = (0 if drop else nn.broadcast, nn.broadcast, nn.broadcast)
+    blocks = scanned(Block, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(self.block, train, name='blocks')
+    first = 0.0 if self.drop_path_rise else self.drop_path
+    rates = jnp.linspace(first, self.drop_path, self.depth) if drop else None
+    return blocks(x, rates, angles, mask)[0]

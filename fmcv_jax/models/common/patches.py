@@ -1,0 +1,47 @@
+"""Images as sequences of patches, and back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def patches_of(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:
+  """Cuts images [B, H, W, C] into patches [B, rows * columns, patch * patch * C]; also returns (rows, columns)."""
+  batch, height, width, channels = images.shape
+  if height % patch or width % patch:
+    raise ValueError(f'images of {height} x {width} pixels do not divide into patches of {patch}')
+  rows, columns = height // patch, width // patch
+  x = images.reshape(batch, rows, patch, columns, patch, channels).swapaxes(2, 3)
+  return x.reshape(batch, rows * columns, -1), (rows, columns)
+
+
+def patch_features(network: Any, params, images: jax.Array) -> jax.Array:
+  """The last tokens of normalized images [B, H, W, 3] at their patches' places: float32 [B, rows, columns, D].
+
+  Of any network whose `tokens` are `prefix` ones and then those of patches of `patch` x `patch` pixels.
+  """
+  features: Any = network.apply({'params': params}, images)
+  tokens = features.tokens[:, network.prefix :]
+  batch, height, width, _ = images.shape
+  return tokens.astype(jnp.float32).reshape(batch, height // network.patch, width // network.patch, -1)
+
+
+def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.Array:
+  """Indices int32 [B, N] of a random subset of each image's patches, without repeats; N = round(share * patches)."""
+  noise = jax.random.uniform(rng, (batch, patches))
+  return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
+
+
+def pictures_of(patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """The inverse of patches_of: [B, rows * columns, patch * patch * 3] -> [B, H, W, 3]."""
+  (rows, columns), patch = grid, round((patches.shape[-1] // 3) ** 0.5)
+  x = patches.reshape(-1, rows, columns, patch, patch, 3).swapaxes(2, 3)
+  return x.reshape(-1, rows * patch, columns * patch, 3)
+
+
+def picture_of(patches: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+  """The inverse of patches_of: [B, rows * columns, patch * patch * C] -> [B, H, W, C]."""
+  (rows, columns), batch = grid, patches.shape[0]
+  x = patches.reshape(batch, rows, columns, patch, patch, -1).swapaxes(2, 3)
+  return x.reshape(batch, rows * patch, columns * patch, -1)

@@ -1,0 +1,46 @@
+"""A class for every pixel from an encoder's last tokens, by one linear layer (Strudel et al. 2021, section 3.2).
+
+It is the published decoder that tells most about the features: there is nothing between them and the answer.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.models.common.layers import dense
+from fmcv_jax.parallel.rules import constrain
+
+
+class Segmenter(nn.Module):
+  """Normalized images [B, H, W, 3] -> float32 logits of each pixel [B, H, W, classes]; `head` is the linear layer.
+
+  The logits of the patches, row by row, are interpolated bilinearly to the size of the image.
+  """
+
+  encoder: nn.Module
+  classes: int
+
+  @property
+  def image_size(self) -> int:
+    return self.encoder.image_size  # type: ignore[attr-defined]
+
+  @nn.compact
+  def __call__(self, images, *, train: bool = False) -> jax.Array:
+    encoder: Any = self.encoder
+    batch, height, width, _ = images.shape
+    tokens = encoder(images, train=train).tokens[:, encoder.prefix :]
+    x = tokens.reshape(batch, height // encoder.patch, width // encoder.patch, -1)
+    logits = dense(self.classes, x.dtype.name, 'head', init=nn.initializers.zeros)(x)
+    logits = constrain(logits.astype(jnp.float32), 'batch', None, None, None)
+    return jax.image.resize(logits, (batch, height, width, self.classes), 'bilinear')
+
+
+def segmenter(encoder: nn.Module, classes: int) -> Segmenter:
+  """A segmenter on a network of patches (vit, swin); `classes` includes the ground, where that is one."""
+  if not hasattr(encoder, 'prefix'):
+    raise ValueError('encoder: a class for every pixel needs a network of patches: encoder.name is vit or swin')
+  if encoder.outputs:  # type: ignore[attr-defined]
+    raise ValueError('encoder: outputs has no use here; leave it out')
+  return Segmenter(encoder, classes)

@@ -1,0 +1,208 @@
+"""Convolutional autoencoder with a Gaussian latent (Rombach et al. 2022, section 3.1), and its table of sizes.
+
+Letters in shapes: B batch, h, w rows and columns of the latent, z its channels.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.common.conv_blocks import (
+  Downsample,
+  ResidualBlock,
+  SpatialAttention,
+  Upsample,
+  conv,
+  group_norm,
+  groups_of,
+)
+from fmcv_jax.models.common.layers import Dtype, Remat, dense, rematerialized
+from fmcv_jax.parallel.rules import constrain
+
+
+class Gaussian(NamedTuple):
+  """A diagonal Gaussian: mean and logarithm of the variance, float32 [B, h, w, z]."""
+
+  mean: jax.Array
+  log_variance: jax.Array
+
+  def sample(self, rng: jax.Array) -> jax.Array:
+    return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(rng, self.mean.shape)
+
+  def kl(self) -> jax.Array:
+    """Divergence from the standard normal, [B], summed over the latent."""
+    terms = jnp.square(self.mean) + jnp.exp(self.log_variance) - 1 - self.log_variance
+    return 0.5 * terms.sum(axis=(1, 2, 3))
+
+
+class Middle(nn.Module):
+  """Residual block, attention, residual block at the lowest resolution."""
+
+  attention: bool
+  dtype: str
+  remat: Remat
+
+  @nn.compact
+  def __call__(self, x):
+    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
+    x = block(x.shape[-1], dtype=self.dtype, name='block0')(x)
+    if self.attention:
+      x = attention(dtype=self.dtype, name='attention0')(x)
+    return block(x.shape[-1], dtype=self.dtype, name='block1')(x)
+
+
+class Encoder(nn.Module):
+  """Pictures [B, H, W, C] -> [B, h, w, outputs], halving both sides between levels."""
+
+  channels: tuple[int, ...]
+  layers: int
+  attention: tuple[bool, ...]
+  middle_attention: bool
+  outputs: int
+  dtype: str
+  remat: Remat
+
+  @nn.compact
+  def __call__(self, x):
+    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
+    x = conv(self.channels[0], self.dtype, 'conv_in')(x)
+    for level, features in enumerate(self.channels):
+      for layer in range(self.layers):
+        x = block(features, dtype=self.dtype, name=f'level{level}_block{layer}')(x)
+        if self.attention[level]:
+          x = attention(dtype=self.dtype, name=f'level{level}_attention{layer}')(x)
+      if level < len(self.channels) - 1:
+        x = Downsample(dtype=self.dtype, name=f'level{level}_down')(x)
+    x = Middle(self.middle_attention, self.dtype, self.remat, name='middle')(x)
+    x = jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm')(x))
+    return conv(self.outputs, self.dtype, 'conv_out')(x)
+
+
+class Decoder(nn.Module):
+  """Latents [B, h, w, z] -> what the last convolution reads, [B, H, W, channels[0]]; levels count from the highest
+  resolution, as in the encoder."""
+
+  channels: tuple[int, ...]
+  layers: int
+  attention: tuple[bool, ...]
+  middle_attention: bool
+  dtype: str
+  remat: Remat
+
+  @nn.compact
+  def __call__(self, z):
+    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
+    x = conv(self.channels[-1], self.dtype, 'conv_in')(z)
+    x = Middle(self.middle_attention, self.dtype, self.remat, name='middle')(x)
+    for level in reversed(range(len(self.channels))):
+      for layer in range(self.layers + 1):
+        x = block(self.channels[level], dtype=self.dtype, name=f'level{level}_block{layer}')(x)
+        if self.attention[level]:
+          x = attention(dtype=self.dtype, name=f'level{level}_attention{layer}')(x)
+      if level:
+        x = Upsample(dtype=self.dtype, name=f'level{level}_up')(x)
+    return jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm')(x))
+
+
+class Autoencoder(nn.Module):
+  """encode: pictures [B, H, W, 3] -> Gaussian [B, h, w, z]; decode: latents -> pictures; both sides 2^(levels - 1)
+  times smaller.
+
+  `quantize` is the pair of one-pixel convolutions next to the latent that the published autoencoders of LDM have.
+  """
+
+  channels: tuple[int, ...]
+  layers: int
+  latent: int
+  attention: tuple[bool, ...]
+  middle_attention: bool = True
+  quantize: bool = True
+  image_size: int = 256
+  dtype: str = 'float32'
+  remat: Remat = 'none'
+
+  def setup(self):
+    shape = (self.channels, self.layers, self.attention, self.middle_attention)
+    self.encoder = Encoder(*shape, 2 * self.latent, self.dtype, self.remat)
+    self.decoder = Decoder(*shape, self.dtype, self.remat)
+    self.conv_out = conv(3, self.dtype, 'conv_out')
+    if self.quantize:
+      self.into_latent = dense(2 * self.latent, self.dtype, 'quantize')
+      self.out_of_latent = dense(self.latent, self.dtype, 'unquantize')
+
+  @property
+  def factor(self) -> int:
+    """By how much the latent is smaller than the picture, a side."""
+    return 2 ** (len(self.channels) - 1)
+
+  def encode(self, images) -> Gaussian:
+    if images.shape[1] % self.factor or images.shape[2] % self.factor:
+      raise ValueError(f'images of {images.shape[1]} x {images.shape[2]} pixels do not divide by {self.factor}')
+    x = self.encoder(constrain(images, 'batch', None, None, None))
+    x = (self.into_latent(x) if self.quantize else x).astype(jnp.float32)
+    mean, log_variance = jnp.split(x, 2, axis=-1)
+    return Gaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
+
+  def features(self, z):
+    """What the last convolution reads, [B, H, W, channels[0]]."""
+    return self.decoder(self.out_of_latent(z) if self.quantize else z)
+
+  def pixels(self, features):
+    """The last convolution: -> float32 [B, H, W, 3]."""
+    return self.conv_out(features).astype(jnp.float32)
+
+  def decode(self, z):
+    return self.pixels(self.features(z))
+
+  def __call__(self, images, rng=None):
+    """The picture from the latent's mean or, with an rng, from a sample; and the Gaussian."""
+    latent = self.encode(images)
+    return self.decode(latent.mean if rng is None else latent.sample(rng)), latent
+
+
+# Channels of each level, residual blocks of each, channels of the latent, levels with attention, whether there are
+# convolutions next to the latent. kl-*: Rombach et al. 2022, table 8 (kl-f8 is Stable Diffusion 1's and 2's); 16ch:
+# Stable Diffusion 3's (Esser et al. 2024).
+SIZES: dict[str, tuple[tuple[int, ...], int, int, tuple[int, ...], bool]] = {
+  'kl-f4': ((128, 256, 512), 2, 3, (), True),
+  'kl-f8': ((128, 256, 512, 512), 2, 4, (), True),
+  'kl-f16': ((128, 128, 256, 256, 512), 2, 16, (4,), True),
+  'kl-f32': ((128, 128, 256, 256, 512, 512), 2, 64, (4, 5), True),
+  'f8-16ch': ((128, 256, 512, 512), 2, 16, (), False),
+}
+
+
+def autoencoder(
+  variant: str = 'kl-f8',
+  *,
+  image_size: int = 256,
+  channels: tuple[int, ...] | None = None,
+  layers: int | None = None,
+  latent: int | None = None,
+  middle_attention: bool = True,
+  dtype: Dtype = 'float32',
+  remat: Remat = 'none',
+) -> Autoencoder:
+  """A named autoencoder; channels, layers and latent override the variant's."""
+  if variant not in SIZES:
+    raise ValueError(f'unknown autoencoder {variant!r}; {nearest(variant, SIZES)}')
+  own_channels, own_layers, own_latent, attention, quantize = SIZES[variant]
+  channels = channels or own_channels
+  if image_size % 2 ** (len(channels) - 1):
+    raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(channels) - 1)}')
+  if any(c % groups_of(c) for c in channels):
+    raise ValueError(f'channels: {channels} have to be multiples of 32, or below 128 of 4')
+  return Autoencoder(
+    channels=channels,
+    layers=layers or own_layers,
+    latent=latent or own_latent,
+    attention=tuple(level in attention for level in range(len(channels))),
+    middle_attention=middle_attention,
+    quantize=quantize,
+    image_size=image_size,
+    dtype=dtype,
+    remat=remat,
+  )

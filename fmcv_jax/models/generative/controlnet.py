@@ -1,0 +1,67 @@
+"""ControlNet (Zhang et al. 2023): a trained copy of a UNet's way down that steers the UNet itself, which stays frozen.
+
+Letters in shapes: B batch, H, W sides of x.
+"""
+
+import flax.linen as nn
+import jax
+
+from fmcv_jax.diffusion.condition import Condition
+from fmcv_jax.models.common.conv_blocks import conv
+from fmcv_jax.models.common.layers import dense
+from fmcv_jax.models.generative.unet import Encoder, Pyramid, Residuals, UNet
+
+WIDTHS = (16, 32, 96, 256)  # of the hint's levels, as released
+
+
+class Hint(nn.Module):
+  """A picture [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides between its widths; zero at first."""
+
+  widths: tuple[int, ...]
+  outputs: int
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x):
+    x = jax.nn.silu(conv(self.widths[0], self.dtype, 'conv_in')(x))
+    for level, (width, wider) in enumerate(zip(self.widths, self.widths[1:])):
+      x = jax.nn.silu(conv(width, self.dtype, f'conv{2 * level}')(x))
+      x = conv(wider, self.dtype, f'conv{2 * level + 1}', stride=2, padding=[(1, 1), (1, 1)])(x)
+      x = jax.nn.silu(x)
+    return conv(self.outputs, self.dtype, 'conv_out', init=nn.initializers.zeros)(x)
+
+
+class ControlNet(nn.Module):
+  """x [B, H, W, C], time [B], a condition with `control` -> Residuals, all of them zero at first.
+
+  Its 'encoder' has the parameters of the UNet's, and begins with a copy of them.
+  """
+
+  pyramid: Pyramid
+  widths: tuple[int, ...]
+  classes: int = 0
+  pooled_text: bool = False
+
+  @nn.compact
+  def __call__(self, x, time, condition: Condition, *, train: bool = False) -> Residuals:
+    dtype = self.pyramid.dtype
+    hint = Hint(self.widths, self.pyramid.widths[0], dtype, name='hint')(condition['control'])
+    encoder = Encoder(self.pyramid, self.classes, self.pooled_text, name='encoder')
+    skips, x, _ = encoder(x, time, condition, hint=hint, train=train)
+
+    def zero(x, name):
+      y = dense(x.shape[-1], dtype, f'zero_{name}', init=nn.initializers.zeros)(x)
+      return (
+        y if 'control_scale' not in condition else y * condition['control_scale'][:, None, None, None].astype(y.dtype)
+      )
+
+    return Residuals([zero(skip, str(index)) for index, skip in enumerate(skips)], zero(x, 'middle'))
+
+
+def controlnet(unet: UNet, factor: int) -> ControlNet:
+  """The ControlNet of a UNet, for control pictures whose sides are `factor` times those of x: 1, 2, 4 or 8."""
+  if factor not in (1, 2, 4, 8):
+    raise ValueError(f'control pictures are 1, 2, 4 or 8 times as large as what the network denoises, not {factor}')
+  if unet.beside:
+    raise ValueError('network: a UNet that is told what stands beside x cannot be steered as well')
+  return ControlNet(unet.pyramid, WIDTHS[: factor.bit_length()], unet.classes, unet.pooled_text)

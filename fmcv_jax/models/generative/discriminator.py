@@ -1,0 +1,32 @@
+"""A discriminator that judges patches, not pictures (Isola et al. 2017, PatchGAN)."""
+
+import flax.linen as nn
+import jax
+
+from fmcv_jax.models.common.conv_blocks import conv, group_norm
+
+
+class PatchDiscriminator(nn.Module):
+  """Pictures [B, H, W, 3] -> float32 logits [B, h, w, 1], above zero for real ones; h = H / 2^layers or so.
+
+  Each logit sees 70 x 70 pixels with three layers. Group norm stands where the original has batch norm, so that a
+  picture is judged by itself, on any mesh.
+  """
+
+  width: int = 64
+  layers: int = 3
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.normal(0.02)
+    pad = [(1, 1), (1, 1)]
+    x = conv(self.width, self.dtype, 'conv0', size=4, stride=2, padding=pad, init=init)(x)
+    for layer in range(1, self.layers + 1):
+      stride = 2 if layer < self.layers else 1
+      features = self.width * min(2**layer, 8)
+      x = nn.leaky_relu(x, 0.2)
+      x = conv(features, self.dtype, f'conv{layer}', size=4, stride=stride, padding=pad, init=init)(x)
+      x = group_norm(features, self.dtype, f'norm{layer}')(x)
+    x = nn.leaky_relu(x, 0.2)
+    return conv(1, self.dtype, 'conv_logit', size=4, padding=pad, init=init)(x).astype(jax.numpy.float32)

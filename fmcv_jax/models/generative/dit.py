@@ -1,0 +1,154 @@
+"""Diffusion transformer (Peebles & Xie 2023), told classes or texts, and its table of sizes.
+
+Letters in shapes: B batch, T patches, D width, L words, E width of a word, C channels of the picture or latent.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.layers import (
+  Activation,
+  Attention,
+  BlockConfig,
+  Dtype,
+  Mlp,
+  Remat,
+  Unroll,
+  dense,
+  layer_norm,
+  scanned,
+)
+from fmcv_jax.models.common.patches import patches_of
+from fmcv_jax.models.common.positions import sincos_2d
+from fmcv_jax.models.generative.adaln import final_layer, modulation, plain_norm
+from fmcv_jax.models.generative.conditioning import ClassEmbedding, Perceptron, sinusoids
+from fmcv_jax.parallel.rules import constrain
+
+
+class DiTBlock(nn.Module):
+  """adaLN-Zero block, x [B, T, D] told c [B, D], and text [B, L, E] by cross-attention (Chen et al. 2024, PixArt)."""
+
+  config: BlockConfig
+
+  @nn.compact
+  def __call__(self, carry, index, c, text, mask, tap):
+    config, (x, tapped) = self.config, carry
+    x = constrain(x, 'batch', 'tokens', 'width')
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c, 6, x.shape[-1], config.dtype)
+    y = Attention(config, name='attention')(plain_norm(x, config, shift1, scale1))
+    x = x + (gate1 * y).astype(x.dtype)
+    if text is not None:
+      y = layer_norm(config.eps, config.dtype, 'cross_norm')(x)
+      x = x + Attention(config, name='cross_attention')(y, text, mask=mask).astype(x.dtype)
+    y = Mlp(config, name='mlp')(plain_norm(x, config, shift2, scale2))
+    x = constrain(x + (gate2 * y).astype(x.dtype), 'batch', 'tokens', 'width')
+    return (x, None if tapped is None else jnp.where(index == tap, x, tapped)), None
+
+
+class DiT(nn.Module):
+  """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
+
+  `classes` is their number, 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
+  `pooled_text` adds its `pooled_text` to the time.
+  """
+
+  patch: int
+  width: int
+  depth: int
+  block: BlockConfig
+  channels: int = 4
+  outputs: int = 4
+  image_size: int = 32
+  classes: int = 0
+  cross_attention: bool = False
+  pooled_text: bool = False
+  remat: Remat = 'none'
+  unroll: Unroll = 1
+
+  @nn.compact
+  def __call__(
+    self, x, time, condition: Condition = UNCONDITIONAL, *, train: bool = False, tap: int | None = None
+  ) -> Any:
+    """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
+    dtype = self.block.dtype
+    x, grid = patches_of(x, self.patch)
+    x = dense(self.width, dtype, 'patch')(x)
+    x = constrain(x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype), 'batch', 'tokens', 'width')
+    c = Perceptron(self.width, dtype, name='time_embedding')(sinusoids(time, 256).astype(dtype))
+    if self.classes:
+      c = c + ClassEmbedding(self.classes, self.width, name='classes')(condition['label']).astype(dtype)
+    if self.pooled_text:
+      c = c + Perceptron(self.width, dtype, name='text_embedding')(condition['pooled_text'])
+    text = mask = None
+    if self.cross_attention:
+      text = condition['text']
+      mask = condition['text_mask'][:, None, None, :] if 'text_mask' in condition else None
+
+    in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
+    blocks = scanned(DiTBlock, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(self.block, name='blocks')
+    carry = (x, None if tap is None else jnp.zeros_like(x))
+    (x, tapped), _ = blocks(carry, jnp.arange(1, self.depth + 1), c, text, mask, tap)
+
+    x = final_layer(x, c, self.block, grid, self.patch, self.outputs)
+    return x if tap is None else (x, tapped)
+
+
+# width, depth, heads (Peebles & Xie 2023, table 1); mu is for tests.
+SIZES: dict[str, tuple[int, int, int]] = {
+  'mu': (32, 2, 2),
+  'S': (384, 12, 6),
+  'B': (768, 12, 12),
+  'L': (1024, 24, 16),
+  'XL': (1152, 28, 16),
+}
+
+
+def dit(
+  variant: str = 'XL/2',
+  *,
+  image_size: int = 32,
+  channels: int = 4,
+  outputs: int | None = None,
+  classes: int = 0,
+  cross_attention: bool = False,
+  pooled_text: bool = False,
+  width: int | None = None,
+  depth: int | None = None,
+  heads: int | None = None,
+  activation: Activation = 'gelu_tanh',
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  unroll: Unroll = 1,
+  dtype: Dtype = 'float32',
+) -> DiT:
+  """A named DiT, 'size/patch' as in 'XL/2'. image_size is a side of what it denoises: 32 for 256 pixels in kl-f8.
+
+  outputs: channels of what it predicts, the input's by default; twice as many for a learned variance.
+  """
+  size, _, patch = variant.partition('/')
+  if size not in SIZES or not patch.isdigit():
+    known = [f'{name}/{p}' for name in SIZES for p in (2, 4, 8)]
+    raise ValueError(f'unknown DiT variant {variant!r}; {nearest(variant, known)}')
+  if image_size % int(patch):
+    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  defaults = SIZES[size]
+  width = width or defaults[0]
+  return DiT(
+    patch=int(patch),
+    width=width,
+    depth=depth or defaults[1],
+    block=BlockConfig(heads or defaults[2], 4 * width, activation, attention=attention, dtype=dtype),
+    channels=channels,
+    outputs=outputs or channels,
+    image_size=image_size,
+    classes=classes,
+    cross_attention=cross_attention,
+    pooled_text=pooled_text,
+    remat=remat,
+    unroll=unroll,
+  )

@@ -1,0 +1,228 @@
+"""MMDiT (Esser et al. 2024, section 4): pictures and words as two streams with weights of their own and one attention.
+
+Letters in shapes: B batch, T patches, L words, D width, H heads, K head dimension, E width of a word.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.diffusion.condition import Condition
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.common.attention.dispatch import Backend, attention
+from fmcv_jax.models.common.layers import (
+  Activation,
+  BlockConfig,
+  Dtype,
+  Mlp,
+  Remat,
+  Unroll,
+  dense,
+  rematerialized,
+  scanned,
+)
+from fmcv_jax.models.common.patches import patches_of
+from fmcv_jax.models.common.positions import sincos_2d
+from fmcv_jax.models.generative.adaln import bare_norm, final_layer
+from fmcv_jax.models.generative.conditioning import Perceptron, sinusoids
+from fmcv_jax.parallel.rules import constrain
+
+
+class Projections(nn.Module):
+  """One stream's side of the attention: (query, key, value) [B, T, H, K] of its tokens, and `leave` what comes back.
+
+  `silent` for a stream of which nothing is read afterwards.
+  """
+
+  config: BlockConfig
+  width: int
+  qk_norm: bool
+  silent: bool = False
+
+  def setup(self):
+    c = self.config
+    self.query, self.key, self.value = (dense(self.width, c.dtype, name) for name in ('query', 'key', 'value'))
+    if self.qk_norm:
+      self.query_norm, self.key_norm = (
+        nn.RMSNorm(epsilon=c.eps, dtype=jnp.dtype(c.dtype), name=name) for name in ('query_norm', 'key_norm')
+      )
+    if not self.silent:
+      self.out = dense(self.width, c.dtype, 'out')
+
+  def __call__(self, x):
+    shape = (*x.shape[:2], self.config.heads, -1)
+    query, key, value = (project(x).reshape(shape) for project in (self.query, self.key, self.value))
+    if self.qk_norm:
+      query, key = self.query_norm(query), self.key_norm(key)
+    return query, key, value
+
+  def leave(self, y):
+    return self.out(y.reshape(*y.shape[:2], self.width))
+
+
+class Stream(nn.Module):
+  """One stream's half of a block: `enter` x [B, T, D], told c [B, D], the attention; `leave` it with what came back."""
+
+  config: BlockConfig
+  width: int
+  qk_norm: bool
+  silent: bool = False
+
+  def setup(self):
+    parts = 2 if self.silent else 6
+    self.modulation = dense(parts * self.width, self.config.dtype, 'modulation', init=nn.initializers.zeros)
+    self.norm = bare_norm(self.config)
+    self.attention = Projections(self.config, self.width, self.qk_norm, self.silent)
+    if not self.silent:
+      self.mlp = Mlp(self.config)
+
+  def enter(self, x, c):
+    shift, scale, *parts = jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2 if self.silent else 6, axis=-1)
+    return self.attention(self.norm(x) * (1 + scale) + shift), parts
+
+  def leave(self, x, y, parts):
+    gate1, shift2, scale2, gate2 = parts
+    x = x + (gate1 * self.attention.leave(y)).astype(x.dtype)
+    y = self.mlp(self.norm(x) * (1 + scale2) + shift2)
+    return x + (gate2 * y).astype(x.dtype)
+
+
+class JointBlock(nn.Module):
+  """Patches x [B, T, D] and words [B, L, D], told c [B, D], in the form of a scan; after the `last` words are dropped.
+
+  mask: bool [B, 1, 1, T + L], what may be looked at; None for all.
+  """
+
+  config: BlockConfig
+  width: int
+  qk_norm: bool
+  last: bool = False
+
+  @nn.compact
+  def __call__(self, carry, index, c, mask, tap):
+    x, words, tapped = carry
+    x = constrain(x, 'batch', 'tokens', 'width')
+    image = Stream(self.config, self.width, self.qk_norm, name='image')
+    text = Stream(self.config, self.width, self.qk_norm, self.last, name='text')
+    (mine, parts), (others, text_parts) = image.enter(x, c), text.enter(words, c)
+    both = (jnp.concatenate(pair, axis=1) for pair in zip(mine, others, strict=True))
+    y = attention(*both, mask=mask, backend=self.config.attention)
+    y, told = y[:, : x.shape[1]], y[:, x.shape[1] :]
+    x = constrain(image.leave(x, y, parts), 'batch', 'tokens', 'width')
+    words = None if self.last else constrain(text.leave(words, told, text_parts), 'batch', None, 'width')
+    return (x, words, None if tapped is None else jnp.where(index == tap, x, tapped)), None
+
+
+class MMDiT(nn.Module):
+  """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
+
+  Reads `text` [B, L, E] and adds its `pooled_text` to the time. `positions` (reach, side): the table of them is
+  laid out for side x side patches, reach / side apart, and smaller pictures are its middle, so that one network sees
+  several sizes (their section 5.3.2); None for a table of each picture's own size, one apart.
+  """
+
+  patch: int
+  width: int
+  depth: int
+  block: BlockConfig
+  channels: int = 16
+  outputs: int = 16
+  image_size: int = 128
+  qk_norm: bool = False
+  positions: tuple[int, int] | None = None
+  remat: Remat = 'none'
+  unroll: Unroll = 1
+  classes: int = 0
+  cross_attention: bool = True
+  pooled_text: bool = True
+
+  @nn.compact
+  def __call__(self, x, time, condition: Condition, *, train: bool = False, tap: int | None = None) -> Any:
+    """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
+    dtype = self.block.dtype
+    x, grid = patches_of(x, self.patch)
+    x = dense(self.width, dtype, 'patch')(x)
+    x = constrain(x + jnp.asarray(self._table(*grid), x.dtype), 'batch', 'tokens', 'width')
+    c = Perceptron(self.width, dtype, name='time_embedding')(sinusoids(time, 256).astype(dtype))
+    c = c + Perceptron(self.width, dtype, name='text_embedding')(condition['pooled_text'])
+    words = dense(self.width, dtype, 'enter')(condition['text'])
+    mask = None
+    if 'text_mask' in condition:
+      everywhere = jnp.ones(x.shape[:2], bool)
+      mask = jnp.concatenate([everywhere, condition['text_mask']], axis=1)[:, None, None, :]
+
+    in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+    stack = scanned(JointBlock, self.depth - 1, in_axes, remat=self.remat, unroll=self.unroll)
+    blocks = stack(self.block, self.width, self.qk_norm, name='blocks')
+    last = rematerialized(JointBlock, self.remat)(self.block, self.width, self.qk_norm, True, name='last')
+    carry = (x, words, None if tap is None else jnp.zeros_like(x))
+    carry, _ = blocks(carry, jnp.arange(1, self.depth), c, mask, tap)
+    (x, _, tapped), _ = last(carry, self.depth, c, mask, tap)
+
+    x = final_layer(x, c, self.block, grid, self.patch, self.outputs)
+    return x if tap is None else (x, tapped)
+
+  def _table(self, rows: int, columns: int):
+    if self.positions is None:
+      return sincos_2d(rows, columns, self.width)
+    reach, largest = self.positions
+    step = reach / largest
+    top, left = ((largest - side) // 2 * step for side in (rows, columns))
+    return sincos_2d(rows, columns, self.width, first=(top, left), step=step)
+
+
+# Depth is all that differs: 64 wide for each block, and a head for each. mu is for tests.
+SIZES: dict[str, tuple[int, int, int]] = {
+  'mu': (32, 2, 2),
+  **{f'd{depth}': (64 * depth, depth, depth) for depth in (15, 18, 21, 24, 30, 38)},
+}
+
+
+def mmdit(
+  variant: str = 'd24/2',
+  *,
+  image_size: int = 128,
+  channels: int = 16,
+  outputs: int | None = None,
+  width: int | None = None,
+  depth: int | None = None,
+  heads: int | None = None,
+  qk_norm: bool = True,
+  positions: tuple[int, int] | None = None,
+  activation: Activation = 'gelu_tanh',
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  unroll: Unroll = 1,
+  dtype: Dtype = 'float32',
+) -> MMDiT:
+  """A named MMDiT, 'depth/patch' as in 'd24/2'. image_size is a side of what it denoises: 128 for 1024 pixels in f8.
+
+  qk_norm    queries and keys at unit scale before they meet (RMSNorm), which bfloat16 needs at high resolution
+  positions  as in `MMDiT`; (64, 192) in Stable Diffusion 3
+  """
+  size, _, patch = variant.partition('/')
+  if size not in SIZES or not patch.isdigit():
+    raise ValueError(f'unknown MMDiT variant {variant!r}; {nearest(variant, [f"{name}/2" for name in SIZES])}')
+  if image_size % int(patch):
+    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  if positions is not None and positions[1] < image_size // int(patch):
+    raise ValueError(f'positions: {positions[1]} is less than the {image_size // int(patch)} patches of a side')
+  defaults = SIZES[size]
+  width, depth = width or defaults[0], depth or defaults[1]
+  if depth < 2:
+    raise ValueError(f'depth: expected at least 2, got {depth}')
+  return MMDiT(
+    patch=int(patch),
+    width=width,
+    depth=depth,
+    block=BlockConfig(heads or defaults[2], 4 * width, activation, attention=attention, dtype=dtype),
+    channels=channels,
+    outputs=outputs or channels,
+    image_size=image_size,
+    qk_norm=qk_norm,
+    positions=positions,
+    remat=remat,
+    unroll=unroll,
+  )

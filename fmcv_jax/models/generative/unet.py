@@ -1,0 +1,332 @@
+"""The convolutional denoisers of DDPM (Ho et al. 2020) and of latent diffusion (Rombach et al. 2022), and their sizes.
+
+Letters in shapes: B batch, C channels of the picture or latent, L words, E width of a word.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.conv_blocks import (
+  Downsample,
+  ResidualBlock,
+  SpatialAttention,
+  Upsample,
+  conv,
+  group_norm,
+  groups_of,
+)
+from fmcv_jax.models.common.layers import (
+  Attention,
+  BlockConfig,
+  Dtype,
+  Mlp,
+  Remat,
+  dense,
+  layer_norm,
+  rematerialized,
+  scanned,
+)
+from fmcv_jax.models.generative.conditioning import ClassEmbedding, Perceptron, sinusoids
+from fmcv_jax.parallel.rules import constrain
+
+
+class TransformerBlock(nn.Module):
+  """Pixels [B, T, D] look at each other, then at the words [B, L, E]; in the form of a scan."""
+
+  config: BlockConfig
+
+  @nn.compact
+  def __call__(self, x, words, mask):
+    c = self.config
+    x = constrain(x, 'batch', 'tokens', 'width')
+    x = x + Attention(c, name='attention')(layer_norm(c.eps, c.dtype, 'norm1')(x)).astype(x.dtype)
+    y = layer_norm(c.eps, c.dtype, 'cross_norm')(x)
+    x = x + Attention(c, name='cross_attention')(y, words, mask=mask).astype(x.dtype)
+    x = x + Mlp(c, name='mlp')(layer_norm(c.eps, c.dtype, 'norm2')(x)).astype(x.dtype)
+    return constrain(x, 'batch', 'tokens', 'width'), None
+
+
+class Transformer(nn.Module):
+  """`depth` blocks over the pixels of [B, H, W, C], around a skip; born without a say."""
+
+  config: BlockConfig
+  depth: int
+
+  @nn.compact
+  def __call__(self, x, words, mask):
+    batch, height, width, channels = x.shape
+    dtype = self.config.dtype
+    y = group_norm(channels, dtype, 'norm')(x).reshape(batch, height * width, channels)
+    y = dense(channels, dtype, 'enter')(y)
+    blocks = scanned(TransformerBlock, self.depth, (nn.broadcast, nn.broadcast))(self.config, name='blocks')
+    y = dense(channels, dtype, 'leave', init=nn.initializers.zeros)(blocks(y, words, mask)[0])
+    return x + y.reshape(x.shape)
+
+
+class Told(NamedTuple):
+  """What every block is told: the time (with class or whole text) [B, D], and words [B, L, E] with their mask."""
+
+  time: jax.Array
+  words: jax.Array | None = None
+  mask: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramid:
+  """What both halves of a UNet have in common.
+
+  widths    channels of each level, from the highest resolution; each level has half the side of the one before it
+  depths    attention at each level: blocks of a transformer, or (without words) whether pixels look at each other
+  heads     of the attention at each level
+  layers    residual blocks of a level on the way down, one fewer than on the way up
+  family    'ddpm' (Ho et al. 2020): norm eps 1e-6, downsampling pads below and to the right, frequencies of the time
+            end at 1 / 10,000. 'ldm' (Rombach et al. 2022): 1e-5, pads on all sides, frequencies end before it
+  context   width of a word; 0 for a network without words
+  """
+
+  widths: tuple[int, ...]
+  depths: tuple[int, ...]
+  heads: tuple[int, ...]
+  layers: int
+  family: Literal['ddpm', 'ldm']
+  context: int = 0
+  dropout: float = 0.0
+  attention: Backend = 'auto'
+  remat: Remat = 'none'
+  dtype: Dtype = 'float32'
+
+  @property
+  def eps(self) -> float:
+    return 1e-6 if self.family == 'ddpm' else 1e-5
+
+  def residual(self, x, told: Told, features: int, train: bool, name: str):
+    """A residual block; to be called, as `attend`, in the compact method that owns its scope."""
+    block = rematerialized(ResidualBlock, self.remat)
+    return block(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(x, told.time)
+
+  def attend(self, x, told: Told, level: int, name: str):
+    depth = max(1, self.depths[level])
+    if not self.context:
+      return rematerialized(SpatialAttention, self.remat)(self.heads[level], self.eps, self.dtype, name=name)(x)
+    config = BlockConfig(
+      self.heads[level],
+      4 * x.shape[-1],
+      gated=True,
+      qkv_bias=False,
+      eps=1e-5,
+      attention=self.attention,
+      dtype=self.dtype,
+    )
+    return rematerialized(Transformer, self.remat)(config, depth, name=name)(x, told.words, told.mask)
+
+
+class Residuals(NamedTuple):
+  """What steers a UNet: to be added to the inputs of its way up, one for each, and to its lowest level."""
+
+  skips: list[jax.Array]
+  middle: jax.Array
+
+
+class Encoder(nn.Module):
+  """x [B, H, W, C] -> the inputs of the way up, one for each block and conv; the lowest level [B, h, w, D]; Told.
+
+  `hint` [B, H, W, widths[0]] is added to what the first convolution makes of x.
+  """
+
+  pyramid: Pyramid
+  classes: int = 0
+  pooled_text: bool = False
+
+  @nn.compact
+  def __call__(
+    self, x, time, condition: Condition = UNCONDITIONAL, *, hint: jax.Array | None = None, train: bool = False
+  ):
+    p = self.pyramid
+    told = self._told(time, condition)
+    x = conv(p.widths[0], p.dtype, 'conv_in')(constrain(x, 'batch', None, None, None))
+    if hint is not None:
+      x = x + hint
+    skips = [x]
+    for level, features in enumerate(p.widths):
+      for layer in range(p.layers):
+        x = p.residual(x, told, features, train, f'down{level}_block{layer}')
+        if p.depths[level]:
+          x = p.attend(x, told, level, f'down{level}_attention{layer}')
+        skips.append(x)
+      if level < len(p.widths) - 1:
+        x = Downsample(p.family == 'ldm', p.dtype, name=f'down{level}_down')(x)
+        skips.append(x)
+    x = p.residual(x, told, p.widths[-1], train, 'middle_block0')
+    x = p.attend(x, told, len(p.widths) - 1, 'middle_attention0')
+    return skips, p.residual(x, told, p.widths[-1], train, 'middle_block1'), told
+
+  def _told(self, time, condition: Condition) -> Told:
+    p, width = self.pyramid, 4 * self.pyramid.widths[0]
+    c = sinusoids(time, p.widths[0], closed=p.family == 'ddpm').astype(p.dtype)
+    c = Perceptron(width, p.dtype, name='time_embedding')(c)
+    if self.pooled_text:
+      c = c + Perceptron(width, p.dtype, name='text_embedding')(condition['pooled_text'])
+    if self.classes:
+      label = ClassEmbedding(self.classes, p.context or width, name='classes')(condition['label']).astype(p.dtype)
+      return Told(c, label[:, None]) if p.context else Told(c + label)
+    if not p.context:
+      return Told(c)
+    words: Any = condition['text']
+    if words.shape[-1] != p.context:
+      raise ValueError(f'context: words are {words.shape[-1]} wide, but the UNet reads {p.context}')
+    return Told(c, words, condition['text_mask'][:, None, None, :] if 'text_mask' in condition else None)
+
+
+class Decoder(nn.Module):
+  """What an Encoder made -> [B, H, W, outputs]; levels count from the highest resolution, as there."""
+
+  pyramid: Pyramid
+  outputs: int
+
+  @nn.compact
+  def __call__(self, skips, x, told: Told, *, train: bool = False):
+    p, skips = self.pyramid, list(skips)
+    for level in reversed(range(len(p.widths))):
+      for layer in range(p.layers + 1):
+        x = jnp.concatenate([x, skips.pop()], axis=-1)
+        x = p.residual(x, told, p.widths[level], train, f'up{level}_block{layer}')
+        if p.depths[level]:
+          x = p.attend(x, told, level, f'up{level}_attention{layer}')
+      if level:
+        x = Upsample(p.dtype, name=f'up{level}_up')(x)
+    x = jax.nn.silu(group_norm(x.shape[-1], p.dtype, 'norm', p.eps)(x))
+    return conv(self.outputs, p.dtype, 'conv_out', init=nn.initializers.zeros)(x)
+
+
+class UNet(nn.Module):
+  """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
+
+  `classes` is their number, 0 for a network that is told none: with words a class is a text of one word, without it is
+  added to the time. `pooled_text` adds its `pooled_text` to the time; `beside` is the number of further channels that
+  the condition's `image` has. `residuals` are those of a ControlNet. With dropout, training needs the rng 'dropout'.
+  """
+
+  pyramid: Pyramid
+  channels: int
+  outputs: int
+  image_size: int
+  classes: int = 0
+  pooled_text: bool = False
+  beside: int = 0
+
+  @property
+  def cross_attention(self) -> bool:
+    """Whether it reads texts."""
+    return bool(self.pyramid.context) and not self.classes
+
+  @nn.compact
+  def __call__(
+    self, x, time, condition: Condition = UNCONDITIONAL, *, residuals: Residuals | None = None, train: bool = False
+  ):
+    if self.beside:
+      beside: Any = condition['image']
+      x = jnp.concatenate([x, beside.astype(x.dtype)], axis=-1)
+    encoder = Encoder(self.pyramid, self.classes, self.pooled_text, name='encoder')
+    skips, x, told = encoder(x, time, condition, train=train)
+    if residuals is not None:
+      skips = [skip + more for skip, more in zip(skips, residuals.skips, strict=True)]
+      x = x + residuals.middle
+    return Decoder(self.pyramid, self.outputs, name='decoder')(skips, x, told, train=train).astype(jnp.float32)
+
+
+class Size(NamedTuple):
+  """`heads` of every level or, where that is 0, channels of each head."""
+
+  widths: tuple[int, ...]
+  depths: tuple[int, ...]
+  heads: int
+  head_dim: int
+  context: int
+  channels: int
+  image_size: int
+  family: Literal['ddpm', 'ldm'] = 'ldm'
+  pooled_text: bool = False
+
+
+# ddpm-*: Ho et al. 2020, appendix B (CIFAR-10; LSUN and CelebA-HQ). ldm*: Rombach et al. 2022, tables 12 and 13, of
+# latents of f4 and f8. sd*: Stable Diffusion 1, 2 and XL (Podell et al. 2023). mu is for tests.
+SIZES: dict[str, Size] = {
+  'mu': Size((16, 32), (1, 0), 2, 0, 16, 4, 8),
+  'ddpm-32': Size((128, 256, 256, 256), (0, 1, 0, 0), 1, 0, 0, 3, 32, 'ddpm'),
+  'ddpm-256': Size((128, 128, 256, 256, 512, 512), (0, 0, 0, 0, 1, 0), 1, 0, 0, 3, 256, 'ddpm'),
+  'ldm4': Size((224, 448, 672, 896), (0, 1, 1, 1), 0, 32, 0, 3, 64),
+  'ldm4-classes': Size((192, 384, 576, 960), (0, 1, 1, 1), 1, 0, 512, 3, 64),
+  'ldm8-classes': Size((256, 512, 1024), (1, 1, 1), 0, 32, 512, 4, 32),
+  'ldm8-text': Size((320, 640, 1280, 1280), (1, 1, 1, 0), 8, 0, 1280, 4, 32),
+  'sd1': Size((320, 640, 1280, 1280), (1, 1, 1, 0), 8, 0, 768, 4, 64),
+  'sd2': Size((320, 640, 1280, 1280), (1, 1, 1, 0), 0, 64, 1024, 4, 64),
+  'sdxl': Size((320, 640, 1280), (0, 2, 10), 0, 64, 2048, 4, 128, pooled_text=True),
+}
+
+
+def unet(
+  variant: str = 'sd1',
+  *,
+  image_size: int | None = None,
+  channels: int | None = None,
+  outputs: int | None = None,
+  classes: int = 0,
+  context: int | None = None,
+  pooled_text: bool | None = None,
+  beside: int = 0,
+  dropout: float = 0.0,
+  widths: tuple[int, ...] | None = None,
+  depths: tuple[int, ...] | None = None,
+  layers: int = 2,
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  dtype: Dtype = 'float32',
+) -> UNet:
+  """A named UNet; image_size is a side of what it denoises: 64 for 512 pixels in kl-f8.
+
+  outputs  channels of what it predicts, the input's by default; twice as many for a learned variance
+  context  width of the text tower's words
+  beside   further channels next to x: 5 for filling holes, the mask and the latent of what is around
+  """
+  if variant not in SIZES:
+    raise ValueError(f'unknown UNet variant {variant!r}; {nearest(variant, SIZES)}')
+  size = SIZES[variant]
+  widths, depths = widths or size.widths, depths or size.depths
+  image_size, channels = image_size or size.image_size, channels or size.channels
+  if len(widths) != len(depths):
+    raise ValueError(f'depths: {depths} has not as many levels as widths, {widths}')
+  if image_size % 2 ** (len(widths) - 1):
+    raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(widths) - 1)}')
+  if any(w % groups_of(w) for w in widths):
+    raise ValueError(f'widths: {widths} have to be multiples of 32, or below 128 of 4')
+  heads = tuple(size.heads or w // size.head_dim for w in widths)
+  if any(w % h for w, h in zip(widths, heads, strict=True)):
+    raise ValueError(f'widths: {widths} do not divide into {heads} heads')
+  pyramid = Pyramid(
+    widths=widths,
+    depths=depths,
+    heads=heads,
+    layers=layers,
+    family=size.family,
+    context=size.context if context is None else context,
+    dropout=dropout,
+    attention=attention,
+    remat=remat,
+    dtype=dtype,
+  )
+  return UNet(
+    pyramid=pyramid,
+    channels=channels,
+    outputs=outputs or channels,
+    image_size=image_size,
+    classes=classes,
+    pooled_text=size.pooled_text if pooled_text is None else pooled_text,
+    beside=beside,
+  )

@@ -1,0 +1,227 @@
+"""Image and text towers that meet in one embedding space.
+
+CLIP (Radford et al. 2021), ALIGN (Jia et al. 2021), SigLIP (Zhai et al. 2023), or any two towers.
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.errors import nearest
+from fmcv_jax.models.backbones.efficientnet import efficientnet
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.layers import Activation, Dtype, Remat, Unroll, unit
+from fmcv_jax.parallel.rules import constrain
+
+MAX_LOG_SCALE = math.log(100.0)  # CLIP clips the learned temperature so that logits are never scaled by more
+
+
+class Pairs(NamedTuple):
+  """Unit-length embeddings of a batch of pairs, float32 [B, E]."""
+
+  image: jax.Array
+  text: jax.Array
+
+
+class DualEncoder(nn.Module):
+  """Two towers whose outputs have the same width, a learned inverse temperature, and a learned bias (None for none)."""
+
+  image: nn.Module
+  text: nn.Module
+  initial_scale: float = 1 / 0.07
+  initial_bias: float | None = None
+
+  def setup(self):
+    self.temperature = self.param('temperature', nn.initializers.constant(math.log(self.initial_scale)), ())
+    if self.initial_bias is not None:
+      self.bias = self.param('bias', nn.initializers.constant(self.initial_bias), ())
+
+  def encode_image(self, images, *, keep=None, train: bool = False):
+    """Normalized images [B, H, W, 3] -> unit vectors, float32 [B, E]."""
+    chosen = {} if keep is None else {'keep': keep}  # which only networks of patches take
+    return embedding(self.image(images, train=train, **chosen).output)
+
+  def encode_text(self, tokens, *, train: bool = False):
+    """Token ids int32 [B, T] -> unit vectors, float32 [B, E]."""
+    return embedding(self.text(tokens, train=train).output)
+
+  def logit_scale_and_bias(self) -> tuple[jax.Array, jax.Array]:
+    """The float32 scalars of logits = scale * image @ text.T + bias."""
+    scale = jnp.exp(jnp.minimum(self.temperature, MAX_LOG_SCALE))
+    return scale, self.bias if self.initial_bias is not None else jnp.zeros(())
+
+  def __call__(self, images, tokens, *, keep=None, train: bool = False) -> Pairs:
+    return Pairs(self.encode_image(images, keep=keep, train=train), self.encode_text(tokens, train=train))
+
+
+def embedding(output: jax.Array) -> jax.Array:
+  """A tower's output [B, E] as unit vectors, float32, split over the batch."""
+  return unit(constrain(output, 'batch', None))
+
+
+def dual_encoder(
+  image: nn.Module, text: nn.Module, *, initial_scale: float = 1 / 0.07, initial_bias: float | None = None
+) -> DualEncoder:
+  """Any two towers that the config describes."""
+  return DualEncoder(image, text, initial_scale, initial_bias)
+
+
+# Image tower; width, depth, heads of the text tower; width of the embedding. OpenAI's B and L, OpenCLIP's H, g and G.
+CLIP_SIZES: dict[str, tuple[str, int, int, int, int]] = {
+  'B/32': ('B/32', 512, 12, 8, 512),
+  'B/16': ('B/16', 512, 12, 8, 512),
+  'L/14': ('L/14', 768, 12, 12, 768),
+  'H/14': ('H/14', 1024, 24, 16, 1024),
+  'g/14': ('g/14', 1024, 24, 16, 1024),
+  'G/14': ('G/14', 1280, 32, 20, 1280),
+}
+
+
+def clip(
+  variant: str = 'B/32',
+  *,
+  image_size: int = 224,
+  vocab_size: int = 49408,
+  length: int = 77,
+  activation: Activation = 'gelu',
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  unroll: Unroll = 1,
+  dtype: Dtype = 'float32',
+) -> DualEncoder:
+  """CLIP by its published names. OpenAI's own weights want activation='quick_gelu'."""
+  if variant not in CLIP_SIZES:
+    raise ValueError(f'unknown CLIP variant {variant!r}; {nearest(variant, CLIP_SIZES)}')
+  tower, width, depth, heads, embedding = CLIP_SIZES[variant]
+  image = vit(
+    tower,
+    image_size=image_size,
+    outputs=embedding,
+    outputs_bias=False,
+    pre_norm=True,
+    patch_bias=False,
+    activation=activation,
+    eps=1e-5,
+    attention=attention,
+    remat=remat,
+    unroll=unroll,
+    dtype=dtype,
+  )
+  text = text_transformer(
+    vocab_size,
+    length,
+    width,
+    depth,
+    heads,
+    outputs=embedding,
+    activation=activation,
+    attention=attention,
+    remat=remat,
+    unroll=unroll,
+    dtype=dtype,
+  )
+  return DualEncoder(image, text)
+
+
+# The image tower, whose width and depth the text tower shares.
+SIGLIP_SIZES = ('B/32', 'B/16', 'L/16', 'So400m/14', 'So400m/16', 'g/16')
+
+
+def siglip(
+  variant: str = 'B/16',
+  *,
+  image_size: int = 224,
+  vocab_size: int = 32_000,
+  length: int = 64,
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  unroll: Unroll = 1,
+  dtype: Dtype = 'float32',
+) -> DualEncoder:
+  """SigLIP by its published names: attention-pooled images, bidirectional text read at its last token."""
+  if variant not in SIGLIP_SIZES:
+    raise ValueError(f'unknown SigLIP variant {variant!r}; {nearest(variant, SIGLIP_SIZES)}')
+  image = vit(
+    variant,
+    image_size=image_size,
+    pool='map',
+    activation='gelu_tanh',
+    attention=attention,
+    remat=remat,
+    unroll=unroll,
+    dtype=dtype,
+  )
+  block = image.stack.block
+  text = text_transformer(
+    vocab_size,
+    length,
+    image.width,
+    image.stack.depth,
+    block.heads,
+    mlp_dim=block.mlp_dim,
+    causal=False,
+    pool='last',
+    outputs=image.width,
+    outputs_bias=True,
+    activation='gelu_tanh',
+    eps=1e-6,
+    attention=attention,
+    remat=remat,
+    unroll=unroll,
+    dtype=dtype,
+  )
+  return DualEncoder(image, text, initial_scale=10.0, initial_bias=-10.0)
+
+
+# Image tower; width, depth, heads of the text tower. L2: Jia et al. 2021, with BERT-Large; B7: Kakao's align-base.
+ALIGN_SIZES: dict[str, tuple[str, int, int, int]] = {
+  'mu': ('mu', 32, 2, 2),
+  'B7': ('B7', 768, 12, 12),
+  'L2': ('L2', 1024, 24, 16),
+}
+
+
+def align(
+  variant: str = 'L2',
+  *,
+  image_size: int = 289,
+  vocab_size: int = 100_000,
+  length: int = 64,
+  drop_path: float = 0.2,
+  attention: Backend = 'auto',
+  remat: Remat = 'none',
+  unroll: Unroll = 1,
+  dtype: Dtype = 'float32',
+) -> DualEncoder:
+  """ALIGN (Jia et al. 2021): an EfficientNet without its last convolution, and BERT read at its first token.
+
+  BERT's second kind of segment has no use here, and that of the first, one vector for all, is part of the positions.
+  """
+  if variant not in ALIGN_SIZES:
+    raise ValueError(f'unknown ALIGN variant {variant!r}; {nearest(variant, ALIGN_SIZES)}')
+  tower, width, depth, heads = ALIGN_SIZES[variant]
+  image = efficientnet(tower, image_size=image_size, top=False, drop_path=drop_path, remat=remat, dtype=dtype)
+  text = text_transformer(
+    vocab_size,
+    length,
+    width,
+    depth,
+    heads,
+    causal=False,
+    pool='first',
+    attend_padding=False,
+    outputs=image.width,
+    outputs_bias=True,
+    eps=1e-12,
+    post_norm=True,
+    attention=attention,
+    remat=remat,
+    unroll=unroll,
+    dtype=dtype,
+  )
+  return DualEncoder(image, text, initial_scale=1.0)

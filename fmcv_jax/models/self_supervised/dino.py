@@ -1,0 +1,93 @@
+"""The network of DINO (Caron et al. 2021) and DINOv2 (Oquab et al. 2023): a ViT, and heads that score prototypes.
+
+Letters in shapes: B batch, D width, M picked patches, K prototypes.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.models.common.layers import ACTIVATIONS, Dtype, dense, unit
+from fmcv_jax.parallel.rules import constrain
+
+
+class Scores(NamedTuple):
+  """Float32: how well each prototype fits the images [B, K] and the picked patches [B, M, K]; features [B, D]."""
+
+  image: jax.Array
+  patches: jax.Array | None
+  features: jax.Array
+
+
+class PrototypeHead(nn.Module):
+  """x [B, ..., D] -> float32 [B, ..., K]: an MLP, then the cosine with every prototype.
+
+  lengths: each prototype has a length of its own that multiplies its cosines, as in the published S/16 and in DINOv2.
+  """
+
+  prototypes: int
+  hidden: int
+  bottleneck: int
+  layers: int
+  lengths: bool
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.truncated_normal(0.02)
+    for layer in range(1, self.layers):
+      x = ACTIVATIONS['gelu'](dense(self.hidden, self.dtype, f'hidden{layer}', init=init)(x))
+    x = unit(dense(self.bottleneck, self.dtype, 'bottleneck', init=init)(x)).astype(self.dtype)
+    directions = unit(self.param('prototypes', init, (self.bottleneck, self.prototypes)), axis=0).astype(self.dtype)
+    scores = jnp.einsum('...d,dk->...k', x, directions, preferred_element_type=jnp.float32)
+    if self.lengths:
+      scores = scores * self.param('lengths', nn.initializers.ones, (self.prototypes,))
+    return constrain(scores, 'batch', *(None,) * (scores.ndim - 2), 'vocab')
+
+
+class SelfDistiller(nn.Module):
+  """Normalized images [B, H, W, 3] -> Scores. patch_head None: patches are scored by the images' head."""
+
+  encoder: ViT
+  head: PrototypeHead
+  patch_head: PrototypeHead | None = None
+
+  @property
+  def image_size(self) -> int:
+    return self.encoder.image_size
+
+  def __call__(self, images, *, masked=None, picked=None, train: bool = False) -> Scores:
+    """masked: bool [B, T], patches to hide from the encoder; picked: int32 [B, M], the patches to score."""
+    features = self.encoder(images, masked=masked, train=train)
+    patches = None
+    if picked is not None:
+      tokens = jnp.take_along_axis(features.tokens[:, self.encoder.prefix :], picked[..., None], axis=1)
+      patches = (self.patch_head or self.head)(tokens)
+    return Scores(self.head(features.pooled), patches, features.pooled.astype(jnp.float32))
+
+
+def dino(
+  encoder: nn.Module,
+  *,
+  prototypes: int = 65_536,
+  hidden: int = 2048,
+  bottleneck: int = 256,
+  layers: int = 3,
+  lengths: bool = False,
+  separate_patch_head: bool = False,
+) -> SelfDistiller:
+  """DINO around a ViT, with the published head; iBOT's masked patches need the encoder's mask_token."""
+  if not isinstance(encoder, ViT):
+    raise ValueError('encoder: self-distillation needs a network of patches: encoder.name is vit')
+  if encoder.outputs:
+    raise ValueError('encoder: outputs has no use here; leave it out')
+  if separate_patch_head and not encoder.mask_token:
+    raise ValueError('separate_patch_head: masked patches need encoder.mask_token=True')
+
+  def head():
+    return PrototypeHead(prototypes, hidden, bottleneck, layers, lengths, encoder.stack.block.dtype)
+
+  return SelfDistiller(encoder, head(), head() if separate_patch_head else None)

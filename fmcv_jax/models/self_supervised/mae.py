@@ -1,0 +1,80 @@
+"""Masked autoencoder (He et al. 2022): an encoder that sees a quarter of the patches, a small decoder that fills in.
+
+Letters in shapes: B batch, T patches, N patches that are seen, D width, P pixels of a patch times 3.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.models.common.layers import BlockConfig, Stack, dense, layer_norm
+from fmcv_jax.models.common.positions import sincos_2d
+from fmcv_jax.parallel.rules import constrain
+
+
+class Reconstruction(NamedTuple):
+  """pixels [B, T, P], the decoder's patches row by row; features [B, D], the encoder's, pooled over what it saw."""
+
+  pixels: jax.Array
+  features: jax.Array
+
+
+class Decoder(nn.Module):
+  """Puts the tokens that were seen back in their places, a mask token in the others, and predicts every patch."""
+
+  width: int
+  stack: Stack
+  outputs: int
+
+  @nn.compact
+  def __call__(self, tokens, order, grid: tuple[int, int], *, prefix: int, train: bool = False):
+    """tokens [B, prefix + N, D], those of patches order[:, :N] after the prefix; order int32 [B, T] -> [B, T, P]."""
+    block, batch, hidden = self.stack.block, order.shape[0], order.shape[1] - (tokens.shape[1] - prefix)
+    x = dense(self.width, block.dtype, 'embed')(tokens)
+    token = self.param('mask_token', nn.initializers.normal(0.02), (1, self.width)).astype(x.dtype)
+    patches = jnp.concatenate([x[:, prefix:], jnp.broadcast_to(token, (batch, hidden, self.width))], axis=1)
+    patches = jnp.take_along_axis(patches, jnp.argsort(order, axis=1)[..., None], axis=1)
+    # The prefix has no place: its row of the published table is zero.
+    x = jnp.concatenate([x[:, :prefix], patches + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)], axis=1)
+    x = self.stack(constrain(x, 'batch', 'tokens', 'width'), train=train)
+    x = layer_norm(block.eps, block.dtype, 'norm')(x)
+    return dense(self.outputs, block.dtype, 'head')(x)[:, prefix:]
+
+
+class MaskedAutoencoder(nn.Module):
+  """Normalized images [B, H, W, 3] and an order of their patches -> Reconstruction."""
+
+  encoder: ViT
+  decoder: Decoder
+
+  @property
+  def image_size(self) -> int:
+    return self.encoder.image_size
+
+  def __call__(self, images, order, *, visible: int, train: bool = False) -> Reconstruction:
+    """order: int32 [B, T], a permutation of each image's patches, of which the encoder sees the first `visible`."""
+    features = self.encoder(images, keep=order[:, :visible], train=train)
+    grid = (images.shape[1] // self.encoder.patch, images.shape[2] // self.encoder.patch)
+    pixels = self.decoder(features.tokens, order, grid, prefix=self.encoder.prefix, train=train)
+    return Reconstruction(pixels, features.pooled)
+
+
+def mae(encoder: nn.Module, *, width: int = 512, depth: int = 8, heads: int = 16) -> MaskedAutoencoder:
+  """A masked autoencoder around a ViT; the decoder of this width takes its norms, dtype and remat from the encoder.
+
+  The published B/16, L/16 and H/14 are vit(variant, positions='sincos2d') with the default decoder.
+  """
+  if not isinstance(encoder, ViT):
+    raise ValueError('encoder: masked autoencoding needs a network that can skip patches: encoder.name is vit')
+  if encoder.outputs or encoder.mask_token:
+    raise ValueError('encoder: outputs and mask_token have no use here; leave them out')
+  if width % heads or width % 4:
+    raise ValueError(f'width: {width} does not divide into {heads} heads, or not by 4')
+  own = encoder.stack.block
+  block = BlockConfig(heads, 4 * width, own.activation, eps=own.eps, attention=own.attention, dtype=own.dtype)
+  stack = dataclasses.replace(encoder.stack, depth=depth, block=block, drop_path=0.0)
+  return MaskedAutoencoder(encoder, Decoder(width, stack, encoder.patch**2 * 3))

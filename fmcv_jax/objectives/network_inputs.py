@@ -1,0 +1,67 @@
+"""What a network is given to see: the images of a batch as a loss hands them over, after all that the device does, and
+the pictures made of them that steer it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.augment.control_maps import Control
+from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.objectives.base import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recording(Normalize):
+  """Every loss brings its images to the network's range by `normalize`, last of all: there they can be looked at."""
+
+  record: list[jax.Array] = dataclasses.field(default_factory=list, compare=False)
+
+  def __call__(self, images):
+    self.record.append(images)
+    return super().__call__(images)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RecordingControl(Control):
+  """What a ControlNet is shown is another picture that the network is given."""
+
+  control: Control
+  record: list[jax.Array] = dataclasses.field(default_factory=list, compare=False)
+
+  def __call__(self, images):
+    self.record.append(self.control(images))
+    return self.record[-1]
+
+
+def seen(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
+  """Each images float32 [B, views, H, W, 3] in [0, 1] that the loss of a batch gives the network, with this rng.
+
+  The loss itself is traced, with parameters that are never made; what it computes of the images is left out.
+  """
+  count = len(next(iter(batch.values())))
+
+  @jax.jit
+  def traced(batch, rng):
+    record: list[jax.Array] = []
+    params, extra = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, jax.random.key(0))
+    )
+    _recorded(objective, record).loss(params, batch, rng, extra)
+    return [images.reshape(count, -1, *images.shape[1:]) for images in record]
+
+  return traced(batch, rng)
+
+
+def _recorded(objective: Any, record: list[jax.Array]) -> Any:
+  changed: dict[str, Any] = {}
+  for field in dataclasses.fields(objective):
+    value = getattr(objective, field.name)
+    if field.name == 'normalize':
+      changed['normalize'] = _Recording(value.mean, value.std, record)
+    elif isinstance(value, Control):
+      changed[field.name] = _RecordingControl(value, record)
+    elif isinstance(value, Objective):
+      changed[field.name] = _recorded(value, record)
+  return dataclasses.replace(objective, **changed)

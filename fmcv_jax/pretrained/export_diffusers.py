@@ -1,0 +1,154 @@
+"""What diffusers finds beside the arrays: its configs of networks, schedules and pipelines, for `from_pretrained`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.diffusion.process import STEPS, Process
+from fmcv_jax.errors import UserError
+from fmcv_jax.models.generative.autoencoder import Autoencoder
+from fmcv_jax.models.generative.controlnet import controlnet
+from fmcv_jax.models.generative.dit import DiT
+from fmcv_jax.models.generative.unet import UNet
+from fmcv_jax.pretrained import export_transformers
+from fmcv_jax.pretrained.export_transformers import Files
+
+_VERSION = {'_diffusers_version': '0.30.0'}  # the oldest whose files these are
+PREDICTIONS = {'noise': 'epsilon', 'image': 'sample', 'velocity': 'v_prediction'}
+_BETAS: dict[str, dict[str, Any]] = {
+  'linear': {'beta_schedule': 'linear', 'beta_start': 1e-4, 'beta_end': 0.02},
+  'scaled_linear': {'beta_schedule': 'scaled_linear', 'beta_start': 0.00085, 'beta_end': 0.012},
+  'cosine': {'beta_schedule': 'squaredcos_cap_v2'},
+  'zero_snr': {
+    'beta_schedule': 'scaled_linear',
+    'beta_start': 0.00085,
+    'beta_end': 0.012,
+    'rescale_betas_zero_snr': True,
+  },
+}
+
+
+def files(family: str, objective: Any, tokenizer: Tokenizer | None, *, whole: bool) -> Files:
+  """All beside the arrays, of a network alone or of a whole pipeline, whose parts have folders of their own."""
+  network = objective.network
+  linear = family.endswith(('sd2', 'sd2_velocity'))
+  if family == 'sd_vae':
+    return {'config.json': coder(network, 1.0)}
+  if family == 'dit':
+    return {'config.json': transformer(network)}
+  if family.startswith('controlnet'):
+    steered = controlnet(network, objective.autoencoder.factor)
+    return {'config.json': control(network, steered.widths, linear=linear)}
+  if not whole:
+    return {'config.json': unet(network, linear=linear)}
+  filling = bool(network.beside)
+  pipeline = {
+    '_class_name': 'StableDiffusionInpaintPipeline' if filling else 'StableDiffusionPipeline',
+    'unet': ['diffusers', 'UNet2DConditionModel'],
+    'vae': ['diffusers', 'AutoencoderKL'],
+    'text_encoder': ['transformers', 'CLIPTextModel'],
+    'tokenizer': ['transformers', 'CLIPTokenizer'],
+    'scheduler': ['diffusers', 'DDIMScheduler'],
+    'safety_checker': [None, None],
+    'feature_extractor': [None, None],
+    'requires_safety_checker': False,
+  }
+  words = {}
+  if tokenizer is not None:
+    padding = '!' if objective.padding == 'zeros' else '<|endoftext|>'
+    words = export_transformers.texts(tokenizer, padding)
+  return {
+    'model_index.json': {**pipeline, **_VERSION},
+    'unet/config.json': unet(network, linear=linear),
+    'vae/config.json': coder(objective.autoencoder, objective.latent_scale),
+    'text_encoder/config.json': export_transformers.text_tower(objective.text),
+    'scheduler/scheduler_config.json': scheduler(objective.process),
+    **{f'tokenizer/{name}': content for name, content in words.items()},
+  }
+
+
+def unet(network: UNet, *, linear: bool) -> dict[str, Any]:
+  pyramid = network.pyramid
+  return {
+    '_class_name': 'UNet2DConditionModel',
+    'sample_size': network.image_size,
+    'in_channels': network.channels + network.beside,
+    'out_channels': network.outputs,
+    'up_block_types': ['CrossAttnUpBlock2D' if depth else 'UpBlock2D' for depth in reversed(pyramid.depths)],
+    **_down(network, linear),
+  }
+
+
+def control(network: UNet, hint: Sequence[int], *, linear: bool) -> dict[str, Any]:
+  return {
+    '_class_name': 'ControlNetModel',
+    'in_channels': network.channels,
+    'conditioning_embedding_out_channels': list(hint),
+    **_down(network, linear),
+  }
+
+
+def _down(network: UNet, linear: bool) -> dict[str, Any]:
+  pyramid = network.pyramid
+  return {
+    **_VERSION,
+    'block_out_channels': list(pyramid.widths),
+    'down_block_types': ['CrossAttnDownBlock2D' if depth else 'DownBlock2D' for depth in pyramid.depths],
+    'transformer_layers_per_block': [max(1, depth) for depth in pyramid.depths],
+    'layers_per_block': pyramid.layers,
+    'cross_attention_dim': pyramid.context,
+    'attention_head_dim': list(pyramid.heads),  # in truth the number of heads
+    'use_linear_projection': linear,
+  }
+
+
+def coder(network: Autoencoder, scale: float) -> dict[str, Any]:
+  if any(network.attention):
+    raise UserError('diffusers has no autoencoder with attention at some of its levels only')
+  levels = len(network.channels)
+  return {
+    '_class_name': 'AutoencoderKL',
+    **_VERSION,
+    'in_channels': 3,
+    'out_channels': 3,
+    'latent_channels': network.latent,
+    'block_out_channels': list(network.channels),
+    'down_block_types': ['DownEncoderBlock2D'] * levels,
+    'up_block_types': ['UpDecoderBlock2D'] * levels,
+    'layers_per_block': network.layers,
+    'sample_size': network.image_size,
+    'scaling_factor': scale,
+    'mid_block_add_attention': network.middle_attention,
+    'use_quant_conv': network.quantize,
+    'use_post_quant_conv': network.quantize,
+  }
+
+
+def transformer(network: DiT) -> dict[str, Any]:
+  return {
+    '_class_name': 'DiTTransformer2DModel',
+    **_VERSION,
+    'num_attention_heads': network.block.heads,
+    'attention_head_dim': network.width // network.block.heads,
+    'in_channels': network.channels,
+    'out_channels': network.outputs,
+    'num_layers': network.depth,
+    'sample_size': network.image_size,
+    'patch_size': network.patch,
+    'num_embeds_ada_norm': network.classes,
+  }
+
+
+def scheduler(process: Process) -> dict[str, Any]:
+  if process.schedule not in _BETAS or process.prediction not in PREDICTIONS:
+    raise UserError(f'no scheduler of Stable Diffusion knows {process.schedule} with {process.prediction}')
+  return {
+    '_class_name': 'DDIMScheduler',
+    **_VERSION,
+    **_BETAS[process.schedule],
+    'num_train_timesteps': STEPS,
+    'prediction_type': PREDICTIONS[process.prediction],
+    'clip_sample': False,
+    'set_alpha_to_one': False,
+    'steps_offset': 1,
+  }

@@ -1,0 +1,230 @@
+"""What transformers finds beside the arrays: its configs of networks, of images and of texts, for `from_pretrained`."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fmcv_jax.data.tokenizers import ClipBpe, SentencePiece, Tokenizer, TokenizerJson
+from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
+from fmcv_jax.errors import UserError
+from fmcv_jax.models.backbones.efficientnet import SIZES, EfficientNet
+from fmcv_jax.models.backbones.swin import Swin
+from fmcv_jax.models.backbones.text import TextTransformer
+from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.models.common.layers import BlockConfig, Stack
+from fmcv_jax.pretrained import clip_vocabulary, efficientnet
+
+Files = dict[str, Any]  # by name: data for JSON, a text, or the path of a file to copy
+
+ACTIVATIONS = {
+  'gelu': 'gelu',
+  'gelu_tanh': 'gelu_pytorch_tanh',
+  'quick_gelu': 'quick_gelu',
+  'silu': 'silu',
+  'relu': 'relu',
+}
+_FILTERS = {'nearest': 0, 'lanczos': 1, 'bilinear': 2, 'bicubic': 3}  # Pillow's numbers
+
+
+def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: Tokenizer | None) -> Files:
+  """All beside model.safetensors; UserError for a network that transformers has not."""
+  network = objective.network
+  configs = {
+    'clip': _clip,
+    'clip_openai': _clip,
+    'siglip': _siglip,
+    'mae_pretrain': lambda _: _masked(objective),
+    'swin': _swin,
+    'efficientnet': _efficientnet,
+    'deit': lambda own: _encoder('deit', 'DeiT', own, 'ForImageClassificationWithTeacher'),
+    'dinov2': _dinov2,
+  }
+  config = configs.get(family, lambda own: _encoder('vit', 'ViT', own, 'ForImageClassification'))(network)
+  found: Files = {'config.json': config}
+  if image is not None:
+    found['preprocessor_config.json'] = _images(image, objective.normalize)
+  return found | (texts(tokenizer) if tokenizer is not None else {})
+
+
+def plain(block: BlockConfig, library: str) -> BlockConfig:
+  """UserError for blocks that compute in another order than published ones."""
+  if block.parallel or block.post_norm or block.qk_norm or not block.qkv_bias:
+    raise UserError(f'{library} has no such blocks: parallel, post_norm, qk_norm or without qkv_bias')
+  return block
+
+
+def _blocks(stack: Stack, width: int) -> dict[str, Any]:
+  block = plain(stack.block, 'transformers')
+  return {
+    'hidden_size': width,
+    'num_hidden_layers': stack.depth,
+    'num_attention_heads': block.heads,
+    'intermediate_size': block.mlp_dim,
+    'hidden_act': ACTIVATIONS[block.activation],
+    'layer_norm_eps': block.eps,
+  }
+
+
+def _patches(network: ViT) -> dict[str, Any]:
+  sizes = {'image_size': network.image_size, 'patch_size': network.patch, 'num_channels': 3}
+  return {**_blocks(network.stack, network.width), **sizes}
+
+
+def _labels(outputs: int) -> dict[str, Any]:
+  return {'id2label': {str(i): f'LABEL_{i}' for i in range(outputs)}} if outputs else {}
+
+
+def _encoder(kind: str, name: str, network: ViT, head: str) -> dict[str, Any]:
+  if network.pool != 'cls' or not network.place_class_token or network.registers:
+    raise UserError(f'transformers has no {name} without a class token that has a place, or with registers')
+  suffix = head if network.outputs else 'Model'
+  own = {'model_type': kind, 'architectures': [f'{name}{suffix}'], 'qkv_bias': True}
+  return {**own, **_patches(network), **_labels(network.outputs)}
+
+
+def _dinov2(network: ViT) -> dict[str, Any]:
+  block, registers = network.stack.block, network.registers
+  ratio: float = block.mlp_dim / network.width
+  if block.gated:  # theirs is rounded up to a multiple of 8 after taking two thirds
+    ratio = 4 if math.ceil(int(4 * network.width * 2 / 3) / 8) * 8 == block.mlp_dim else 1.5 * ratio
+  numbers = _patches(network)
+  del numbers['intermediate_size']
+  return {
+    'model_type': 'dinov2_with_registers' if registers else 'dinov2',
+    'architectures': ['Dinov2WithRegistersModel' if registers else 'Dinov2Model'],
+    **numbers,
+    'hidden_act': 'gelu' if block.gated else numbers['hidden_act'],
+    'mlp_ratio': int(ratio) if ratio == int(ratio) else ratio,
+    'use_swiglu_ffn': block.gated,
+    'qkv_bias': True,
+    **({'num_register_tokens': registers} if registers else {}),
+  }
+
+
+def _masked(objective: Any) -> dict[str, Any]:
+  network = objective.network
+  decoder = network.decoder
+  return {
+    'model_type': 'vit_mae',
+    'architectures': ['ViTMAEForPreTraining'],
+    **_patches(network.encoder),
+    'decoder_hidden_size': decoder.width,
+    'decoder_num_hidden_layers': decoder.stack.depth,
+    'decoder_num_attention_heads': decoder.stack.block.heads,
+    'decoder_intermediate_size': decoder.stack.block.mlp_dim,
+    'mask_ratio': objective.hidden,
+    'norm_pix_loss': objective.normalized,
+  }
+
+
+def _swin(network: Swin) -> dict[str, Any]:
+  first = network.blocks[0]
+  return {
+    'model_type': 'swin',
+    'architectures': ['SwinForImageClassification' if network.outputs else 'SwinModel'],
+    'image_size': network.image_size,
+    'patch_size': network.smallest_patch,
+    'embed_dim': network.width,
+    'depths': list(network.depths),
+    'num_heads': [block.heads for block in network.blocks],
+    'window_size': network.window,
+    'mlp_ratio': first.mlp_dim / network.width,
+    'hidden_act': ACTIVATIONS[first.activation],
+    'layer_norm_eps': first.eps,
+    **_labels(network.outputs),
+  }
+
+
+def _efficientnet(network: EfficientNet) -> dict[str, Any]:
+  variant = efficientnet.variant_of(network.stem, [row.repeats for row in network.stages])
+  if not network.top:
+    raise UserError('transformers has no EfficientNet without its last convolution')
+  width, depth, _, dropout = SIZES[variant]
+  return {
+    'model_type': 'efficientnet',
+    'architectures': ['EfficientNetForImageClassification' if network.outputs else 'EfficientNetModel'],
+    'image_size': network.image_size,
+    'width_coefficient': width,
+    'depth_coefficient': depth,
+    'hidden_dim': network.top,
+    'dropout_rate': dropout,
+    **_labels(network.outputs),
+  }
+
+
+def _clip(network: Any) -> dict[str, Any]:
+  projection = network.text.outputs
+  return {
+    'model_type': 'clip',
+    'architectures': ['CLIPModel'],
+    'projection_dim': projection,
+    'vision_config': {'model_type': 'clip_vision_model', 'projection_dim': projection, **_patches(network.image)},
+    'text_config': text_tower(network.text),
+  }
+
+
+def text_tower(network: TextTransformer) -> dict[str, Any]:
+  """Of CLIP's text tower, which reads a text at its largest id."""
+  last = network.vocab_size - 1
+  return {
+    'model_type': 'clip_text_model',
+    'architectures': ['CLIPTextModel'],
+    **_blocks(network.stack, network.width),
+    'vocab_size': network.vocab_size,
+    'max_position_embeddings': network.length,
+    'projection_dim': network.outputs or network.width,
+    'bos_token_id': last - 1,
+    'eos_token_id': last,
+    'pad_token_id': 0,
+  }
+
+
+def _siglip(network: Any) -> dict[str, Any]:
+  text = network.text
+  words = {'vocab_size': text.vocab_size, 'max_position_embeddings': text.length, 'projection_size': text.outputs}
+  return {
+    'model_type': 'siglip',
+    'architectures': ['SiglipModel'],
+    'vision_config': {'model_type': 'siglip_vision_model', 'vision_use_head': True, **_patches(network.image)},
+    'text_config': {'model_type': 'siglip_text_model', **_blocks(text.stack, text.width), **words},
+  }
+
+
+def _images(image: ImageTransform, normalize: Any) -> dict[str, Any]:
+  square = {'height': image.size, 'width': image.size}
+  common = {
+    'do_resize': True,
+    'do_rescale': True,
+    'rescale_factor': 1 / 255,
+    'do_normalize': True,
+    'image_mean': list(normalize.mean),
+    'image_std': list(normalize.std),
+    'do_convert_rgb': True,
+  }
+  if isinstance(image, Resize):
+    own: Files = {'image_processor_type': 'SiglipImageProcessor', 'size': square}
+  else:
+    crop = image.crop if isinstance(image, ResizeCrop) else 1.0
+    cut = {'do_center_crop': True, 'crop_size': square}
+    own = {'image_processor_type': 'CLIPImageProcessor', 'size': {'shortest_edge': round(image.size / crop)}, **cut}
+  return {**own, 'resample': _FILTERS[getattr(image, 'interpolation', 'bicubic')], **common}
+
+
+def texts(tokenizer: Tokenizer, padding: str = '<|endoftext|>') -> Files:
+  """Of the tokenizers that others published; of one that was trained here, nothing."""
+  common = {'model_max_length': tokenizer.length}
+  if isinstance(tokenizer, ClipBpe):
+    start, end = '<|startoftext|>', '<|endoftext|>'
+    special = {'bos_token': start, 'eos_token': end, 'unk_token': end, 'pad_token': padding}
+    vocabulary, merges = clip_vocabulary.tables()
+    config = {'tokenizer_class': 'CLIPTokenizer', **special, **common}
+    return {'vocab.json': vocabulary, 'merges.txt': merges, 'tokenizer_config.json': config}
+  if isinstance(tokenizer, SentencePiece):
+    special = {'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '</s>'}
+    config = {'tokenizer_class': 'SiglipTokenizer', 'do_lower_case': True, **special, **common}
+    return {'spiece.model': Path(tokenizer.file), 'tokenizer_config.json': config}
+  if isinstance(tokenizer, TokenizerJson):
+    special = {'pad_token': tokenizer.padding, **({'eos_token': tokenizer.end} if tokenizer.end else {})}
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', **special, **common}
+    return {'tokenizer.json': Path(tokenizer.file), 'tokenizer_config.json': config}
+  return {}

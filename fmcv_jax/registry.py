@@ -1,0 +1,121 @@
+"""Every name that a config may use, by kind."""
+
+import flax.linen as nn
+
+from fmcv_jax import config as config_lib
+from fmcv_jax.augment.base import Augment
+from fmcv_jax.augment.control_maps import Coarse, Control, Edges, Gray
+from fmcv_jax.augment.registry import AUGMENTS
+from fmcv_jax.data.sources.array_record import ArrayRecord
+from fmcv_jax.data.sources.base import NoData, Source
+from fmcv_jax.data.sources.digits import Digits
+from fmcv_jax.data.sources.emoji import Emoji
+from fmcv_jax.data.sources.image_folder import ImageFolder
+from fmcv_jax.data.sources.mixture import Mixture
+from fmcv_jax.data.sources.parquet import Parquet
+from fmcv_jax.data.sources.scattered_digits import Scattered
+from fmcv_jax.data.sources.tfds import Tfds
+from fmcv_jax.data.sources.webdataset import WebDataset
+from fmcv_jax.data.tokenizers import TOKENIZERS, Tokenizer
+from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, ResizeCrop
+from fmcv_jax.evaluate.accuracy import Accuracy
+from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.denoising import Denoising
+from fmcv_jax.evaluate.few_shot import FewShot
+from fmcv_jax.evaluate.generation import Generation
+from fmcv_jax.evaluate.knn import Knn
+from fmcv_jax.evaluate.linear_probe import LinearProbe
+from fmcv_jax.evaluate.object_masks import ObjectMasks
+from fmcv_jax.evaluate.reconstruction import Reconstruction
+from fmcv_jax.evaluate.retrieval import Retrieval
+from fmcv_jax.evaluate.segmentation import MeanIou
+from fmcv_jax.evaluate.zero_shot import ZeroShot
+from fmcv_jax.models.backbones.efficientnet import efficientnet
+from fmcv_jax.models.backbones.inception import inception
+from fmcv_jax.models.backbones.swin import swin
+from fmcv_jax.models.backbones.text import text_transformer
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.segmenter import segmenter
+from fmcv_jax.models.generative.autoencoder import autoencoder
+from fmcv_jax.models.generative.dit import dit
+from fmcv_jax.models.generative.mmdit import mmdit
+from fmcv_jax.models.generative.unet import unet
+from fmcv_jax.models.multimodal.dual_encoder import align, clip, dual_encoder, siglip
+from fmcv_jax.models.self_supervised.dino import dino
+from fmcv_jax.models.self_supervised.mae import mae
+from fmcv_jax.objectives.adapted import Adapted
+from fmcv_jax.objectives.autoencoder import Autoencoding
+from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.classification import Classification
+from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.diffusion import Diffusion
+from fmcv_jax.objectives.dino import SelfDistillation
+from fmcv_jax.objectives.encoder import Encoder
+from fmcv_jax.objectives.mae import MaskedAutoencoding
+from fmcv_jax.objectives.segmentation import Segmentation
+from fmcv_jax.train.optim import Adafactor, AdamW, Lamb, Lion, Muon, Rule
+from fmcv_jax.train.schedules import Cosine, Linear, Rsqrt, Schedule
+
+# What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
+KINDS: config_lib.Kinds = {
+  Objective: {
+    'adapted': Adapted,
+    'autoencoding': Autoencoding,
+    'classification': Classification,
+    'contrastive': Contrastive,
+    'diffusion': Diffusion,
+    'dino': SelfDistillation,
+    'encoder': Encoder,
+    'mae': MaskedAutoencoding,
+    'segmentation': Segmentation,
+  },
+  nn.Module: {
+    'align': align,
+    'autoencoder': autoencoder,
+    'clip': clip,
+    'dino': dino,
+    'dit': dit,
+    'dual_encoder': dual_encoder,
+    'efficientnet': efficientnet,
+    'inception': inception,
+    'mae': mae,
+    'mmdit': mmdit,
+    'segmenter': segmenter,
+    'siglip': siglip,
+    'swin': swin,
+    'text_transformer': text_transformer,
+    'unet': unet,
+    'vit': vit,
+  },
+  Source: {
+    'none': NoData,
+    'array_record': ArrayRecord,
+    'digits': Digits,
+    'emoji': Emoji,
+    'image_folder': ImageFolder,
+    'mixture': Mixture,
+    'parquet': Parquet,
+    'scattered': Scattered,
+    'tfds': Tfds,
+    'webdataset': WebDataset,
+  },
+  ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
+  Tokenizer: TOKENIZERS,
+  Augment: AUGMENTS,
+  Control: {'coarse': Coarse, 'edges': Edges, 'gray': Gray},
+  Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},
+  Rule: {'adafactor': Adafactor, 'adamw': AdamW, 'lamb': Lamb, 'lion': Lion, 'muon': Muon},
+  Evaluator: {
+    'accuracy': Accuracy,
+    'denoising': Denoising,
+    'few_shot': FewShot,
+    'generation': Generation,
+    'knn': Knn,
+    'linear_probe': LinearProbe,
+    'mean_iou': MeanIou,
+    'object_masks': ObjectMasks,
+    'reconstruction': Reconstruction,
+    'retrieval': Retrieval,
+    'zero_shot': ZeroShot,
+  },
+}

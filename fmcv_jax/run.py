@@ -1,0 +1,191 @@
+"""A config made real: objective, optimizer, mesh, shardings and the model of a workdir."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+
+from fmcv_jax import config as config_lib
+from fmcv_jax.data.tokenizers import KEPT, Bpe
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.experiment import Experiment, resolve
+from fmcv_jax.objectives.base import Objective
+from fmcv_jax.parallel.mesh import make_mesh
+from fmcv_jax.parallel.rules import AXIS_RULES, Placement
+from fmcv_jax.registry import KINDS
+from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.flops import matmul_flops
+from fmcv_jax.train.state import TrainState, init_state, state_shardings
+from fmcv_jax.train.step import StepFn, make_train_step
+
+
+class Run:
+  """A config made real on the devices of this process group: what train, evaluate and the apps all begin with."""
+
+  def __init__(
+    self,
+    config: dict[str, Any],
+    workdir: str | pathlib.Path | None = None,
+    devices: Sequence[jax.Device] | None = None,
+  ):
+    self.config = config
+    self._workdir = epath.Path(workdir) if workdir is not None else None
+    e: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self._workdir), KINDS)
+    with config_lib.reported_at('config.objective'):
+      self.experiment = e = dataclasses.replace(e, objective=e.objective.for_run(e.train.steps))
+    self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
+    with config_lib.reported_at('config.optimizer.schedule'):
+      self.tx = e.optimizer.make(e.train.steps) if e.train.steps else optax.identity()
+    self._check_batches()
+
+  @classmethod
+  def reopen(cls, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> 'Run':
+    """The run that a workdir holds; by default on all devices as replicas, whatever mesh it was trained on."""
+    path = epath.Path(workdir) / 'config.json'
+    if not path.exists():
+      raise UserError(f'{workdir}: no run here (no config.json); give the --workdir of a training run')
+    saved = json.loads(path.read_text())
+    saved['mesh'] = {}
+    return cls(resolve(config_lib.override(config_lib.plain(saved), overrides)), workdir)
+
+  @property
+  def workdir(self) -> epath.Path:
+    """The folder of the run, local or gs://; ValueError for a config that is only looked at."""
+    if self._workdir is None:
+      raise ValueError('this run has no workdir')
+    return self._workdir
+
+  def init(self) -> TrainState:
+    e = self.experiment
+    return init_state(e.objective, self.tx, e.seed, ema=e.train.ema is not None)
+
+  @functools.cached_property
+  def abstract_state(self) -> TrainState:
+    """Shapes and dtypes of the state; nothing is allocated."""
+    return jax.eval_shape(self.init)
+
+  @functools.cached_property
+  def shardings(self) -> TrainState:
+    return state_shardings(self.abstract_state, self.placement, self.experiment.objective.frozen_networks)
+
+  @property
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global training batch."""
+    e = self.experiment
+    return {
+      name: jax.ShapeDtypeStruct((e.train.batch, *x.shape), x.dtype) for name, x in e.objective.example_batch.items()
+    }
+
+  def train_step(self) -> StepFn:
+    e = self.experiment
+    return make_train_step(
+      e.objective,
+      self.tx,
+      e.optimizer.schedule(e.train.steps),
+      self.placement,
+      self.shardings,
+      self.placement.batch(self.batch_shapes),
+      microbatches=e.train.microbatches,
+      ema=e.train.ema,
+    )
+
+  def subject(self) -> Subject:
+    e = self.experiment
+    return Subject(
+      e.objective.functions(),
+      self.placement,
+      e.tokenizer,
+      makes=e.objective.generator,
+      reopen=lambda workdir: Run.reopen(workdir).restored_subject()[0],
+      image_size=e.objective.input_size,
+    )
+
+  def restored_subject(self, step: int | None = None) -> tuple[Subject, int]:
+    """The trained model of this run's workdir at `step` (default: the newest), and that step."""
+    store = Store(self.workdir, self.experiment.checkpoint, create=False)
+    step = store.kept(step)
+    abstract, subject = self.abstract_state, self.subject()
+    target, extra = (
+      jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+      for tree, shardings in ((abstract.params, self.shardings.params), (abstract.extra, self.shardings.extra))
+    )
+    subject.params, subject.extra = store.restore_params(target, step, extra=extra)
+    store.close()
+    return subject, step
+
+  def step_flops(self) -> float:
+    """Model FLOPs of one step: the matrix products of the loss and its gradient, in a twin that recomputes nothing."""
+    spec = {'objective': self.config['objective']}
+    remat = config_lib.paths_of(spec['objective'], 'remat', 'objective')
+    spec = config_lib.override(config_lib.plain(spec), [f'{path}=none' for path in remat])
+    objective: Objective = config_lib.build(Objective, spec['objective'], KINDS, 'config.objective')
+    objective = objective.for_run(self.experiment.train.steps)
+    return float(
+      matmul_flops(
+        jax.grad(lambda params, batch, extra: objective.loss(params, batch, jax.random.key(0), extra)[0]),
+        self.abstract_state.params,
+        self.batch_shapes,
+        self.abstract_state.extra,
+      )
+    )
+
+  def _check_batches(self) -> None:
+    e, mesh = self.experiment, self.placement.mesh
+    axes = {**AXIS_RULES, **e.rules.axes}['batch']
+    ways = int(np.prod([mesh.shape[axis] for axis in axes]))
+    for path, batch, pieces in [
+      ('train.batch', e.train.batch, e.train.microbatches),
+      *((f'evaluators.{name}.batch', evaluator.batch, 1) for name, evaluator in e.evaluators.items()),
+    ]:
+      if batch % (ways * pieces):
+        parts = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes if mesh.shape[axis] > 1) or '1 device'
+        more = f' times {pieces} microbatches' if pieces > 1 else ''
+        raise UserError(f'config.{path}: {batch} does not divide over {parts}{more}; use a multiple of {ways * pieces}')
+
+
+def with_own_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> dict[str, Any]:
+  """The config with a tokenizer of this run's own, trained or from a file, read from the file that the run keeps."""
+  spec = config.get('tokenizer')
+  if not spec or workdir is None or spec['name'] not in KEPT:
+    return config
+  kept = workdir / KEPT[spec['name']]
+  if not kept.exists():
+    return config
+  return {**config, 'tokenizer': {**spec, **({'corpus': None} if 'corpus' in spec else {}), 'file': str(kept)}}
+
+
+def keep_tokenizer(run: Run) -> None:
+  """Writes the tokenizer's file to the workdir, so that the run needs neither the corpus nor another file again."""
+  tokenizer, spec = run.experiment.tokenizer, run.config.get('tokenizer')
+  if spec is None or spec['name'] not in KEPT:
+    return
+  kept = run.workdir / KEPT[spec['name']]
+  if kept.exists():
+    return
+  if isinstance(tokenizer, Bpe):
+    tokenizer.save(kept)
+  else:
+    epath.Path(spec['file']).copy(kept)
+
+
+def trained_tree(workdir: str) -> dict[str, Any]:
+  """What a run has learnt: {'params': the parameters to evaluate, 'extra': what it carried along, 'whole': ...}.
+
+  'whole' is the network's own parameters where the run trained but a part of them, or a LoRA beside them.
+  """
+  run = Run.reopen(workdir)
+  subject, _ = run.restored_subject()
+  whole = run.experiment.objective.whole(subject.params, subject.extra)
+  return {'params': subject.params, 'extra': subject.extra, 'whole': whole}
+
+
+def parameter_count(params: Any) -> int:
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

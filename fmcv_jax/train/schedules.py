@@ -1,0 +1,73 @@
+"""Learning-rate schedules."""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Schedule(abc.ABC):
+  """A learning rate by step: linear warm-up from 0 to `peak` over `warmup_steps`, then a decay."""
+
+  peak: float
+  warmup_steps: int
+
+  def __call__(self, total_steps: int) -> optax.Schedule:
+    """The schedule of a run of `total_steps`; the last step's rate is the decay's end."""
+    if self.warmup_steps >= total_steps:
+      raise ValueError(f'warmup_steps {self.warmup_steps} leaves nothing of a run of {total_steps} steps')
+    if not self.warmup_steps:
+      return self.decay(total_steps)
+    # The first step has rate peak / warmup_steps, not 0: a step that changes nothing is a step wasted.
+    warmup = optax.linear_schedule(self.peak / self.warmup_steps, self.peak, self.warmup_steps - 1 or 1)
+    return optax.join_schedules([warmup, self.decay(total_steps - self.warmup_steps)], [self.warmup_steps])
+
+  @abc.abstractmethod
+  def decay(self, steps: int) -> optax.Schedule:
+    """The rate over the `steps` after warm-up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Schedule):
+  """Half a cosine from `peak` to `end` (Loshchilov & Hutter 2017)."""
+
+  peak: float
+  warmup_steps: int = 0
+  end: float = 0.0
+
+  def decay(self, steps):
+    return optax.cosine_decay_schedule(self.peak, steps, alpha=self.end / self.peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Schedule):
+  """A straight line from `peak` to `end`."""
+
+  peak: float
+  warmup_steps: int = 0
+  end: float = 0.0
+
+  def decay(self, steps):
+    return optax.linear_schedule(self.peak, self.end, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rsqrt(Schedule):
+  """peak / sqrt(1 + t / timescale), then linearly to 0 over the last `cooldown_steps` (Zhai et al. 2022)."""
+
+  peak: float
+  warmup_steps: int = 0
+  timescale: int = 10_000
+  cooldown_steps: int = 0
+
+  def decay(self, steps):
+    if self.cooldown_steps > steps:
+      raise ValueError(f'cooldown_steps {self.cooldown_steps} is longer than the {steps} steps after warm-up')
+
+    def rate(step):
+      cooldown = jnp.clip((steps - step) / max(self.cooldown_steps, 1), 0, 1) if self.cooldown_steps else 1.0
+      return self.peak * jax.lax.rsqrt(1 + step / self.timescale) * cooldown
+
+    return rate

@@ -1,0 +1,240 @@
+"""A run from its config to its final state: opens the workdir, restores what stands there, and runs the loop."""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+
+from fmcv_jax import config as config_lib
+from fmcv_jax.data.loader import TrainLoader, resume
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import Evaluator, evaluate
+from fmcv_jax.experiment import resolve
+from fmcv_jax.parallel.batches import to_devices
+from fmcv_jax.parallel.distributed import is_main
+from fmcv_jax.run import Run, keep_tokenizer, parameter_count, trained_tree
+from fmcv_jax.train import goodput, lock, loop
+from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.goodput import Clock
+from fmcv_jax.train.metrics import Writer, peak_of
+from fmcv_jax.train.state import TrainState
+from fmcv_jax.train.storage import write_json
+from fmcv_jax.train.warm_start import begin_with
+from fmcv_jax.version import __version__
+
+# Of a file system, whatever file it was: no space, quota, file too large, read-only, broken, gone.
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+
+# What a run may change between a stop and its resumption: where and how it runs, not what it computes.
+RESUMABLE = ('mesh', 'rules', 'evaluators', 'checkpoint', 'log', 'topology', 'debug', 'data.workers', 'data.max_bad')
+
+
+def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console | None = None) -> TrainState:
+  """Runs a resolved config in a workdir, from where it stands there; returns the final state."""
+  console = console or Console()
+  run = Run(config, workdir)
+  if not run.experiment.train.steps:
+    raise UserError('config.train: steps and batch are missing')
+  jax.config.update('jax_debug_nans', run.experiment.debug.nans)
+  _open_workdir(run, console)
+  with _storage_errors(run.workdir), lock.held(run.workdir) if is_main() else contextlib.nullcontext():
+    return _train(run, console)
+
+
+@contextlib.contextmanager
+def _storage_errors(workdir: epath.Path) -> Iterator[None]:
+  """A disk that is full, gone or read-only becomes one line; what was saved stays."""
+  try:
+    yield
+  except OSError as error:
+    inside = error.filename is not None and str(error.filename).startswith(os.fspath(workdir))
+    if not inside and error.errno not in STORAGE_ERRORS:
+      raise
+    raise UserError(
+      f'{error.filename or workdir}: cannot be written ({error.strerror}); what was saved before is kept, and the same '
+      f'command goes on from there'
+    ) from error
+
+
+def _train(run: Run, console: Console) -> TrainState:
+  e, main = run.experiment, is_main()
+  clock = Clock(run.workdir / goodput.FILE if main else None)
+  store = Store(run.workdir, e.checkpoint)
+  restored = store.restore_newest(
+    run.abstract_state, run.shardings, lambda notice: console.print(notice, highlight=False, soft_wrap=True)
+  )
+  start, position = None, None
+  if restored:
+    state, kept = restored
+    start, position = int(state.step), kept['data']
+  else:
+    state = jax.jit(run.init, out_shardings=run.shardings)()
+    if e.init_from:
+      state = begin_with(state, e.init_from, trained_tree)
+
+  fields = tuple(run.batch_shapes)
+  loader = TrainLoader(
+    e.data,
+    batch=e.train.batch,
+    seed=e.seed,
+    fields=fields,
+    tokenizer=e.tokenizer,
+    start=resume(position, e.data, e.seed) if position else 0,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  writer = (
+    Writer(run.workdir, total=e.train.steps, start=start or 0, tensorboard=e.log.tensorboard, console=console)
+    if main
+    else None
+  )
+  subject = run.subject()
+  last = e.train.steps
+
+  def due(step: int, evaluator: Evaluator) -> bool:
+    return step == last or bool(evaluator.every and step % evaluator.every == 0)
+
+  def evaluate_at(state: TrainState, step: int) -> dict[str, float]:
+    subject.params, subject.extra = state.eval_params, state.extra
+    names = [name for name, evaluator in e.evaluators.items() if due(step, evaluator)]
+    return evaluate(subject, {name: e.evaluators[name] for name in names})
+
+  for evaluator in e.evaluators.values():
+    evaluator.prepare(subject)
+  if main:
+    _announce(run, console, start)
+  peak = e.log.peak_flops or peak_of(jax.devices()[0].device_kind)
+  try:
+    return loop.run(
+      run.train_step(),
+      state,
+      _device_batches(loader, run),
+      loop.Plan(
+        steps=last,
+        log_every=e.log.every,
+        save_every=e.checkpoint.every,
+        evaluate_every=lambda step: any(due(step, evaluator) for evaluator in e.evaluators.values()),
+        max_streak=e.train.max_streak,
+      ),
+      batch_size=e.train.batch,
+      step_flops=run.step_flops() if peak else 0.0,
+      peak_flops=peak and peak * jax.device_count(),
+      evaluate=evaluate_at,
+      position=loader.state,
+      store=store,
+      writer=writer,
+      clock=clock,
+    )
+  finally:
+    if writer:
+      writer.close()
+    if loader.skipped:
+      first = '; '.join(f'{key}: {reason}' for key, reason in list(loader.skipped.items())[:3])
+      console.print(f'{len(loader.skipped)} records could not be read and were skipped: {first}', highlight=False)
+    loader.close()
+    store.close()
+
+
+def _device_batches(loader: TrainLoader, run: Run) -> Iterator[Any]:
+  """The loader's batches on the devices; the first is compared with what the objective expects."""
+  expected = run.experiment.objective.example_batch
+  for count, local in enumerate(loader):
+    if count == 0:
+      for name, want in expected.items():
+        if local[name].shape[1:] != want.shape:
+          raise UserError(
+            f'config.data gives {name} of shape {local[name].shape[1:]}, but the objective expects {want.shape}; '
+            f'make the size of config.data.image and image_size of the network (or the token lengths) agree'
+          )
+    yield to_devices(local, run.placement)
+
+
+def _open_workdir(run: Run, console: Console) -> None:
+  """Creates the workdir, or checks that it belongs to this very experiment; writes what identifies the run."""
+  workdir, config = run.workdir, run.config
+  path = workdir / 'config.json'
+  if path.exists():
+    saved = resolve(config_lib.plain(json.loads(path.read_text())))
+    difference = first_difference(saved, config)
+    if difference:
+      field, old, new = difference
+      raise UserError(
+        f'{workdir}: belongs to another experiment: config.{field} is {old!r} there and {new!r} here; use a new '
+        f'--workdir (with --config.init_from.params.workdir={workdir} to begin with its weights)'
+      )
+  if not is_main():
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+    write_json(workdir / 'run.json', identity(run))
+  except OSError as error:
+    raise UserError(f'--workdir {workdir}: cannot be written ({error.strerror})') from error
+  keep_tokenizer(run)
+
+
+def first_difference(saved: Any, config: Any, path: str = '') -> tuple[str, Any, Any] | None:
+  """The first field, outside RESUMABLE, in which two resolved configs differ: (path, old value, new value)."""
+  if path in RESUMABLE or saved == config:
+    return None
+  if isinstance(saved, dict) and isinstance(config, dict):
+    for key in [*saved, *(key for key in config if key not in saved)]:
+      found = first_difference(saved.get(key), config.get(key), f'{path}.{key}' if path else key)
+      if found:
+        return found
+    return None
+  return path, saved, config
+
+
+def identity(run: Run) -> dict[str, Any]:
+  """What one needs to know to repeat a run: versions, machine, mesh, command."""
+  devices = jax.devices()
+  return {
+    'command': sys.argv,
+    'started': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+    'versions': {
+      'fmcv_jax': __version__,
+      'python': platform.python_version(),
+      **{
+        package: importlib.metadata.version(package)
+        for package in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+      },
+    },
+    'git': git_commit(),
+    'devices': {'kind': devices[0].device_kind, 'count': len(devices), 'processes': jax.process_count()},
+    'mesh': dict(run.placement.mesh.shape),
+    'parameters': parameter_count(run.abstract_state.params),
+  }
+
+
+def git_commit() -> str | None:
+  """The commit of the checkout that this package runs from, with '+' where it has changes; None outside of one."""
+  here = pathlib.Path(__file__).parent
+  try:
+    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True, check=True)
+    dirty = subprocess.run(['git', 'status', '--porcelain', '-uno'], cwd=here, capture_output=True, text=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return commit.stdout.strip() + ('+' if dirty.stdout.strip() else '')
+
+
+def _announce(run: Run, console: Console, start: int | None) -> None:
+  mesh = ' x '.join(f'{axis} {size}' for axis, size in run.placement.mesh.shape.items() if size > 1) or '1 device'
+  count = parameter_count(run.abstract_state.params)
+  begin = f'resumes at step {start}' if start is not None else 'starts'
+  console.print(
+    f'{begin}: {count / 1e6:.2f} M parameters on {jax.devices()[0].device_kind} ({mesh}), workdir {run.workdir}',
+    highlight=False,
+  )

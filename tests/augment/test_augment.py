@@ -1,0 +1,396 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image, ImageEnhance, ImageOps
+from scipy import ndimage, stats
+
+from fmcv_jax.augment import randaugment_ops
+from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.color import Blur, ColorJitter, Invert, Solarize, blurred, jittered_colors
+from fmcv_jax.augment.erasing import RandomErasing
+from fmcv_jax.augment.geometry import Affine, Flip
+from fmcv_jax.augment.randaugment import RandAugment
+from fmcv_jax.augment.randaugment_ops import OPERATIONS, RECIPES, apply_operations
+from fmcv_jax.augment.registry import AUGMENTS
+from fmcv_jax.augment.three_augment import ThreeAugment
+from fmcv_jax.config import build
+from fmcv_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+HEIGHT, WIDTH = 21, 26
+KEY = jax.random.key(0)
+
+
+def photo(height=HEIGHT, width=WIDTH):
+  """Noise over a slope whose colours do not reach every value, so that autocontrast and equalize have work to do."""
+  slope = np.linspace(20, 130, height * width).reshape(height, width, 1) * [1.0, 0.8, 1.2]
+  return (slope + RNG.integers(0, 70, (height, width, 3))).astype(np.uint8)
+
+
+PHOTO = photo()
+EVERY = [
+  Affine((0.7, 1.4), (0.8, 1.25), rotation=40, translate=0.2, shear=0.2, fill=0.5),
+  Affine((0.5, 2.0), rotation=180, fill=None),
+  Blur(1.0),
+  ColorJitter(0.4, 0.4, 0.4, 0.3, grayscale=0.2, probability=0.8),
+  Flip(),
+  Invert(),
+  RandAugment(3, 9, magnitude_std=0.5, probability=0.9, recipe='timm', operations=OPERATIONS),
+  RandomErasing(1.0),
+  Solarize(probability=1.0),
+  ThreeAugment(),
+]
+
+
+def show(augment):
+  return repr(augment).split('(')[0]
+
+
+@functools.cache
+def compiled(augment):
+  return jax.jit(augment)
+
+
+as_floats = jax.jit(augmented, static_argnums=1)  # compiled, a division by 255 may differ in the last bit
+
+
+def batch(count=8, height=HEIGHT, width=WIDTH):
+  return RNG.random((count, height, width, 3), dtype=np.float32)
+
+
+@functools.cache
+def operations(increasing):
+  return jax.jit(functools.partial(apply_operations, names=OPERATIONS, increasing=increasing, fill=128))
+
+
+def through(name, level, sign=1, image=PHOTO, increasing=False, centre=(0.5, 0.5)):
+  """One RandAugment operation on one uint8 image."""
+  out = operations(increasing)(
+    image[None].astype(np.float32),
+    np.array([OPERATIONS.index(name)]),
+    np.array([level], np.float32),
+    np.array([sign], np.float32),
+    np.array([centre], np.float32),
+  )
+  assert (out == jnp.round(out)).all()
+  return np.asarray(out[0]).astype(np.int32)
+
+
+def by_pil(name, level, sign, image, increasing):
+  """The same by PIL, with the magnitudes of timm's `..._level_to_arg`, written out."""
+  picture, affine = Image.fromarray(image), Image.Transform.AFFINE
+  factor = max(0.1, 1 + sign * level * 0.9) if increasing else level * 1.8 + 0.1
+  size, keywords = picture.size, {'resample': Image.Resampling.BILINEAR, 'fillcolor': (128, 128, 128)}
+  bits, threshold = int(level * 4), int(level * 256)
+  if increasing:
+    bits, threshold = 4 - bits, 256 - threshold
+  amount = sign * level
+  result = {
+    'identity': lambda: picture,
+    'auto_contrast': lambda: ImageOps.autocontrast(picture),
+    'equalize': lambda: ImageOps.equalize(picture),
+    'invert': lambda: ImageOps.invert(picture),
+    'posterize': lambda: ImageOps.posterize(picture, max(1, bits)),
+    'solarize': lambda: ImageOps.solarize(picture, threshold),
+    'solarize_add': lambda: picture.point([min(255, i + int(level * 110)) if i < 128 else i for i in range(256)] * 3),
+    'color': lambda: ImageEnhance.Color(picture).enhance(factor),
+    'contrast': lambda: ImageEnhance.Contrast(picture).enhance(factor),
+    'brightness': lambda: ImageEnhance.Brightness(picture).enhance(factor),
+    'sharpness': lambda: ImageEnhance.Sharpness(picture).enhance(factor),
+    'rotate': lambda: picture.rotate(30 * amount, **keywords),
+    'shear_x': lambda: picture.transform(size, affine, (1, 0.3 * amount, 0, 0, 1, 0), **keywords),
+    'shear_y': lambda: picture.transform(size, affine, (1, 0, 0, 0.3 * amount, 1, 0), **keywords),
+    'translate_x': lambda: picture.transform(size, affine, (1, 0, 0.45 * amount * size[0], 0, 1, 0), **keywords),
+    'translate_y': lambda: picture.transform(size, affine, (1, 0, 0, 0, 1, 0.45 * amount * size[1]), **keywords),
+  }[name]()
+  return np.asarray(result).astype(np.int32)
+
+
+@pytest.mark.parametrize('increasing', [False, True], ids=['google', 'increasing'])
+@pytest.mark.parametrize('name', sorted(set(OPERATIONS) - {'cutout'}))
+def test_every_operation_equals_pil_at_the_published_magnitudes(name, increasing):
+  for level in (0.31, 0.83, 1.0):
+    for sign in (-1, 1):
+      ours, theirs = (f(name, level, sign, PHOTO, increasing) for f in (through, by_pil))
+      assert np.abs(ours - theirs).max() <= 1
+      if name in {'equalize', 'invert', 'posterize', 'solarize', 'solarize_add', 'identity'}:
+        np.testing.assert_array_equal(ours, theirs)
+      if name != 'identity' and not (name in {'solarize', 'posterize'} and level == 1.0):
+        assert (ours != PHOTO).any()
+
+
+@pytest.mark.parametrize('name', ['auto_contrast', 'equalize'])
+def test_histogram_operations_equal_pil_on_images_with_few_values(name):
+  one = np.full_like(PHOTO, 7)
+  two, gaps = one.copy(), (PHOTO // 64 * 64).astype(np.uint8)
+  two[0, 0] = 200
+  for image in (one, two, gaps, np.zeros_like(PHOTO), np.full_like(PHOTO, 255), PHOTO // 2):
+    assert np.abs(through(name, 0.5, image=image) - by_pil(name, 0.5, 1, image, False)).max() <= 1
+
+
+def test_cutout_is_a_gray_square_cut_off_at_the_border():
+  # At 224 pixels and magnitude 10 the square is 80 wide; here 2 * floor(40 / 224 * 21) = 6.
+  hidden = (through('cutout', 1.0, centre=(0.5, 0.5)) != PHOTO).any(-1)
+  assert hidden.nonzero()[0].min() == 10 - 3
+  assert hidden.nonzero()[1].max() == 13 + 2
+  assert hidden.sum() == 36
+  assert (through('cutout', 1.0, centre=(0.0, 0.0)) != PHOTO).any(-1).sum() == 9
+
+
+def test_the_matmul_forms_for_tpu_equal_indexing():
+  pixels = RNG.integers(0, 256, (2, 3, 301)).astype(np.int32)
+  table = RNG.integers(0, 256, (2, 3, 256)).astype(np.float32)
+  counts = [[np.bincount(one, minlength=256) for one in image] for image in pixels]
+  np.testing.assert_array_equal(randaugment_ops.histogram_by_matmul(pixels), counts)
+  np.testing.assert_array_equal(randaugment_ops.histogram_by_index(pixels), counts)
+  entries = np.take_along_axis(table, pixels, -1)
+  np.testing.assert_array_equal(randaugment_ops.lookup_by_matmul(pixels, table), entries)
+  np.testing.assert_array_equal(randaugment_ops.lookup_by_index(pixels, table), entries)
+
+
+def test_affine_zooms_and_stretches_about_the_centre():
+  ours = compiled(Affine(scale=(2.0, 2.0), ratio=(4.0, 4.0)))(PHOTO[None] / 255.0, KEY)[0]
+  picture, affine = Image.fromarray(PHOTO), Image.Transform.AFFINE
+  reference = (0.25, 0, WIDTH * 3 / 8, 0, 1, 0)  # four times as wide, and as high as before
+  theirs = picture.transform(picture.size, affine, reference, Image.Resampling.BILINEAR)
+  np.testing.assert_allclose(ours, np.asarray(theirs) / 255, atol=1.01 / 255)
+
+
+def test_affine_draws_each_parameter_within_its_bounds():
+  count, height, width = 500, 30, 40
+  affine = Affine((0.8, 1.25), (0.5, 2.0), rotation=30.0, translate=0.25, shear=0.3)
+  matrices = np.asarray(jax.jit(affine.matrices, static_argnums=(0, 1, 2))(count, height, width, KEY), np.float64)
+  right, down, shift = matrices[..., 0], matrices[..., 1], matrices[..., 2]  # where a step to the right or down leads
+
+  angle = np.arctan2(right[:, 1], right[:, 0])
+  across, along = np.hypot(*right.T), down[:, 1] / np.cos(angle)
+  shear = down[:, 0] / along + np.sin(angle)
+  centre = np.array([width, height]) / 2
+  move = np.linalg.solve(matrices[..., :2], (centre - shift)[..., None])[..., 0] - centre  # of the point in the centre
+  for drawn, most in [
+    (-np.log(across * along) / 2, math.log(1.25)),
+    (np.log(along / across), math.log(2)),
+    (np.degrees(angle), 30),
+    (shear, 0.3),
+    (move[:, 0] / width, 0.25),
+    (move[:, 1] / height, 0.25),
+  ]:
+    assert np.abs(drawn).max() < most * 1.0001
+    assert stats.kstest(drawn, stats.uniform(-most, 2 * most).cdf).pvalue > 0.01
+
+
+def jitter(brightness=1.0, contrast=1.0, saturation=1.0, turn=0.0, gray=False):
+  values = [np.array([value], np.float32) for value in (brightness, contrast, saturation, turn)]
+  return np.asarray(jax.jit(jittered_colors)(PHOTO[None] / np.float32(255), *values, np.array([gray]))[0])
+
+
+@pytest.mark.parametrize(
+  ('field', 'enhance'),
+  [('brightness', ImageEnhance.Brightness), ('contrast', ImageEnhance.Contrast), ('saturation', ImageEnhance.Color)],
+)
+def test_brightness_contrast_and_saturation_equal_pils(field, enhance):
+  for factor in (0.0, 0.4, 1.0, 1.7):
+    theirs = np.asarray(enhance(Image.fromarray(PHOTO)).enhance(factor)) / 255
+    # PIL rounds the mean grey first, which a factor of up to 1.7 passes on, and rounds the result down.
+    np.testing.assert_allclose(jitter(**{field: factor}), theirs, atol=1.5 / 255)
+
+
+def test_hue_turns_colours_about_the_gray_axis():
+  turned = jitter(turn=1 / 3)
+  np.testing.assert_allclose(turned, PHOTO[..., [2, 0, 1]] / 255, atol=1e-5)  # red becomes green becomes blue
+  sixth = jitter(turn=0.1)
+  inside = ((sixth > 0) & (sixth < 1)).all(-1)
+  np.testing.assert_allclose(sixth.mean(-1)[inside], PHOTO.mean(-1)[inside] / 255, atol=1e-5)
+  distance = [np.linalg.norm(x - x.mean(-1, keepdims=True), axis=-1)[inside] for x in (sixth, PHOTO / 255)]
+  np.testing.assert_allclose(*distance, atol=1e-5)
+
+
+def test_all_colour_changes_together_are_one_after_the_other_clipped_once():
+  image = PHOTO / 255 * 1.2
+  image = 0.7 * image + 0.3 * (image @ [0.299, 0.587, 0.114]).mean()
+  image = 1.3 * image - 0.3 * (image @ [0.299, 0.587, 0.114])[..., None]
+  np.testing.assert_allclose(jitter(1.2, 0.7, 1.3, 1 / 3), np.clip(image[..., [2, 0, 1]], 0, 1), atol=1e-5)
+  gray = np.broadcast_to(image[..., [2, 0, 1]] @ [[0.299], [0.587], [0.114]], image.shape)
+  np.testing.assert_allclose(jitter(1.2, 0.7, 1.3, 1 / 3, gray=True), gray, atol=1e-5)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(50, 70), (9, 12)])
+def test_blur_equals_scipys_gaussian_filter(height, width):
+  images, sigma = batch(2, height, width), np.array([0.3, 1.7], np.float32)
+  ours = jax.jit(blurred)(images, sigma)
+  for image, one, s in zip(images, ours, sigma):
+    radius = max(1, height // 20)
+    theirs = ndimage.gaussian_filter(image.astype(np.float64), s, mode='mirror', radius=radius, axes=(0, 1))
+    np.testing.assert_allclose(one, theirs, atol=1e-5)
+
+
+def test_solarize_and_invert_equal_pils():
+  image = PHOTO[None] / np.float32(255)
+  for ours, theirs in [
+    (Solarize(probability=1.0), ImageOps.solarize(Image.fromarray(PHOTO), 128)),
+    (Invert(1.0), ImageOps.invert(Image.fromarray(PHOTO))),
+  ]:
+    np.testing.assert_allclose(compiled(ours)(image, KEY)[0], np.asarray(theirs) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize('fields', [{}, {'area': (0.9, 1.0)}], ids=str)
+def test_the_erased_box_keeps_its_bounds_in_area_and_ratio_and_reaches_every_place(fields):
+  height, width = 60, 80
+  erasing = RandomErasing(1.0, value=1.0, **fields)
+  erased = np.asarray(compiled(erasing)(np.zeros((400, height, width, 3), np.float32), KEY))[..., 0] == 1
+  rows, columns = erased.any(2).sum(1), erased.any(1).sum(1)
+  np.testing.assert_array_equal(erased.sum((1, 2)), rows * columns)  # it is a box
+  share, half = rows * columns / (height * width), 0.5 * (rows + columns) / (height * width)
+  assert (share >= erasing.area[0] - half).all()
+  assert (share <= erasing.area[1] + half).all()
+  assert ((columns + 0.5) / (rows - 0.5) >= erasing.ratio[0]).all()
+  assert ((columns - 0.5) / (rows + 0.5) <= erasing.ratio[1]).all()
+  assert erased.any((0, 1)).all()
+  assert erased.any((0, 2)).all()
+  if not fields:
+    assert stats.kstest(share, stats.uniform(0.02, 1 / 3 - 0.02).cdf).pvalue > 0.01
+
+
+def test_erasing_with_noise_draws_every_value_anew():
+  erased = np.asarray(compiled(RandomErasing(1.0, area=(1.0, 1.0)))(np.full((2, 40, 40, 3), 2, np.float32), KEY))
+  assert stats.kstest(erased.ravel(), stats.uniform.cdf).pvalue > 0.01
+  assert len(np.unique(erased)) > 0.99 * erased.size
+
+
+@pytest.mark.parametrize(
+  'augment',
+  [
+    Affine(),
+    Affine(fill=None),
+    Blur(0.0),
+    ColorJitter(0.4, 0.4, 0.4, 0.4, probability=0.0),
+    Flip(0.0),
+    Invert(0.0),
+    RandAugment(probability=0.0),
+    RandomErasing(0.0),
+    Solarize(probability=0.0),
+  ],
+  ids=show,
+)
+def test_probability_0_and_neutral_parameters_change_nothing(augment):
+  images = as_floats(RNG.integers(0, 256, (16, HEIGHT, WIDTH, 3)).astype(np.uint8), (), KEY)
+  np.testing.assert_array_equal(compiled(augment)(images, KEY), images)
+
+
+@pytest.mark.parametrize('augment', EVERY, ids=show)
+def test_each_image_draws_its_own_the_same_for_the_same_key(augment):
+  same = np.broadcast_to(batch(1), (16, HEIGHT, WIDTH, 3))
+  one, again, other = (np.asarray(compiled(augment)(same, jax.random.key(seed))) for seed in (1, 1, 2))
+  np.testing.assert_array_equal(one, again)
+  if augment != Solarize(probability=1.0):  # which has nothing to draw
+    assert len(np.unique(one.reshape(16, -1), axis=0)) > 1
+    assert (one != other).any()
+
+
+def test_three_augment_does_one_of_three_to_each_image_equally_often():
+  images = np.broadcast_to(batch(1), (96, HEIGHT, WIDTH, 3))
+  out = np.asarray(compiled(ThreeAugment())(images, KEY))
+  gray = np.ptp(out, axis=-1).max((1, 2)) < 1e-6
+  negative = np.abs(out - np.where(images >= 0.5, 1 - images, images)).max((1, 2, 3)) < 1e-6
+  assert not (gray & negative).any()
+  smooth = ~gray & ~negative
+  assert np.abs(np.diff(out[smooth], axis=1)).mean() < np.abs(np.diff(images, axis=1)).mean()
+  assert min(gray.sum(), negative.sum(), smooth.sum()) > 20
+
+
+@pytest.mark.parametrize('augment', EVERY, ids=show)
+def test_pixels_stay_float32_in_0_to_1_even_at_the_extremes(augment):
+  images = np.concatenate([RNG.integers(0, 2, (14, HEIGHT, WIDTH, 3)), np.zeros((1, HEIGHT, WIDTH, 3))])
+  images = np.concatenate([images, np.ones((1, HEIGHT, WIDTH, 3))]).astype(np.float32)
+  out = compiled(augment)(images, KEY)
+  assert out.dtype == jnp.float32
+  assert out.shape == images.shape
+  assert out.min() >= 0
+  assert out.max() <= 1
+
+
+@pytest.mark.parametrize('augment', EVERY, ids=show)
+def test_eight_devices_draw_what_one_draws_and_exchange_nothing(augment):
+  images = batch(16)
+  mesh = Mesh(np.array(jax.devices()), 'data')
+  split = NamedSharding(mesh, PartitionSpec('data'))
+  program = jax.jit(augment, in_shardings=(split, None), out_shardings=split).lower(images, KEY).compile()
+  out = program(jax.device_put(images, split), jax.device_put(KEY, NamedSharding(mesh, PartitionSpec())))
+  np.testing.assert_allclose(out, compiled(augment)(images, KEY), atol=1e-6)
+  for collective in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute'):
+    assert collective not in program.as_text()
+
+
+def test_recipes_list_as_many_operations_as_their_sources():
+  assert {name: len(set(names)) for name, names in RECIPES.items()} == {'paper': 14, 'big_vision': 16, 'timm': 15}
+
+
+def test_randaugment_draws_its_operations_equally_often_and_as_probable_as_asked():
+  black = np.zeros((3000, 8, 8, 3), np.float32)
+  augment = RandAugment(1, operations=('identity', 'invert', 'translate_x'), fill=1.0, probability=0.6)
+  share = np.asarray(compiled(augment)(black, KEY)).mean((1, 2, 3))
+  counts = [(share == 0).sum(), (share == 1).sum(), ((share > 0) & (share < 1)).sum()]
+  assert stats.chisquare(counts, np.array([0.6, 0.2, 0.2]) * 3000).pvalue > 0.01
+
+
+@pytest.mark.parametrize('magnitude', [3.1, 14.7])
+def test_randaugment_applies_its_magnitude_once_for_each_layer(magnitude):
+  once = through('brightness', magnitude / 10)
+  twice = through('brightness', magnitude / 10, image=once.astype(np.uint8))
+  out = compiled(RandAugment(2, magnitude, operations=('brightness',)))(PHOTO[None] / np.float32(255), KEY)
+  np.testing.assert_allclose(out[0] * 255, twice, atol=1e-3)
+
+
+def test_randaugment_spreads_its_magnitude_between_0_and_10():
+  white = np.ones((500, 2, 2, 3), np.float32)
+  factor = np.asarray(compiled(RandAugment(1, 2.0, 4.0, operations=('brightness',)))(white, KEY))[:, 0, 0, 0]
+  level = (factor[factor < 1] - 0.1) / 1.8  # from level 0.5 on white stays white
+  assert level.min() == pytest.approx(0, abs=0.003)
+  assert np.mean(factor < 0.1 + 1.8 * 0.2) == pytest.approx(0.5, abs=0.06)
+  assert np.mean(factor <= 0.1) == pytest.approx(stats.norm.cdf(-0.5), abs=0.05)
+
+
+def test_augmented_applies_all_in_order_with_keys_of_their_own():
+  images = RNG.integers(0, 256, (8, 6, 6, 3)).astype(np.uint8)
+  dark, light = np.minimum(images, 255 - images) / 255, np.maximum(images, 255 - images) / 255
+  np.testing.assert_allclose(augmented(images, [Invert(1.0), Solarize(0.5, 1.0)], KEY), dark, atol=1e-6)
+  np.testing.assert_allclose(augmented(images, [Solarize(0.5, 1.0), Invert(1.0)], KEY), light, atol=1e-6)
+  twice = augmented(images, [Flip(), Flip()], KEY)
+  assert (twice != images / np.float32(255)).any()
+
+
+@pytest.mark.parametrize(
+  ('spec', 'message'),
+  [
+    ({'name': 'flip', 'probability': 1.5}, 'probability: expected a number between 0 and 1, got 1.5'),
+    ({'name': 'affine', 'scale': (1.2, 0.8)}, 'scale: expected 0 < low <= high, got'),
+    ({'name': 'affine', 'rotation': -10}, 'rotation: expected at least 0'),
+    ({'name': 'affine', 'fill': 255}, 'fill: expected a number between 0 and 1, got 255'),
+    ({'name': 'blur', 'sigma': (0.0, 2.0)}, 'sigma: expected 0 < low'),
+    ({'name': 'color_jitter', 'hue': 0.6}, 'hue: expected a share of a turn between 0 and 0.5, got 0.6'),
+    ({'name': 'color_jitter', 'brightness': -1}, 'brightness: expected at least 0'),
+    ({'name': 'random_erasing', 'area': (0.1, 1.5)}, 'area: expected 0 < low <= high <= 1'),
+    ({'name': 'random_erasing', 'value': 'white'}, 'value'),
+    ({'name': 'solarize', 'threshold': 128}, 'threshold: expected a number between 0 and 1, got 128'),
+    ({'name': 'rand_augment', 'layers': 0}, 'layers: expected at least 1, got 0'),
+    ({'name': 'rand_augment', 'magnitude': -1}, 'magnitude: expected at least 0'),
+    ({'name': 'rand_augment', 'recipe': 'torchvision'}, "'torchvision' is not one of 'paper'"),
+    ({'name': 'rand_augment', 'operations': ('rotate', 'twirl')}, 'operations: unknown twirl; known: auto_contrast'),
+    ({'name': 'rand_augment', 'operations': ('rotate', 'rotate')}, 'operations: expected different names'),
+  ],
+)
+def test_a_bad_field_is_one_line_that_says_what_would_be_right(spec, message):
+  with pytest.raises(UserError, match='config') as error:
+    build(Augment, spec, {Augment: AUGMENTS})
+  assert message in str(error.value)
+
+
+def test_every_augmentation_builds_from_its_name_alone():
+  for name in AUGMENTS:
+    assert build(Augment, name, {Augment: AUGMENTS}) == AUGMENTS[name]()
+  assert build(Augment, {'name': 'random_erasing', 'value': 0}, {Augment: AUGMENTS}) == RandomErasing(value=0.0)

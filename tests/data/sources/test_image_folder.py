@@ -1,0 +1,187 @@
+import csv
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmcv_jax.config import build
+from fmcv_jax.data.images.decode import decode
+from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.sources.image_folder import ImageFolder
+from fmcv_jax.errors import UserError
+
+
+def draw(path, value=0):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(path)
+
+
+@pytest.fixture
+def classes(tmp_path):
+  draw(tmp_path / 'dog' / 'b.png', 10)
+  draw(tmp_path / 'dog' / 'a.PNG', 20)
+  draw(tmp_path / 'cat' / 'deep' / 'c.jpg', 30)
+  (tmp_path / 'emu').mkdir()
+  (tmp_path / 'dog' / 'notes.txt').write_text('no image')
+  (tmp_path / '.cache').mkdir()
+  return tmp_path
+
+
+@pytest.fixture
+def photos(tmp_path):
+  for name in ('x.png', 'y.png', 'sub/z.png'):
+    draw(tmp_path / name)
+  return tmp_path
+
+
+ROWS = [('x.png', 'an x'), ('sub/z.png', 'a z, "quoted"'), ('x.png', 'still an x'), ('y.png', 'ÿ 😀')]
+
+
+def write_table(file, rows=ROWS, columns=('image', 'caption')):
+  if file.suffix == '.jsonl':
+    file.write_text('\n'.join(json.dumps(dict(zip(columns, row))) for row in rows), encoding='utf-8')
+  elif file.suffix == '.parquet':
+    pyarrow = pytest.importorskip('pyarrow')
+    parquet = pytest.importorskip('pyarrow.parquet')
+    parquet.write_table(pyarrow.table({c: [row[i] for row in rows] for i, c in enumerate(columns)}), file)
+  elif file.suffix == '.tsv':
+    file.write_text('\n'.join('\t'.join(row) for row in [columns, *rows]), encoding='utf-8')
+  else:
+    with file.open('w', encoding='utf-8', newline='') as out:
+      csv.writer(out).writerows([columns, *rows])
+
+
+def test_class_folders_give_labels_and_names(classes):
+  source = ImageFolder(str(classes))
+  assert source.names == ('cat', 'dog', 'emu')
+  assert [source.key_of(i) for i in range(len(source))] == ['cat/deep/c.jpg', 'dog/a.PNG', 'dog/b.png']
+  assert [(source[i]['label'], source[i]['text']) for i in range(3)] == [(0, 'cat'), (1, 'dog'), (1, 'dog')]
+  assert source[1]['image'] == (classes / 'dog' / 'a.PNG').read_bytes()
+  assert decode(source[2]['image'])[0, 0].tolist() == [10, 10, 10]
+  with pytest.raises(IndexError):
+    source[3]
+
+
+def test_a_flat_folder_gives_images_alone(tmp_path):
+  draw(tmp_path / 'b.png')
+  draw(tmp_path / 'a.png')
+  source = ImageFolder(str(tmp_path))
+  assert [source[i]['key'] for i in range(2)] == ['a.png', 'b.png']
+  assert set(source[0]) == {'image', 'key'}
+  assert source.names == ()
+
+
+@pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl', 'parquet'])
+def test_captions_of_one_image_are_one_record(photos, kind):
+  write_table(photos / f'captions.{kind}')
+  source = ImageFolder(str(photos), captions=f'captions.{kind}')
+  assert {source[i]['key']: source[i]['texts'] for i in range(len(source))} == {
+    'sub/z.png': ('a z, "quoted"',),
+    'x.png': ('an x', 'still an x'),
+    'y.png': ('ÿ 😀',),
+  }
+  assert source[1]['text'] == 'an x'
+  assert source.texts_of(1) == ('an x', 'still an x')
+
+
+def test_captions_with_other_column_names_and_lists(photos, tmp_path_factory):
+  table = tmp_path_factory.mktemp('elsewhere') / 'captions.jsonl'
+  write_table(table, [('x.png', ['one', 'two'])], ('file', 'sentences'))
+  source = ImageFolder(str(photos), captions=str(table), image_column='file', caption_column='sentences')
+  assert len(source) == 1
+  assert source[0]['texts'] == ('one', 'two')
+
+
+def test_texts_are_known_without_reading_images(photos):
+  write_table(photos / 'c.csv')
+  source = ImageFolder(str(photos), captions='c.csv')
+  len(source)
+  (photos / 'x.png').unlink()
+  assert source.texts_of(1) == ('an x', 'still an x')
+  with pytest.raises(OSError, match=r'x\.png'):
+    source[1]
+
+
+def test_source_travels_with_what_it_found(classes):
+  source = ImageFolder(str(classes))
+  assert len(source) == 3
+  draw(classes / 'cat' / 'aaa.png')
+  assert pickle.loads(pickle.dumps(source))[2] == source[2]
+  assert pickle.loads(pickle.dumps(source)) == source
+
+
+@pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl', 'parquet'])
+def test_missing_columns_are_named_with_those_found(photos, kind):
+  write_table(photos / f'c.{kind}', columns=('file', 'text'))
+  with pytest.raises(UserError, match="no column 'image' and no column 'caption'; it has 'file', 'text'; set"):
+    len(ImageFolder(str(photos), captions=f'c.{kind}'))
+  with pytest.raises(UserError, match="no column 'caption'; it has 'file', 'text'; set"):
+    len(ImageFolder(str(photos), captions=f'c.{kind}', image_column='file'))
+
+
+def test_images_of_the_table_that_do_not_exist_are_counted_and_the_first_is_named(photos):
+  write_table(photos / 'c.csv', [*ROWS, ('gone.png', 'a'), ('sub/lost.png', 'b')])
+  with pytest.raises(UserError, match=r"2 of the 5 images in .*c.csv' do not exist, first .*/gone.png"):
+    len(ImageFolder(str(photos), captions='c.csv'))
+
+
+def refuse(pattern, *args, **kwargs):
+  with pytest.raises(UserError, match=pattern) as error:
+    len(ImageFolder(*args, **kwargs))
+  assert '\n' not in str(error.value)
+
+
+def test_missing_and_empty_folders_and_tables_are_one_clear_line(photos, tmp_path_factory):
+  empty = tmp_path_factory.mktemp('empty')
+  refuse(r"no folder '/no/such' \(seen from .*\); set path", '/no/such')
+  refuse(r'no images in .* known are \.jpg', str(empty))
+  refuse(r"no captions at '.*/c.csv'; captions is a path from", str(photos), captions='c.csv')
+  (photos / 'c.csv').write_text('image,caption\n')
+  refuse('have no rows', str(photos), captions='c.csv')
+  (photos / 'c.csv').write_text('image,caption\nx.png\n')
+  refuse(r"c.csv:2: expected an image path and a text, got 'x.png' and None", str(photos), captions='c.csv')
+  (photos / 'c.jsonl').write_text('{"image": "x.png", "caption": "a"}\n{"image": \n')
+  refuse(r'c.jsonl is damaged after line 1: ', str(photos), captions='c.jsonl')
+  (photos / 'c.jsonl').write_text('[1]\n')
+  refuse(r'line 1 is no object', str(photos), captions='c.jsonl')
+  (photos / 'c.tsv').write_bytes(b'image\tcaption\nx.png\t\xff\xfe\n')
+  refuse(r'c.tsv is damaged after line 0: .*utf-8', str(photos), captions='c.tsv')
+  (photos / 'c.parquet').write_bytes(b'no parquet')
+  refuse(r'c.parquet is damaged', str(photos), captions='c.parquet')
+
+
+def test_images_beside_class_folders_are_not_lost_silently(classes):
+  draw(classes / 'stray.png')
+  refuse(r'1 images \(stray.png, ...\) lie beside the class folders \(cat, ...\)', str(classes))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(photos, monkeypatch):
+  (photos / 'c.parquet').write_bytes(b'')
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
+  refuse('pip install pyarrow', str(photos), captions='c.parquet')
+
+
+def test_an_unknown_kind_of_table_is_refused_with_its_field():
+  with pytest.raises(UserError, match=r"config.data: captions: 'c.xml' is not a table of .csv"):
+    build(
+      Source, {'name': 'folder', 'path': 'x', 'captions': 'c.xml'}, {Source: {'folder': ImageFolder}}, 'config.data'
+    )
+
+
+def test_images_at_a_url_are_those_on_disk(classes):
+  import fsspec
+
+  write_table(classes / 'table.csv', [('dog/a.PNG', 'a dog'), ('cat/deep/c.jpg', 'a cat')])
+  fsspec.filesystem('memory').put(f'{classes}/', '/folder/', recursive=True)
+  here, there = ImageFolder(str(classes)), ImageFolder('memory://folder')
+  assert set(there.names) <= set(here.names)
+  assert [(there[index]['image'], there[index]['text'], there[index]['key']) for index in range(3)] == [
+    (here[index]['image'], here[index]['text'], here[index]['key']) for index in range(3)
+  ]
+  here, there = (ImageFolder(root, captions='table.csv') for root in (str(classes), 'memory://folder'))
+  assert [there[index] for index in range(2)] == [here[index] for index in range(2)]
+  with pytest.raises(UserError, match="no folder 'memory://nowhere'"):
+    len(ImageFolder('memory://nowhere'))

@@ -1,0 +1,109 @@
+import collections
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmcv_jax.config import build
+from fmcv_jax.data.loader import Pipeline, TrainLoader, evaluation_batches, fingerprint
+from fmcv_jax.data.order import MixedOrder, Order
+from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.sources.mixture import Mixture
+from fmcv_jax.errors import UserError
+from tests.data.counting import Counting
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Counting):
+  classes: tuple[str, ...] = ()
+  first: int = 0
+
+  @property
+  def names(self):
+    return self.classes
+
+  def __getitem__(self, index):
+    return {'label': index % len(self.classes) if self.classes else index, 'image': np.zeros((1, 1, 3), np.uint8)}
+
+
+@given(
+  parts=st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 100)), min_size=1, max_size=5),
+  start=st.integers(0, 10**12),
+)
+@settings(max_examples=60, deadline=None)
+def test_each_source_has_its_share_of_every_stretch_and_each_record_once_in_its_epochs(parts, start):
+  orders = tuple(Order(records, seed) for seed, (records, _) in enumerate(parts))
+  weights = np.array([weight for _, weight in parts])
+  order = MixedOrder(orders, tuple(weights))
+  places = [order.part(position) for position in range(start, start + 300)]
+  for part in range(len(parts)):
+    own = [place for number, place in places if number == part]
+    assert own == list(range(own[0], own[0] + len(own))) if own else True  # none left out, none twice
+    assert abs(len(own) - 300 * weights[part] / weights.sum()) <= len(parts)
+  first = [order.part(position) for position in range(200)]
+  for part in range(len(parts)):  # which count from 0
+    assert next((place for number, place in first if number == part), 0) == 0
+
+
+def test_records_of_each_source_come_once_in_its_epochs_on_any_number_of_processes():
+  mixture = Mixture({'a': Counting(6), 'b': Counting(20)}, {'a': 3.0, 'b': 1.0})
+  ends = (6, 26)
+  whole = [mixture.order(0, True)(position) for position in range(80)]
+  assert collections.Counter(record for record in whole if record < ends[0]) == dict.fromkeys(range(6), 10)
+  assert sorted(record for record in whole if record >= ends[0]) == list(range(6, 26))
+  for processes in (1, 2, 4):
+    shares = []
+    for index in range(processes):
+      loader = TrainLoader(
+        Pipeline(mixture), batch=8, seed=0, fields=('label',), process_index=index, process_count=processes, start=16
+      )
+      shares.append([next(loader)['label'] for _ in range(8)])
+      loader.close()
+    seen = np.concatenate([np.concatenate(step) for step in zip(*shares)])
+    assert seen.tolist() == [record if record < 6 else record - 6 for record in whole[16:]]
+
+
+def test_without_weights_an_epoch_holds_every_record_once():
+  mixture = Mixture({'a': Counting(6), 'b': Counting(20)})
+  order = mixture.order(0, True)
+  assert sorted(order(position) for position in range(26)) == list(range(26))
+  assert [mixture.key_of(index) for index in (0, 6)] == ['a: counting/0', 'b: counting/0']
+  assert mixture.texts_of(7) == ('record 1', 'number 1')
+  (batch,) = evaluation_batches(Pipeline(mixture), batch=26, fields=('label',))
+  assert batch['label'].tolist() == [*range(6), *range(20)]
+  with pytest.raises(IndexError):
+    mixture[26]
+
+
+def test_classes_of_equal_names_are_one():
+  mixture = Mixture({'a': Named(2, classes=('cat', 'dog')), 'b': Named(3, classes=('bird', 'dog', 'cat'))})
+  assert mixture.names == ('cat', 'dog', 'bird')
+  assert [mixture[index]['label'] for index in range(5)] == [0, 1, 2, 1, 0]
+  with pytest.raises(UserError, match="'b' has labels without names"):
+    Mixture({'a': Named(2, classes=('cat', 'dog')), 'b': Named(1)})[2]
+
+
+def test_a_mixture_is_described_by_its_config_and_its_order_by_its_weights():
+  kinds = {Source: {'mixture': Mixture, 'counting': Counting}}
+  spec = {
+    'name': 'mixture',
+    'sources': {'a': {'name': 'counting', 'records': 6}, 'counting': {'records': 4}},
+    'weights': {'a': 1, 'counting': 0.5},
+  }
+  mixture = build(Source, spec, kinds, 'config.data.source')
+  assert mixture == Mixture({'a': Counting(6), 'counting': Counting(4)}, {'a': 1.0, 'counting': 0.5})
+  assert pickle.loads(pickle.dumps(mixture)) == mixture
+  other = Mixture(mixture.sources, {'a': 1.0, 'counting': 2.0})
+  assert len({fingerprint(Pipeline(m), 0) for m in (mixture, other, Mixture(mixture.sources))}) == 3
+  for weights, message in [
+    ({'a': 1.0}, "'counting' has none; give every source one"),
+    ({'a': 1.0, 'countin': 1.0}, "'countin' is no source; did you mean 'counting'"),
+    ({'a': 1.0, 'counting': 0.0}, "expected numbers above 0, got 0.0 for 'counting'"),
+  ]:
+    with pytest.raises(UserError, match=f'^config.data.source: weights: {message}'):
+      build(Source, {**spec, 'weights': weights}, kinds, 'config.data.source')
+  with pytest.raises(UserError, match="the source 'none' has no records"):
+    len(Mixture({'none': Counting(0)}))

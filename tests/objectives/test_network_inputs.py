@@ -1,0 +1,104 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmcv_jax.augment.color import ColorJitter
+from fmcv_jax.augment.control_maps import Edges
+from fmcv_jax.augment.geometry import Flip
+from fmcv_jax.augment.inpaint_masks import Holes
+from fmcv_jax.augment.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.generative.unet import unet
+from fmcv_jax.models.self_supervised.dino import dino
+from fmcv_jax.models.self_supervised.mae import mae
+from fmcv_jax.objectives.diffusion import Diffusion
+from fmcv_jax.objectives.dino import SelfDistillation
+from fmcv_jax.objectives.mae import MaskedAutoencoding
+from fmcv_jax.objectives.network_inputs import seen
+
+AUGMENT = (Flip(), ColorJitter(brightness=0.4, hue=0.2))
+NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+COUNT = 4
+
+
+def given_to(objective, batch, rng):
+  """What the network's own calls receive when the loss runs, in order: (arguments, keyword arguments)."""
+
+  @jax.jit
+  def traced(batch, rng):
+    calls = []
+
+    def listen(call, args, kwargs, context):
+      if context.module.name is None and context.method_name == '__call__':
+        calls.append((args, {name: value for name, value in kwargs.items() if isinstance(value, (jax.Array, int))}))
+      return call(*args, **kwargs)
+
+    born = jax.eval_shape(objective.init, rng)
+    params, extra = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), born)
+    with nn.intercept_methods(listen):
+      objective.loss(params, batch, rng, extra)
+    return calls
+
+  return traced(batch, rng)
+
+
+def batch_of(objective):
+  generator = np.random.default_rng(0)
+  return {
+    name: generator.integers(0, 256, (COUNT, *x.shape), dtype=np.uint8) for name, x in objective.example_batch.items()
+  }
+
+
+def test_masked_autoencoding_is_seen_as_its_network_is_given_it():
+  network = mae(vit('mu/8', image_size=32, depth=1), width=32, depth=1, heads=2)
+  objective = MaskedAutoencoding(network, augment=AUGMENT, normalize=NORMALIZE)
+  batch, rng = batch_of(objective), jax.random.key(5)
+  ((images, order), options) = given_to(objective, batch, rng)[0]
+  (ours,) = seen(objective, batch, rng)
+  assert ours.shape == (COUNT, 1, 32, 32, 3)
+  np.testing.assert_allclose(ours[:, 0], NORMALIZE.undo(images), atol=1e-5)
+  hidden = np.asarray(objective.hidden_patches(rng, COUNT))
+  assert hidden.shape == (COUNT, 1, 4, 4)
+  for example, row in zip(hidden, np.asarray(order)):
+    assert set(np.flatnonzero(example)) == set(row[options['visible'] :].tolist())
+
+
+def test_self_distillation_is_seen_as_its_student_is_given_it():
+  encoder = vit('mu/8', image_size=32, depth=1, mask_token=True)
+  objective = SelfDistillation(
+    dino(encoder, prototypes=8, hidden=16, bottleneck=8),
+    momentum_steps=10,
+    local_views=3,
+    local_size=16,
+    patch_weight=1.0,
+    global_augments=(AUGMENT, ()),
+    local_augment=AUGMENT,
+    normalize=NORMALIZE,
+  )
+  batch, rng = batch_of(objective), jax.random.key(6)
+  _, (large_args, options), (small_args, _) = given_to(objective, batch, rng)  # the teacher is first
+  large, small = seen(objective, batch, rng)
+  assert (large.shape, small.shape) == ((COUNT, 2, 32, 32, 3), (COUNT, 3, 16, 16, 3))
+  np.testing.assert_allclose(large.reshape(-1, 32, 32, 3), NORMALIZE.undo(large_args[0]), atol=1e-5)
+  np.testing.assert_allclose(small.reshape(-1, 16, 16, 3), NORMALIZE.undo(small_args[0]), atol=1e-5)
+  np.testing.assert_array_equal(large[:, 1], batch['global_views'][:, 1] / jnp.float32(255))  # not augmented
+  hidden = objective.hidden_patches(rng, COUNT)
+  assert hidden.any()
+  np.testing.assert_array_equal(hidden.reshape(COUNT * 2, -1), options['masked'])
+
+
+def test_what_steers_and_what_is_around_a_hole_are_seen_beside_the_image():
+  small = {'image_size': 16, 'channels': 3, 'widths': (16,), 'depths': (0,), 'layers': 1, 'context': 0}
+  steered = Diffusion(unet('mu', **small), control=Edges(), normalize=NORMALIZE)
+  filled = Diffusion(unet('mu', **small, beside=4), holes=Holes(whole=0.0), normalize=NORMALIZE)
+  for objective in (steered, filled):
+    batch, rng = batch_of(objective), jax.random.key(7)
+    image, second = seen(objective, batch, rng)
+    np.testing.assert_allclose(image[:, 0], batch['image'] / np.float32(255), atol=1e-6)
+    if objective is steered:
+      np.testing.assert_array_equal(second[:, 0], Edges()(image[:, 0]))
+    else:
+      hidden = (second[:, 0] != image[:, 0]).any(-1)
+      assert hidden.any((1, 2)).all()
+      np.testing.assert_allclose(second[:, 0][hidden], np.broadcast_to(NORMALIZE.mean, (hidden.sum(), 3)), atol=1e-6)
