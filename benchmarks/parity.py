@@ -326,7 +326,7 @@ def differences(case: Case, root: pathlib.Path) -> dict[str, Any]:
 
 def said(case: Case, run: Run, *, listen: bool = False) -> tuple[list[jax.Array], dict[int, jax.Array]]:
   """Our outputs and, if asked, what every layer with a weight says, by the weight's fingerprint."""
-  subject, _ = run.restored_subject()
+  subject, _ = run.restored_model()
   capture = {'capture_intermediates': lambda module, _: isinstance(module, LAYERS), 'mutable': ['intermediates']}
 
   @jax.jit

@@ -3,9 +3,9 @@
     pip install torch diffusers
     GLIBC_TUNABLES=... taskset -c 0 python benchmarks/sampling.py    # the Makefile's, by which XLA keeps its memory
 
-Both paint the same pictures from the same noise, in turns, in one process, here on one core. Told are seconds by the
-clock and, since neighbours on the machine do not count there, of CPU time. The sampler's own share is that of the same
-program around a network that does next to nothing.
+Both paint the same pictures from the same noise, in turns, in one process, here on one core. Given are seconds
+by the clock and, since neighbours on the machine do not count there, of CPU time. The sampler's own share is that of
+the same program around a network that does next to nothing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from fmcv_jax.diffusion.condition import make_condition
 from fmcv_jax.diffusion.process import Process
-from fmcv_jax.diffusion.samplers import Ddim, sample, times_of
+from fmcv_jax.diffusion.samplers import Ddim, sample, sampling_timesteps
 from fmcv_jax.models.generative.dit import DiT, dit
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import dit as names
@@ -103,7 +103,7 @@ def main() -> None:
   inputs = jnp.zeros((1, SIZE, SIZE, CHANNELS)), jnp.zeros(1), make_condition(label=jnp.zeros(1, jnp.int32))
   shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)['params']
   params = adopted(model, network, {'network': shapes})['network']
-  times = times_of(PROCESS, args.steps)
+  times = sampling_timesteps(PROCESS, args.steps)
 
   def sampled(params, noise, label):
     def denoise(x, time):

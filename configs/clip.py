@@ -52,6 +52,6 @@ def get_config(variant='B/32'):
   )
   c.train = dict(steps=EPOCHS * PAIRS // BATCH, batch=BATCH)
   c.checkpoint = dict(every=2_000)
-  c.mesh = dict(data=1, fsdp=-1, fsdp_at_most=16)
+  c.mesh = dict(data=1, fsdp=-1, max_fsdp=16)
   c.topology = PODS[variant]
   return c

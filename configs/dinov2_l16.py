@@ -82,6 +82,6 @@ def get_config():
   )
   c.train = dict(steps=steps, batch=BATCH)
   c.checkpoint = dict(every=STEPS_PER_EPOCH)
-  c.mesh = dict(data=1, fsdp=-1, fsdp_at_most=16)
+  c.mesh = dict(data=1, fsdp=-1, max_fsdp=16)
   c.topology = 'v5e:16x16'
   return c

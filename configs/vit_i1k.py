@@ -51,6 +51,6 @@ def get_config(variant='B/16'):
   )
   c.train = dict(steps=recipe['epochs'] * steps_per_epoch, batch=BATCH, ema=0.9999)
   c.checkpoint = dict(every=steps_per_epoch, best='val/top1')
-  c.mesh = dict(data=1, fsdp=-1, fsdp_at_most=16)
+  c.mesh = dict(data=1, fsdp=-1, max_fsdp=16)
   c.topology = 'v5e:16x16'
   return c

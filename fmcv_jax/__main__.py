@@ -317,7 +317,7 @@ def _keep_compiled() -> None:
 
 
 @contextlib.contextmanager
-def _without_echoes() -> Iterator[None]:
+def _suppress_tensorstore_shutdown_errors() -> Iterator[None]:
   """Once a write has failed, threads of tensorstore find the event loop of the others closed, and each says so."""
   usual = sys.unraisablehook
 
@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger(library).setLevel(logging.CRITICAL)
   from fmcv_jax.train.loop import Preempted
 
-  with _without_echoes():
+  with _suppress_tensorstore_shutdown_errors():
     try:
       distributed.initialize()
       args.function(args, overrides)

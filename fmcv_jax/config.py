@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 
 Kinds = Mapping[type, Mapping[str, Callable[..., Any]]]
 
@@ -32,7 +32,7 @@ def load_file(spec: str) -> dict[str, Any]:
   file = pathlib.Path(path)
   if not file.is_file():
     near = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
-    raise UserError(f'--config: no file {path!r}; {nearest(path, near)}')
+    raise UserError(f'--config: no file {path!r}; {did_you_mean(path, near)}')
   module_spec = importlib.util.spec_from_file_location(f'fmcv_config_{file.stem}', file)
   assert module_spec
   assert module_spec.loader
@@ -49,7 +49,7 @@ def load_file(spec: str) -> dict[str, Any]:
     raise
   except Exception as error:  # a config is the user's own code: whatever it raises is reported at its own line
     raise UserError(f'{path}:{_line_in(error, str(file))}: {type(error).__name__}: {error}') from error
-  return plain(config)
+  return to_plain_dict(config)
 
 
 def _line_in(error: BaseException, file: str) -> int:
@@ -63,14 +63,14 @@ def _line_in(error: BaseException, file: str) -> int:
   return lines[-1]
 
 
-def plain(value: Any) -> Any:
+def to_plain_dict(value: Any) -> Any:
   """A ConfigDict (or any mapping, list, tuple) as plain dicts and tuples, in the order it was written."""
   if isinstance(value, ml_collections.ConfigDict):
     value = value.to_dict()
   if isinstance(value, collections.abc.Mapping):
-    return {key: plain(item) for key, item in value.items()}
+    return {key: to_plain_dict(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return tuple(plain(item) for item in value)
+    return tuple(to_plain_dict(item) for item in value)
   return value
 
 
@@ -85,7 +85,7 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
       value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
       value = {'true': True, 'false': False}.get(text.lower(), text)
-    config = _assign(config, path.split('.'), plain(value), path)
+    config = _assign(config, path.split('.'), to_plain_dict(value), path)
   return config
 
 
@@ -114,7 +114,9 @@ def paths_of(tree: Any, name: str, path: str) -> list[str]:
 
 
 def resolve(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> Any:
-  """Checks plain data against an annotation and fills in every default; the result describes the run completely."""
+  """Checks plain data against an annotation and fills in every default; the result describes the run
+  completely.
+  """
   return _visit(annotation, value, kinds, path, lambda name, constructor, fields, path: {**name, **fields})
 
 
@@ -122,14 +124,14 @@ def build(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> An
   """Constructs what plain data describes. A ValueError of a constructor is reported with the field's path."""
 
   def construct(name, constructor, fields, path):
-    with reported_at(path):
+    with config_path_context(path):
       return constructor(**fields)
 
   return _visit(annotation, value, kinds, path, construct)
 
 
 @contextlib.contextmanager
-def reported_at(path: str) -> Iterator[None]:
+def config_path_context(path: str) -> Iterator[None]:
   """A ValueError in the block becomes a UserError that names this place of the config."""
   try:
     yield
@@ -148,7 +150,7 @@ def _visit(annotation: Any, value: Any, kinds: Kinds, path: str, make: Callable[
     return _visit_union(args, value, kinds, path, make)
   if origin is Literal:
     if value not in args:
-      raise UserError(f'{path}: {value!r} is not one of {", ".join(map(repr, args))}; {nearest(value, args)}')
+      raise UserError(f'{path}: {value!r} is not one of {", ".join(map(repr, args))}; {did_you_mean(value, args)}')
     return value
   if origin in (collections.abc.Mapping, dict):
     if not isinstance(value, dict):
@@ -197,7 +199,7 @@ def _visit_spec(table, value, kinds, path, make):
   name = value['name']
   constructor = _import(name, path) if ':' in name else table.get(name)
   if constructor is None:
-    raise UserError(f'{path}.name: unknown {name!r}; {nearest(name, table)}')
+    raise UserError(f'{path}.name: unknown {name!r}; {did_you_mean(name, table)}')
   fields = {key: item for key, item in value.items() if key != 'name'}
   return _visit_call({'name': name}, constructor, fields, kinds, path, make)
 
@@ -206,7 +208,7 @@ def _visit_call(name, constructor, fields, kinds, path, make):
   parameters = _parameters(constructor)
   for key in fields:
     if key not in parameters:
-      raise UserError(f'{path}.{key}: unknown field; {nearest(key, parameters)}')
+      raise UserError(f'{path}.{key}: unknown field; {did_you_mean(key, parameters)}')
   built = {}
   for key, (annotation, default) in parameters.items():
     default = _described(default, kinds)
@@ -228,7 +230,7 @@ def _described(default: Any, kinds: Kinds) -> Any:
     names = {constructor: name for table in kinds.values() for name, constructor in table.items()}
     name = {'name': names[type(default)]} if type(default) in names else {}
     return name | {f.name: _described(getattr(default, f.name), kinds) for f in dataclasses.fields(default) if f.init}
-  return plain(default)
+  return to_plain_dict(default)
 
 
 def _parameters(constructor) -> dict[str, tuple[Any, Any]]:

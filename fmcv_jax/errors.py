@@ -9,7 +9,7 @@ class UserError(Exception):
   """
 
 
-def nearest(word: str, known, *, limit: int = 8) -> str:
+def did_you_mean(word: str, known, *, limit: int = 8) -> str:
   """Ends a message about an unknown `word`: the nearest of the `known` names, or the list of them."""
   import difflib
 

@@ -20,7 +20,7 @@ from fmcv_jax.train.checkpoint import Checkpointing
 from fmcv_jax.train.metrics import Log
 from fmcv_jax.train.optim import Optimizer
 from fmcv_jax.train.schedules import Cosine
-from fmcv_jax.train.warm_start import Part
+from fmcv_jax.train.warm_start import InitFrom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Experiment:
   evaluators: Mapping[str, Evaluator] = dataclasses.field(default_factory=dict)
   checkpoint: Checkpointing = Checkpointing()
   log: Log = Log()
-  init_from: Mapping[str, Part] = dataclasses.field(default_factory=dict)
+  init_from: Mapping[str, InitFrom] = dataclasses.field(default_factory=dict)
   seed: int = 0
   topology: str | None = None
   debug: Debug = Debug()

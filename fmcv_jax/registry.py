@@ -4,7 +4,7 @@ import flax.linen as nn
 
 from fmcv_jax import config as config_lib
 from fmcv_jax.augment.base import Augment
-from fmcv_jax.augment.control_maps import Coarse, Control, Edges, Gray
+from fmcv_jax.augment.control_maps import Control, Edges, Gray, Pixelate
 from fmcv_jax.augment.registry import AUGMENTS
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.base import NoData, Source
@@ -43,29 +43,29 @@ from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.models.multimodal.dual_encoder import align, clip, dual_encoder, siglip
 from fmcv_jax.models.self_supervised.dino import dino
 from fmcv_jax.models.self_supervised.mae import mae
-from fmcv_jax.objectives.adapted import Adapted
+from fmcv_jax.objectives.adapted import PartialFineTuning
 from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
-from fmcv_jax.objectives.encoder import Encoder
+from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.segmentation import Segmentation
-from fmcv_jax.train.optim import Adafactor, AdamW, Lamb, Lion, Muon, Rule
+from fmcv_jax.train.optim import Adafactor, AdamW, Lamb, Lion, Muon, UpdateRule
 from fmcv_jax.train.schedules import Cosine, Linear, Rsqrt, Schedule
 
 # What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
 KINDS: config_lib.Kinds = {
   Objective: {
-    'adapted': Adapted,
+    'adapted': PartialFineTuning,
     'autoencoding': Autoencoding,
     'classification': Classification,
     'contrastive': Contrastive,
     'diffusion': Diffusion,
     'dino': SelfDistillation,
-    'encoder': Encoder,
+    'encoder': PretrainedEncoder,
     'mae': MaskedAutoencoding,
     'segmentation': Segmentation,
   },
@@ -102,9 +102,9 @@ KINDS: config_lib.Kinds = {
   ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
   Tokenizer: TOKENIZERS,
   Augment: AUGMENTS,
-  Control: {'coarse': Coarse, 'edges': Edges, 'gray': Gray},
+  Control: {'coarse': Pixelate, 'edges': Edges, 'gray': Gray},
   Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},
-  Rule: {'adafactor': Adafactor, 'adamw': AdamW, 'lamb': Lamb, 'lion': Lion, 'muon': Muon},
+  UpdateRule: {'adafactor': Adafactor, 'adamw': AdamW, 'lamb': Lamb, 'lion': Lion, 'muon': Muon},
   Evaluator: {
     'accuracy': Accuracy,
     'denoising': Denoising,

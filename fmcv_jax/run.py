@@ -15,13 +15,13 @@ from etils import epath
 from fmcv_jax import config as config_lib
 from fmcv_jax.data.tokenizers import KEPT, Bpe
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import Experiment, resolve
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.parallel.mesh import make_mesh
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement
 from fmcv_jax.registry import KINDS
-from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.flops import matmul_flops
 from fmcv_jax.train.state import TrainState, init_state, state_shardings
 from fmcv_jax.train.step import StepFn, make_train_step
@@ -38,11 +38,11 @@ class Run:
   ):
     self.config = config
     self._workdir = epath.Path(workdir) if workdir is not None else None
-    e: Experiment = config_lib.build(Experiment, with_own_tokenizer(config, self._workdir), KINDS)
-    with config_lib.reported_at('config.objective'):
-      self.experiment = e = dataclasses.replace(e, objective=e.objective.for_run(e.train.steps))
+    e: Experiment = config_lib.build(Experiment, use_saved_tokenizer(config, self._workdir), KINDS)
+    with config_lib.config_path_context('config.objective'):
+      self.experiment = e = dataclasses.replace(e, objective=e.objective.with_total_steps(e.train.steps))
     self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
-    with config_lib.reported_at('config.optimizer.schedule'):
+    with config_lib.config_path_context('config.optimizer.schedule'):
       self.tx = e.optimizer.make(e.train.steps) if e.train.steps else optax.identity()
     self._check_batches()
 
@@ -54,7 +54,7 @@ class Run:
       raise UserError(f'{workdir}: no run here (no config.json); give the --workdir of a training run')
     saved = json.loads(path.read_text())
     saved['mesh'] = {}
-    return cls(resolve(config_lib.override(config_lib.plain(saved), overrides)), workdir)
+    return cls(resolve(config_lib.override(config_lib.to_plain_dict(saved), overrides)), workdir)
 
   @property
   def workdir(self) -> epath.Path:
@@ -97,37 +97,37 @@ class Run:
       ema=e.train.ema,
     )
 
-  def subject(self) -> Subject:
+  def subject(self) -> EvaluatedModel:
     e = self.experiment
-    return Subject(
+    return EvaluatedModel(
       e.objective.functions(),
       self.placement,
       e.tokenizer,
-      makes=e.objective.generator,
-      reopen=lambda workdir: Run.reopen(workdir).restored_subject()[0],
+      make_generator=e.objective.generator,
+      reopen=lambda workdir: Run.reopen(workdir).restored_model()[0],
       image_size=e.objective.input_size,
     )
 
-  def restored_subject(self, step: int | None = None) -> tuple[Subject, int]:
+  def restored_model(self, step: int | None = None) -> tuple[EvaluatedModel, int]:
     """The trained model of this run's workdir at `step` (default: the newest), and that step."""
-    store = Store(self.workdir, self.experiment.checkpoint, create=False)
-    step = store.kept(step)
+    checkpointer = Checkpointer(self.workdir, self.experiment.checkpoint, create=False)
+    step = checkpointer.resolve_step(step)
     abstract, subject = self.abstract_state, self.subject()
     target, extra = (
       jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
       for tree, shardings in ((abstract.params, self.shardings.params), (abstract.extra, self.shardings.extra))
     )
-    subject.params, subject.extra = store.restore_params(target, step, extra=extra)
-    store.close()
+    subject.params, subject.extra = checkpointer.restore_params(target, step, extra=extra)
+    checkpointer.close()
     return subject, step
 
   def step_flops(self) -> float:
     """Model FLOPs of one step: the matrix products of the loss and its gradient, in a twin that recomputes nothing."""
     spec = {'objective': self.config['objective']}
     remat = config_lib.paths_of(spec['objective'], 'remat', 'objective')
-    spec = config_lib.override(config_lib.plain(spec), [f'{path}=none' for path in remat])
+    spec = config_lib.override(config_lib.to_plain_dict(spec), [f'{path}=none' for path in remat])
     objective: Objective = config_lib.build(Objective, spec['objective'], KINDS, 'config.objective')
-    objective = objective.for_run(self.experiment.train.steps)
+    objective = objective.with_total_steps(self.experiment.train.steps)
     return float(
       matmul_flops(
         jax.grad(lambda params, batch, extra: objective.loss(params, batch, jax.random.key(0), extra)[0]),
@@ -151,7 +151,7 @@ class Run:
         raise UserError(f'config.{path}: {batch} does not divide over {parts}{more}; use a multiple of {ways * pieces}')
 
 
-def with_own_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> dict[str, Any]:
+def use_saved_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> dict[str, Any]:
   """The config with a tokenizer of this run's own, trained or from a file, read from the file that the run keeps."""
   spec = config.get('tokenizer')
   if not spec or workdir is None or spec['name'] not in KEPT:
@@ -176,14 +176,14 @@ def keep_tokenizer(run: Run) -> None:
     epath.Path(spec['file']).copy(kept)
 
 
-def trained_tree(workdir: str) -> dict[str, Any]:
+def load_trained_params(workdir: str) -> dict[str, Any]:
   """What a run has learnt: {'params': the parameters to evaluate, 'extra': what it carried along, 'whole': ...}.
 
   'whole' is the network's own parameters where the run trained but a part of them, or a LoRA beside them.
   """
   run = Run.reopen(workdir)
-  subject, _ = run.restored_subject()
-  whole = run.experiment.objective.whole(subject.params, subject.extra)
+  subject, _ = run.restored_model()
+  whole = run.experiment.objective.full_params(subject.params, subject.extra)
   return {'params': subject.params, 'extra': subject.extra, 'whole': whole}
 
 

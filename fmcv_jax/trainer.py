@@ -24,14 +24,14 @@ from fmcv_jax.evaluate.base import Evaluator, evaluate
 from fmcv_jax.experiment import resolve
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.distributed import is_main
-from fmcv_jax.run import Run, keep_tokenizer, parameter_count, trained_tree
+from fmcv_jax.run import Run, keep_tokenizer, load_trained_params, parameter_count
 from fmcv_jax.train import goodput, lock, loop
-from fmcv_jax.train.checkpoint import Store
-from fmcv_jax.train.goodput import Clock
+from fmcv_jax.train.checkpoint import Checkpointer
+from fmcv_jax.train.goodput import GoodputTimer
 from fmcv_jax.train.metrics import Writer, peak_of
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.storage import write_json
-from fmcv_jax.train.warm_start import begin_with
+from fmcv_jax.train.warm_start import load_partial_state
 from fmcv_jax.version import __version__
 
 # Of a file system, whatever file it was: no space, quota, file too large, read-only, broken, gone.
@@ -70,9 +70,9 @@ def _storage_errors(workdir: epath.Path) -> Iterator[None]:
 
 def _train(run: Run, console: Console) -> TrainState:
   e, main = run.experiment, is_main()
-  clock = Clock(run.workdir / goodput.FILE if main else None)
-  store = Store(run.workdir, e.checkpoint)
-  restored = store.restore_newest(
+  clock = GoodputTimer(run.workdir / goodput.FILE if main else None)
+  checkpointer = Checkpointer(run.workdir, e.checkpoint)
+  restored = checkpointer.restore_newest(
     run.abstract_state, run.shardings, lambda notice: console.print(notice, highlight=False, soft_wrap=True)
   )
   start, position = None, None
@@ -82,7 +82,7 @@ def _train(run: Run, console: Console) -> TrainState:
   else:
     state = jax.jit(run.init, out_shardings=run.shardings)()
     if e.init_from:
-      state = begin_with(state, e.init_from, trained_tree)
+      state = load_partial_state(state, e.init_from, load_trained_params)
 
   fields = tuple(run.batch_shapes)
   loader = TrainLoader(
@@ -121,7 +121,7 @@ def _train(run: Run, console: Console) -> TrainState:
       run.train_step(),
       state,
       _device_batches(loader, run),
-      loop.Plan(
+      loop.LoopConfig(
         steps=last,
         log_every=e.log.every,
         save_every=e.checkpoint.every,
@@ -133,7 +133,7 @@ def _train(run: Run, console: Console) -> TrainState:
       peak_flops=peak and peak * jax.device_count(),
       evaluate=evaluate_at,
       position=loader.state,
-      store=store,
+      checkpointer=checkpointer,
       writer=writer,
       clock=clock,
     )
@@ -144,7 +144,7 @@ def _train(run: Run, console: Console) -> TrainState:
       first = '; '.join(f'{key}: {reason}' for key, reason in list(loader.skipped.items())[:3])
       console.print(f'{len(loader.skipped)} records could not be read and were skipped: {first}', highlight=False)
     loader.close()
-    store.close()
+    checkpointer.close()
 
 
 def _device_batches(loader: TrainLoader, run: Run) -> Iterator[Any]:
@@ -166,7 +166,7 @@ def _open_workdir(run: Run, console: Console) -> None:
   workdir, config = run.workdir, run.config
   path = workdir / 'config.json'
   if path.exists():
-    saved = resolve(config_lib.plain(json.loads(path.read_text())))
+    saved = resolve(config_lib.to_plain_dict(json.loads(path.read_text())))
     difference = first_difference(saved, config)
     if difference:
       field, old, new = difference

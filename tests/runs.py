@@ -13,9 +13,9 @@ from PIL import Image
 
 from fmcv_jax import experiment, trainer
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.run import Run, trained_tree
+from fmcv_jax.run import Run, load_trained_params
 from fmcv_jax.train import loop
-from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.storage import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -191,7 +191,7 @@ def untrained(config, workdir, changed=lambda params: params):
     state = run.init()
     return state.replace(params=changed(state.params))
 
-  store = Store(workdir)
+  store = Checkpointer(workdir)
   store.save(jax.jit(born, out_shardings=run.shardings)(), {}, {})
   store.close()
   return workdir
@@ -206,7 +206,7 @@ def _resolved(config, changes):
 def stopped(config, workdir, step):
   """Runs a config in this process up to `step`, where it is told to stop."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.StopSignal, 'requested', lambda self, now: now == step)
+    patch.setattr(loop.PreemptionGuard, 'requested', lambda self, now: now == step)
     with pytest.raises(loop.Preempted, match=f'at step {step}: saved'):
       trainer.train(config, workdir)
 
@@ -232,5 +232,5 @@ def steps_of(workdir):
 
 def parameters(workdir):
   """What a run has learnt, as {path: array}."""
-  params = trained_tree(str(workdir))['params']
+  params = load_trained_params(str(workdir))['params']
   return {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}

@@ -40,7 +40,7 @@ def rows_without_times(workdir):
 def test_workdir_identifies_the_run_and_holds_its_figures(finished):
   config, workdir, _ = finished
   saved = json.loads((workdir / 'config.json').read_text())
-  assert experiment.resolve(experiment.config_lib.plain(saved)) == config
+  assert experiment.resolve(experiment.config_lib.to_plain_dict(saved)) == config
   identity = json.loads((workdir / 'run.json').read_text())
   assert identity['devices']['count'] == 8
   assert identity['versions']['jax'] == jax.__version__
@@ -121,10 +121,10 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
   trainer.train(config, tmp_path / 'run')
   tokens = Run(config).experiment.tokenizer(['a red picture'])
   shutil.rmtree(own)
-  subject, step = Run.reopen(tmp_path / 'run').restored_subject()
+  subject, step = Run.reopen(tmp_path / 'run').restored_model()
   assert step == 4
   np.testing.assert_array_equal(subject.tokenizer(['a red picture']), tokens)
-  embeddings = subject.over_texts(['a red picture', 'blue'], batch=8)
+  embeddings = subject.embed_texts(['a red picture', 'blue'], batch=8)
   np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
 
 

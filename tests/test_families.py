@@ -15,7 +15,7 @@ from fmcv_jax.models.dense.segmenter import segmenter
 from fmcv_jax.models.multimodal.dual_encoder import DualEncoder
 from fmcv_jax.models.self_supervised.dino import dino
 from fmcv_jax.models.self_supervised.mae import mae
-from fmcv_jax.objectives.adapted import Adapted, Lora
+from fmcv_jax.objectives.adapted import Lora, PartialFineTuning
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.distillation import Distillation
@@ -56,7 +56,7 @@ FAMILIES = {
     cutmix=1.0,
     augment=(ThreeAugment(),),
   ),
-  'lora': lambda: Adapted(classification(VIT(outputs=10)), trained=('head/.*',), lora=Lora(rank=2)),
+  'lora': lambda: PartialFineTuning(classification(VIT(outputs=10)), trained=('head/.*',), lora=Lora(rank=2)),
   'swin': lambda: classification(swin('mu', image_size=16, patch=2, window=4, outputs=10)),
   'align': lambda: Contrastive(
     DualEncoder(

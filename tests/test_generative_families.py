@@ -10,7 +10,7 @@ import pytest
 
 from fmcv_jax import trainer
 from fmcv_jax.augment.control_maps import Edges
-from fmcv_jax.augment.inpaint_masks import Holes
+from fmcv_jax.augment.inpaint_masks import RandomInpaintMask
 from fmcv_jax.diffusion.process import Process
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
@@ -53,7 +53,7 @@ FAMILIES = {
   'text to image by a unet': lambda: LATENT(UNET(), text=TEXT, weighting='min_snr'),
   'a text tower of its own': lambda: LATENT(UNET(), text=TEXT, train_text=True),
   'controlnet': lambda: LATENT(UNET(), text=TEXT, control=Edges()),
-  'inpainting': lambda: LATENT(UNET(beside=5), text=TEXT, holes=Holes()),
+  'inpainting': lambda: LATENT(UNET(beside=5), text=TEXT, holes=RandomInpaintMask()),
 }
 
 

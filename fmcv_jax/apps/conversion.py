@@ -14,21 +14,21 @@ from rich.console import Console
 from rich.progress import track
 
 from fmcv_jax import config as config_lib
-from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import resolve
 from fmcv_jax.inference.model import evaluated_as
-from fmcv_jax.objectives.encoder import Encoder
+from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_config
 from fmcv_jax.pretrained.families import FAMILIES, family_of, recognize
 from fmcv_jax.pretrained.layout import Layout, Shape, check, read, write
 from fmcv_jax.pretrained.tensors import TORCH, Tensors, open_tensors, write_tensors
-from fmcv_jax.run import Run, keep_tokenizer, trained_tree
-from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.run import Run, keep_tokenizer, load_trained_params
+from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.storage import write_json
-from fmcv_jax.train.warm_start import Part, begin_with
+from fmcv_jax.train.warm_start import InitFrom, load_partial_state
 
 FOR_TRAINING = ('discriminator', 'projector')  # parameters that training alone needs
 # What a library calls the file of arrays in a folder.
@@ -61,7 +61,7 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
     values[path] = jax.device_put(value, match.leaves[path].sharding)
   state = _untrained_state(run, list(values.values()))
   if sources:
-    state = begin_with(state, sources, trained_tree)
+    state = load_partial_state(state, sources, load_trained_params)
   state = jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, state)
   try:
     _write(run, state, {'file': str(file), 'family': match.name})
@@ -98,7 +98,7 @@ def matched(
   name, layout, found = recognize(tensors, family, file)
   own, folder = FAMILIES[name].config(found), hub_config.folder_of(pathlib.Path(file))
   own |= hub_config.tokenizer(folder, own)
-  config = resolve(config_lib.override(config_lib.plain(own), [*hub_config.fields(folder, own), *overrides]))
+  config = resolve(config_lib.override(config_lib.to_plain_dict(own), [*hub_config.fields(folder, own), *overrides]))
   run = Run(config, to)
   leaves, sources = _leaves(run), run.experiment.init_from
   shapes = {path.removeprefix('params/'): leaf.shape for path, leaf in leaves.items() if _is_held(path, sources)}
@@ -117,7 +117,7 @@ def _learnt(state: TrainState) -> dict[str, Any]:
   return {'params': state.params, 'extra': state.extra}
 
 
-def _is_held(path: str, sources: Mapping[str, Part]) -> bool:
+def _is_held(path: str, sources: Mapping[str, InitFrom]) -> bool:
   """Whether a file is to hold this: what a network has learnt, but for what comes from elsewhere.
 
   Arrays of `extra` that are no part of a network are born.
@@ -153,7 +153,7 @@ def _write(run: Run, state: TrainState, imported: Mapping[str, str]) -> None:
   run.workdir.mkdir(parents=True, exist_ok=True)
   write_json(run.workdir / 'config.json', run.config)
   keep_tokenizer(run)
-  store = Store(run.workdir)
+  store = Checkpointer(run.workdir)
   store.save(state, {'imported': imported}, {})
   store.wait()
   store.close()
@@ -167,14 +167,14 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
   needs the folder. UserError for a model that the format has no place for.
   """
   run = Run.reopen(workdir)
-  subject, _ = run.restored_subject(step)
+  subject, _ = run.restored_model(step)
   objective, params = _exported(run, subject)
   variant = run.config['objective'].get('network', {}).get('variant', '')
   family = family_of({path: x.shape for path, x in params.items()}, variant)
   layouts = [layout for name, layout in FAMILIES[family].layouts if name == format]
   if not layouts:
     known = sorted({name for name, _ in FAMILIES[family].layouts})
-    raise UserError(f'--format {format}: unknown for a model such as {family!r}; {nearest(format, known)}')
+    raise UserError(f'--format {format}: unknown for a model such as {family!r}; {did_you_mean(format, known)}')
   frozen = {f'extra/{path}': x for path, x in _arrays(subject.extra).items() if '/' in path}
   written, complaints = None, []
   for layout in layouts:
@@ -203,15 +203,15 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
   Console(stderr=True).print(f'{len(written)} arrays in {to}', highlight=False, soft_wrap=True)
 
 
-def _exported(run: Run, subject: Subject) -> tuple[Any, dict[str, np.ndarray]]:
+def _exported(run: Run, subject: EvaluatedModel) -> tuple[Any, dict[str, np.ndarray]]:
   """The objective and the parameters by path, without what training alone needs: of self-distillation the encoder's."""
   outer = run.experiment.objective
   objective = getattr(outer, 'objective', outer)
-  params = _arrays(outer.whole(subject.params, subject.extra))
+  params = _arrays(outer.full_params(subject.params, subject.extra))
   params = {path: x for path, x in params.items() if path.split('/')[0] not in FOR_TRAINING}
   if 'head/prototypes' in params:
-    tower: Any = outer.image_tower(subject.params, subject.extra)
-    return Encoder(tower.network, tower.normalize), _arrays(tower.params)
+    tower: Any = outer.image_encoder(subject.params, subject.extra)
+    return PretrainedEncoder(tower.network, tower.normalize), _arrays(tower.params)
   return objective, params
 
 

@@ -51,7 +51,7 @@ def examples(shown: Run, batch: dict[str, np.ndarray]) -> list[list[np.ndarray]]
   # That of the first step; see init_state and make_train_step.
   rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(e.seed), 1), 0)
   views = [np.array(images) for images in seen(e.objective, batch, rng)]
-  hidden = e.objective.hidden_patches(rng, len(next(iter(batch.values()))))
+  hidden = e.objective.masked_patches(rng, len(next(iter(batch.values()))))
   if hidden is not None:
     views[0] = _greyed(views[0], np.asarray(hidden))
   known = {'image', *e.data.views} if views else set()

@@ -12,7 +12,7 @@ from fmcv_jax import experiment, trainer
 from fmcv_jax.apps import figures
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Subject, topk_hits
+from fmcv_jax.evaluate.base import EvaluatedModel, topk_accuracy
 from fmcv_jax.evaluate.retrieval import captions_of
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.run import Run
@@ -31,7 +31,7 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   trainer.train(resolved, workdir, console)
 
   trained = Run.reopen(workdir)
-  subject, step = trained.restored_subject()
+  subject, step = trained.restored_model()
   folder = workdir / 'demo'
   folder.mkdir(exist_ok=True)
   figures.loss_curve(workdir / 'metrics.jsonl', folder / 'loss.png')
@@ -57,15 +57,15 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   console.print(f'figures and pictures: {folder}/   metrics: {workdir / "metrics.jsonl"}\n{CREDITS}', highlight=False)
 
 
-def _zero_shot(subject: Subject, evaluator: ZeroShot, path: pathlib.Path, text: str) -> list[float]:
+def _zero_shot(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.Path, text: str) -> list[float]:
   """Top-1 and top-5 among the evaluator's names; draws a sheet of 24 images drawn at random."""
-  outputs = subject.over('embed_image', evaluator.data, evaluator.batch)
+  outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch)
   names = evaluator.data.source.names
   scores = outputs.values @ class_embeddings(subject, names, evaluator.templates, evaluator.batch).T
-  accuracies = [topk_hits(scores, outputs.labels, k) for k in (1, 5)]
+  accuracies = [topk_accuracy(scores, outputs.labels, k) for k in (1, 5)]
   chosen = np.random.default_rng(0).choice(len(scores), size=24, replace=False)
   figures.zero_shot_sheet(
-    _pictures(evaluator.data, outputs.records[chosen]),
+    _pictures(evaluator.data, outputs.indices[chosen]),
     names,
     outputs.labels[chosen],
     scores[chosen],
@@ -76,19 +76,19 @@ def _zero_shot(subject: Subject, evaluator: ZeroShot, path: pathlib.Path, text: 
   return accuracies
 
 
-def _draw_retrieval(subject: Subject, evaluator: ZeroShot, path: pathlib.Path) -> None:
+def _draw_retrieval(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.Path) -> None:
   """Ten names drawn at random, each with the five nearest drawings."""
-  outputs = subject.over('embed_image', evaluator.data, evaluator.batch)
+  outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch)
   texts, truth = captions_of(evaluator.data.source, canonical=True)
   queries = np.random.default_rng(1).choice(len(texts), size=10, replace=False)
-  embeddings = subject.over_texts([texts[query] for query in queries], evaluator.batch)
-  found = outputs.records[np.argsort(-embeddings @ outputs.values.T, axis=1)[:, :5]]
+  embeddings = subject.embed_texts([texts[query] for query in queries], evaluator.batch)
+  found = outputs.indices[np.argsort(-embeddings @ outputs.values.T, axis=1)[:, :5]]
   figures.retrieval_sheet(
     [texts[query] for query in queries],
     [_pictures(evaluator.data, row) for row in found],
     [[query in truth[record] for record in row] for query, row in zip(queries, found, strict=True)],
     path,
-    title=f'Text to image: the five nearest of {len(outputs.records)} drawings\n{CREDITS}',
+    title=f'Text to image: the five nearest of {len(outputs.indices)} drawings\n{CREDITS}',
   )
 
 

@@ -11,12 +11,12 @@ from rich.table import Table
 from fmcv_jax.apps import figures
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.sources.base import Source
-from fmcv_jax.data.sources.in_memory import Pictures
+from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Subject, topk_hits
+from fmcv_jax.evaluate.base import EvaluatedModel, topk_accuracy
 from fmcv_jax.evaluate.distances import cmmd, fid
 from fmcv_jax.evaluate.zero_shot import ZeroShot
-from fmcv_jax.inference.generator import Painter
+from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.run import Run
 from fmcv_jax.train.storage import write_json
 
@@ -31,9 +31,9 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
 
   Writes images and figures.json to model/gallery.
   """
-  console, painter = Console(), Painter(model)
+  console, painter = Console(), ImageGenerator(model)
   reopened = Run.reopen(judge)
-  subject, _ = reopened.restored_subject()
+  subject, _ = reopened.restored_model()
   seen, held_out = (reopened.experiment.evaluators.get(name) for name in ('seen', 'held_out'))
   if not isinstance(seen, ZeroShot) or not isinstance(held_out, ZeroShot) or painter.told != ('tokens',):
     raise UserError(f'--judge {judge}: needs zero_shot evaluators named seen and held_out, and a model told texts')
@@ -69,7 +69,7 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
     )
     real = np.stack([x['image'] for x in _of(evaluator.data.source, set(labels))])
     truth = np.repeat(labels, COLUMNS)
-    texts = subject.over_texts(names, evaluator.batch)
+    texts = subject.embed_texts(names, evaluator.batch)
     generator = np.random.default_rng(0)
     rivals = {
       'painted': pictures,
@@ -81,8 +81,8 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
       features = _embedded(subject, images, evaluator.batch)
       scores = features @ texts.T
       values = {
-        'top1': topk_hits(scores, truth[: len(images)], 1),
-        'top5': topk_hits(scores, truth[: len(images)], 5),
+        'top1': topk_accuracy(scores, truth[: len(images)], 1),
+        'top5': topk_accuracy(scores, truth[: len(images)], 5),
         'cmmd': cmmd(features, real_features),
         'fid': fid(features, real_features),
       }
@@ -102,12 +102,12 @@ def _of(source: Source, labels: set[int]):
   return [example for example in examples if example['label'] in labels]
 
 
-def _nearest(source: Source, prompts: list[str], subject: Subject, batch: int) -> np.ndarray:
+def _nearest(source: Source, prompts: list[str], subject: EvaluatedModel, batch: int) -> np.ndarray:
   """For each prompt COLUMNS drawings of `source`, of the names that the judge finds nearest, but never its own."""
   examples = [source[index] for index in range(len(source))]
   names = [example['text'] for example in examples]
   known = sorted(set(names))
-  likeness = subject.over_texts(prompts, batch) @ subject.over_texts(known, batch).T
+  likeness = subject.embed_texts(prompts, batch) @ subject.embed_texts(known, batch).T
   drawn = []
   for prompt, row in zip(prompts, likeness, strict=True):
     of = dict(zip(known, row, strict=True)) | {prompt: -np.inf}
@@ -116,5 +116,5 @@ def _nearest(source: Source, prompts: list[str], subject: Subject, batch: int) -
   return np.stack(drawn)
 
 
-def _embedded(subject: Subject, images: np.ndarray, batch: int) -> np.ndarray:
-  return subject.over('embed_image', Pipeline(Pictures(images)), batch).values
+def _embedded(subject: EvaluatedModel, images: np.ndarray, batch: int) -> np.ndarray:
+  return subject.map_dataset('embed_image', Pipeline(InMemoryImages(images)), batch).values

@@ -19,11 +19,11 @@ def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *,
   if not is_main():
     return
   short = {workdir: workdir.rstrip('/').rpartition('/')[2] for workdir in found}
-  told_apart = len(set(short.values())) == len(short)
+  unique_names = len(set(short.values())) == len(short)
   table = Table()
   table.add_column('figure', no_wrap=True)
   for workdir, (_, at) in found.items():
-    table.add_column(f'{short[workdir] if told_apart else workdir}\nstep {at}', justify='right', overflow='fold')
+    table.add_column(f'{short[workdir] if unique_names else workdir}\nstep {at}', justify='right', overflow='fold')
   for name in dict.fromkeys(name for figures, _ in found.values() for name in figures):
     table.add_row(name, *(f'{figures[name]:.4f}' if name in figures else '' for figures, _ in found.values()))
   console = Console()
@@ -39,7 +39,7 @@ def evaluate_workdir(
   run = Run.reopen(workdir, overrides)
   if not run.experiment.evaluators:
     raise UserError(f'{workdir}: its config names no evaluators; add one with --config.evaluators.NAME.name=...')
-  subject, step = run.restored_subject(step)
+  subject, step = run.restored_model(step)
   figures = evaluate(subject, run.experiment.evaluators)
   if is_main():
     path = run.workdir / f'evaluation_{step}.json'

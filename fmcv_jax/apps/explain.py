@@ -1,4 +1,4 @@
-"""Pictures of what a trained model looks at: attention, relevance, features, similarity to texts."""
+"""Images of what a trained model looks at: attention, relevance, features, similarity to texts."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from fmcv_jax.apps import figures
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.interpret import activation_maps, attention_maps
 from fmcv_jax.models.backbones.efficientnet import EfficientNet
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import unit
+from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.outputs import Features
 from fmcv_jax.models.common.patches import patch_features
-from fmcv_jax.objectives.base import STATISTICS, ImageTower
+from fmcv_jax.objectives.base import BATCH_STATS, ImageEncoder
 from fmcv_jax.run import Run
 
 
@@ -47,9 +47,9 @@ def run(
   of that map gives to the likeliest class or to the similarity with a text (Zhou et al. 2016).
   """
   console, reopened = Console(), Run.reopen(model)
-  subject, step = reopened.restored_subject(step)
-  tower = reopened.experiment.objective.image_tower(subject.params, subject.extra)
-  if tower is None or not (isinstance(tower.network, ViT) or activation_maps.averages(tower.network)):
+  subject, step = reopened.restored_model(step)
+  tower = reopened.experiment.objective.image_encoder(subject.params, subject.extra)
+  if tower is None or not (isinstance(tower.network, ViT) or activation_maps.is_global_average_pooled(tower.network)):
     raise UserError(f'{model}: explain looks into vit, swin and efficientnet; this model has none of them')
   if texts and 'embed_text' not in subject.functions:
     raise UserError(f'--text: {model} knows no texts; give a model trained on pairs of images and texts')
@@ -75,7 +75,7 @@ def run(
     draw('rollout', {'rollout': rolled}, 'Attention rolled out over all layers')
   else:
     features = jax.device_get(_places(tower, images)[0])
-  draw('features', {'features': attention_maps.principal_colors(features)}, 'Patch features: principal components')
+  draw('features', {'features': attention_maps.pca_rgb(features)}, 'Patch features: principal components')
   if texts:
     similarity, relevant, scores = (_of_texts if transformer else _places_of_texts)(subject, tower, images, texts)
     draw('similarity', dict(zip(texts, similarity)), 'Similarity of patches and texts', shared=True)
@@ -110,7 +110,7 @@ def _read(file: str, size: int) -> np.ndarray:
 
 def _looks(network: ViT, params: Any, images: jax.Array):
   """Attention of the last layer [B, H, rows, columns], rollout [B, rows, columns], features [B, rows, columns, D]."""
-  _, projections = attention_maps.observed(network, params, images)
+  _, projections = attention_maps.apply_with_intermediates(network, params, images)
   weights = projections.weights()
   last = attention_maps.from_class_token(weights[-1], network)
   rolled = attention_maps.from_class_token(attention_maps.rollout(weights), network)
@@ -125,7 +125,7 @@ def _relevance(network: ViT, params: Any, images: jax.Array, score: Callable[[Fe
   return attention_maps.on_grid(given, network, images), scores
 
 
-def _of_texts(subject: Subject, tower: ImageTower, images: jax.Array, texts: Sequence[str]):
+def _of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]):
   """Each text's similarity with the patches, its relevance, both [texts, B, rows, columns], and scores [texts, B]."""
   network, params = tower.network, tower.params
   assert isinstance(network, ViT)
@@ -135,14 +135,14 @@ def _of_texts(subject: Subject, tower: ImageTower, images: jax.Array, texts: Seq
     patches = attention_maps.patch_embeddings(network, params, images)
     similarity = jnp.einsum('brce,te->tbrc', patches, embedded)
     relevant, scores = jax.lax.map(
-      lambda text: _relevance(network, params, images, lambda features: unit(features.output) @ text), embedded
+      lambda text: _relevance(network, params, images, lambda features: l2_normalize(features.output) @ text), embedded
     )
     return similarity, relevant, scores
 
-  return jax.device_get(compare(params, images, subject.over_texts(texts, jax.device_count())))
+  return jax.device_get(compare(params, images, subject.embed_texts(texts, jax.device_count())))
 
 
-def _of_classes(tower: ImageTower, images: jax.Array):
+def _of_classes(tower: ImageEncoder, images: jax.Array):
   """What the likeliest class of each image comes from, [B, rows, columns], and which class that is, [B]."""
   network, params = tower.network, tower.params
   assert isinstance(network, ViT)
@@ -156,22 +156,22 @@ def _of_classes(tower: ImageTower, images: jax.Array):
   return jax.device_get(explain(params, images))
 
 
-def _places(tower: ImageTower, images: jax.Array):
+def _places(tower: ImageEncoder, images: jax.Array):
   """The last map of a network that averages it, and what its places give to the outputs: [B, rows, columns, D or E]."""
-  of_tower = {} if tower.statistics is None else {STATISTICS: tower.statistics}
-  places = jax.jit(activation_maps.places, static_argnums=0)
-  return places(tower.network, {'params': tower.params, **of_tower}, images)
+  of_tower = {} if tower.statistics is None else {BATCH_STATS: tower.statistics}
+  maps = jax.jit(activation_maps.class_activation_maps, static_argnums=0)
+  return maps(tower.network, {'params': tower.params, **of_tower}, images)
 
 
-def _places_of_texts(subject: Subject, tower: ImageTower, images: jax.Array, texts: Sequence[str]):
+def _places_of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]):
   """As _of_texts, without relevance: the mean of the similarities of an image's places is its score."""
   given = _places(tower, images)[1]
   whole = jnp.linalg.norm(given.mean((1, 2)), axis=-1)[:, None, None, None]
-  similarity = jnp.einsum('brce,te->tbrc', given / whole, subject.over_texts(texts, jax.device_count()))
+  similarity = jnp.einsum('brce,te->tbrc', given / whole, subject.embed_texts(texts, jax.device_count()))
   return jax.device_get(similarity), None, jax.device_get(similarity.mean((2, 3)))
 
 
-def _places_of_classes(tower: ImageTower, images: jax.Array):
+def _places_of_classes(tower: ImageEncoder, images: jax.Array):
   """As _of_classes: the mean of what an image's places give is the logit of its likeliest class."""
   given = _places(tower, images)[1]
   best = given.mean((1, 2)).argmax(-1)

@@ -1,4 +1,4 @@
-"""Pictures a person can judge a model by: a loss curve, a zero-shot sheet, a text-to-image retrieval sheet."""
+"""Images a person can judge a model by: a loss curve, a zero-shot sheet, a text-to-image retrieval sheet."""
 
 import pathlib
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
-"""Pictures from a trained diffusion model: painted anew, from another picture, into a hole, between two texts.
+"""Images from a trained diffusion model: painted anew, from another picture, into a hole, between two texts.
 
-    painter = Painter('runs/painter')
+    painter = ImageGenerator('runs/painter')
     pictures = painter.generate(['a red heart'] * 4, steps=20, guidance=4.0, seed=0)  # uint8 [4, H, W, 3]
 
 A picture depends on the seed, its place in the request and what it is to show; not on the mesh or on its neighbours.
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.inference.generator import STRENGTH, Painter
-from fmcv_jax.inference.image_files import expanded, grid_of, read_image, read_mask, save_png
+from fmcv_jax.inference.generator import STRENGTH, ImageGenerator
+from fmcv_jax.inference.image_files import make_grid, pad_for_outpainting, read_image, read_mask, save_png
 from fmcv_jax.parallel.distributed import is_main
 
 
@@ -82,12 +82,12 @@ def run(
   for file in (image, control):
     if file and not pathlib.Path(file).is_file():
       raise UserError(f'{file}: no such image file')
-  console, painter = Console(quiet=not is_main()), Painter(model, step=step, batch=batch, overrides=overrides)
+  console, painter = Console(quiet=not is_main()), ImageGenerator(model, step=step, batch=batch, overrides=overrides)
   if bool(painter.told) != bool(prompts):
     raise UserError('give at least one prompt' if painter.told else f'{model}: is told nothing; give it no prompt')
   prompts = prompts or ['']
   for prompt in (*prompts, options.get('negative', '')):
-    if (left := painter.cut(prompt)) is not None:
+    if (left := painter.truncated_prompt(prompt)) is not None:
       console.print(f'prompt too long, cut to: {left}', highlight=False, markup=False)
   rows = [prompts[0]] * count if interpolate else [prompt for prompt in prompts for _ in range(count)]
 
@@ -111,7 +111,7 @@ def run(
       if mask is not None:
         hole = read_mask(mask, image, painter.size)
       elif expand is not None:
-        given, hole = expanded(given, expand)
+        given, hole = pad_for_outpainting(given, expand)
       if hole is not None:
         pictures = painter.fill(repeated(given), repeated(hole), rows, seed=seed, **options)
       else:
@@ -124,6 +124,6 @@ def run(
     said = list(prompts) if interpolate else prompt
     save_png(picture, folder / f'{index:04d}.png', {'prompt': said, 'number': index, **about})
   columns = count if interpolate or len(prompts) > 1 else math.ceil(math.sqrt(count))
-  save_png(grid_of(pictures, columns), grid, {'prompts': list(prompts), **about})
+  save_png(make_grid(pictures, columns), grid, {'prompts': list(prompts), **about})
   console.print(f'{len(pictures)} pictures and {grid}', highlight=False)
   return grid

@@ -12,7 +12,7 @@ from fmcv_jax import config as config_lib
 from fmcv_jax import experiment
 from fmcv_jax.data import packing, storage
 from fmcv_jax.data.sources.base import Source
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.registry import KINDS
 
 # What a path is taken for, by the files that it names or that lie in it.
@@ -74,7 +74,8 @@ def _judged(path: str) -> str:
   if not storage.is_remote(path) and not pathlib.Path(path).expanduser().exists() and not any(c in path for c in '*?{'):
     known = [name for name in KINDS[Source] if name != 'none']
     raise UserError(
-      f'{path!r} is no config (.py), no file, no folder and no source (seen from {os.getcwd()}); {nearest(path, known)}'
+      f'{path!r} is no config (.py), no file, no folder and no source (seen from {os.getcwd()}); '
+      f'{did_you_mean(path, known)}'
     )
   for suffix, name in _KINDS.items():
     try:

@@ -13,13 +13,13 @@ from rich.progress import Progress
 
 from fmcv_jax import experiment
 from fmcv_jax.data.loader import evaluation_batches
-from fmcv_jax.data.packing import Plan, Unfinished, unfinished_by_all
+from fmcv_jax.data.packing import PackingPlan, ShardWriter, open_on_all_processes
 from fmcv_jax.data.sources.base import Example, Source
-from fmcv_jax.errors import UserError, nearest
-from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.parallel.batches import to_devices
-from fmcv_jax.run import Run, trained_tree
-from fmcv_jax.train.warm_start import begin_with
+from fmcv_jax.run import Run, load_trained_params
+from fmcv_jax.train.warm_start import load_partial_state
 
 _SHARD_RECORDS = 8192
 _OF_TEXTS = {'embed_text', 'words', 'whole_text'}
@@ -52,11 +52,11 @@ def run(
   job = Run(experiment.load_config(config, overrides)) if config else Run.reopen(str(model), overrides)
   functions = job.experiment.objective.functions()
   if unknown := [name for name in names if name not in functions]:
-    raise UserError(f'{unknown[0]!r} is not offered by this objective; {nearest(unknown[0], functions)}')
+    raise UserError(f'{unknown[0]!r} is not offered by this objective; {did_you_mean(unknown[0], functions)}')
   source, batch = job.experiment.data.source, batch or job.experiment.train.batch
   if not batch:
     raise UserError('--batch: this config has no train.batch; give one')
-  subject = _frozen(job) if config else job.restored_subject(step)[0]
+  subject = _frozen(job) if config else job.restored_model(step)[0]
   origin = {
     'functions': list(names),
     **{name: job.config['data'][name] for name in ('source', 'image')},
@@ -64,9 +64,9 @@ def run(
     'from': {'init_from': job.config['init_from']} if config else {'model': str(model), 'step': step},
     'images': images,
   }
-  plan = Plan(len(source), shards or -(-len(source) // _SHARD_RECORDS), source.names, origin)
+  plan = PackingPlan(len(source), shards or -(-len(source) // _SHARD_RECORDS), source.names, origin)
   with contextlib.ExitStack() as stack:
-    begun, total, missing = unfinished_by_all(to, plan, stack)
+    begun, total, missing = open_on_all_processes(to, plan, stack)
     plan = dataclasses.replace(plan, shards=total)
     rows = np.concatenate([np.arange(0), *(np.array(plan.rows(shard)) for shard in missing)]).astype(int)
     computed = _computed(job, subject, names, batch, rows)
@@ -84,7 +84,7 @@ def run(
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen(Source):
+class Subset(Source):
   """Some records of a source: `rows` int [N]."""
 
   source: Source
@@ -100,7 +100,7 @@ class Chosen(Source):
     return self.source.key_of(int(self.rows[index]))
 
 
-def _frozen(job: Run) -> Subject:
+def _frozen(job: Run) -> EvaluatedModel:
   """A subject without parameters, and with those parts of `extra` that config.init_from fills."""
   subject, sources = job.subject(), job.experiment.init_from
   filled = {target: part for target, part in sources.items() if target.split('/')[0] == 'extra'}
@@ -112,17 +112,17 @@ def _frozen(job: Run) -> Subject:
   shardings = {name: tree for name, tree in job.shardings.extra.items() if name in keep}
   extra = jax.jit(born, out_shardings=shardings)()
   state = job.abstract_state.replace(params={}, ema=None, extra=extra)
-  subject.extra = begin_with(state, filled, trained_tree).extra
+  subject.extra = load_partial_state(state, filled, load_trained_params).extra
   return subject
 
 
 def _computed(
-  job: Run, subject: Subject, names: Sequence[str], batch: int, rows: np.ndarray
+  job: Run, subject: EvaluatedModel, names: Sequence[str], batch: int, rows: np.ndarray
 ) -> Iterator[tuple[int, dict[str, np.ndarray] | None]]:
   """(record, what the functions make of it or None where it cannot be read) for all `rows`, in their order."""
   if not len(rows):
     return
-  pipeline = dataclasses.replace(job.experiment.data, source=Chosen(job.experiment.data.source, rows), views={})
+  pipeline = dataclasses.replace(job.experiment.data, source=Subset(job.experiment.data.source, rows), views={})
 
   def call(params, extra, batch):
     with job.placement.active():
@@ -155,7 +155,7 @@ def _computed(
 
 
 def _write(
-  begun: Unfinished,
+  begun: ShardWriter,
   missing: Sequence[int],
   source: Source,
   computed: Iterator[tuple[int, dict[str, np.ndarray] | None]],

@@ -15,7 +15,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.run import Run
-from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.gradients import gradients
 from fmcv_jax.train.state import TrainState
 
@@ -67,21 +67,21 @@ def run(workdir: str, at: int, overrides: Sequence[str] = ()) -> None:
 
 def _before(run: Run, at: int) -> tuple[TrainState, int]:
   """A state from which step `at` follows, and the number of examples behind it."""
-  store = Store(run.workdir, run.experiment.checkpoint, create=False)
+  checkpointer = Checkpointer(run.workdir, run.experiment.checkpoint, create=False)
   try:
-    steps = store.steps()
+    steps = checkpointer.steps()
     if before := [step for step in steps if step < at]:
-      state, kept = store.restore(run.abstract_state, run.shardings, before[-1])
+      state, kept = checkpointer.restore(run.abstract_state, run.shardings, before[-1])
       return state, resume(kept['data'], run.experiment.data, run.experiment.seed)
     for step in steps:
-      state, kept = store.restore(run.abstract_state, run.shardings, step)
+      state, kept = checkpointer.restore(run.abstract_state, run.shardings, step)
       if step - int(state.streak) < at:
         examples = resume(kept['data'], run.experiment.data, run.experiment.seed)
         back = step - (at - 1)
         first = jax.device_put(jnp.int32(at - 1), run.shardings.step)
         return state.replace(step=first), examples - back * run.experiment.train.batch
   finally:
-    store.close()
+    checkpointer.close()
   raise UserError(f'{run.workdir}: step {at} lies before its checkpoints, which are of {", ".join(map(str, steps))}')
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from fmcv_jax.data.packing import Plan, unfinished_by_all
+from fmcv_jax.data.packing import PackingPlan, open_on_all_processes
 from fmcv_jax.errors import UserError
-from fmcv_jax.inference.generator import Painter
+from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.parallel.distributed import is_main
 
 
@@ -35,21 +35,23 @@ def run(
   """
   if per_prompt < 1:
     raise UserError(f'-n: {per_prompt} pictures of each prompt; give at least 1')
-  console, painter = Console(quiet=not is_main()), Painter(model, step=step, batch=batch, overrides=overrides)
+  console, painter = Console(quiet=not is_main()), ImageGenerator(model, step=step, batch=batch, overrides=overrides)
   names = painter.source.names if prompts is None else _lines(prompts)
   if not names:
     raise UserError(f'{model}: its data has no names to paint; give a file of --prompts')
   painter.check(names, seed=seed, **options)
-  cut = [name for name in names if painter.cut(name) is not None]
+  cut = [name for name in names if painter.truncated_prompt(name) is not None]
   if cut:
     console.print(
-      f'{len(cut)} prompts too long, such as {cut[0]!r}, cut to: {painter.cut(cut[0])}', highlight=False, markup=False
+      f'{len(cut)} prompts too long, such as {cut[0]!r}, cut to: {painter.truncated_prompt(cut[0])}',
+      highlight=False,
+      markup=False,
     )
   count = per_prompt * len(names)
   origin = {'model': str(model), 'step': painter.step, 'seed': seed, **options}
-  plan = Plan(count, -(-count // shard_size), tuple(names), origin)
+  plan = PackingPlan(count, -(-count // shard_size), tuple(names), origin)
   with contextlib.ExitStack() as stack:
-    begun, shards, missing = unfinished_by_all(to, plan, stack)
+    begun, shards, missing = open_on_all_processes(to, plan, stack)
     plan = dataclasses.replace(plan, shards=shards)
     bar = stack.enter_context(Progress(console=console, transient=True))
     task = bar.add_task('painting', total=count, completed=count - sum(len(plan.rows(shard)) for shard in missing))

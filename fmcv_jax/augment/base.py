@@ -20,7 +20,7 @@ class Augment(abc.ABC):
     """images float32 [B, H, W, 3] in [0, 1] -> the same shape and range."""
 
 
-def augmented(images: jax.Array, augments: Sequence[Augment], rng: jax.Array) -> jax.Array:
+def apply_augments(images: jax.Array, augments: Sequence[Augment], rng: jax.Array) -> jax.Array:
   """uint8 [B, H, W, 3] -> float32 in [0, 1], after every augmentation in order."""
   images = images.astype(jnp.float32) / 255
   for index, augment in enumerate(augments):

@@ -81,13 +81,13 @@ class ColorJitter(Augment):
     saturation = factor(rngs[3], self.saturation)
     turn = jnp.where(jittered, jax.random.uniform(rngs[4], (batch,), minval=-self.hue, maxval=self.hue), 0.0)
     grayscale = jax.random.bernoulli(rngs[5], self.grayscale, (batch,))
-    return jittered_colors(images, brightness, contrast, saturation, turn, grayscale)
+    return apply_color_matrix(images, brightness, contrast, saturation, turn, grayscale)
 
 
 LUMA = (0.299, 0.587, 0.114)
 
 
-def jittered_colors(images, brightness, contrast, saturation, turn, grayscale):
+def apply_color_matrix(images, brightness, contrast, saturation, turn, grayscale):
   """Images [B, H, W, 3] with their factors, turns of the hue and whether they become grey, each [B]."""
   identity, luma = jnp.eye(3), jnp.broadcast_to(jnp.array(LUMA), (3, 3))
 

@@ -1,4 +1,4 @@
-"""Pictures that steer a diffusion, made from images on the device: edges, grey, or what is left of few pixels."""
+"""Images that steer a diffusion, made from images on the device: edges, grey, or what is left of few pixels."""
 
 import abc
 import dataclasses
@@ -75,7 +75,7 @@ class Gray(Control):
 
 
 @dataclasses.dataclass(frozen=True)
-class Coarse(Control):
+class Pixelate(Control):
   """The image in squares of `factor` x `factor` pixels, each of its mean colour."""
 
   factor: int = 8

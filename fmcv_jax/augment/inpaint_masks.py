@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Holes:
+class RandomInpaintMask:
   """Up to so many boxes and one brush stroke of so many straight pieces (LaMa's wide masks, Suvorov et al. 2022).
 
   whole    share of the pictures that are to be painted altogether, so that the model can do that as well

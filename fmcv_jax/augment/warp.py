@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.parallel.rules import island, platform
+from fmcv_jax.parallel.rules import platform, shard_mapped
 
 ROWS, LANES = 8, 128  # of a vector register
 IMAGE_BYTES = 24 * 2**20  # of vector memory, where an image lies twice: the next is fetched while this one is warped
 VMEM_BYTES = 64 * 2**20
 
 
-class Seen(NamedTuple):
+class Neighbourhood(NamedTuple):
   """Where points of the result lie in the image: among four pixels, in shares of the way from the first to the last."""
 
   left: jax.Array
@@ -39,7 +39,7 @@ def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
   """
   if platform() == 'tpu' and _bytes(images) <= IMAGE_BYTES:
     each = ('batch', None, None, None)
-    by_each = island(functools.partial(by_kernel, fill=fill), (each, ('batch', None, None)), each)
+    by_each = shard_mapped(functools.partial(by_kernel, fill=fill), (each, ('batch', None, None)), each)
     return by_each(images, matrix)
   return by_gathers(images, matrix, fill)
 
@@ -48,7 +48,9 @@ def by_gathers(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.
   """As `warp`, on any platform."""
   batch, height, width, _ = images.shape
   y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing='ij')
-  seen = _seen([matrix[:, axis, part, None, None] for axis in (0, 1) for part in range(3)], x, y, height, width)
+  seen = _neighbourhood(
+    [matrix[:, axis, part, None, None] for axis in (0, 1) for part in range(3)], x, y, height, width
+  )
 
   def at(row, column):
     index = (row * width + column).reshape(batch, -1, 1)
@@ -105,7 +107,7 @@ def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: fl
       (start + jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), axis)).astype(jnp.float32) + 0.5
       for axis, start in enumerate((row * ROWS, tile * LANES))
     )
-    seen = _seen(matrix, x, y, height, width)
+    seen = _neighbourhood(matrix, x, y, height, width)
     # Of a column the tile of lanes that it is in, and the lane: `//` and `%` by 128.
     sides = [(column >> 7, column & (LANES - 1)) for column in (seen.left, seen.right)]
 
@@ -127,7 +129,7 @@ def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: fl
       out_ref[0, channel] = _mixed(around[4 * channel : 4 * channel + 4], seen, fill)
 
 
-def _seen(matrix: list[Any], x: jax.Array, y: jax.Array, height: int, width: int) -> Seen:
+def _neighbourhood(matrix: list[Any], x: jax.Array, y: jax.Array, height: int, width: int) -> Neighbourhood:
   """matrix: its six numbers, row by row; x and y: the centres of pixels of the result."""
   x, y = (a * x + b * y + c for a, b, c in (matrix[:3], matrix[3:]))
   column, row = jnp.clip(x - 0.5, 0, width - 1), jnp.clip(y - 0.5, 0, height - 1)
@@ -136,10 +138,10 @@ def _seen(matrix: list[Any], x: jax.Array, y: jax.Array, height: int, width: int
   left, top = left.astype(jnp.int32), top.astype(jnp.int32)
   right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
   inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-  return Seen(left, right, top, bottom, across, down, inside)
+  return Neighbourhood(left, right, top, bottom, across, down, inside)
 
 
-def _mixed(around: list[jax.Array], seen: Seen, fill: float | None) -> jax.Array:
+def _mixed(around: list[jax.Array], seen: Neighbourhood, fill: float | None) -> jax.Array:
   """around: the pixels above, left and right, and those below."""
 
   def between(low, high, share):

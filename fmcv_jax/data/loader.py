@@ -17,8 +17,8 @@ from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.order import Order, RunOrder
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.data.tokenizers import Tokenizer
-from fmcv_jax.data.transforms import ImageTransform, of_segments
-from fmcv_jax.data.workers.prefetch import ReadAhead
+from fmcv_jax.data.transforms import ImageTransform, transform_label_map
+from fmcv_jax.data.workers.prefetch import Prefetcher
 from fmcv_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _JUDGED_FROM = 1000  # records; a few early ones do not stop a run that would st
 
 
 @dataclasses.dataclass(frozen=True)
-class Views:
+class MultiCrop:
   """`count` pictures of each image, each by the transform `image` with its own chance (SwAV, Caron et al. 2020)."""
 
   image: ImageTransform
@@ -57,7 +57,7 @@ class Pipeline:
   source: Source
   image: ImageTransform | None = None
   prompts: tuple[str, ...] = ('{}',)
-  views: Mapping[str, Views] = dataclasses.field(default_factory=dict)
+  views: Mapping[str, MultiCrop] = dataclasses.field(default_factory=dict)
   shuffle: bool = True
   workers: int = 0
   max_bad: float = 0.01
@@ -110,9 +110,9 @@ class TrainLoader:
     order = _order(pipeline, seed)
     batches = _Batches(pipeline, order, tuple(fields), tokenizer, batch, start, rows, train=True)
     batches.check()
-    self._tally = _Tally(order.records, pipeline.max_bad)
+    self._tally = _BadRecordCounter(order.records, pipeline.max_bad)
     self._batch, self._examples, self._fingerprint = batch, start, fingerprint(pipeline, seed)
-    self._ahead = ReadAhead(batches, pipeline.workers, pipeline.timeout)
+    self._ahead = Prefetcher(batches, pipeline.workers, pipeline.timeout)
 
   def __iter__(self) -> 'TrainLoader':
     return self
@@ -184,8 +184,8 @@ def evaluation_batches(
 
 
 def _evaluate(batches: '_Batches') -> Iterator[dict[str, np.ndarray]]:
-  tally = _Tally(batches.order.records, batches.pipeline.max_bad)
-  ahead = ReadAhead(batches, batches.pipeline.workers, batches.pipeline.timeout)
+  tally = _BadRecordCounter(batches.order.records, batches.pipeline.max_bad)
+  ahead = Prefetcher(batches, batches.pipeline.workers, batches.pipeline.timeout)
   try:
     for arrays, replaced, reasons in ahead:
       real = arrays['position'] < batches.order.records
@@ -293,7 +293,7 @@ class _Batches:
     if 'segments' in self.fields:
       row['segments'] = self._given(record, 'segments')
       if self.pipeline.image is not None:
-        row['segments'] = of_segments(self.pipeline.image, row['segments'], chance)
+        row['segments'] = transform_label_map(self.pipeline.image, row['segments'], chance)
     if names := [name for name in self.pipeline.views if name in self.fields]:
       image = self._given(record, 'image')
       image = image if isinstance(image, np.ndarray) else decode(image)  # once for all views
@@ -327,7 +327,7 @@ class _Batches:
     return record[field]
 
 
-class _Tally:
+class _BadRecordCounter:
   """Counts what was read and what could not be, in the main process, and stops the run when that is too much."""
 
   def __init__(self, records: int, max_bad: float):

@@ -35,7 +35,7 @@ _NAMED_BAD = 100  # of each shard, in its note
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PackingPlan:
   """What is to be written: `origin`, plain data, says what from; it must be the same when writing goes on."""
 
   records: int
@@ -48,12 +48,12 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unfinished:
+class ShardWriter:
   """A set that is being written; it may travel to other processes, which write shards of it."""
 
   target: pathlib.Path
   folder: pathlib.Path
-  plan: Plan
+  plan: PackingPlan
 
   def missing(self) -> list[int]:
     """The shards that are not there yet, or not whole."""
@@ -118,7 +118,7 @@ def _note_path(shard: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def unfinished(to: str | os.PathLike[str], plan: Plan) -> Iterator[Unfinished]:
+def unfinished(to: str | os.PathLike[str], plan: PackingPlan) -> Iterator[ShardWriter]:
   """Begins the set `to`, or goes on with it, by the plan of its beginning; only one at a time may.
 
   Raises UserError where it is complete, was begun from something else, or is being written.
@@ -139,14 +139,14 @@ def unfinished(to: str | os.PathLike[str], plan: Plan) -> Iterator[Unfinished]:
       raise UserError(f'--to {target}: another process is writing it; wait for it') from error
     except OSError:  # a file system without locks
       pass
-    yield Unfinished(target, folder, _agreed(folder, target, plan))
+    yield ShardWriter(target, folder, _agreed(folder, target, plan))
   finally:
     os.close(lock)
 
 
-def unfinished_by_all(
-  to: str | os.PathLike[str], plan: Plan, stack: contextlib.ExitStack
-) -> tuple[Unfinished | None, int, list[int]]:
+def open_on_all_processes(
+  to: str | os.PathLike[str], plan: PackingPlan, stack: contextlib.ExitStack
+) -> tuple[ShardWriter | None, int, list[int]]:
   """For what all processes of a run make together: the set that the first of them writes (None in the others), the
   number of its shards, and which are to be made. It is held until `stack` closes.
   """
@@ -165,7 +165,7 @@ def unfinished_by_all(
   return begun, shards, np.flatnonzero(distributed.from_main(flags)).tolist()
 
 
-def _agreed(folder: pathlib.Path, target: pathlib.Path, plan: Plan) -> Plan:
+def _agreed(folder: pathlib.Path, target: pathlib.Path, plan: PackingPlan) -> PackingPlan:
   """The plan that the folder was begun with, if it is the same but for the number of shards."""
   for leftover in folder.glob('.*.partial'):
     leftover.unlink()
@@ -197,7 +197,7 @@ def pack(
   max_bad: float = 0.01,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-  """Writes every record of `source` in its order; returns what `Unfinished.finish` does.
+  """Writes every record of `source` in its order; returns what `ShardWriter.finish` does.
 
   shards    by default so many that one holds about half a GiB, and the workers all have some
   max_bad   share of records that may be left out since they cannot be read; more raise UserError
@@ -207,7 +207,7 @@ def pack(
     raise UserError('pack: the source has no records')
   if shards is not None and not 1 <= shards <= len(source):
     raise UserError(f'--shards {shards}: expected between 1 and the {len(source)} records')
-  plan = Plan(len(source), shards or _shards(source, workers), source.names, origin)
+  plan = PackingPlan(len(source), shards or _shards(source, workers), source.names, origin)
   with unfinished(to, plan) as begun:
     missing = begun.missing()
     done = plan.records - sum(len(begun.plan.rows(shard)) for shard in missing)
@@ -215,11 +215,11 @@ def pack(
     for shard in _written(begun, source, missing, workers):
       done += len(begun.plan.rows(shard))
       progress(done, plan.records)
-    _judge(begun, max_bad)
+    _check_skipped(begun, max_bad)
     return begun.finish()
 
 
-def _written(begun: Unfinished, source: Source, missing: list[int], workers: int) -> Iterator[int]:
+def _written(begun: ShardWriter, source: Source, missing: list[int], workers: int) -> Iterator[int]:
   """The missing shards, each once it is written: by this process, or by several."""
   if workers == 1:
     for shard in missing:
@@ -243,7 +243,7 @@ def _written(begun: Unfinished, source: Source, missing: list[int], workers: int
       raise
 
 
-def _judge(begun: Unfinished, max_bad: float) -> None:
+def _check_skipped(begun: ShardWriter, max_bad: float) -> None:
   notes = [begun.note(shard) or {} for shard in range(begun.plan.shards)]
   skipped = sum(note['skipped'] for note in notes)
   if skipped > max_bad * begun.plan.records:
@@ -269,7 +269,7 @@ def _start() -> None:
   threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _pack_shard(begun: Unfinished, source: Source, shard: int) -> None:
+def _pack_shard(begun: ShardWriter, source: Source, shard: int) -> None:
   skipped: dict[str, str] = {}
 
   def examples() -> Iterator[Example]:

@@ -98,7 +98,7 @@ class Resize(ImageTransform):
     return whole.crop((0, 0, whole.width, whole.height), self.size, self.interpolation)
 
 
-def of_segments(transform: ImageTransform, segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def transform_label_map(transform: ImageTransform, segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """What the transform makes of a map of classes uint8 [H, W]: the nearest pixel's, since classes do not mix."""
   nearest = dataclasses.replace(transform, interpolation='nearest')  # type: ignore[type-var]
   return nearest(np.repeat(segments[..., None], 3, axis=-1), rng)[..., 0]

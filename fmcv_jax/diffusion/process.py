@@ -98,7 +98,7 @@ class Process:
     log_ratio = xp.interp(time, np.arange(STEPS), log_ratios(self.schedule))
     return xp.sqrt(_sigmoid(-2 * log_ratio)), xp.sqrt(_sigmoid(2 * log_ratio))
 
-  def diffuse(self, image: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+  def add_noise(self, image: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
     """x_t of pictures [B, ...] at times [B]."""
     alpha, sigma = self._at(time, image)
     return alpha * image + sigma * noise
@@ -164,7 +164,7 @@ class Process:
     }[self.prediction]()
     return weight * gain**2
 
-  def draw_times(self, keys: jax.Array, name: TimesName, mean: float, std: float) -> jax.Array:
+  def sample_timesteps(self, keys: jax.Array, name: TimesName, mean: float, std: float) -> jax.Array:
     """A random time for each key [B].
 
     'uniform' over the schedule (integers, where it is a table); 'logit_normal': the logit of time / STEPS is normal

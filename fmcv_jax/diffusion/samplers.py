@@ -21,7 +21,7 @@ Draw = Callable[[], jax.Array]
 Rows = Mapping[str, np.ndarray]
 
 
-def times_of(process: Process, steps: int, spacing: Spacing = 'trailing') -> np.ndarray:
+def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> np.ndarray:
   """The times at which a sampler of so many steps asks the network, float64 [steps], falling; the picture follows.
 
   'trailing' begins with pure noise, 'leading' ends next to the picture (Lin et al. 2024, table 2), 'uniform' does both;
@@ -63,7 +63,7 @@ def _time_of(process: Process, log_ratio: np.ndarray) -> np.ndarray:
   return np.interp(log_ratio, log_ratios(process.schedule), np.arange(STEPS))
 
 
-class Path(NamedTuple):
+class Trajectory(NamedTuple):
   """The times [n], and alpha and sigma [n + 1] with those of the picture at the end; float64."""
 
   times: np.ndarray
@@ -77,7 +77,7 @@ class Path(NamedTuple):
       return np.log(self.alpha) - np.log(self.sigma)
 
 
-class Seen(NamedTuple):
+class ModelPrediction(NamedTuple):
   """What the network says at a time: the picture, the noise and its raw output [B, ...]."""
 
   image: jax.Array
@@ -91,7 +91,7 @@ class Solver(abc.ABC):
   stochastic = False
 
   @abc.abstractmethod
-  def rows(self, process: Process, path: Path) -> Rows:
+  def rows(self, process: Process, path: Trajectory) -> Rows:
     """Arrays [calls]; 'time' is that of the call, 'alpha' and 'sigma' are those of the x that follows it."""
 
   def start(self, x: jax.Array) -> Any:
@@ -100,7 +100,7 @@ class Solver(abc.ABC):
 
   @abc.abstractmethod
   def step(
-    self, x: jax.Array, seen: Seen, memory: Any, row: Any, draw: Callable[[], jax.Array]
+    self, x: jax.Array, seen: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
   ) -> tuple[jax.Array, Any]:
     """(next x, next memory); draw() is standard normal noise."""
 
@@ -299,10 +299,10 @@ def sample(
   adjust: Callable[[jax.Array, Any, Any, Any], jax.Array] | None = None,
   trace: bool = False,
 ) -> Any:
-  """Pictures [B, ...] from x [B, ...] at times[0] (see `noised`), by one scan over the calls of the network.
+  """Images [B, ...] from x [B, ...] at times[0] (see `add_noise`), by one scan over the calls of the network.
 
   denoise   (x, time [B]) -> the network's raw output
-  times     falling, from `times_of`, or its end for a picture that was noised only so far
+  times     falling, from `sampling_timesteps`, or its end for a picture that was noised only so far
   keys      one for each example, for the noise of stochastic solvers: a picture does not depend on its neighbours
   clip      predicted pictures are held within +-clip
   adjust    (x, alpha, sigma, call) -> x, after each step: what is known of the result is put in its place
@@ -319,7 +319,7 @@ def sample(
     image = process.image(output[..., : x.shape[-1]], x, time)
     if clip is not None:
       image = jnp.clip(image, -clip, clip)
-    seen = Seen(image, process.noise(image, x, time), output)
+    seen = ModelPrediction(image, process.noise(image, x, time), output)
 
     def draw():
       if keys is None:
@@ -340,10 +340,10 @@ def coefficients(process: Process, solver: Solver, times: np.ndarray) -> Rows:
   if len(times) == 0:
     raise ValueError('steps: sampling takes at least one')
   alpha, sigma = process.alpha_sigma(np.asarray(times))
-  return solver.rows(process, Path(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0)))
+  return solver.rows(process, Trajectory(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0)))
 
 
-def noised(
+def add_noise(
   process: Process, image: jax.Array | float, keys: jax.Array, shape: tuple[int, ...], time: float
 ) -> jax.Array:
   """x [B, *shape] at `time`, of pictures or of 0: where sampling begins. Noise comes from each example's own key."""
@@ -356,14 +356,14 @@ def normal(keys: jax.Array, shape: tuple[int, ...], number: Any) -> jax.Array:
   return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number + 1), shape))(keys)
 
 
-def _posterior_variance(path: Path) -> np.ndarray:
+def _posterior_variance(path: Trajectory) -> np.ndarray:
   """Variance of each next x given this one and the picture [n]."""
   # Products, not ratios: alpha may be zero at the end of noise.
   kept = path.sigma[1:] * path.alpha[:-1] / (path.sigma[:-1] * path.alpha[1:])
   return path.sigma[1:] ** 2 * (1 - kept**2)
 
 
-def _steps(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _steps(path: Trajectory) -> tuple[np.ndarray, np.ndarray]:
   """Steps of log(alpha / sigma) [n], and each over the one before [n]: 0 where a step has to be of first order.
 
   These are the first, which knows no other, and the last, which is infinite.

@@ -3,7 +3,7 @@
 import dataclasses
 
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.evaluate.base import Evaluator, topk_hits
+from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,5 +15,5 @@ class Accuracy(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    logits, _, labels = subject.over('logits', self.data, self.batch)
-    return {'top1': topk_hits(logits, labels, 1), 'top5': topk_hits(logits, labels, 5)}
+    logits, _, labels = subject.map_dataset('logits', self.data, self.batch)
+    return {'top1': topk_accuracy(logits, labels, 1), 'top5': topk_accuracy(logits, labels, 5)}

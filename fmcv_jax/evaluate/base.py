@@ -16,24 +16,24 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.rules import Placement
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 class Outputs(NamedTuple):
-  """What a function made of images: values [N, ...], their record numbers int [N], labels int [N] (-1 without)."""
+  """What a function made of images: values [N, ...], their record indices int [N], labels int [N] (-1 without)."""
 
   values: np.ndarray
-  records: np.ndarray
+  indices: np.ndarray
   labels: np.ndarray
 
 
 @dataclasses.dataclass
-class Subject:
+class EvaluatedModel:
   """A model under evaluation: its functions, jitted over the mesh once, and the parameters of the moment.
 
   'pixels', what features have to beat, and 'image' are functions of every model.
 
-  makes        (params, extra) -> the Generator of a model that makes pictures, else None
+  make_generator        (params, extra) -> the Generator of a model that make_generator pictures, else None
   reopen       a workdir -> its model, as another subject
   image_size   sides of the pictures that the functions take; None for any
   """
@@ -43,21 +43,21 @@ class Subject:
   tokenizer: Tokenizer | None = None
   params: Any = None
   extra: Any = None
-  makes: Callable[[Any, Any], Generator | None] | None = None
-  reopen: Callable[[str], 'Subject'] | None = None
+  make_generator: Callable[[Any, Any], Generator | None] | None = None
+  reopen: Callable[[str], 'EvaluatedModel'] | None = None
   image_size: int | None = None
 
   def __post_init__(self):
     self._jitted: dict[str, Callable[..., Any]] = {}
     self._kept: dict[Any, Any] = {}
 
-  def keep(self, name: Any, make: Callable[[], Any]) -> Any:
+  def cached(self, name: Any, make: Callable[[], Any]) -> Any:
     """What `make` returned the first time: what evaluators open or compile once for all their calls."""
     if name not in self._kept:
       self._kept[name] = make()
     return self._kept[name]
 
-  def over(
+  def map_dataset(
     self, name: str, pipeline: Pipeline, batch: int, *, texts: bool = False, also: tuple[str, ...] = ()
   ) -> 'Outputs':
     """Runs function `name` over every readable image of a pipeline, in the source's order.
@@ -79,7 +79,7 @@ class Subject:
     values, index, mask, *labels = map(np.concatenate, zip(*(self._run(name, local) for local in batches)))
     return Outputs(values[mask], index[mask], labels[0][mask] if labels else np.full(mask.sum(), -1))
 
-  def over_texts(self, texts: Sequence[str], batch: int) -> np.ndarray:
+  def embed_texts(self, texts: Sequence[str], batch: int) -> np.ndarray:
     """Embeds texts, float32 [N, E], in their order."""
     if self.tokenizer is None:
       raise UserError('config.tokenizer: an evaluator embeds texts, but no tokenizer is configured')
@@ -134,14 +134,14 @@ class Evaluator(abc.ABC):
   every: int
   batch: int
 
-  def prepare(self, subject: Subject) -> None:  # noqa: B027 (most need nothing)
+  def prepare(self, subject: EvaluatedModel) -> None:  # noqa: B027 (most need nothing)
     """Opens what is needed, before the first step of a run: a mistake in a config should not show after hours."""
 
   @abc.abstractmethod
-  def __call__(self, subject: Subject) -> Figures: ...
+  def __call__(self, subject: EvaluatedModel) -> Metrics: ...
 
 
-def topk_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+def topk_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
   """Share of rows of scores [N, C] whose label is among the k best."""
   best = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k]
   return float((best == labels[:, None]).any(axis=1).mean())
@@ -152,8 +152,8 @@ def chunks(n: int, size: int) -> Iterator[slice]:
   return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def evaluate(subject: Subject, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
-  """Figures of a model as {'evaluator/figure': value}."""
+def evaluate(subject: EvaluatedModel, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
+  """Metrics of a model as {'evaluator/figure': value}."""
   figures = {}
   for name, evaluator in evaluators.items():
     figures.update({f'{name}/{figure}': value for figure, value in evaluator(subject).items()})

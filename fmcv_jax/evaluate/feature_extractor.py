@@ -5,24 +5,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.sources.in_memory import Pictures
+from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.data.transforms import Resize
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Figures, Subject
+from fmcv_jax.evaluate.base import EvaluatedModel, Metrics
 from fmcv_jax.evaluate.distances import cmmd, fid, kid, precision_recall
 
 
-class Judge:
+class FeatureExtractor:
   """The network of a workdir, opened once and kept by the subject: pictures uint8 [N, H, W, 3] -> features [N, D].
 
-  They are embeddings, of unit length, where it knows texts (`reads`), else its 'features'. Pictures of another size
-  than it takes are resized, with antialiasing.
+  They are embeddings, of unit length, where it knows texts (`reads`), else its 'features'. Images of another
+  size than it takes are resized, with antialiasing.
   """
 
-  def __init__(self, subject: Subject, workdir: str, batch: int):
+  def __init__(self, subject: EvaluatedModel, workdir: str, batch: int):
     reopen = subject.reopen
     assert reopen is not None
-    self._judge: Subject = subject.keep(('judge', workdir), lambda: reopen(workdir))
+    self._judge: EvaluatedModel = subject.cached(('judge', workdir), lambda: reopen(workdir))
     offered = self._judge.functions
     self.reads = {'embed_image', 'embed_text'} <= set(offered)
     self._name = next((name for name in ('embed_image', 'features') if name in offered), '')
@@ -33,13 +33,13 @@ class Judge:
 
   def __call__(self, pictures: np.ndarray) -> np.ndarray:
     size = self._judge.image_size
-    pipeline = Pipeline(Pictures(pictures), Resize(size) if size else None, max_bad=0.0)
-    return self._judge.over(self._name, pipeline, self._batch).values
+    pipeline = Pipeline(InMemoryImages(pictures), Resize(size) if size else None, max_bad=0.0)
+    return self._judge.map_dataset(self._name, pipeline, self._batch).values
 
   def read(self, texts: Sequence[str]) -> np.ndarray:
-    return self._judge.over_texts(texts, self._batch)
+    return self._judge.embed_texts(texts, self._batch)
 
-  def compare(self, made: np.ndarray, real: np.ndarray) -> Figures:
+  def compare(self, made: np.ndarray, real: np.ndarray) -> Metrics:
     """'fid', 'kid', 'precision' and 'recall' of two sets of features and, of embeddings, 'cmmd'."""
     precision, recall = precision_recall(made, real)
     figures = {'fid': fid(made, real), 'kid': kid(made, real), 'precision': precision, 'recall': recall}

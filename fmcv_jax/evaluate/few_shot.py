@@ -33,7 +33,7 @@ class FewShot(Evaluator):
         raise ValueError(f'{name}: expected at least {least}, got {getattr(self, name)}')
 
   def __call__(self, subject):
-    features, _, labels = subject.over(self.features, self.data, self.batch)
+    features, _, labels = subject.map_dataset(self.features, self.data, self.batch)
     figures = {}
     for shots in self.shots:
       right = episode_accuracies(features, labels, self.ways, shots, self.queries, self.episodes)

@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
-from fmcv_jax.data.sources.subset import Spaced
-from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, times_of
-from fmcv_jax.diffusion.sharded_sampling import Canvas, Manner
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.data.sources.subset import EvenSubset
+from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, sampling_timesteps
+from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, ShardedSampler
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import Evaluator
-from fmcv_jax.evaluate.feature_extractor import Judge
+from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation(Evaluator):
-  """Paints as many pictures as there are real ones, told the same, and compares the two sets (`Judge.compare`).
+  """Paints as many pictures as there are real ones, told the same, and compares the two sets
+  (`FeatureExtractor.compare`).
 
   Of a judge that knows texts and a model that is told them there is also 'clip_score': 100 times the mean cosine of a
   picture and its text, none below 0 (Hessel et al. 2021).
@@ -41,28 +42,30 @@ class Generation(Evaluator):
 
   def __post_init__(self):
     if self.solver not in SOLVERS:
-      raise ValueError(f'solver: unknown {self.solver!r}; {nearest(self.solver, SOLVERS)}')
+      raise ValueError(f'solver: unknown {self.solver!r}; {did_you_mean(self.solver, SOLVERS)}')
     if self.count < 4 or self.steps < 1:
       raise ValueError(f'count, steps: expected at least 4 and 1, got {self.count} and {self.steps}')
 
   def prepare(self, subject):
-    Judge(subject, self.judge, self.batch)
+    FeatureExtractor(subject, self.judge, self.batch)
 
   def __call__(self, subject):
-    generator = subject.makes(subject.params, subject.extra) if subject.makes else None
+    generator = subject.make_generator(subject.params, subject.extra) if subject.make_generator else None
     if generator is None:
       raise UserError('config.evaluators: generation needs a model that makes pictures, as of objective.name=diffusion')
-    judge = Judge(subject, self.judge, self.batch)
-    canvas = subject.keep(('canvas', self.batch), lambda: Canvas(subject.makes, subject.placement, self.batch))
+    judge = FeatureExtractor(subject, self.judge, self.batch)
+    sampler = subject.cached(
+      ('sampler', self.batch), lambda: ShardedSampler(subject.make_generator, subject.placement, self.batch)
+    )
     guided = bool(generator.told) and self.guidance != 1
     try:
-      times = times_of(generator.process, self.steps, self.spacing)
+      times = sampling_timesteps(generator.process, self.steps, self.spacing)
       coefficients(generator.process, SOLVERS[self.solver], times)
     except ValueError as error:
       raise UserError(f'config.evaluators: {error}') from error
-    manner = Manner(self.solver, tuple(times), guided)
+    sampler_config = SamplerConfig(self.solver, tuple(times), guided)
     made, real, scores, first = [], [], [], 0
-    data = dataclasses.replace(self.data, source=Spaced(self.data.source, self.count))
+    data = dataclasses.replace(self.data, source=EvenSubset(self.data.source, self.count))
     fields = ('image', *generator.told)
     for batch in evaluation_batches(data, batch=self.batch, fields=fields, tokenizer=subject.tokenizer):
       batch = {name: batch[name][batch['mask']] for name in fields}
@@ -77,7 +80,7 @@ class Generation(Evaluator):
         told['without_tokens'] = np.repeat(subject.tokenizer(['']), count, axis=0)
       if generator.control is not None:
         told |= {'control': batch['image'], 'control_scale': np.ones(count, np.float32)}
-      pictures = canvas.paint(subject.params, subject.extra, told, manner, seed=self.seed)
+      pictures = sampler.sample(subject.params, subject.extra, told, sampler_config, seed=self.seed)
       made.append(judge(pictures))
       real.append(judge(batch['image']))
       if 'tokens' in told and judge.reads:

@@ -24,8 +24,8 @@ class Knn(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    queries, _, labels = subject.over(self.features, self.data, self.batch)
-    bank, _, bank_labels = subject.over(self.features, self.bank, self.batch)
+    queries, _, labels = subject.map_dataset(self.features, self.data, self.batch)
+    bank, _, bank_labels = subject.map_dataset(self.features, self.bank, self.batch)
     return {f'k{k}_top1': knn_accuracy(queries, labels, bank, bank_labels, k, self.temperature) for k in self.ks}
 
 

@@ -10,8 +10,8 @@ import optax
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Evaluator, topk_hits
-from fmcv_jax.parallel.rules import Placement, ways
+from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
+from fmcv_jax.parallel.rules import Placement, num_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class LinearProbe(Evaluator):
       raise ValueError(f'strengths: expected numbers above 0, got {self.strengths}')
 
   def __call__(self, subject):
-    queries, _, labels = subject.over(self.features, self.data, self.batch)
-    bank, _, bank_labels = subject.over(self.features, self.bank, self.batch)
+    queries, _, labels = subject.map_dataset(self.features, self.data, self.batch)
+    bank, _, bank_labels = subject.map_dataset(self.features, self.bank, self.batch)
     if min(labels.min(), bank_labels.min()) < 0:
       raise UserError('a linear probe needs labels, and a source with class names, in both data and bank')
     classes = int(max(labels.max(), bank_labels.max())) + 1
@@ -58,13 +58,13 @@ class LinearProbe(Evaluator):
       scores = ridge(bank, bank_labels, classes, (strength,))(queries)[0]
     else:
       strength, scores = self._logistic(subject.placement, bank, bank_labels, fold == 0, queries, classes)
-    return {'top1': topk_hits(scores, labels, 1), 'top5': topk_hits(scores, labels, 5), 'strength': strength}
+    return {'top1': topk_accuracy(scores, labels, 1), 'top5': topk_accuracy(scores, labels, 5), 'strength': strength}
 
   def _logistic(self, placement, bank, labels, held_out, queries, classes):
     right = {}
     for strength in self.strengths:
       weights, bias = logistic(placement, bank[~held_out], labels[~held_out], classes, strength)
-      right[strength] = topk_hits(bank[held_out] @ weights + bias, labels[held_out], 1)
+      right[strength] = topk_accuracy(bank[held_out] @ weights + bias, labels[held_out], 1)
     strength = max(right, key=lambda s: (right[s], s))
     weights, bias = logistic(placement, bank, labels, classes, strength)
     return strength, queries @ weights + bias
@@ -105,7 +105,7 @@ def logistic(placement: Placement, features, labels, classes: int, strength: flo
   steps are done. Examples are split over the mesh.
   """
   with placement.active():
-    short = -len(features) % ways('batch')
+    short = -len(features) % num_shards('batch')
   rows = {
     'x': np.pad(features.astype(np.float32), ((0, short), (0, 0))),
     'label': np.pad(labels.astype(np.int32), (0, short)),

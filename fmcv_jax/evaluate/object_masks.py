@@ -7,7 +7,7 @@ import numpy as np
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Evaluator
-from fmcv_jax.interpret.attention_maps import mass_masks
+from fmcv_jax.interpret.attention_maps import attention_mass_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,14 @@ class ObjectMasks(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    attention, records, _ = subject.over('attention', self.data, self.batch)
+    attention, records, _ = subject.map_dataset('attention', self.data, self.batch)
     images = np.stack([self._image(int(record)) for record in records])
     truth = (np.abs(images.astype(int) - np.array(self.background)) > 8).any(-1)
     if not truth.any((1, 2)).all():
       raise UserError(f'object_masks: some images are all background {self.background}; what is the object there?')
-    heads = np.stack([jaccard(mass_masks(attention[:, h], self.mass), truth) for h in range(attention.shape[1])])
+    heads = np.stack(
+      [jaccard(attention_mass_masks(attention[:, h], self.mass), truth) for h in range(attention.shape[1])]
+    )
     return {
       'jaccard_best_head': float(heads.max(0).mean()),
       'jaccard_mean_head': float(heads.mean()),

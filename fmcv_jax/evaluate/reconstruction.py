@@ -9,7 +9,7 @@ import numpy as np
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.distances import fid
-from fmcv_jax.evaluate.feature_extractor import Judge
+from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +25,19 @@ class Reconstruction(Evaluator):
 
   def prepare(self, subject):
     if self.judge is not None:
-      Judge(subject, self.judge, self.batch)
+      FeatureExtractor(subject, self.judge, self.batch)
 
   def __call__(self, subject):
-    made = subject.over('reconstruction', self.data, self.batch)
-    true = subject.over('image', self.data, self.batch).values
-    latent = subject.over('latent', self.data, self.batch).values
+    made = subject.map_dataset('reconstruction', self.data, self.batch)
+    true = subject.map_dataset('image', self.data, self.batch).values
+    latent = subject.map_dataset('latent', self.data, self.batch).values
     figures = {
       'psnr': float(psnr(true, made.values).mean()),
       'ssim': float(np.mean([ssim(a, b) for a, b in zip(true, made.values, strict=True)])),
       'latent_std': float(latent.std()),
     }
     if self.judge is not None:
-      look = Judge(subject, self.judge, self.batch)
+      look = FeatureExtractor(subject, self.judge, self.batch)
       figures['rfid'] = fid(*(look(np.round(255 * x).astype(np.uint8)) for x in (made.values, true)))
     return figures
 

@@ -23,9 +23,9 @@ class Retrieval(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    images, records, _ = subject.over('embed_image', self.data, self.batch)
+    images, records, _ = subject.map_dataset('embed_image', self.data, self.batch)
     texts, truth = captions_of(self.data.source, canonical=self.canonical)
-    embeddings = subject.over_texts(texts, self.batch)
+    embeddings = subject.embed_texts(texts, self.batch)
     return recalls(images, embeddings, [truth[i] for i in records])
 
 

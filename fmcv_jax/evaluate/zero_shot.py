@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.evaluate.base import Evaluator, Subject, topk_hits
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, topk_accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +18,15 @@ class ZeroShot(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    images, _, labels = subject.over('embed_image', self.data, self.batch)
+    images, _, labels = subject.map_dataset('embed_image', self.data, self.batch)
     scores = images @ class_embeddings(subject, self.data.source.names, self.templates, self.batch).T
-    return {'top1': topk_hits(scores, labels, 1), 'top5': topk_hits(scores, labels, 5)}
+    return {'top1': topk_accuracy(scores, labels, 1), 'top5': topk_accuracy(scores, labels, 5)}
 
 
-def class_embeddings(subject: Subject, names, templates, batch: int) -> np.ndarray:
+def class_embeddings(subject: EvaluatedModel, names, templates, batch: int) -> np.ndarray:
   """float32 [classes, E]: the unit-length mean over templates of the text embeddings of each name."""
   if not names:
     raise ValueError('zero-shot classification needs a source with class names')
   texts = [template.format(name) for name in names for template in templates]
-  embeddings = subject.over_texts(texts, batch).reshape(len(names), len(templates), -1).mean(axis=1)
+  embeddings = subject.embed_texts(texts, batch).reshape(len(names), len(templates), -1).mean(axis=1)
   return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)

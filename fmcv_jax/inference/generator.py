@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.data.sources.base import Source
-from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, times_of
-from fmcv_jax.diffusion.sharded_sampling import Canvas, Manner
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, sampling_timesteps
+from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, ShardedSampler
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.run import Run
 
 STRENGTH = 0.6  # of an edit
 
 
-class Painter:
+class ImageGenerator:
   """The diffusion model of a workdir, opened for use on all devices.
 
   told       what it has to be told: texts ('tokens'), classes ('label'), or nothing
@@ -43,9 +43,9 @@ class Painter:
     if generator is None:
       raise UserError(f'{workdir}: its objective makes no pictures; give the workdir of a diffusion model')
     self.process, self.told, self.steered = generator.process, generator.told, generator.control is not None
-    self._subject, self.step = self._run.restored_subject(step)
+    self._subject, self.step = self._run.restored_model(step)
     self.size = generator.size
-    self._canvas = Canvas(self._objective.generator, self._run.placement, batch)
+    self._canvas = ShardedSampler(self._objective.generator, self._run.placement, batch)
 
   @property
   def source(self) -> Source:
@@ -56,7 +56,7 @@ class Painter:
     """One picture for each prompt: uint8 [N, H, W, 3].
 
     prompts    texts, or classes by name or number, as the model was told; only their count for one told nothing
-    steps      of the sampler; solver: one of SOLVERS; spacing: of its times (`times_of`)
+    steps      of the sampler; solver: one of SOLVERS; spacing: of its times (`sampling_timesteps`)
     guidance   of the prompt (Ho & Salimans 2022), 1 for none, or one for each picture; interval: (low, high) times of
                it; rescale: see `guided`
     negative   a text to move away from, in the place of none
@@ -65,37 +65,39 @@ class Painter:
     first      number of the first picture, for a request that is made in pieces
     progress   called with the number of pictures that are ready
     """
-    return self._paint(prompts, seed, **options)
+    return self._sample(prompts, seed, **options)
 
   def edit(
     self, images: np.ndarray, prompts: Sequence[str | int], *, strength: float = STRENGTH, seed: int = 0, **options: Any
   ) -> np.ndarray:
-    """Pictures uint8 [N, H, W, 3] painted over from a share `strength` of the noise on (Meng et al. 2022, SDEdit)."""
+    """Images uint8 [N, H, W, 3] painted over from a share `strength` of the noise on (Meng et al. 2022,
+    SDEdit).
+    """
     if not 0 < strength <= 1:
       raise UserError(f'--strength: {strength} is not above 0 and at most 1')
-    return self._paint(prompts, seed, images=images, strength=strength, **options)
+    return self._sample(prompts, seed, images=images, strength=strength, **options)
 
   def fill(
     self, images: np.ndarray, masks: np.ndarray, prompts: Sequence[str | int], *, seed: int = 0, **options: Any
   ) -> np.ndarray:
-    """Pictures uint8 [N, H, W, 3] painted anew where masks bool [N, H, W] are true; the rest stays as it is."""
+    """Images uint8 [N, H, W, 3] painted anew where masks bool [N, H, W] are true; the rest stays as it is."""
     if masks.shape != images.shape[:3] or masks.dtype != bool:
       raise UserError(
         f'--mask: {_kind(masks)} for images of {list(images.shape[:3])}; true where they are painted anew'
       )
-    return self._paint(prompts, seed, images=images, masks=masks, **options)
+    return self._sample(prompts, seed, images=images, masks=masks, **options)
 
   def interpolate(self, first: str, last: str, count: int, *, seed: int = 0, **options: Any) -> np.ndarray:
     """`count` pictures from the same noise, from one text to another: uint8 [count, H, W, 3]."""
     if self.told != ('tokens',):
       raise UserError('--interpolate: needs a model that is told texts')
-    return self._paint([first] * count, seed, other=last, **options)
+    return self._sample([first] * count, seed, other=last, **options)
 
   def check(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Any) -> None:
     """Raises the UserError of `generate`, before anything is painted."""
     self._request(prompts, seed, **options)
 
-  def _paint(
+  def _sample(
     self,
     prompts: Sequence[str | int],
     seed: int,
@@ -103,9 +105,9 @@ class Painter:
     progress: Callable[[int], Any] = lambda ready: None,
     **options: Any,
   ) -> np.ndarray:
-    fields, manner = self._request(prompts, seed, **options)
+    fields, sampler_config = self._request(prompts, seed, **options)
     subject = self._subject
-    return self._canvas.paint(subject.params, subject.extra, fields, manner, seed=seed, progress=progress)
+    return self._canvas.sample(subject.params, subject.extra, fields, sampler_config, seed=seed, progress=progress)
 
   def _request(
     self,
@@ -127,15 +129,15 @@ class Painter:
     drawn: bool = False,
     control_scale: float = 1.0,
     first: int = 0,
-  ) -> tuple[dict[str, np.ndarray], Manner]:
-    """What `Canvas.paint` is given."""
+  ) -> tuple[dict[str, np.ndarray], SamplerConfig]:
+    """What `ShardedSampler.paint` is given."""
     if isinstance(prompts, str):
       raise UserError(f'prompts: {prompts!r} is one text; give a list, one for each picture')
     count = len(prompts)
     if solver not in SOLVERS:
-      raise UserError(f'--solver: unknown {solver!r}; {nearest(solver, SOLVERS)}')
+      raise UserError(f'--solver: unknown {solver!r}; {did_you_mean(solver, SOLVERS)}')
     try:
-      times = times_of(self.process, steps, spacing)
+      times = sampling_timesteps(self.process, steps, spacing)
       times = times[len(times) - max(1, round(strength * len(times))) :]
       coefficients(self.process, SOLVERS[solver], times)
     except ValueError as error:
@@ -177,7 +179,7 @@ class Painter:
       fields |= {'control': control, 'control_scale': np.full(count, control_scale, np.float32)}
     # Along an interpolation the noise is one.
     fields['number'] = np.zeros(count, np.int32) if other is not None else first + np.arange(count, dtype=np.int32)
-    return fields, Manner(solver, tuple(times), is_guided, interval, rescale, drawn)
+    return fields, SamplerConfig(solver, tuple(times), is_guided, interval, rescale, drawn)
 
   def _fields(self, prompts: Sequence[str | int]) -> dict[str, np.ndarray]:
     if 'tokens' in self.told:
@@ -196,10 +198,10 @@ class Painter:
     if str(prompt).isdigit() and int(prompt) < classes:
       return int(prompt)
     raise UserError(
-      f'{prompt!r} is no class of this model, by name or by number below {classes}; {nearest(str(prompt), names)}'
+      f'{prompt!r} is no class of this model, by name or by number below {classes}; {did_you_mean(str(prompt), names)}'
     )
 
-  def cut(self, prompt: str) -> str | None:
+  def truncated_prompt(self, prompt: str) -> str | None:
     """What is left of a text that is too long for the model; None for one that is not."""
     tokenizer = self._subject.tokenizer
     if 'tokens' not in self.told or tokenizer is None:

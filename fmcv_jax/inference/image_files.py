@@ -40,21 +40,21 @@ def _sides(pixels: np.ndarray) -> str:
   return f'{width} x {height}'
 
 
-def expanded(image: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
+def pad_for_outpainting(image: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
   """uint8 [H, W, 3] shrunk into the middle, with a margin of that share on every side, and the mask of the margin."""
   if not 0 < margin < 0.5:
     raise UserError(f'--expand: {margin} is not between 0 and 0.5')
   size = len(image)
   inner = max(1, round(size * (1 - 2 * margin)))
   start = (size - inner) // 2
-  canvas, mask = np.full_like(image, 255), np.ones((size, size), bool)
+  sampler, mask = np.full_like(image, 255), np.ones((size, size), bool)
   small = Image.fromarray(image).resize((inner, inner), Image.Resampling.LANCZOS)
-  canvas[start : start + inner, start : start + inner] = np.asarray(small)
+  sampler[start : start + inner, start : start + inner] = np.asarray(small)
   mask[start : start + inner, start : start + inner] = False
-  return canvas, mask
+  return sampler, mask
 
 
-def grid_of(pictures: np.ndarray, columns: int) -> np.ndarray:
+def make_grid(pictures: np.ndarray, columns: int) -> np.ndarray:
   """uint8 [N, H, W, 3] -> one picture, row by row on white, a pixel or more between them."""
   count, height, width, _ = pictures.shape
   gap = max(1, width // 32)

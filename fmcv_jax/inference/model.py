@@ -9,11 +9,11 @@ import numpy as np
 
 from fmcv_jax.config import paths_of
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.sources.in_memory import Picture, Pictures
+from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.zero_shot import class_embeddings
-from fmcv_jax.inference.generator import Painter
+from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.run import Run
 
 
@@ -30,12 +30,12 @@ class Model:
     self._workdir = workdir
     self._run = Run.reopen(workdir, () if dtype is None else tuple(f'{path}={dtype}' for path in dtypes_of(workdir)))
     self._step = step
-    self._painter: Painter | None = None
+    self._painter: ImageGenerator | None = None
     ways = self._run.placement.mesh.size
     self._batch = -(-batch // ways) * ways
-    self._subject, _ = self._run.restored_subject(step)
+    self._subject, _ = self._run.restored_model(step)
 
-  def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
+  def encode_image(self, images: Sequence[ImageLike]) -> np.ndarray:
     """Embeddings float32 [N, E]: of unit length where the model knows texts, features of the network elsewhere.
 
     Images are arrays uint8 [H, W, 3], files, encoded bytes or Pillow's. They are scaled and cut as those were on which
@@ -49,10 +49,10 @@ class Model:
       raise UserError('give at least one text')
     if 'embed_text' not in self._subject.functions:
       raise UserError(f'{self._workdir}: this model knows no texts; it offers {", ".join(self._subject.functions)}')
-    return self._subject.over_texts(texts, self._batch)
+    return self._subject.embed_texts(texts, self._batch)
 
   def classify(
-    self, images: Sequence[Picture], labels: Sequence[str] = (), *, templates: Sequence[str] = ('a photo of a {}.',)
+    self, images: Sequence[ImageLike], labels: Sequence[str] = (), *, templates: Sequence[str] = ('a photo of a {}.',)
   ) -> np.ndarray:
     """Probabilities float32 [N, classes]: of `labels` for a model that knows texts, else of its own classes."""
     if 'logits' in self._subject.functions and not labels:
@@ -67,19 +67,19 @@ class Model:
     return _softmax(scale * self.encode_image(images) @ texts.T)
 
   def generate(self, prompts: Sequence[str | int], **options: Any) -> np.ndarray:
-    """Pictures uint8 [N, H, W, 3], one for each prompt; options as those of `Painter.generate`."""
+    """Images uint8 [N, H, W, 3], one for each prompt; options as those of `ImageGenerator.generate`."""
     if self._painter is None:
-      self._painter = Painter(self._workdir, step=self._step, batch=self._batch)
+      self._painter = ImageGenerator(self._workdir, step=self._step, batch=self._batch)
     return self._painter.generate(prompts, **options)
 
-  def _over(self, name: str, images: Sequence[Picture]) -> np.ndarray:
+  def _over(self, name: str, images: Sequence[ImageLike]) -> np.ndarray:
     if len(images) == 0 or (isinstance(images, np.ndarray) and images.ndim == 3):
       raise UserError('give a list of at least one image')
     shape = self._run.experiment.objective.example_batch.get('image')
     if name not in self._subject.functions or shape is None:
       raise UserError(f'{self._workdir}: offers no {name}; it has {", ".join(self._subject.functions) or "nothing"}')
-    pipeline = Pipeline(Pictures(images), evaluated_as(self._run), max_bad=0.0)
-    return self._subject.over(name, pipeline, self._batch).values
+    pipeline = Pipeline(InMemoryImages(images), evaluated_as(self._run), max_bad=0.0)
+    return self._subject.map_dataset(name, pipeline, self._batch).values
 
 
 def evaluated_as(run: Run) -> ImageTransform | None:

@@ -15,12 +15,12 @@ from fmcv_jax.models.backbones.swin import Swin
 from fmcv_jax.models.common.outputs import linear_head
 
 
-def averages(network: nn.Module) -> bool:
+def is_global_average_pooled(network: nn.Module) -> bool:
   """Whether a network is of this kind."""
   return isinstance(network, (Swin, EfficientNet))
 
 
-def places(network: Any, variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def class_activation_maps(network: Any, variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The last map of normalized images [B, H, W, 3], float32 [B, rows, columns, D], and what each of its places gives to
   the outputs, float32 [B, rows, columns, E]: their mean over the places is the network's output."""
   tokens = network.apply(variables, images).tokens

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.models.backbones.vit import AttentionPool, ViT
-from fmcv_jax.models.common.layers import layer_norm, unit
+from fmcv_jax.models.common.layers import l2_normalize, layer_norm
 from fmcv_jax.models.common.outputs import Features, linear_head
 from fmcv_jax.models.common.patches import patch_features
 
@@ -37,7 +37,7 @@ class Projections(NamedTuple):
     return Projections(*(x[-1:] for x in self))
 
 
-def observed(network: ViT, params: Any, images: jax.Array) -> tuple[Features, Projections]:
+def apply_with_intermediates(network: ViT, params: Any, images: jax.Array) -> tuple[Features, Projections]:
   """What the network makes of normalized images [B, height, width, 3], and what its blocks attended with."""
   features, kept = network.apply({'params': params}, images, mutable=['intermediates'])
   return features, Projections(*kept['intermediates']['blocks']['attention']['projections'][0])
@@ -48,7 +48,7 @@ def class_attention(network: ViT, params: Any, images: jax.Array) -> jax.Array:
 
   For a network without a class token: the mean over all patches that look.
   """
-  _, projections = observed(network, params, images)
+  _, projections = apply_with_intermediates(network, params, images)
   return on_grid(from_class_token(projections.last().weights()[0], network), network, images)
 
 
@@ -82,7 +82,7 @@ def relevance(
   Chefer et al. 2021 (Generic attention-model explainability, eq. 5 and 6): R <- R + E_h[max(dS/dA * A, 0)] R, layer by
   layer from R = 1. The gradient by the weights A is that by what they mix, times the values.
   """
-  _, projections = observed(network, params, images)
+  _, projections = apply_with_intermediates(network, params, images)
 
   def total(mixed):
     variables = {'params': params, 'probes': {'blocks': {'attention': {'mixed': mixed}}}}
@@ -104,7 +104,7 @@ def patch_embeddings(network: ViT, params: Any, images: jax.Array) -> jax.Array:
   With one, its value in the last block goes to the class token alone (MaskCLIP, Zhou et al. 2022, section 3.2): the
   last tokens themselves were never trained to be compared with a text.
   """
-  block, (features, projections) = network.stack.block, observed(network, params, images)
+  block, (features, projections) = network.stack.block, apply_with_intermediates(network, params, images)
   if network.pool == 'cls':
     value, out = projections.value[-1], jax.tree.map(lambda x: x[-1], params['blocks']['attention']['out'])
     tokens = value.reshape(*value.shape[:2], -1) @ out['kernel'].astype(value.dtype) + out['bias'].astype(value.dtype)
@@ -117,14 +117,14 @@ def patch_embeddings(network: ViT, params: Any, images: jax.Array) -> jax.Array:
     tokens = _apply(AttentionPool(block), params['map_pool'], alone).reshape(tokens.shape)
   if network.outputs:
     tokens = _apply(linear_head(network.outputs, network.outputs_bias, block.dtype), params['head'], tokens)
-  return jnp.moveaxis(on_grid(jnp.moveaxis(unit(tokens), -1, 1), network, images), 1, -1)
+  return jnp.moveaxis(on_grid(jnp.moveaxis(l2_normalize(tokens), -1, 1), network, images), 1, -1)
 
 
 def _apply(module: nn.Module, params: Any, x: jax.Array) -> Any:
   return module.apply({'params': params}, x)
 
 
-def principal_colors(tokens: np.ndarray) -> np.ndarray:
+def pca_rgb(tokens: np.ndarray) -> np.ndarray:
   """The first three principal components of patch features [N, rows, columns, D], together, as RGB in [0, 1].
 
   As in DINOv2 (Oquab et al. 2023, figure 1), without its mask: like colours are like features. Each component is
@@ -139,7 +139,7 @@ def principal_colors(tokens: np.ndarray) -> np.ndarray:
   return np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*tokens.shape[:3], -1)
 
 
-def mass_masks(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
+def attention_mass_masks(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
   """The fewest patches that hold `mass` of each map [..., rows, columns], as bool (DINO, Caron et al. 2021, fig. 4)."""
   flat = attention.reshape(*attention.shape[:-2], -1)
   order = np.argsort(-flat, axis=-1, kind='stable')
@@ -155,7 +155,7 @@ def pooled(network: ViT, params: Any, images: jax.Array) -> jax.Array:
   return _apply(network, params, images).pooled.astype(jnp.float32)
 
 
-def readings(network: nn.Module) -> dict[str, Callable[[Any, Any, jax.Array], jax.Array]]:
+def available_outputs(network: nn.Module) -> dict[str, Callable[[Any, Any, jax.Array], jax.Array]]:
   """What can be read from a network of normalized images, by the names under which objectives offer it."""
   found: dict[str, Callable[[Any, Any, jax.Array], jax.Array]] = {}
   if hasattr(network, 'prefix'):

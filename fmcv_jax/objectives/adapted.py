@@ -21,7 +21,7 @@ FROZEN, LORA = 'frozen', 'lora'
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """Adds scale * down @ up, of a low rank, to the kernels whose paths match `targets`; `up` is born zero.
+  """Adds scale * down @ up, of a low rank, to the kernels whose paths match `targets`; `up` starts at zero.
 
   alpha: scale = alpha / rank; None for a scale of 1. The matrices of a stack of layers are stacked as they are.
   """
@@ -39,16 +39,16 @@ class Lora:
     chosen = {path: x for path, x in flat.items() if matches(path, self.targets)}
     if not chosen:
       raise UserError(f'config.objective.lora.targets: no parameter matches {self.targets}')
-    born: dict[str, jax.Array] = {}
+    initial: dict[str, jax.Array] = {}
     for index, (path, kernel) in enumerate(sorted(chosen.items())):
       if kernel.ndim != 2 + ('blocks' in path.split('/')):
         raise UserError(f'config.objective.lora.targets: {path} of shape {kernel.shape} is no matrix')
       *stack, rows, columns = kernel.shape
       draw = jax.random.normal(jax.random.fold_in(rng, index), (*stack, rows, self.rank))
-      born |= {f'{path}/down': draw * rows**-0.5, f'{path}/up': jnp.zeros((*stack, self.rank, columns))}
-    return born
+      initial |= {f'{path}/down': draw * rows**-0.5, f'{path}/up': jnp.zeros((*stack, self.rank, columns))}
+    return initial
 
-  def merged(self, flat: Mapping[str, jax.Array], added: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  def merge(self, flat: Mapping[str, jax.Array], added: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The parameters with what was learnt added to them."""
     scale = 1.0 if self.alpha is None else self.alpha / self.rank
     changed = {
@@ -59,7 +59,7 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted(Objective):
+class PartialFineTuning(Objective):
   """Another objective, of whose parameters only those whose paths match `trained` are trained, and `lora` besides.
 
   `config.init_from` fills what is frozen: the whole of another run is {'extra/frozen': {'workdir': ...}}, and those
@@ -71,7 +71,7 @@ class Adapted(Objective):
   lora: Lora | None = None
 
   def __post_init__(self):
-    if isinstance(self.objective, Adapted):
+    if isinstance(self.objective, PartialFineTuning):
       raise ValueError('objective: expected one that is not adapted itself')
 
   @property
@@ -99,44 +99,44 @@ class Adapted(Objective):
       raise UserError('config.objective: nothing is trained; give paths in `trained`, or `lora`')
     return params, {**extra, FROZEN: _tree({path: x for path, x in flat.items() if path not in kept})}
 
-  def whole(self, params, extra):
+  def full_params(self, params, extra):
     params = dict(params)
     added = _flat(params.pop(LORA, {}))
     flat = {**_flat(extra[FROZEN]), **_flat(params)}
-    return self.objective.whole(_tree(self.lora.merged(flat, added) if self.lora else flat), _rest(extra))
+    return self.objective.full_params(_tree(self.lora.merge(flat, added) if self.lora else flat), _rest(extra))
 
   def loss(self, params, batch, rng, extra):
-    return self.objective.loss(self.whole(params, extra), batch, rng, _rest(extra))
+    return self.objective.loss(self.full_params(params, extra), batch, rng, _rest(extra))
 
   def embed(self, params, batch, rng, extra):
     inner: Any = self.objective
-    return inner.embed(self.whole(params, extra), batch, rng, _rest(extra))
+    return inner.embed(self.full_params(params, extra), batch, rng, _rest(extra))
 
   def couple(self, params, embeddings, batch, extra):
     inner: Any = self.objective
-    return inner.couple(self.whole(params, extra), embeddings, batch, _rest(extra))
+    return inner.couple(self.full_params(params, extra), embeddings, batch, _rest(extra))
 
   def update_extra(self, extra, params, aux, step):
-    new = self.objective.update_extra(_rest(extra), self.whole(params, extra), aux, step)
+    new = self.objective.update_extra(_rest(extra), self.full_params(params, extra), aux, step)
     return {**new, FROZEN: extra[FROZEN]}
 
-  def for_run(self, steps):
-    return dataclasses.replace(self, objective=self.objective.for_run(steps))
+  def with_total_steps(self, steps):
+    return dataclasses.replace(self, objective=self.objective.with_total_steps(steps))
 
-  def hidden_patches(self, rng, images):
-    return self.objective.hidden_patches(rng, images)
+  def masked_patches(self, rng, images):
+    return self.objective.masked_patches(rng, images)
 
   def functions(self):
     def of_whole(function):
-      return lambda params, extra, batch: function(self.whole(params, extra), _rest(extra), batch)
+      return lambda params, extra, batch: function(self.full_params(params, extra), _rest(extra), batch)
 
     return {name: of_whole(function) for name, function in self.objective.functions().items()}
 
-  def image_tower(self, params, extra):
-    return self.objective.image_tower(self.whole(params, extra), _rest(extra))
+  def image_encoder(self, params, extra):
+    return self.objective.image_encoder(self.full_params(params, extra), _rest(extra))
 
   def generator(self, params, extra):
-    return self.objective.generator(self.whole(params, extra), _rest(extra))
+    return self.objective.generator(self.full_params(params, extra), _rest(extra))
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import unit
+from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.models.generative.autoencoder import Autoencoder
 from fmcv_jax.models.generative.discriminator import PatchDiscriminator
@@ -79,7 +79,7 @@ class Autoencoding(Objective):
 
   def loss(self, params, batch, rng, extra):
     augment_rng, latent_rng = jax.random.split(rng)
-    x = self.normalize(augmented(batch['image'], self.augment, augment_rng))
+    x = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
     network: Any = self.network.bind({'params': params['autoencoder']})
     latent = network.encode(x)
     before = network.features(latent.sample(latent_rng))
@@ -154,7 +154,7 @@ class Autoencoding(Objective):
   def _distance(self, extra, x, picture):
     """Mean squared distance of the patches' unit features."""
     one, other = (
-      unit(patch_features(self.features, extra['features'], self._for_features(images)))  # type: ignore[arg-type]
+      l2_normalize(patch_features(self.features, extra['features'], self._for_features(images)))  # type: ignore[arg-type]
       for images in (x, picture)
     )
     return jnp.square(one - other).sum(-1).mean()

@@ -14,19 +14,19 @@ import jax.numpy as jnp
 
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.diffusion.generator import Generator
-from fmcv_jax.interpret.attention_maps import readings
+from fmcv_jax.interpret.attention_maps import available_outputs
 
 Params = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Outcome = tuple[jax.Array, tuple[Metrics, Any]]
+LossOutput = tuple[jax.Array, tuple[Metrics, Any]]
 
-# Flax's name for what batch norms keep from step to step. A loss applies its network with mutable=[STATISTICS] and
+# Flax's name for what batch norms keep from step to step. A loss applies its network with mutable=[BATCH_STATS] and
 # hands what came back to update_extra; of a network without batch norms that is nothing.
-STATISTICS = 'batch_stats'
+BATCH_STATS = 'batch_stats'
 
 
-class ImageTower(NamedTuple):
+class ImageEncoder(NamedTuple):
   """The part of a trained model that looks at images: network.apply({'params': params}, normalize(images)).
 
   statistics  of its batch norms, where it has any
@@ -67,22 +67,22 @@ class Objective(abc.ABC):
     """(params, extra), float32; traced under eval_shape and jit, so that arrays are born sharded."""
 
   @abc.abstractmethod
-  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Outcome:
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> LossOutput:
     """(loss, (metrics, aux)): means over the batch, float32 scalars in `metrics`; `aux` goes to update_extra."""
 
   def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     """The next `extra`, from the already updated `params`."""
     return extra
 
-  def whole(self, params: Params, extra: Any) -> Params:
+  def full_params(self, params: Params, extra: Any) -> Params:
     """All parameters of the network, as an objective that trains all of them has them in `params`."""
     return params
 
-  def for_run(self, steps: int) -> 'Objective':
+  def with_total_steps(self, steps: int) -> 'Objective':
     """This objective in a run of so many steps, for schedules of its own that last as long as the run."""
     return self
 
-  def hidden_patches(self, rng: jax.Array, images: int) -> jax.Array | None:
+  def masked_patches(self, rng: jax.Array, images: int) -> jax.Array | None:
     """What the loss of a batch of so many images hides from the network with this rng, bool [B, views, rows, columns].
 
     The views are the first of those that it gives the network. None where nothing is hidden.
@@ -97,7 +97,7 @@ class Objective(abc.ABC):
     """
     return {}
 
-  def image_tower(self, params: Params, extra: Any) -> ImageTower | None:
+  def image_encoder(self, params: Params, extra: Any) -> ImageEncoder | None:
     """What `fmcv explain` looks into; None where there is no one such network."""
     return None
 
@@ -106,26 +106,26 @@ class Objective(abc.ABC):
     return None
 
 
-def tower_functions(objective: Objective, network: nn.Module) -> dict[str, Callable[[Params, Any, Batch], jax.Array]]:
+def encoder_functions(objective: Objective, network: nn.Module) -> dict[str, Callable[[Params, Any, Batch], jax.Array]]:
   """What can be read from an objective's image tower: of a ViT 'features', 'patch_features' and 'attention'."""
 
   def of_tower(read):
     def call(params, extra, batch):
-      tower: Any = objective.image_tower(params, extra)
+      tower: Any = objective.image_encoder(params, extra)
       return read(tower.network, tower.params, tower.normalize(batch['image'].astype(jnp.float32) / 255))
 
     return call
 
-  return {name: of_tower(read) for name, read in readings(network).items()}
+  return {name: of_tower(read) for name, read in available_outputs(network).items()}
 
 
-def variables(params: Params, extra: Mapping[str, Any], owner: str = '') -> dict[str, Any]:
+def flax_variables(params: Params, extra: Mapping[str, Any], owner: str = '') -> dict[str, Any]:
   """What `apply` takes: the parameters and, of a network with batch norms, its running statistics.
 
   Those are carried in extra['batch_stats']; a frozen network's, such as a teacher's, in extra['teacher_batch_stats'].
   """
-  statistics = extra.get(f'{owner}{STATISTICS}')
-  return {'params': params} if statistics is None else {'params': params, STATISTICS: statistics}
+  statistics = extra.get(f'{owner}{BATCH_STATS}')
+  return {'params': params} if statistics is None else {'params': params, BATCH_STATS: statistics}
 
 
 class CoupledObjective(Objective):
@@ -144,7 +144,7 @@ class CoupledObjective(Objective):
     """(a tree of float arrays [B, ...], aux); aux goes to update_extra, averaged over the pieces of a batch."""
 
   @abc.abstractmethod
-  def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Outcome:
+  def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> LossOutput:
     """The loss of the whole batch from its embeddings; `params` for scalars such as the temperature."""
 
   def loss(self, params, batch, rng, extra):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.mixing import mix
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.objectives.base import STATISTICS, ImageTower, Objective, tower_functions, variables
+from fmcv_jax.objectives.base import BATCH_STATS, ImageEncoder, Objective, encoder_functions, flax_variables
 from fmcv_jax.objectives.distillation import Distillation
 
 
@@ -65,15 +65,15 @@ class Classification(Objective):
   def loss(self, params, batch, rng, extra):
     augment_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
     targets = jax.nn.one_hot(batch['label'], self.network.outputs)
-    images = augmented(batch['image'], self.augment, augment_rng)
+    images = apply_augments(batch['image'], self.augment, augment_rng)
     images, targets = mix(images, targets, mix_rng, mixup=self.mixup, cutmix=self.cutmix)
     smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / self.network.outputs
     output: Any = self.network.apply(
-      variables(params, extra),
+      flax_variables(params, extra),
       self.normalize(images),
       train=True,
       rngs={'dropout': dropout_rng},
-      mutable=[STATISTICS],
+      mutable=[BATCH_STATS],
     )
     features, statistics = output
     logits, second = (x.astype(jnp.float32) for x in features.heads or (features.output, features.output))
@@ -94,13 +94,13 @@ class Classification(Objective):
   def functions(self):
     def forward(params, extra, batch):
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)
-      return self.network.apply(variables(params, extra), images)
+      return self.network.apply(flax_variables(params, extra), images)
 
     return {
-      **tower_functions(self, self.network),
+      **encoder_functions(self, self.network),
       'logits': lambda params, extra, batch: forward(params, extra, batch).output.astype(jnp.float32),
       'features': lambda params, extra, batch: forward(params, extra, batch).pooled.astype(jnp.float32),
     }
 
-  def image_tower(self, params, extra):
-    return ImageTower(self.network, params, self.normalize, extra.get(STATISTICS))
+  def image_encoder(self, params, extra):
+    return ImageEncoder(self.network, params, self.normalize, extra.get(BATCH_STATS))

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.patches import random_keep
-from fmcv_jax.objectives.base import STATISTICS, CoupledObjective, ImageTower, variables
+from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, ImageEncoder, flax_variables
 from fmcv_jax.objectives.ring_contrastive import LossName, pair_loss
 
 
@@ -54,19 +54,19 @@ class Contrastive(CoupledObjective):
 
   def embed(self, params, batch, rng, extra):
     augment_rng, keep_rng, dropout_rng = jax.random.split(rng, 3)
-    images = self.normalize(augmented(batch['image'], self.augment, augment_rng))
+    images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
     keep = None
     if self.keep < 1:
       patches = (self.network.image.image_size // self.network.image.patch) ** 2
       keep = random_keep(keep_rng, images.shape[0], patches, self.keep)
     return self.network.apply(
-      variables(params, extra),
+      flax_variables(params, extra),
       images,
       batch['tokens'],
       keep=keep,
       train=True,
       rngs={'dropout': dropout_rng},
-      mutable=[STATISTICS],
+      mutable=[BATCH_STATS],
     )
 
   def update_extra(self, extra, params, aux, step):
@@ -81,13 +81,13 @@ class Contrastive(CoupledObjective):
   def functions(self):
     def encode_image(params, extra, batch):
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)
-      return self.network.apply(variables(params, extra), images, method='encode_image')
+      return self.network.apply(flax_variables(params, extra), images, method='encode_image')
 
     def encode_text(params, extra, batch):
       return self.network.apply({'params': params}, batch['tokens'], method='encode_text')
 
     return {'embed_image': encode_image, 'embed_text': encode_text, 'features': encode_image}
 
-  def image_tower(self, params, extra):
-    statistics = extra.get(STATISTICS, {}).get('image')
-    return ImageTower(self.network.image, params['image'], self.normalize, statistics)
+  def image_encoder(self, params, extra):
+    statistics = extra.get(BATCH_STATS, {}).get('image')
+    return ImageEncoder(self.network.image, params['image'], self.normalize, statistics)

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.control_maps import Control
-from fmcv_jax.augment.inpaint_masks import Holes
+from fmcv_jax.augment.inpaint_masks import RandomInpaintMask
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.diffusion.condition import Condition, make_condition
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.diffusion.process import Process, TimesName, WeightName, alphas_cumprod
 from fmcv_jax.models.backbones.text import TextTransformer
-from fmcv_jax.models.common.layers import unit
+from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.models.generative.autoencoder import Autoencoder, Gaussian
 from fmcv_jax.models.generative.controlnet import ControlNet, controlnet
@@ -44,7 +44,8 @@ class Diffusion(Objective):
                  id stands in its place, and the network sees it (Stable Diffusion 1)
   drop           share of examples that are told nothing, for classifier-free guidance
   weighting      of the error by noise level (`Process.weight`), and its `strength` (None: the published one)
-  times          distribution of the times (`Process.draw_times`), with mean and standard deviation where it is normal
+  times          distribution of the times (`Process.sample_timesteps`), with mean and standard deviation where it is
+                 normal
   align          REPA
   control        what a ControlNet is shown of each image; it alone is trained, and begins with a copy of the network's
                  way down, which is frozen: by init_from at 'extra/network' and 'params/control/encoder'
@@ -70,7 +71,7 @@ class Diffusion(Objective):
   times_std: float = 1.0
   align: Alignment | None = None
   control: Control | None = None
-  holes: Holes | None = None
+  holes: RandomInpaintMask | None = None
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
@@ -184,13 +185,13 @@ class Diffusion(Objective):
     if self.latents:
       images, x0 = None, self._scaled(as_gaussian(batch['latents']).sample(latent_rng))
     else:
-      images = augmented(batch['image'], self.augment, augment_rng)
+      images = apply_augments(batch['image'], self.augment, augment_rng)
       x0 = self._encode(extra, images, latent_rng)
     count = x0.shape[0]
     keep = jax.random.uniform(drop_rng, (count,)) >= self.drop
-    time = self.process.draw_times(jax.random.split(time_rng, count), self.times, self.times_mean, self.times_std)
+    time = self.process.sample_timesteps(jax.random.split(time_rng, count), self.times, self.times_mean, self.times_std)
     noise = jax.random.normal(noise_rng, x0.shape)
-    x = self.process.diffuse(x0, noise, time)
+    x = self.process.add_noise(x0, noise, time)
     tap = self.align.layer if self.align else None
     condition = self._shown(self.condition(extra, batch, keep), extra, images, jax.random.split(hole_rng, count))
     output = self._apply(params, extra, x, time, condition, rng=rng, **({'tap': tap} if tap else {}))
@@ -287,7 +288,7 @@ class Diffusion(Objective):
     def at(time, level):
       noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), x0.shape[1:]))(keys)
       times = jnp.full(x0.shape[:1], time)
-      output = self._apply(params, extra, self.process.diffuse(x0, noise, times), times, condition)
+      output = self._apply(params, extra, self.process.add_noise(x0, noise, times), times, condition)
       return self._errors(output, x0, noise, times)
 
     times = jnp.asarray((np.arange(LEVELS) + 0.5) / LEVELS * self.process.last, jnp.float32)
@@ -388,7 +389,7 @@ class Diffusion(Objective):
     if seen.shape[1] != side:
       seen = jax.image.resize(seen, (seen.shape[0], side, side, seen.shape[-1]), 'bilinear')
     said: Any = self._projector.apply({'params': params['projector']}, tokens.astype(jnp.float32))
-    return jnp.mean(jnp.sum(unit(said) * unit(seen.reshape(said.shape)), axis=-1))
+    return jnp.mean(jnp.sum(l2_normalize(said) * l2_normalize(seen.reshape(said.shape)), axis=-1))
 
 
 def as_gaussian(latents: jax.Array) -> Gaussian:

@@ -14,11 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.models.common.layers import unit
-from fmcv_jax.models.self_supervised.dino import SelfDistiller
-from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
+from fmcv_jax.models.common.layers import l2_normalize
+from fmcv_jax.models.self_supervised.dino import DinoNetwork
+from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
 
 GLOBALS = 2
@@ -62,7 +62,7 @@ class SelfDistillation(Objective):
   normalize: Normalize = Normalize()
 
   def __post_init__(self):
-    if not isinstance(self.network, SelfDistiller):
+    if not isinstance(self.network, DinoNetwork):
       raise ValueError('network: self-distillation needs network.name=dino')
     if self.momentum_steps is not None and self.momentum_steps < 1:
       raise ValueError(
@@ -137,7 +137,7 @@ class SelfDistillation(Objective):
     """Augmented, normalized crops [B * G, H, W, 3] and [B * L, h, w, 3] (or None); an image's crops side by side."""
     large = jnp.stack(
       [
-        augmented(batch['global_views'][:, view], augments, jax.random.fold_in(global_rng, view))
+        apply_augments(batch['global_views'][:, view], augments, jax.random.fold_in(global_rng, view))
         for view, augments in enumerate(self.global_augments)
       ],
       axis=1,
@@ -146,7 +146,7 @@ class SelfDistillation(Objective):
     if not self.local_views:
       return large, None
     small = batch['local_views'].reshape(-1, *batch['local_views'].shape[2:])
-    return large, self.normalize(augmented(small, self.local_augment, local_rng))
+    return large, self.normalize(apply_augments(small, self.local_augment, local_rng))
 
   def masks(self, rng, images):
     """What is hidden, bool [B * G, T]; which patches that is, int32 [B * G, M]; whether it really is, float32."""
@@ -154,7 +154,7 @@ class SelfDistillation(Objective):
     picked = jnp.argsort(~masked, axis=1)[:, : most_hidden(self.grid, self.hidden)].astype(jnp.int32)
     return masked, picked, jnp.take_along_axis(masked, picked, axis=1).astype(jnp.float32)
 
-  def hidden_patches(self, rng, images):
+  def masked_patches(self, rng, images):
     if not self.patch_weight:
       return None
     masked, _, _ = self.masks(jax.random.split(rng, 4)[2], images * GLOBALS)
@@ -179,12 +179,12 @@ class SelfDistillation(Objective):
     heads = {k: {n: hold(n, w) for n, w in v.items()} for k, v in params.items() if k.endswith('head')}
     return {**params, **heads}
 
-  def for_run(self, steps):
+  def with_total_steps(self, steps):
     return self if self.momentum_steps else dataclasses.replace(self, momentum_steps=steps)
 
   def update_extra(self, extra, params, aux, step):
     if self.momentum_steps is None:
-      raise ValueError('momentum_steps is not known yet; train objective.for_run(steps)')
+      raise ValueError('momentum_steps is not known yet; train objective.with_total_steps(steps)')
     rest = jnp.minimum(step / self.momentum_steps, 1.0)
     momentum = 1 - (1 - self.momentum) * (1 + jnp.cos(math.pi * rest)) / 2
     new = {
@@ -197,10 +197,10 @@ class SelfDistillation(Objective):
     return new
 
   def functions(self):
-    return tower_functions(self, self.network.encoder)
+    return encoder_functions(self, self.network.encoder)
 
-  def image_tower(self, params, extra):
-    return ImageTower(self.network.encoder, extra['teacher']['encoder'], self.normalize)
+  def image_encoder(self, params, extra):
+    return ImageEncoder(self.network.encoder, extra['teacher']['encoder'], self.normalize)
 
 
 def by_example(x: jax.Array, views: int) -> jax.Array:
@@ -245,7 +245,7 @@ def koleo(features: jax.Array, eps: float = 1e-8) -> jax.Array:
 
   Over the whole batch, on any number of devices; DINOv2's code looks for the nearest on each GPU.
   """
-  x = unit(features)
+  x = l2_normalize(features)
   cosines = jnp.einsum('id,jd->ij', x, x, precision='highest')
   nearest = jnp.max(jnp.where(jnp.eye(len(x), dtype=bool), -2.0, cosines), axis=1)
   # A pair of equal images has distance 0, whose root has no gradient: such a pair exerts none.

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import optax
 
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.objectives.base import variables
+from fmcv_jax.objectives.base import flax_variables
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
   """What a frozen teacher adds to a classifier's loss: (1 - weight) * loss + weight * its disagreement.
 
-  teacher      a network with as many outputs as the student, fed the same augmented and mixed images; its parameters
-               are `extra/teacher`, to be filled by config.init_from
+  teacher      a network with as many outputs as the student, fed the same augmented and mixed images; its
+               parameters are `extra/teacher`, to be filled by config.init_from
   kind         'hard': cross-entropy with the teacher's best class; 'soft': divergence of the two distributions
   temperature  of the soft one
   normalize    of the images that the teacher sees
@@ -46,7 +46,7 @@ class Distillation:
 
   def loss(self, logits: jax.Array, extra: Mapping[str, Any], images: jax.Array) -> jax.Array:
     """The disagreement of the student's logits [B, K] with the teacher of images [B, H, W, 3] in [0, 1]."""
-    features: Any = self.teacher.apply(variables(extra['teacher'], extra, 'teacher_'), self.normalize(images))
+    features: Any = self.teacher.apply(flax_variables(extra['teacher'], extra, 'teacher_'), self.normalize(images))
     return disagreement(logits, jax.lax.stop_gradient(features.output), self.kind, self.temperature)
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.errors import UserError
-from fmcv_jax.objectives.base import STATISTICS, ImageTower, Objective, tower_functions, variables
+from fmcv_jax.objectives.base import BATCH_STATS, ImageEncoder, Objective, encoder_functions, flax_variables
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder(Objective):
+class PretrainedEncoder(Objective):
   """An image network as it was imported: evaluated, looked into, and where other runs begin (config.init_from)."""
 
   network: nn.Module
@@ -42,13 +42,13 @@ class Encoder(Objective):
     def reads(name):
       def call(params, extra, batch):
         images = self.normalize(batch['image'].astype(jnp.float32) / 255)
-        features = self.network.apply(variables(params, extra), images, mutable=[STATISTICS])[0]
+        features = self.network.apply(flax_variables(params, extra), images, mutable=[BATCH_STATS])[0]
         return getattr(features, name).astype(jnp.float32)
 
       return call
 
-    offered = {**tower_functions(self, self.network), 'features': reads('pooled')}
+    offered = {**encoder_functions(self, self.network), 'features': reads('pooled')}
     return offered | ({'logits': reads('output')} if getattr(self.network, 'outputs', 0) else {})
 
-  def image_tower(self, params, extra):
-    return ImageTower(self.network, params, self.normalize)
+  def image_encoder(self, params, extra):
+    return ImageEncoder(self.network, params, self.normalize)

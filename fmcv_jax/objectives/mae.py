@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.models.common.patches import patches_of, pictures_of
+from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.self_supervised.mae import MaskedAutoencoder
-from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
+from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +54,25 @@ class MaskedAutoencoding(Objective):
 
   def loss(self, params, batch, rng, extra):
     augment_rng, _, dropout_rng = jax.random.split(rng, 3)
-    images = self.normalize(augmented(batch['image'], self.augment, augment_rng))
+    images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
     order = self.order(rng, images.shape[0])
     predicted: Any = self.network.apply(
       {'params': params}, images, order, visible=self.visible, train=True, rngs={'dropout': dropout_rng}
     )
-    target, _ = patches_of(images, self.network.encoder.patch)
-    target = standardized(target)[0] if self.normalized else target
-    return hidden_error(predicted.pixels, target, order, self.visible), ({}, {})
+    target, _ = patchify(images, self.network.encoder.patch)
+    target = normalize_patches(target)[0] if self.normalized else target
+    return masked_mse(predicted.pixels, target, order, self.visible), ({}, {})
 
   def order(self, rng, images):
     """int32 [B, T]: for each image its patches in an order of which the first are seen."""
     return random_order(jax.random.split(rng, 3)[1], images, self.patches)
 
-  def hidden_patches(self, rng, images):
+  def masked_patches(self, rng, images):
     side = self.network.image_size // self.network.encoder.patch
     return (jnp.argsort(self.order(rng, images), axis=1) >= self.visible).reshape(images, 1, side, side)
 
   def functions(self):
-    return {**tower_functions(self, self.network.encoder), 'reconstruct': self.reconstruct}
+    return {**encoder_functions(self, self.network.encoder), 'reconstruct': self.reconstruct}
 
   def reconstruct(self, params, extra, batch):
     """[B, 2, H, W, 3] in [0, 1]: what the network sees, and that with the hidden patches as it fills them in.
@@ -84,17 +84,18 @@ class MaskedAutoencoding(Objective):
     order = random_order(jax.random.key(0), images.shape[0], self.patches)
     predicted: Any = self.network.apply({'params': params}, self.normalize(images), order, visible=self.visible)
     pixels = predicted.pixels.astype(jnp.float32)
-    true, grid = patches_of(self.normalize(images), self.network.encoder.patch)
+    patch = self.network.encoder.patch
+    true, grid = patchify(self.normalize(images), patch)
     if self.normalized:
-      _, mean, deviation = standardized(true)
+      _, mean, deviation = normalize_patches(true)
       pixels = pixels * deviation + mean
     seen = (jnp.argsort(order, axis=1) < self.visible)[..., None]
-    filled = pictures_of(jnp.where(seen, true, pixels), grid)
-    masked = jnp.where(pictures_of(jnp.broadcast_to(seen, true.shape), grid), images, 0.5)
+    filled = unpatchify(jnp.where(seen, true, pixels), grid, patch)
+    masked = jnp.where(unpatchify(jnp.broadcast_to(seen, true.shape), grid, patch), images, 0.5)
     return jnp.stack([masked, jnp.clip(self.normalize.undo(filled), 0, 1)], axis=1)
 
-  def image_tower(self, params, extra):
-    return ImageTower(self.network.encoder, params['encoder'], self.normalize)
+  def image_encoder(self, params, extra):
+    return ImageEncoder(self.network.encoder, params['encoder'], self.normalize)
 
 
 def random_order(rng: jax.Array, batch: int, patches: int) -> jax.Array:
@@ -102,14 +103,14 @@ def random_order(rng: jax.Array, batch: int, patches: int) -> jax.Array:
   return jnp.argsort(jax.random.uniform(rng, (batch, patches)), axis=1).astype(jnp.int32)
 
 
-def standardized(patches: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def normalize_patches(patches: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Patches [B, T, P] with mean 0 and (unbiased) variance 1 each; also that mean and deviation, [B, T, 1]."""
   mean = patches.mean(-1, keepdims=True)
   deviation = jnp.sqrt(patches.var(-1, keepdims=True, ddof=1) + 1e-6)
   return (patches - mean) / deviation, mean, deviation
 
 
-def hidden_error(predicted: jax.Array, target: jax.Array, order: jax.Array, visible: int) -> jax.Array:
+def masked_mse(predicted: jax.Array, target: jax.Array, order: jax.Array, visible: int) -> jax.Array:
   """Mean over the patches order[:, visible:] of the mean squared error, from patches [B, T, P] in row order."""
   errors = jnp.square(predicted.astype(jnp.float32) - target).mean(-1)
   # Every image hides as many, so the mean over all of them is one sum; a mask moves nothing between devices.

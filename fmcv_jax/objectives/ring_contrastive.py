@@ -12,8 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.parallel.ring import ring
-from fmcv_jax.parallel.rules import island, mesh_axes
+from fmcv_jax.parallel.ring import ring_scan
+from fmcv_jax.parallel.rules import mesh_axes, shard_mapped
 
 LossName = Literal['softmax', 'sigmoid']
 
@@ -59,15 +59,15 @@ def _forward(loss_name, smoothing, image, text, scale, bias):
 
     lowest = jnp.full(rows, -jnp.inf)
     row = (lowest, lowest, jnp.zeros(rows), jnp.zeros(()))
-    row, by_text = ring(meet, row, text, lowest, jnp.logaddexp, axis='batch', block=BLOCK)
+    row, by_text = ring_scan(meet, row, text, lowest, jnp.logaddexp, axis='batch', block=BLOCK)
     best, by_image, own_logit, total = row
     # Summed over the devices: what each pair adds, and what each image adds.
     sums = jnp.stack([total, own_logit.sum(), by_image.sum(), by_text.sum(), jnp.sum(own_logit >= best)])
     return _over_devices(sums), by_image, by_text
 
-  sums, by_image, by_text = island(local, inputs=(PAIRS, PAIRS, (), ()), outputs=((None,), ('batch',), ('batch',)))(
-    image, text, scale, bias
-  )
+  sums, by_image, by_text = shard_mapped(
+    local, inputs=(PAIRS, PAIRS, (), ()), outputs=((None,), ('batch',), ('batch',))
+  )(image, text, scale, bias)
   count = len(image)
   total, own, rows, columns, right = sums
   if loss_name == 'sigmoid':
@@ -98,11 +98,11 @@ def _backward(loss_name, smoothing, saved, cotangents):
 
     row = (jnp.zeros(image.shape), jnp.zeros(()))
     column = jnp.zeros(text.shape)
-    (by_row, by_bias), column = ring(meet, row, (text, by_text), column, jnp.add, axis='batch', block=BLOCK)
+    (by_row, by_bias), column = ring_scan(meet, row, (text, by_text), column, jnp.add, axis='batch', block=BLOCK)
     scalars = _over_devices(jnp.stack([jnp.sum(image * by_row), by_bias]))
     return scale * by_row, scale * column, scalars
 
-  by_image, by_text, (by_scale, by_bias) = island(
+  by_image, by_text, (by_scale, by_bias) = shard_mapped(
     local,
     inputs=(PAIRS, PAIRS, (), (), ('batch',), ('batch',), ()),
     outputs=(PAIRS, PAIRS, (None,)),

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.augment.base import Augment, augmented
+from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.geometry import Affine, Flip
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.augment.randaugment import RandAugment
 from fmcv_jax.augment.three_augment import ThreeAugment
 from fmcv_jax.models.dense.segmenter import Segmenter
-from fmcv_jax.objectives.base import ImageTower, Objective, tower_functions
+from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions
 
 UNKNOWN = 255  # of pixels that count nowhere: neither in the loss nor in a figure
 MOVING = (Affine, Flip, RandAugment, ThreeAugment)
@@ -53,7 +53,7 @@ class Segmentation(Objective):
 
   def loss(self, params, batch, rng, extra):
     augment_rng, flip_rng, dropout_rng = jax.random.split(rng, 3)
-    images, segments = augmented(batch['image'], self.augment, augment_rng), batch['segments'].astype(jnp.int32)
+    images, segments = apply_augments(batch['image'], self.augment, augment_rng), batch['segments'].astype(jnp.int32)
     if self.flip:
       flipped = jax.random.bernoulli(flip_rng, shape=(len(images),))[:, None, None]
       images = jnp.where(flipped[..., None], images[:, :, ::-1], images)
@@ -76,10 +76,10 @@ class Segmentation(Objective):
     def confusion(params, extra, batch):
       return confusions(segments(params, extra, batch), batch['segments'], self.network.classes)
 
-    return {**tower_functions(self, self.network.encoder), 'segments': segments, 'confusion': confusion}
+    return {**encoder_functions(self, self.network.encoder), 'segments': segments, 'confusion': confusion}
 
-  def image_tower(self, params, extra):
-    return ImageTower(self.network.encoder, params['encoder'], self.normalize)
+  def image_encoder(self, params, extra):
+    return ImageEncoder(self.network.encoder, params['encoder'], self.normalize)
 
 
 def confusions(found: jax.Array, true: jax.Array, classes: int) -> jax.Array:

@@ -23,7 +23,7 @@ class MeshShape:
   sequence  tokens of one example split
   tensor    heads and hidden units of one layer split
 
-  `fsdp_at_most` bounds what fsdp=-1 takes; the rest are replicas. Parameters that are cut into pieces of a few rows are
+  `max_fsdp` bounds what fsdp=-1 takes; the rest are replicas. Parameters that are cut into pieces of a few rows are
   no longer gathered by the TPU's compiler but summed, at twice the bytes (docs/plan.md).
   """
 
@@ -32,19 +32,19 @@ class MeshShape:
   fsdp: int = 1
   sequence: int = 1
   tensor: int = 1
-  fsdp_at_most: int | None = None
+  max_fsdp: int | None = None
 
   def __post_init__(self):
     sizes = self.sizes()
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(f'axis sizes are positive, -1 at most once for the rest; got {self}')
-    if self.fsdp_at_most is not None and self.fsdp_at_most < 1:
-      raise ValueError(f'fsdp_at_most: expected a positive number, got {self.fsdp_at_most}')
+    if self.max_fsdp is not None and self.max_fsdp < 1:
+      raise ValueError(f'max_fsdp: expected a positive number, got {self.max_fsdp}')
 
   def sizes(self) -> list[int]:
     return [getattr(self, axis) for axis in AXES]
 
-  def over(self, device_count: int) -> tuple[int, ...]:
+  def sizes_for(self, device_count: int) -> tuple[int, ...]:
     """Axis sizes on `device_count` devices, with -1 filled in; raises UserError where they do not divide."""
     sizes = self.sizes()
     fixed = math.prod(size for size in sizes if size != -1)
@@ -53,8 +53,8 @@ class MeshShape:
       if device_count % fixed:
         raise UserError(f'config.mesh: {shown} needs a multiple of {fixed} devices, but there are {device_count}')
       left = taken = device_count // fixed
-      if self.fsdp == -1 and self.fsdp_at_most:
-        taken = max(n for n in range(1, min(left, self.fsdp_at_most) + 1) if left % n == 0)
+      if self.fsdp == -1 and self.max_fsdp:
+        taken = max(n for n in range(1, min(left, self.max_fsdp) + 1) if left % n == 0)
       sizes[sizes.index(-1)] = taken
       sizes[AXES.index('data')] *= left // taken
     elif fixed != device_count:
@@ -68,10 +68,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
   """A mesh over `devices` (default: all of every process).
 
   On TPU the physical topology decides which device stands where, so that the fast axes are neighbours. Axes are
-  Auto: the partitioner completes the shardings of inputs, parameters and the activations that `constrain` pins.
+  Auto: the partitioner completes the shardings of inputs, parameters and the activations that `with_logical_constraint`
+  pins.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = shape.over(len(devices))
+  sizes = shape.sizes_for(len(devices))
   if devices[0].platform == 'tpu' and sizes[0] == 1:
     from jax.experimental import mesh_utils
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fmcv_jax.parallel.rules import mesh_axes
 
 
-def ring(
+def ring_scan(
   meet: Callable[..., tuple[Any, Any]],
   row: Any,
   items: Any,
@@ -24,10 +24,10 @@ def ring(
 ) -> tuple[Any, Any]:
   """Lets `row`, which stays on its device, meet the items of all devices of the logical axis; -> (row, column).
 
-  Runs inside an `island`. Leaves of items and column are [c, ...], c items of this device, which are met in blocks of
-  at most `block`. meet(row, (start, items), column) -> (row, column) sees one block: `column` is about its items and
-  comes home with them, and `start` is the number of its first item, counted from the first of the row's own device
-  (those of other devices are negative or c and more). merge(x, y) joins what two devices gathered about an item.
+  Runs inside a `shard_mapped` function. Leaves of items and column are [c, ...], c items of this device, which are met
+  in blocks of at most `block`. meet(row, (start, items), column) -> (row, column) sees one block: `column` is about its
+  items and comes home with them, and `start` is the number of its first item, counted from the first of the row's own
+  device (those of other devices are negative or c and more). merge(x, y) joins what two devices gathered about an item.
   """
   names = mesh_axes(axis)
   devices = jax.lax.axis_size(names) if names else 1

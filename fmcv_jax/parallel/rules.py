@@ -16,13 +16,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 
 LogicalAxes = tuple[str | None, ...]
 
 # The first pattern that matches the whole path wins. Parameters below a scope named `blocks` are stacked over depth:
 # their leading axis is `layers`, which the table leaves out.
-PARAMETER_AXES: tuple[tuple[str, LogicalAxes], ...] = (
+PARAM_LOGICAL_AXES: tuple[tuple[str, LogicalAxes], ...] = (
   (r'lora/.*/down', ('embed', None)),
   (r'lora/.*/up', (None, None)),
   (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads')),
@@ -82,14 +82,16 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """The two tables as config data; `axes` overrides single rows of AXIS_RULES, `parameters` precede PARAMETER_AXES."""
+  """The two tables as config data; `axes` overrides single rows of AXIS_RULES, `parameters` precede
+  PARAM_LOGICAL_AXES.
+  """
 
   axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   parameters: tuple[tuple[str, LogicalAxes], ...] = ()
 
   def axes_of(self, path: str, shape: tuple[int, ...]) -> LogicalAxes:
     """Logical axes of the parameter at `path`, such as 'image/blocks/mlp/up/kernel'."""
-    for pattern, axes in (*self.parameters, *PARAMETER_AXES):
+    for pattern, axes in (*self.parameters, *PARAM_LOGICAL_AXES):
       if re.fullmatch(pattern, path):
         if 'blocks' in path.split('/'):
           axes = ('layers', *axes)
@@ -113,11 +115,13 @@ class Rules:
         entries.append(None)
         continue
       if axis not in rules:
-        raise UserError(f'config.rules.axes: no rule for the logical axis {axis!r} of {what}; {nearest(axis, rules)}')
+        raise UserError(
+          f'config.rules.axes: no rule for the logical axis {axis!r} of {what}; {did_you_mean(axis, rules)}'
+        )
       ways = 1
       for name in rules[axis]:
         if name not in mesh.shape:
-          raise UserError(f'config.rules.axes.{axis}: no mesh axis {name!r}; {nearest(name, mesh.shape)}')
+          raise UserError(f'config.rules.axes.{axis}: no mesh axis {name!r}; {did_you_mean(name, mesh.shape)}')
         if mesh.shape[name] > 1 and name in used:
           raise UserError(
             f'config.rules.axes: {what} of shape {shape} would use the mesh axis {name!r} twice, '
@@ -168,7 +172,7 @@ class Placement:
 
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
-    """While it is open, what is traced pins its activations by these rules (see `constrain`)."""
+    """While it is open, what is traced pins its activations by these rules (see `with_logical_constraint`)."""
     token = _ACTIVE.set(self)
     try:
       yield
@@ -179,11 +183,11 @@ class Placement:
 _ACTIVE: contextvars.ContextVar[Placement | None] = contextvars.ContextVar('fmcv_placement', default=None)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation to the mesh by its logical axes; the identity where no placement is active.
 
-  `constrain(x, 'batch', 'tokens', 'width')` inside a network; raises UserError where a dimension other than that
-  of tokens does not divide.
+  `with_logical_constraint(x, 'batch', 'tokens', 'width')` inside a network; raises UserError where a dimension other
+  than that of tokens does not divide.
   """
   placement = _ACTIVE.get()
   if placement is None:
@@ -206,13 +210,13 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
   return tuple(name for name in names if placement.mesh.shape[name] > 1)
 
 
-def ways(axis: str) -> int:
+def num_shards(axis: str) -> int:
   """Into how many pieces the active placement cuts a logical axis; 1 where none is active."""
   placement = _ACTIVE.get()
   return math.prod(placement.mesh.shape[name] for name in mesh_axes(axis)) if placement else 1
 
 
-def island(function: Callable[..., Any], inputs: tuple[LogicalAxes, ...], outputs: Any) -> Callable[..., Any]:
+def shard_mapped(function: Callable[..., Any], inputs: tuple[LogicalAxes, ...], outputs: Any) -> Callable[..., Any]:
   """`function` as each device runs it on its own pieces (a shard_map); itself where no placement is active.
 
   inputs are the logical axes of the arguments (arrays or trees of arrays of one rank), outputs those of the results.

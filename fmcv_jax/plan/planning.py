@@ -29,7 +29,7 @@ REMATS = get_args(Remat)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Figures of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes/s, interconnect bytes/s, clock in Hz, cores
+  """Cost of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes/s, interconnect bytes/s, clock in Hz, cores
   that share a step; `hbm` is the bytes that the compiler lets a program have."""
 
   flops: float
@@ -227,7 +227,7 @@ def run(
       json.dump([_plain(plan) for plan in plans], file, indent=1)
 
 
-class Figures(NamedTuple):
+class Cost(NamedTuple):
   """What a choice is judged by, less of each being better: seconds and bytes are one example's share of a chip."""
 
   seconds: float
@@ -235,16 +235,16 @@ class Figures(NamedTuple):
   hbm: int
 
 
-def figures(plan: Plan) -> Figures:
+def figures(plan: Plan) -> Cost:
   examples = plan.batch / plan.chips
   sent = sum(row.bytes for row in plan.collectives)
-  return Figures(plan.estimated_seconds / examples, sent / examples, plan.needed)
+  return Cost(plan.estimated_seconds / examples, sent / examples, plan.needed)
 
 
-def best(found: Sequence[Figures]) -> list[bool]:
+def pareto_front(found: Sequence[Cost]) -> list[bool]:
   """Which of some choices no other one beats in a figure without losing in another (the Pareto front)."""
 
-  def beaten(one: Figures) -> bool:
+  def beaten(one: Cost) -> bool:
     return any(other != one and all(x <= y for x, y in zip(other, one, strict=True)) for other in found)
 
   return [not beaten(one) for one in found]
@@ -268,7 +268,9 @@ def search(
   batches: Sequence[int] | None,
   console: Console,
 ) -> list[Plan]:
-  """Compiles a config with several meshes, rematerializations and batches; prints each, and then marks the best."""
+  """Compiles a config with several meshes, rematerializations and batches; prints each, and then marks the
+  pareto_front.
+  """
   resolved = load_config(config, overrides)
   topology = _topology(config, resolved, topology)
   table = Table(title=f'{config} on {topology}')
@@ -297,10 +299,12 @@ def search(
       )
     )
     console.print(f'{mesh}, remat {remat}, batch {batch:,}: {", ".join(rows[-1][3:])}', highlight=False)
-  for row, marked in zip(rows, best([figures(plan) for plan in plans]), strict=True):
-    table.add_row(*row, 'best' if marked else '')
+  for row, marked in zip(rows, pareto_front([figures(plan) for plan in plans]), strict=True):
+    table.add_row(*row, 'pareto_front' if marked else '')
   console.print(table)
-  console.print('best: no other is better in memory, exchange or estimate without being worse in another of them')
+  console.print(
+    'pareto_front: no other is better in memory, exchange or estimate without being worse in another of them'
+  )
   return plans
 
 

@@ -54,7 +54,9 @@ def _positions(network: Any) -> np.ndarray:
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """Told classes, in latents of kl-f8, with a learned variance (Peebles & Xie 2023); 256 pixels where no file tells."""
+  """Class-conditional, in latents of kl-f8, with a learned variance (Peebles & Xie 2023); 256 pixels where no file
+  tells.
+  """
   own = part(shapes, 'network/')
   (rows, width), depth = own['patch/kernel'], own['blocks/modulation/bias'][0]
   cut = math.isqrt(rows // 4)

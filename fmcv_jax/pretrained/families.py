@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.pretrained import autoencoder, big_vision, clip, dit, efficientnet, inception, stable_diffusion, swin, vit
 from fmcv_jax.pretrained.layout import Layout, Shape, outline
 from fmcv_jax.pretrained.stable_diffusion import SD1, SD2
@@ -164,7 +164,7 @@ def _named(name: str) -> tuple[str, tuple[str, ...]]:
   for spelling in sorted(spellings, key=len, reverse=True):
     if f'{name}_'.startswith(f'{spelling}_'):
       return spellings[spelling], tuple(name[len(spelling) + 1 :].split('_')) if name != spelling else ()
-  raise UserError(f'--as {name}: unknown family; {nearest(name, FAMILIES)}')
+  raise UserError(f'--as {name}: unknown family; {did_you_mean(name, FAMILIES)}')
 
 
 def _check_size(words: tuple[str, ...], config: Mapping[str, Any], what: str) -> None:

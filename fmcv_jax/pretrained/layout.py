@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.pretrained.tensors import Late, Tensors
 
 Shape = tuple[int, ...]
@@ -243,7 +243,7 @@ def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network
     expected |= {name: joined for name, _ in _layers(layout, theirs, shapes, rows[0])}
   found = tensors.shapes
   if missing := sorted(set(expected) - set(found)):
-    raise UserError(f'{what}: {missing[0]} is missing{_more(missing)}; {nearest(missing[0], list(found))}')
+    raise UserError(f'{what}: {missing[0]} is missing{_more(missing)}; {did_you_mean(missing[0], list(found))}')
   extra = [name for name in found if name not in expected and not _ignored(layout, name)]
   if extra:
     raise UserError(f'{what}: nothing is known of {sorted(extra)[0]}{_more(extra)}; is it of another family?')

@@ -20,7 +20,7 @@ from fmcv_jax.train.storage import inode
 
 DAMAGED = 'damaged'
 # Bytes of a file of arrays. What is written is kept packed in memory until a file is full, by default 2 GiB of it.
-PIECE = 2**26
+TARGET_FILE_BYTES = 2**26
 
 # Replicas share the writing of an array by slicing it, which compiles one program a shape: of use to large ones only.
 ocp.type_handlers.register_type_handler(
@@ -42,7 +42,7 @@ class Checkpointing:
   best: str | None = None
 
 
-class Store:
+class Checkpointer:
   """The checkpoints of one workdir.
 
   Each has the items `params`, `ema` and `extra` (where there are any), `rest`, and `run` (JSON), and the checksums of
@@ -101,7 +101,10 @@ class Store:
       raise UserError(f'{self.directory}: was moved or removed while the run wrote to it; nothing is saved any more')
     if self._best and self._best not in figures:
       figures = {}
-    args = {name: ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=PIECE) for name, item in _items(state).items()}
+    args = {
+      name: ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=TARGET_FILE_BYTES)
+      for name, item in _items(state).items()
+    }
     self.wait()  # for the save before this one
     self._saving = step
     with self._reported(step):
@@ -109,7 +112,7 @@ class Store:
 
   def restore(self, abstract: TrainState, shardings: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
     """The state of `step` (default: the newest), placed as `shardings` say whatever mesh wrote it, and its `run`."""
-    step = self.kept(step)
+    step = self.resolve_step(step)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     loaded = self._load(step, _items(target))
     state = TrainState(
@@ -146,13 +149,13 @@ class Store:
 
   def restore_params(self, target: Any, step: int | None = None, *, extra: Any = None) -> tuple[Any, Any]:
     """(parameters to evaluate, extra) alone; the targets are ShapeDtypeStructs with shardings."""
-    step = self.kept(step)
+    step = self.resolve_step(step)
     name = 'ema' if (self.directory / str(step) / 'ema').exists() else 'params'
     items = {name: target, 'extra': extra} if jax.tree.leaves(extra) else {name: target}
     loaded = self._load(step, items)
     return loaded[name], loaded.get('extra', extra)
 
-  def kept(self, step: int | None) -> int:
+  def resolve_step(self, step: int | None) -> int:
     """`step`, or the newest for None; UserError if it is not there."""
     step = self.latest() if step is None else step
     if step is None or step not in self.steps():

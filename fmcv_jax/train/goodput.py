@@ -16,7 +16,7 @@ FILE = 'goodput.jsonl'
 CAUSES = ('start', 'compile', 'input', 'train', 'evaluate', 'save')
 
 
-class Clock:
+class GoodputTimer:
   """Seconds of one session by cause; `write` keeps them in the workdir (a `path` of None keeps nothing)."""
 
   def __init__(self, path: epath.Path | None):

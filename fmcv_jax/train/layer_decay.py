@@ -14,7 +14,7 @@ from fmcv_jax.parallel.rules import path_of
 STEM = re.compile(r'(patch|patch_norm|pre_norm|tokens|position|registers|\w+_token)(/.*)?')
 
 
-def layer_rates(params: Any, decay: float) -> Any:
+def layerwise_lr_scales(params: Any, decay: float) -> Any:
   """decay^(L + 1 - l) for each parameter of layer l of L, shaped to multiply it (BEiT, Bao et al. 2022, appendix).
 
   A layer is one entry of what is stacked below `blocks`, counted from 1 (a pair of blocks of a Swin, whose stages

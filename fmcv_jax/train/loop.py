@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.train.checkpoint import Store
-from fmcv_jax.train.goodput import Clock
+from fmcv_jax.train.checkpoint import Checkpointer
+from fmcv_jax.train.goodput import GoodputTimer
 from fmcv_jax.train.metrics import Writer
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.step import StepFn
@@ -22,7 +22,7 @@ class Preempted(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LoopConfig:
   """The numbers of a loop, in steps: its length, and how often it does what else it does."""
 
   steps: int
@@ -36,16 +36,16 @@ def run(
   step_fn: StepFn,
   state: TrainState,
   batches: Iterator[Any],
-  plan: Plan,
+  plan: LoopConfig,
   *,
   batch_size: int,
   step_flops: float,
   peak_flops: float | None,
   evaluate: Callable[[TrainState, int], dict[str, float]],
   position: Callable[[], dict[str, Any]],
-  store: Store,
+  checkpointer: Checkpointer,
   writer: Writer | None,
-  clock: Clock,
+  clock: GoodputTimer,
 ) -> TrainState:
   """Trains from `state` to plan.steps and returns the final state, which is saved.
 
@@ -56,13 +56,13 @@ def run(
   """
   step = int(state.step)
   figures: dict[str, float] = {}
-  stop = StopSignal()
-  window = Window(step)
+  stop = PreemptionGuard()
+  window = ThroughputMeter(step)
   last_metrics, skipped = None, float(state.skipped)
 
   def save():
     with clock.during('save'):
-      store.save(state, {'data': position(), 'figures': figures}, figures)
+      checkpointer.save(state, {'data': position(), 'figures': figures}, figures)
 
   clock.begin(step)
   while step < plan.steps:
@@ -86,11 +86,11 @@ def run(
       skipped = values['skipped']
       if values['streak'] >= plan.max_streak:
         save()
-        store.wait()
+        checkpointer.wait()
         first = step - int(values['streak']) + 1
         raise UserError(
           f'step {step}: loss or gradient was not finite since step {first}; the state before it is saved; look at the '
-          f'learning rate, or at that step: fmcv replay --workdir {store.directory.parent} --at {first}'
+          f'learning rate, or at that step: fmcv replay --workdir {checkpointer.directory.parent} --at {first}'
         )
     if plan.evaluate_every(step):
       with clock.during('evaluate'):
@@ -105,13 +105,13 @@ def run(
     if step % plan.log_every == 0 or step == plan.steps or stopping:
       clock.write(step)
     if stopping and step < plan.steps:
-      store.wait()
+      checkpointer.wait()
       raise Preempted(f'asked to stop at step {step}: saved; the same command goes on from here')
-  store.wait()
+  checkpointer.wait()
   return state
 
 
-class Window:
+class ThroughputMeter:
   """Throughput between two reports, and the share of that time spent waiting for input."""
 
   def __init__(self, step: int):
@@ -121,7 +121,7 @@ class Window:
     """Begins anew: what lies between two windows (evaluation, saving) is no training time."""
     self.step, self.start, self.waited = step, time.monotonic(), 0.0
 
-  def waiting(self) -> 'Window':
+  def waiting(self) -> 'ThroughputMeter':
     return self
 
   def __enter__(self):
@@ -143,7 +143,7 @@ class Window:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-class StopSignal:
+class PreemptionGuard:
   """Whether this run was asked to stop: by SIGTERM in one process, by jax's preemption notice among several."""
 
   def __init__(self):

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from fmcv_jax.models.common.layers import Dtype
-from fmcv_jax.parallel.rules import constrain, path_of, ways
-from fmcv_jax.train.layer_decay import layer_rates, map_by_path
+from fmcv_jax.parallel.rules import num_shards, path_of, with_logical_constraint
+from fmcv_jax.train.layer_decay import layerwise_lr_scales, map_by_path
 from fmcv_jax.train.schedules import Schedule
 
 
-class Rule(abc.ABC):
+class UpdateRule(abc.ABC):
   """How gradients become updates."""
 
   @abc.abstractmethod
@@ -27,7 +27,7 @@ class Rule(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW(Rule):
+class AdamW(UpdateRule):
   """Loshchilov & Hutter 2019. `mu_dtype` bfloat16 halves the first moment."""
 
   b1: float = 0.9
@@ -40,7 +40,7 @@ class AdamW(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lion(Rule):
+class Lion(UpdateRule):
   """Chen et al. 2023: the sign of an interpolated momentum; wants a 3 to 10 times lower rate than AdamW."""
 
   b1: float = 0.9
@@ -52,7 +52,7 @@ class Lion(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adafactor(Rule):
+class Adafactor(UpdateRule):
   """Shazeer & Stern 2018 as Zhai et al. 2022 use it: factored second moment, momentum, no parameter scaling."""
 
   momentum: float | None = 0.9
@@ -74,7 +74,7 @@ class Adafactor(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lamb(Rule):
+class Lamb(UpdateRule):
   """You et al. 2020: Adam's updates, decay included, at the length of the weights that they change.
 
   As in NVIDIA's implementation and timm's only the weights that are decayed are treated so. Each layer of a stack has a
@@ -88,7 +88,9 @@ class Lamb(Rule):
   def make(self, rate, decay, mask):
     def rescaled(updates, params):
       return jax.tree_util.tree_map_with_path(
-        lambda key_path, u, w, decayed: u * _trust(u, w, 'blocks' in path_of(key_path).split('/')) if decayed else u,
+        lambda key_path, u, w, decayed: (
+          u * _trust_ratio(u, w, 'blocks' in path_of(key_path).split('/')) if decayed else u
+        ),
         updates,
         params,
         mask(params),
@@ -102,7 +104,7 @@ class Lamb(Rule):
     )
 
 
-def _trust(update: jax.Array, weights: jax.Array, stacked: bool) -> jax.Array:
+def _trust_ratio(update: jax.Array, weights: jax.Array, stacked: bool) -> jax.Array:
   """Length of the weights over that of their update, layer by layer; 1 where either has none."""
   axes = tuple(range(int(stacked), weights.ndim))
   lengths = [jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)) for x in (weights, update)]
@@ -110,7 +112,7 @@ def _trust(update: jax.Array, weights: jax.Array, stacked: bool) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon(Rule):
+class Muon(UpdateRule):
   """Jordan et al. 2024: orthogonalized momentum for the matrices inside blocks, Adam for everything else.
 
   Updates are scaled to a root mean square of `rms` (Liu et al. 2025, Moonlight), so rates are those of AdamW. The
@@ -153,10 +155,10 @@ class Muon(Rule):
 def _split_longer_side(x: jax.Array) -> jax.Array:
   """Cuts stacked matrices [L, D, M] over all devices, where the longer of D and M divides."""
   rows, columns = x.shape[-2:]
-  if max(rows, columns) % ways('everywhere'):
+  if max(rows, columns) % num_shards('everywhere'):
     return x
   side = ('everywhere', None) if rows > columns else (None, 'everywhere')
-  return constrain(x, *(None,) * (x.ndim - 2), *side)
+  return with_logical_constraint(x, *(None,) * (x.ndim - 2), *side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +166,12 @@ class Optimizer:
   """Clip the global norm, apply the rule at the schedule's rate, decay the weights whose paths match `decayed`.
 
   weight_decay_end  where given, the decay goes there from `weight_decay` by half a cosine over the run
-  layer_decay       the rate of a layer is this times that of the next one (see layer_rates)
+  layer_decay       the rate of a layer is this times that of the next one (see layerwise_lr_scales)
   multipliers       pairs of a pattern and what the rate of paths that match it is multiplied by
   """
 
   schedule: Schedule
-  rule: Rule = AdamW()
+  rule: UpdateRule = AdamW()
   weight_decay: float = 0.0
   weight_decay_end: float | None = None
   decayed: tuple[str, ...] = (r'.*/kernel',)
@@ -187,7 +189,7 @@ class Optimizer:
       decay = lambda step: end + (start - end) * (1 + jnp.cos(jnp.pi * step / total_steps)) / 2  # noqa: E731
 
     def at_own_rates(updates, params):
-      rates = layer_rates(params, self.layer_decay)
+      rates = layerwise_lr_scales(params, self.layer_decay)
       for pattern, factor in self.multipliers:
         rates = map_by_path(lambda path, x: x * (factor if re.fullmatch(pattern, path) else 1), rates)  # noqa: B023
       return jax.tree.map(lambda u, rate: u * rate.astype(u.dtype), updates, rates)

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.models.common.positions import resize_grid
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class InitFrom:
   """Where values come from: `part` of what the run in `workdir` has learnt, such as 'params' or 'params/image'.
 
   'whole' is all of a network of which the run trained but a part (objective 'adapted').
@@ -36,7 +36,7 @@ class Part:
   widen: tuple[str, ...] = ()
 
 
-def begin_with(state: TrainState, sources: Mapping[str, Part], learnt: Callable[[str], Any]) -> TrainState:
+def load_partial_state(state: TrainState, sources: Mapping[str, InitFrom], learnt: Callable[[str], Any]) -> TrainState:
   """The state with the subtree at each key of `sources` replaced by trained values, placed as it was.
 
   learnt(workdir) -> {'params': ..., 'extra': ...}. The moving average begins anew from the new parameters. Raises
@@ -55,7 +55,7 @@ def begin_with(state: TrainState, sources: Mapping[str, Part], learnt: Callable[
       if value is not None and any(re.fullmatch(pattern, path) for pattern in source.resize):
         value = resized(value, own.shape[-2])
       if value is not None and any(re.fullmatch(pattern, path) for pattern in source.widen):
-        value = widened(value, own.shape)
+        value = pad_input_channels(value, own.shape)
       if value is None or value.shape != own.shape:
         found = given[path].shape if path in given else 'missing'
         raise UserError(
@@ -86,7 +86,7 @@ def resized(table: jax.Array, rows: int) -> jax.Array:
   return jnp.concatenate([flat[:, :special], grids], axis=1).reshape(*table.shape[:-2], rows, -1)
 
 
-def widened(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def pad_input_channels(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """A kernel [..., inputs, outputs] with zeros for further inputs; unchanged where that does not give this shape."""
   more = shape[-2] - kernel.shape[-2] if kernel.ndim == len(shape) > 1 else 0
   if more <= 0:
@@ -105,5 +105,5 @@ def _below(prefix: str, leaves: Mapping[str, jax.Array], whose: str) -> dict[str
   }
   if not found:
     steps = sorted({'/'.join(path.split('/')[:depth]) for path in leaves for depth in (1, 2, 3)})
-    raise UserError(f'{whose} has nothing at {prefix!r}; {nearest(prefix, steps)}')
+    raise UserError(f'{whose} has nothing at {prefix!r}; {did_you_mean(prefix, steps)}')
   return found

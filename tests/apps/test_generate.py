@@ -13,8 +13,8 @@ from fmcv_jax.augment.control_maps import Edges
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.errors import UserError
-from fmcv_jax.inference.generator import Painter
-from fmcv_jax.inference.image_files import expanded, read_mask
+from fmcv_jax.inference.generator import ImageGenerator
+from fmcv_jax.inference.image_files import pad_for_outpainting, read_mask
 from tests import runs
 from tests.train.tiny import shaken
 
@@ -31,7 +31,7 @@ def texts(folder, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def painter(texts):
-  opened = Painter(texts)
+  opened = ImageGenerator(texts)
   # A new DiT's last layer and gates are zero: it paints the same whatever it is told.
   network = opened._subject.params['network']
   keys = iter(jax.random.split(jax.random.key(5), 100))
@@ -63,7 +63,7 @@ def test_editing_keeps_what_is_not_lost_and_filling_what_is_not_masked(painter):
   filled = painter.fill(images, masks, prompts, steps=3)
   np.testing.assert_array_equal(filled[:, 8:], images[:, 8:])
   assert (filled[:, :8] != images[:, :8]).any()
-  wide, hole = expanded(images[0], 0.25)
+  wide, hole = pad_for_outpainting(images[0], 0.25)
   assert hole.sum() == 256 - 64
   assert wide.shape == (16, 16, 3)
 
@@ -99,7 +99,7 @@ def test_command_line_writes_a_grid_that_says_how_it_was_made(texts, tmp_path, c
 @pytest.mark.slow
 def test_classes_are_named_or_numbered_and_become_a_data_set(folder, tmp_path):
   model = runs.untrained(runs.class_painter(folder), tmp_path)
-  painter = Painter(model)
+  painter = ImageGenerator(model)
   np.testing.assert_array_equal(painter.generate(['b'], steps=2), painter.generate([1], steps=2))
   with pytest.raises(UserError, match="'zebra' is no class of this model"):
     painter.generate(['zebra'], steps=2)
@@ -132,7 +132,7 @@ def test_a_data_set_that_cannot_be_painted_is_not_begun(texts, tmp_path, prompts
 
 def opened(model):
   """With every parameter away from its initial value."""
-  painter = Painter(model)
+  painter = ImageGenerator(model)
   for tree in (painter._subject.params, painter._subject.extra):
     tree.update(shaken(tree))
   return painter
@@ -288,7 +288,7 @@ def test_the_same_seed_paints_the_same_pictures_on_any_mesh(folder, tmp_path, mo
     prompts = str(tmp_path / 'prompts.txt')
     synthesize.run(str(model), to, per_prompt=2, prompts=prompts, overrides=overrides, **options)
     made = ArrayRecord(str(to))
-    pictures = Painter(model, overrides=overrides).generate(['red', 'blue'] * 3, **options)
+    pictures = ImageGenerator(model, overrides=overrides).generate(['red', 'blue'] * 3, **options)
     return pictures, np.stack([decode(made[i]['image']) for i in range(len(made))])
 
   one, made = on(count=1)

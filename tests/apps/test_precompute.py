@@ -9,11 +9,11 @@ from fmcv_jax.__main__ import main
 from fmcv_jax.apps import precompute
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.loader import Pipeline, TrainLoader
-from fmcv_jax.data.packing import Unfinished
+from fmcv_jax.data.packing import ShardWriter
 from fmcv_jax.data.sources.array_record import ArrayRecord, decode_record, encode_record
 from fmcv_jax.data.transforms import Resize
 from fmcv_jax.errors import UserError
-from fmcv_jax.run import Run, trained_tree
+from fmcv_jax.run import Run, load_trained_params
 from tests import runs
 from tests.train.tiny import shaken
 
@@ -43,20 +43,20 @@ def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_
   config = with_coder(tmp_path, 'runs/coder')
   objective = Run(experiment.load_config(config)).experiment.objective
   coder = jax.jit(objective.autoencoder.init)(jax.random.key(7), np.zeros((1, 16, 16, 3), np.float32))['params']
-  monkeypatch.setattr(experiment, 'trained_tree', {'runs/coder': {'extra': {'autoencoder': coder}}}.get)
-  write, to, written = Unfinished.write, tmp_path / 'latents', []
+  monkeypatch.setattr(experiment, 'load_trained_params', {'runs/coder': {'extra': {'autoencoder': coder}}}.get)
+  write, to, written = ShardWriter.write, tmp_path / 'latents', []
 
   def interrupted(self, shard, examples, skipped=None):
     if shard == 2:
       raise KeyboardInterrupt
     write(self, shard, examples, skipped)
 
-  monkeypatch.setattr(Unfinished, 'write', interrupted)
+  monkeypatch.setattr(ShardWriter, 'write', interrupted)
   with pytest.raises(KeyboardInterrupt):
     precompute.run(['latents'], str(to), config=config, shards=3)
   assert not to.exists()
   monkeypatch.setattr(
-    Unfinished, 'write', lambda self, shard, *rest: written.append(shard) or write(self, shard, *rest)
+    ShardWriter, 'write', lambda self, shard, *rest: written.append(shard) or write(self, shard, *rest)
   )
   assert main(['precompute', 'latents', '--config', config, '--to', str(to)]) == 0
   assert written == [2]
@@ -86,7 +86,7 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
   of_images = first_batch(run, run.experiment.data)
   of_latents = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'latents'))))
   np.testing.assert_array_equal(of_latents['tokens'], of_images['tokens'])
-  extra = trained_tree(str(tmp_path / 'coder'))['extra']
+  extra = load_trained_params(str(tmp_path / 'coder'))['extra']
   params, _ = jax.jit(run.experiment.objective.init)(jax.random.key(0))
   losses = [
     float(jax.jit(objective.loss)(params, batch, jax.random.key(2), extra)[0])
@@ -104,7 +104,7 @@ def test_training_on_words_is_training_on_the_texts(tmp_path, padding):
   precompute.run(['words', 'whole_text'], str(tmp_path / 'told'), model=str(model), images=True)
   cached = Run(experiment.resolve({**config, 'objective': {**config['objective'], 'words': True}}))
   batch = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
-  run, state = Run(config), trained_tree(str(model))
+  run, state = Run(config), load_trained_params(str(model))
   told = first_batch(run, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
   np.testing.assert_array_equal(batch['image'], told['image'])
   # Of two texts the first was written, and training draws one.
@@ -129,9 +129,9 @@ def test_embeddings_are_those_that_evaluators_see(tmp_path):
   runs.untrained(runs.contrastive(folder, data__image={'name': 'resize', 'size': 16}), workdir)
   precompute.run(['embed_image', 'embed_text'], str(tmp_path / 'embedded'), model=str(workdir), shards=2)
   source, run = ArrayRecord(str(tmp_path / 'embedded')), Run.reopen(workdir)
-  subject, _ = run.restored_subject()
-  images = subject.over('embed_image', run.experiment.data, 16).values
-  texts = subject.over('embed_text', run.experiment.data, 16, texts=True).values
+  subject, _ = run.restored_model()
+  images = subject.map_dataset('embed_image', run.experiment.data, 16).values
+  texts = subject.map_dataset('embed_text', run.experiment.data, 16, texts=True).values
   assert len(source) == len(images) == 24
   for index in range(24):
     np.testing.assert_allclose(source[index]['embed_image'], images[index], atol=1e-3)

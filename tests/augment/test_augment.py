@@ -10,8 +10,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
 from fmcv_jax.augment import randaugment_ops
-from fmcv_jax.augment.base import Augment, augmented
-from fmcv_jax.augment.color import Blur, ColorJitter, Invert, Solarize, blurred, jittered_colors
+from fmcv_jax.augment.base import Augment, apply_augments
+from fmcv_jax.augment.color import Blur, ColorJitter, Invert, Solarize, apply_color_matrix, blurred
 from fmcv_jax.augment.erasing import RandomErasing
 from fmcv_jax.augment.geometry import Affine, Flip
 from fmcv_jax.augment.randaugment import RandAugment
@@ -56,7 +56,7 @@ def compiled(augment):
   return jax.jit(augment)
 
 
-as_floats = jax.jit(augmented, static_argnums=1)  # compiled, a division by 255 may differ in the last bit
+as_floats = jax.jit(apply_augments, static_argnums=1)  # compiled, a division by 255 may differ in the last bit
 
 
 def batch(count=8, height=HEIGHT, width=WIDTH):
@@ -186,7 +186,7 @@ def test_affine_draws_each_parameter_within_its_bounds():
 
 def jitter(brightness=1.0, contrast=1.0, saturation=1.0, turn=0.0, gray=False):
   values = [np.array([value], np.float32) for value in (brightness, contrast, saturation, turn)]
-  return np.asarray(jax.jit(jittered_colors)(PHOTO[None] / np.float32(255), *values, np.array([gray]))[0])
+  return np.asarray(jax.jit(apply_color_matrix)(PHOTO[None] / np.float32(255), *values, np.array([gray]))[0])
 
 
 @pytest.mark.parametrize(
@@ -358,9 +358,9 @@ def test_randaugment_spreads_its_magnitude_between_0_and_10():
 def test_augmented_applies_all_in_order_with_keys_of_their_own():
   images = RNG.integers(0, 256, (8, 6, 6, 3)).astype(np.uint8)
   dark, light = np.minimum(images, 255 - images) / 255, np.maximum(images, 255 - images) / 255
-  np.testing.assert_allclose(augmented(images, [Invert(1.0), Solarize(0.5, 1.0)], KEY), dark, atol=1e-6)
-  np.testing.assert_allclose(augmented(images, [Solarize(0.5, 1.0), Invert(1.0)], KEY), light, atol=1e-6)
-  twice = augmented(images, [Flip(), Flip()], KEY)
+  np.testing.assert_allclose(apply_augments(images, [Invert(1.0), Solarize(0.5, 1.0)], KEY), dark, atol=1e-6)
+  np.testing.assert_allclose(apply_augments(images, [Solarize(0.5, 1.0), Invert(1.0)], KEY), light, atol=1e-6)
+  twice = apply_augments(images, [Flip(), Flip()], KEY)
   assert (twice != images / np.float32(255)).any()
 
 

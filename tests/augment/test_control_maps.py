@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.augment.control_maps import Coarse, Edges, Gray
+from fmcv_jax.augment.control_maps import Edges, Gray, Pixelate
 
 
 def test_edges_of_a_disc_are_its_outline_one_pixel_wide():
@@ -39,7 +39,7 @@ def test_a_weak_edge_counts_where_it_goes_on_from_a_strong_one():
 def test_gray_and_coarse_keep_the_means():
   images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
   np.testing.assert_allclose(Gray()(images)[..., 0], images @ np.array([0.299, 0.587, 0.114]), atol=1e-6)
-  coarse = Coarse(4)(jnp.asarray(images))
+  coarse = Pixelate(4)(jnp.asarray(images))
   np.testing.assert_allclose(coarse[:, 5, 3], images[:, 4:, :4].mean((1, 2)), atol=1e-6)
   with pytest.raises(ValueError, match='8 x 8 pixels do not divide by 3'):
-    Coarse(3)(images)
+    Pixelate(3)(images)

@@ -2,13 +2,13 @@ import jax
 import numpy as np
 import pytest
 
-from fmcv_jax.augment.inpaint_masks import Holes, _distance
+from fmcv_jax.augment.inpaint_masks import RandomInpaintMask, _distance
 
 
 def test_every_picture_has_a_hole_of_its_own_key_and_the_given_share_is_one():
   count = 400
   keys = jax.random.split(jax.random.key(0), count)
-  drawn = jax.jit(Holes(), static_argnums=1)
+  drawn = jax.jit(RandomInpaintMask(), static_argnums=1)
   masks = np.asarray(drawn(keys, 32))
   np.testing.assert_array_equal(drawn(keys[::-1], 32), masks[::-1])
   share = masks.mean((1, 2))
@@ -26,4 +26,4 @@ def test_distance_from_a_line_that_ends():
 
 def test_no_holes_at_all_are_refused():
   with pytest.raises(ValueError, match='boxes, strokes'):
-    Holes(boxes=0, strokes=0)
+    RandomInpaintMask(boxes=0, strokes=0)

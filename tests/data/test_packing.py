@@ -11,7 +11,7 @@ import pytest
 from fmcv_jax.__main__ import main
 from fmcv_jax.apps import pack as pack_app
 from fmcv_jax.data.loader import Pipeline, TrainLoader
-from fmcv_jax.data.packing import Plan, pack, unfinished
+from fmcv_jax.data.packing import PackingPlan, pack, unfinished
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.parquet import Parquet
@@ -116,7 +116,7 @@ def test_a_killed_pack_goes_on_and_gives_the_bytes_of_one_left_alone(tmp_path):
   kept = [note.with_suffix('.array_record') for note in notes]
   times = [path.stat().st_mtime_ns for path in kept]
   kept[1].write_bytes(kept[1].read_bytes()[:-7])  # as a machine that lost its power may leave it
-  with unfinished(tmp_path / 'killed', Plan(300, 9, (), 1)) as begun:
+  with unfinished(tmp_path / 'killed', PackingPlan(300, 9, (), 1)) as begun:
     assert len(begun.missing()) == 60 - len(notes) + 1
     with pytest.raises(UserError, match='another process is writing it'):
       pack(source, tmp_path / 'killed', origin=1)

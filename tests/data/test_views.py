@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fmcv_jax.data.loader import Pipeline, TrainLoader, Views
+from fmcv_jax.data.loader import MultiCrop, Pipeline, TrainLoader
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.transforms import RandomResizedCrop, Resize
 from fmcv_jax.errors import UserError
@@ -11,8 +11,8 @@ from tests import runs
 from tests.data.counting import Textured
 
 VIEWS = {
-  'global_views': Views(RandomResizedCrop(8, scale=(0.4, 1.0)), 2),
-  'local_views': Views(RandomResizedCrop(4, scale=(0.05, 0.4)), 3),
+  'global_views': MultiCrop(RandomResizedCrop(8, scale=(0.4, 1.0)), 2),
+  'local_views': MultiCrop(RandomResizedCrop(4, scale=(0.05, 0.4)), 3),
 }
 
 
@@ -33,7 +33,7 @@ def test_views_are_stacks_of_different_pictures_of_one_image():
   for views in first.values():
     assert (views[:, 0] != views[:, 1]).any((1, 2, 3)).all()
   assert (first['local_views'] != second['local_views']).any((1, 2, 3, 4)).all()  # the same images, an epoch later
-  whole = {'global_views': Views(Resize(12), 2)}
+  whole = {'global_views': MultiCrop(Resize(12), 2)}
   (batch,) = take(Pipeline(Textured(6), views=whole, shuffle=False), 1, fields=('global_views', 'label'))
   np.testing.assert_array_equal(batch['global_views'][:, 0], batch['global_views'][:, 1])
   np.testing.assert_array_equal(batch['global_views'][3, 0], Resize(12)(Textured(6)[3]['image'], None))

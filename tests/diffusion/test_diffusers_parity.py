@@ -7,7 +7,7 @@ import pytest
 
 from fmcv_jax.diffusion import samplers
 from fmcv_jax.diffusion.process import Process
-from fmcv_jax.diffusion.samplers import Ddim, Ddpm, DpmPlusPlus, Heun, UniPC, sample, times_of
+from fmcv_jax.diffusion.samplers import Ddim, Ddpm, DpmPlusPlus, Heun, UniPC, sample, sampling_timesteps
 
 torch = pytest.importorskip('torch')
 schedulers = pytest.importorskip('diffusers').schedulers
@@ -101,7 +101,7 @@ def test_variance_preserving(pair, prediction, monkeypatch):
   options = {**VP, 'prediction_type': PREDICTIONS[prediction], 'timestep_spacing': spacing, **options}
   steps = 10
   scheduler = getattr(schedulers, name)(**options)
-  times = times_of(process, steps, 'karras' if karras else spacing)
+  times = sampling_timesteps(process, steps, 'karras' if karras else spacing)
   draws = np.random.default_rng(2).normal(size=(steps, *SHAPE)).astype(np.float32)
   start, their_start = start_of(process, times, scheduler)
   extra = {'eta': 0.7} if pair == 'ddim-eta' else None
@@ -124,7 +124,7 @@ def test_schedules_and_spacings(schedule, spacing, monkeypatch):
   scheduler = schedulers.DDIMScheduler(
     clip_sample=False, prediction_type='v_prediction', timestep_spacing=spacing, **theirs_of
   )
-  times = times_of(process, 20, spacing)
+  times = sampling_timesteps(process, 20, spacing)
   scheduler.set_timesteps(20)
   np.testing.assert_array_equal(times, scheduler.timesteps)
   np.testing.assert_allclose(
@@ -146,7 +146,7 @@ def test_flow(solver, name, shift, monkeypatch):
   sigmas = scheduler.sigmas[:-1].numpy()
   times = 1000 * (sigmas if solver == Ddim() else np.append(sigmas[::2][: 8 - 1], sigmas[-1]))
   if shift == 1:
-    np.testing.assert_allclose(times_of(process, 8, 'uniform'), times, rtol=1e-5)
+    np.testing.assert_allclose(sampling_timesteps(process, 8, 'uniform'), times, rtol=1e-5)
   start = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
   want = theirs(scheduler, start, 8, monkeypatch)
   np.testing.assert_allclose(ours(process, solver, start, times), want, rtol=0, atol=1e-4)
@@ -182,7 +182,7 @@ def test_multistep_flow(solver, name, shift, monkeypatch):
 def test_edm(solver, name, monkeypatch):
   process = Process('edm', 'edm')
   scheduler = getattr(schedulers, name)()
-  times = times_of(process, 10, 'karras')
+  times = sampling_timesteps(process, 10, 'karras')
   noise = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
   _, sigma = process.alpha_sigma(times[0])
   want = theirs(scheduler, (80 * noise).astype(np.float32), 10, monkeypatch)
@@ -198,7 +198,7 @@ def test_learned_variance(monkeypatch):
     beta_end=0.02, clip_sample=False, variance_type='learned_range', timestep_spacing='leading'
   )
   scheduler.set_timesteps(10)
-  times = times_of(process, 10, 'leading')
+  times = sampling_timesteps(process, 10, 'leading')
   draws = np.random.default_rng(2).normal(size=(10, *SHAPE)).astype(np.float32)
   left = [torch.tensor(np.moveaxis(x, -1, 1)) for x in draws]
   monkeypatch.setattr('diffusers.schedulers.scheduling_ddpm.randn_tensor', lambda *args, **kwargs: left.pop(0))

@@ -15,7 +15,7 @@ def test_the_picture_and_the_noise_come_back_from_every_target(schedule, predict
   process = Process(schedule, prediction)
   image, noise = np.random.default_rng(0).normal(size=(2, 6, 2, 2, 3)).astype(np.float32)
   time = jnp.array([50.0, 250.5, 400.0, 500.0, 700.25, 800.0])
-  x = process.diffuse(image, noise, time)
+  x = process.add_noise(image, noise, time)
   target = process.target(image, noise, time)
   np.testing.assert_allclose(process.image(target, x, time), image, atol=2e-4)
   np.testing.assert_allclose(process.noise(image, x, time), noise, atol=2e-4)
@@ -30,7 +30,7 @@ def test_a_weighting_is_the_same_loss_for_every_prediction(prediction, name):
 
   def loss(process):
     other = image + off
-    noise_of_other = process.noise(other, process.diffuse(image, noise, time), time)
+    noise_of_other = process.noise(other, process.add_noise(image, noise, time), time)
     error = process.target(other, noise_of_other, time) - process.target(image, noise, time)
     return process.weight(time, name, 2.0) * jnp.square(error).mean((1, 2, 3))
 
@@ -68,22 +68,22 @@ def test_edm_targets_have_unit_variance_at_every_noise():
   process = Process('edm', 'edm', data_std=0.5)
   image = 0.5 * jax.random.normal(jax.random.key(0), (4, 100, 100, 1))
   noise = jax.random.normal(jax.random.key(1), image.shape)
-  time = process.draw_times(jax.random.split(jax.random.key(2), 4), 'log_normal', -1.2, 1.2)
+  time = process.sample_timesteps(jax.random.split(jax.random.key(2), 4), 'log_normal', -1.2, 1.2)
   np.testing.assert_allclose(process.target(image, noise, time).var((1, 2, 3)), 1, rtol=0.05)
-  np.testing.assert_allclose(process.diffuse(image, noise, time).var((1, 2, 3)), 1, rtol=0.05)
+  np.testing.assert_allclose(process.add_noise(image, noise, time).var((1, 2, 3)), 1, rtol=0.05)
 
 
 def test_times_follow_their_distributions():
   from scipy import stats
 
   keys = jax.random.split(jax.random.key(0), 4000)
-  uniform = Process('linear').draw_times(keys, 'uniform', 0, 1)
+  uniform = Process('linear').sample_timesteps(keys, 'uniform', 0, 1)
   assert set(np.unique(uniform % 1)) == {0.0}
   assert 0 <= uniform.min() <= uniform.max() <= 999
   assert stats.kstest(uniform / 1000, 'uniform').pvalue > 0.01
-  logit = np.asarray(Process('flow', 'flow').draw_times(keys, 'logit_normal', 0.5, 1.2)) / 1000
+  logit = np.asarray(Process('flow', 'flow').sample_timesteps(keys, 'logit_normal', 0.5, 1.2)) / 1000
   assert stats.kstest(np.log(logit / (1 - logit)), 'norm', (0.5, 1.2)).pvalue > 0.01
-  moved = Process('flow', 'flow', shift=3.0).draw_times(keys, 'uniform', 0, 1)
+  moved = Process('flow', 'flow', shift=3.0).sample_timesteps(keys, 'uniform', 0, 1)
   assert np.median(moved) == pytest.approx(750, abs=15)  # 3 t / (1 + 2 t) at one half
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fmcv_jax.diffusion.guidance import guided
 from fmcv_jax.diffusion.process import Process
-from fmcv_jax.diffusion.samplers import SOLVERS, Ddpm, Heun, noised, sample, times_of
+from fmcv_jax.diffusion.samplers import SOLVERS, Ddpm, Heun, add_noise, sample, sampling_timesteps
 
 MEAN, STD = 0.7, 0.4
 
@@ -41,7 +41,7 @@ def test_order_of_convergence(solver, order, process, spacing):
   x = np.linspace(-2, 2, 8, dtype=np.float32).reshape(2, 2, 2, 1)
   errors = []
   for steps in (20, 40):
-    times = times_of(process, steps, spacing)[2 if process.schedule == 'flow' else 0 :]
+    times = sampling_timesteps(process, steps, spacing)[2 if process.schedule == 'flow' else 0 :]
     start = along(process, x, process.last, times[0]).astype(np.float32)
     _, images = jax.jit(
       lambda x, times=times: sample(gaussian(process), process, x, times, solver=SOLVERS[solver], trace=True)
@@ -58,8 +58,8 @@ def test_order_of_convergence(solver, order, process, spacing):
 @pytest.mark.parametrize('process', [Process('scaled_linear'), Process('flow', 'flow')], ids=['table', 'flow'])
 def test_stochastic_solvers_reach_the_distribution(solver, process):
   keys = jax.random.split(jax.random.key(0), 64)
-  times = times_of(process, 1000)
-  x = noised(process, 0.0, keys, (16, 16, 1), times[0])
+  times = sampling_timesteps(process, 1000)
+  x = add_noise(process, 0.0, keys, (16, 16, 1), times[0])
   pictures = jax.jit(lambda x, keys: sample(gaussian(process), process, x, times, solver=SOLVERS[solver], keys=keys))(
     x, keys
   )
@@ -70,9 +70,9 @@ def test_stochastic_solvers_reach_the_distribution(solver, process):
 
 def test_learned_variance_lies_between_its_bounds():
   process = Process('linear', learned_variance=True)
-  times = times_of(process, 50)
+  times = sampling_timesteps(process, 50)
   keys = jax.random.split(jax.random.key(0), 2)
-  x = noised(process, 0.0, keys, (8, 8, 1), times[0])
+  x = add_noise(process, 0.0, keys, (8, 8, 1), times[0])
 
   def run(variance, value):
     plain = gaussian(process)
@@ -88,11 +88,11 @@ def test_learned_variance_lies_between_its_bounds():
 
 def test_a_picture_depends_on_its_key_alone():
   process = Process('flow', 'flow')
-  keys, times = jax.random.split(jax.random.key(0), 4), times_of(process, 5)
+  keys, times = jax.random.split(jax.random.key(0), 4), sampling_timesteps(process, 5)
 
   @jax.jit
   def run(keys):
-    x = noised(process, 0.0, keys, (4, 4, 3), times[0])
+    x = add_noise(process, 0.0, keys, (4, 4, 3), times[0])
     return sample(gaussian(process), process, x, times, solver=SOLVERS['euler_ancestral'], keys=keys)
 
   together, alone = run(keys), run(keys[2:3])
@@ -127,11 +127,18 @@ def test_bad_requests_are_refused():
   process = Process('scaled_linear')
   for steps in (0, -3, 1001):
     with pytest.raises(ValueError, match=f'steps: {steps} is not between 1 and 1000'):
-      times_of(process, steps)
+      sampling_timesteps(process, steps)
   with pytest.raises(ValueError, match='keys: this solver draws noise'):
-    sample(gaussian(process), process, jnp.zeros((1, 2, 2, 1)), times_of(process, 2), solver=SOLVERS['ddpm'])
+    sample(gaussian(process), process, jnp.zeros((1, 2, 2, 1)), sampling_timesteps(process, 2), solver=SOLVERS['ddpm'])
   zero = Process('zero_snr', 'velocity')
   with pytest.raises(ValueError, match='heun divides by alpha'):
-    sample(gaussian(zero), zero, jnp.zeros((1, 2, 2, 1)), times_of(zero, 2), solver=Heun())
+    sample(gaussian(zero), zero, jnp.zeros((1, 2, 2, 1)), sampling_timesteps(zero, 2), solver=Heun())
   with pytest.raises(ValueError, match='this network has not learned any'):
-    sample(gaussian(process), process, jnp.zeros((1, 2, 2, 1)), times_of(process, 2), solver=Ddpm('learned'), keys=1)
+    sample(
+      gaussian(process),
+      process,
+      jnp.zeros((1, 2, 2, 1)),
+      sampling_timesteps(process, 2),
+      solver=Ddpm('learned'),
+      keys=1,
+    )

@@ -12,7 +12,7 @@ from fmcv_jax.data.sources.base import BadRecord, Source
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.accuracy import Accuracy
-from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.zero_shot import ZeroShot
@@ -75,11 +75,11 @@ FUNCTIONS = {
 
 @pytest.fixture
 def subject():
-  return Subject(FUNCTIONS, Placement(make_mesh(MeshShape())), Words(), params={}, extra={})
+  return EvaluatedModel(FUNCTIONS, Placement(make_mesh(MeshShape())), Words(), params={}, extra={})
 
 
 def test_outputs_come_in_order_without_padding(subject):
-  values, index, labels = subject.over('logits', Pipeline(Colours()), 8)
+  values, index, labels = subject.map_dataset('logits', Pipeline(Colours()), 8)
   np.testing.assert_array_equal(index, np.arange(29))
   np.testing.assert_array_equal(labels, np.arange(29) % 3)
   np.testing.assert_array_equal(values.argmax(1), np.arange(29) % 3)
@@ -89,7 +89,7 @@ def test_outputs_come_in_order_without_padding(subject):
 def test_perfect_model_scores_one_and_unreadable_images_do_not_count(subject, evaluator):
   data = Pipeline(Colours(broken=5), max_bad=0.1)
   assert evaluator(data, batch=8)(subject) == {'top1': 1.0, 'top5': 1.0}
-  assert len(subject.over('logits', data, 8).records) == 28
+  assert len(subject.map_dataset('logits', data, 8).records) == 28
 
 
 def test_zero_shot_averages_templates(subject):
@@ -107,6 +107,6 @@ def test_knn_uses_its_bank(subject):
 
 
 def test_model_without_the_function_is_one_clear_line(subject):
-  lacking = Subject({'logits': colour_of}, subject.placement, params={}, extra={})
+  lacking = EvaluatedModel({'logits': colour_of}, subject.placement, params={}, extra={})
   with pytest.raises(UserError, match="needs 'features', which this objective does not offer; it has: logits"):
     lacking.over('features', Pipeline(Colours()), 8)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from fmcv_jax.evaluate.base import topk_hits
+from fmcv_jax.evaluate.base import topk_accuracy
 from fmcv_jax.evaluate.knn import knn_accuracy
 from fmcv_jax.evaluate.retrieval import recalls
 
@@ -15,9 +15,9 @@ def unit(x):
 
 def test_topk_hits_by_hand():
   scores = np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1], [0.0, 0.1, 0.2]])
-  assert topk_hits(scores, np.array([1, 1, 0]), 1) == pytest.approx(1 / 3)
-  assert topk_hits(scores, np.array([2, 1, 0]), 2) == pytest.approx(2 / 3)
-  assert topk_hits(scores, np.array([1, 1, 0]), 5) == 1.0
+  assert topk_accuracy(scores, np.array([1, 1, 0]), 1) == pytest.approx(1 / 3)
+  assert topk_accuracy(scores, np.array([2, 1, 0]), 2) == pytest.approx(2 / 3)
+  assert topk_accuracy(scores, np.array([1, 1, 0]), 5) == 1.0
 
 
 @pytest.mark.parametrize('k', [1, 7, 20])

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Subject, pixels
+from fmcv_jax.evaluate.base import EvaluatedModel, pixels
 from fmcv_jax.evaluate.few_shot import FewShot, episode_accuracies
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.linear_probe import LinearProbe, best_ridge, logistic, ridge
@@ -71,7 +71,7 @@ def test_cross_validation_takes_the_strength_that_does_best_on_folds_left_out():
 
 @pytest.mark.parametrize('method', ['ridge', 'logistic'])
 def test_linear_probe_of_separable_features_is_right(method):
-  subject = Subject(FUNCTIONS, PLACEMENT, params={}, extra={})
+  subject = EvaluatedModel(FUNCTIONS, PLACEMENT, params={}, extra={})
   probe = LinearProbe(Pipeline(Colours()), Pipeline(Colours()), method, strengths=(1e-4, 1e-3), batch=8)
   assert probe(subject) == {'top1': 1.0, 'top5': 1.0, 'strength': 1e-3}
 
@@ -90,7 +90,7 @@ def test_few_shot_by_hand():
 
 def test_few_shot_over_the_mesh():
   figures = FewShot(Pipeline(Colours()), ways=3, shots=(1, 4), episodes=20, batch=8)(
-    Subject(FUNCTIONS, PLACEMENT, params={}, extra={})
+    EvaluatedModel(FUNCTIONS, PLACEMENT, params={}, extra={})
   )
   assert figures['3_way_4_shot'] == 1.0
   assert figures['3_way_4_shot_ci95'] == 0.0
@@ -98,7 +98,7 @@ def test_few_shot_over_the_mesh():
 
 
 def test_pixels_are_features_of_every_model():
-  subject = Subject({}, PLACEMENT, params={}, extra={})
+  subject = EvaluatedModel({}, PLACEMENT, params={}, extra={})
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3)).astype(np.uint8)
   blocks = images.reshape(2, 16, 2, 16, 3, 3).mean((2, 4)) / 255
   np.testing.assert_allclose(pixels({}, {}, {'image': images}), blocks.reshape(2, -1), rtol=1e-5)
@@ -132,6 +132,8 @@ def test_object_masks_of_attention_to_the_dark_are_the_object():
     dark = (batch['image'][:, ::4, ::4, 0] < 128).astype(jnp.float32)[:, None]
     return jnp.concatenate([dark, 1 - dark], axis=1)
 
-  figures = ObjectMasks(Pipeline(Squares()), batch=8)(Subject({'attention': attention}, PLACEMENT, params={}, extra={}))
+  figures = ObjectMasks(Pipeline(Squares()), batch=8)(
+    EvaluatedModel({'attention': attention}, PLACEMENT, params={}, extra={})
+  )
   # The second head looks at two of the three other quarters, of which it needs 60 %.
   assert figures == {'jaccard_best_head': 1.0, 'jaccard_mean_head': 0.5, 'jaccard_everything': 0.25}

@@ -10,14 +10,14 @@ from etils import epath
 
 from fmcv_jax import experiment, trainer
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.sources.subset import Spaced
+from fmcv_jax.data.sources.subset import EvenSubset
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.diffusion.condition import make_condition
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.diffusion.process import Process
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Subject
-from fmcv_jax.evaluate.feature_extractor import Judge
+from fmcv_jax.evaluate.base import EvaluatedModel
+from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 from fmcv_jax.evaluate.generation import Generation
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
@@ -74,9 +74,11 @@ def read(params, extra, batch):
 
 def subject(offered, **options):
   placement = Placement(make_mesh(MeshShape()))
-  judge = Subject(offered, placement, Words(), params={}, extra={}, image_size=4)
+  judge = EvaluatedModel(offered, placement, Words(), params={}, extra={}, image_size=4)
   params = {'shift': jnp.int32(0)}
-  return Subject({}, placement, Words(), params, {}, makes=makes, reopen=lambda workdir: judge, **options)
+  return EvaluatedModel(
+    {}, placement, Words(), params, {}, make_generator=makes, reopen=lambda workdir: judge, **options
+  )
 
 
 def evaluator(**options):
@@ -101,7 +103,7 @@ def test_a_judge_that_knows_no_texts_compares_features_and_one_without_is_refuse
   with pytest.raises(UserError, match='the judge runs/clip has no features; it offers logits'):
     evaluator().prepare(subject({'logits': colour_of}))
   with pytest.raises(UserError, match='generation needs a model that makes pictures'):
-    evaluator()(dataclasses.replace(subject({'features': colour_of}), makes=lambda params, extra: None))
+    evaluator()(dataclasses.replace(subject({'features': colour_of}), make_generator=lambda params, extra: None))
   with pytest.raises(ValueError, match='count, steps'):
     evaluator(count=1)
 
@@ -112,14 +114,14 @@ def test_a_judge_is_opened_once_and_resizes_what_does_not_fit():
   model.reopen = lambda workdir: opened.append(workdir) or reopen(workdir)
   for size in (4, 8):
     pictures = np.full((3, size, size, 3), [255, 0, 0], np.uint8)
-    np.testing.assert_allclose(Judge(model, 'runs/a', 8)(pictures), [[1, 0, 0]] * 3, atol=1e-6)
+    np.testing.assert_allclose(FeatureExtractor(model, 'runs/a', 8)(pictures), [[1, 0, 0]] * 3, atol=1e-6)
   assert opened == ['runs/a']
 
 
 def test_spaced_records_come_from_all_of_a_sorted_source():
-  spaced = Spaced(Colours(), 10)
+  spaced = EvenSubset(Colours(), 10)
   assert [spaced[i]['image'].min() for i in range(10)] == [i * 29 // 10 for i in range(10)]
-  assert len(Spaced(Colours(), 99)) == 29
+  assert len(EvenSubset(Colours(), 99)) == 29
   assert spaced.names == Colours().names
 
 
@@ -132,7 +134,7 @@ def test_a_run_tells_the_distances_of_its_pictures_and_a_judge_that_is_not_there
   real = {'source': config['data']['source'], 'image': {'name': 'resize', 'size': 16}}
   spec = {'name': 'generation', 'judge': str(judge), 'count': 20, 'steps': 2, 'batch': 8, 'guidance': 2.0, 'data': real}
   trainer.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'run')
-  rows = read_metrics(epath.Path(tmp_path / 'run' / 'metrics.jsonl'))
+  rows = read_metrics(epath.Trajectory(tmp_path / 'run' / 'metrics.jsonl'))
   told = {name: value for row in rows for name, value in row.items() if name.startswith('made/')}
   assert {name.removeprefix('made/') for name in told} == {'fid', 'kid', 'precision', 'recall', 'cmmd'}
   assert np.isfinite(list(told.values())).all()
@@ -140,4 +142,4 @@ def test_a_run_tells_the_distances_of_its_pictures_and_a_judge_that_is_not_there
   spec['judge'] = str(tmp_path / 'nowhere')
   with pytest.raises(UserError, match='nowhere: no run here'):
     trainer.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'other')
-  assert not read_metrics(epath.Path(tmp_path / 'other' / 'metrics.jsonl'))
+  assert not read_metrics(epath.Trajectory(tmp_path / 'other' / 'metrics.jsonl'))

@@ -5,7 +5,7 @@ import pytest
 from fmcv_jax.data.loader import Pipeline, TrainLoader
 from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.transforms import RandomResizedCrop
-from fmcv_jax.evaluate.base import Subject
+from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.evaluate.segmentation import MeanIou, ious
 from fmcv_jax.objectives.segmentation import confusions
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
@@ -27,7 +27,7 @@ def test_over_the_mesh_an_answer_that_is_the_truth_scores_one_and_the_ground_alo
   placement = Placement(make_mesh(MeshShape(data=4, fsdp=2)))
   scenes = Pipeline(Scattered('test', copies=1, clutter=1))
   for answer, right in ((lambda segments: segments, True), (lambda segments: segments * 0, False)):
-    subject = Subject(
+    subject = EvaluatedModel(
       {'confusion': lambda p, e, batch: confusions(answer(batch['segments']), batch['segments'], 11)},  # noqa: B023
       placement, params={}, extra={},
     )  # fmt: skip

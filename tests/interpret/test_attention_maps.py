@@ -16,7 +16,9 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 def test_observing_changes_nothing_and_costs_no_parameters(random_variables):
   variables = random_variables(NETWORK, IMAGES)
   assert set(variables) == {'params'}
-  features, projections = jax.jit(lambda p: attention_maps.observed(NETWORK, p, IMAGES))(variables['params'])
+  features, projections = jax.jit(lambda p: attention_maps.apply_with_intermediates(NETWORK, p, IMAGES))(
+    variables['params']
+  )
   np.testing.assert_allclose(features.pooled, jax.jit(NETWORK.apply)(variables, IMAGES).pooled, rtol=1e-6, atol=1e-6)
   weights = projections.weights()
   assert weights.shape == (2, 2, 2, 19, 19)
@@ -66,7 +68,7 @@ def test_attention_and_relevance_equal_autograd_in_torch():
   for gradient, weights in zip(gradients, theirs.attentions, strict=True):
     expected = expected + (gradient * weights).clamp(min=0).mean(1) @ expected
 
-  _, projections = attention_maps.observed(network, params, IMAGES)
+  _, projections = attention_maps.apply_with_intermediates(network, params, IMAGES)
   for ours, weights in zip(projections.weights(), theirs.attentions, strict=True):
     np.testing.assert_allclose(ours, weights.detach(), rtol=0, atol=1e-6)
   ours, score = jax.jit(lambda p: attention_maps.relevance(network, p, IMAGES, lambda f: f.output[:, 3]))(params)
@@ -77,16 +79,16 @@ def test_attention_and_relevance_equal_autograd_in_torch():
 
 def test_mass_masks_take_the_fewest_patches():
   attention = np.array([[[0.5, 0.1], [0.15, 0.25]]])
-  assert attention_maps.mass_masks(attention, 0.5).tolist() == [[[True, False], [False, False]]]
-  assert attention_maps.mass_masks(attention * 7, 0.6).tolist() == [[[True, False], [False, True]]]
-  assert attention_maps.mass_masks(attention, 0.8).tolist() == [[[True, False], [True, True]]]
+  assert attention_maps.attention_mass_masks(attention, 0.5).tolist() == [[[True, False], [False, False]]]
+  assert attention_maps.attention_mass_masks(attention * 7, 0.6).tolist() == [[[True, False], [False, True]]]
+  assert attention_maps.attention_mass_masks(attention, 0.8).tolist() == [[[True, False], [True, True]]]
 
 
 def test_principal_colours_follow_the_directions_of_largest_variance():
   generator = np.random.default_rng(0)
   sources = generator.exponential(size=(2, 5, 5, 3)) * [10, 3, 1]
   basis = np.linalg.qr(generator.normal(size=(8, 8)))[0][:3]
-  colours = attention_maps.principal_colors(sources @ basis + 4)
+  colours = attention_maps.pca_rgb(sources @ basis + 4)
   for channel in range(3):
     assert abs(np.corrcoef(colours[..., channel].ravel(), sources[..., channel].ravel())[0, 1]) > 0.9
   assert (colours.min(), colours.max()) == (0, 1)

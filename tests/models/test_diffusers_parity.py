@@ -10,7 +10,7 @@ import pytest
 
 from fmcv_jax.diffusion.condition import make_condition
 from fmcv_jax.models.generative.autoencoder import Autoencoder
-from fmcv_jax.models.generative.conditioning import sinusoids
+from fmcv_jax.models.generative.conditioning import timestep_embedding
 from fmcv_jax.models.generative.controlnet import controlnet
 from fmcv_jax.models.generative.dit import dit
 from fmcv_jax.models.generative.mmdit import mmdit
@@ -243,7 +243,7 @@ def test_stable_diffusion_xls_unet():
   x, text, whole = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
   sizes = rng.integers(0, 64, (2, 6)).astype(np.float32)  # of the original and of the crop, and where it begins
   told = make_condition(
-    text=text, pooled_text=np.concatenate([whole, sinusoids(sizes.ravel(), 8).reshape(2, -1)], axis=-1)
+    text=text, pooled_text=np.concatenate([whole, timestep_embedding(sizes.ravel(), 8).reshape(2, -1)], axis=-1)
   )
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
   added = {'text_embeds': torch.from_numpy(whole).double(), 'time_ids': torch.from_numpy(sizes)}

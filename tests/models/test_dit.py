@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fmcv_jax.diffusion.condition import make_condition
-from fmcv_jax.models.common.patches import patches_of, picture_of
+from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.generative.autoencoder import autoencoder
-from fmcv_jax.models.generative.conditioning import sinusoids
+from fmcv_jax.models.generative.conditioning import timestep_embedding
 from fmcv_jax.models.generative.dit import dit
 from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
@@ -30,7 +30,7 @@ MMDIT = mmdit('mu/2', image_size=8, channels=4, positions=(4, 6))
 
 def test_picture_of_undoes_patches_of_on_oblong_pictures_of_any_channels():
   x = RNG.normal(size=(2, 8, 12, 5)).astype(np.float32)
-  np.testing.assert_array_equal(picture_of(*patches_of(x, 2), 2), x)
+  np.testing.assert_array_equal(unpatchify(*patchify(x, 2), 2), x)
 
 
 def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
@@ -84,7 +84,7 @@ def test_sinusoids_are_exact_at_the_latest_time():
   frequency = 10_000.0 ** -(np.arange(128) / 128)
   expected = np.concatenate([np.cos(999 * frequency), np.sin(999 * frequency)])
   # float32 holds an angle of 999 to half a unit in the last place, 3e-5, and a frequency's error times 999 as much.
-  np.testing.assert_allclose(sinusoids(np.array([999.0]), 256)[0], expected, rtol=0, atol=1e-4)
+  np.testing.assert_allclose(timestep_embedding(np.array([999.0]), 256)[0], expected, rtol=0, atol=1e-4)
 
 
 def assert_same_on_a_mesh(network, variables, *inputs):

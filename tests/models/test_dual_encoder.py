@@ -5,7 +5,7 @@ import pytest
 
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
-from fmcv_jax.models.multimodal.dual_encoder import clip, dual_encoder, siglip, unit
+from fmcv_jax.models.multimodal.dual_encoder import clip, dual_encoder, l2_normalize, siglip
 
 IMAGES, TOKENS = jnp.ones((2, 16, 16, 3)), jnp.array([[1, 2, 9, 0], [1, 9, 0, 0]])
 
@@ -27,8 +27,8 @@ def test_embeddings_are_unit_vectors_in_float32_even_from_bfloat16_towers(variab
 
 
 def test_a_zero_vector_has_no_direction_but_a_finite_gradient():
-  assert (unit(jnp.zeros((1, 4))) == 0).all()
-  assert jnp.isfinite(jax.grad(lambda x: unit(x)[0, 0])(jnp.zeros((1, 4)))).all()
+  assert (l2_normalize(jnp.zeros((1, 4))) == 0).all()
+  assert jnp.isfinite(jax.grad(lambda x: l2_normalize(x)[0, 0])(jnp.zeros((1, 4)))).all()
 
 
 def test_the_temperature_starts_as_published_and_never_scales_by_more_than_a_hundred(variables):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from fmcv_jax.models.backbones.vit import vit
-from fmcv_jax.models.common.patches import patches_of, pictures_of
+from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.self_supervised.mae import mae
-from fmcv_jax.objectives.mae import MaskedAutoencoding, hidden_error, random_order, standardized
+from fmcv_jax.objectives.mae import MaskedAutoencoding, masked_mse, normalize_patches, random_order
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train.flops import matmul_flops
@@ -55,11 +55,11 @@ def test_the_encoder_sees_the_first_patches_of_the_order_and_nothing_else():
   apply = jax.jit(lambda images: network.apply(variables, images, order, visible=4))
 
   def with_noise(which):
-    patches, grid = patches_of(images, 8)
+    patches, grid = patchify(images, 8)
     noisy = np.array(patches)
     for image in range(2):
       noisy[image, order[image, which]] += 1
-    return np.asarray(pictures_of(jnp.asarray(noisy), grid))
+    return np.asarray(unpatchify(jnp.asarray(noisy), grid, 8))
 
   same, other = apply(with_noise(slice(4, None))), apply(with_noise(slice(3, 4)))
   before = apply(images)
@@ -122,8 +122,8 @@ def test_parity_with_transformers():
 
   def loss(params):
     predicted = network.apply({'params': params}, IMAGES, order, visible=4)
-    target, _ = patches_of(IMAGES, 8)
-    return hidden_error(predicted.pixels, standardized(target)[0], order, 4), predicted
+    target, _ = patchify(IMAGES, 8)
+    return masked_mse(predicted.pixels, normalize_patches(target)[0], order, 4), predicted
 
   (ours, predicted), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   np.testing.assert_allclose(ours, theirs.loss.detach(), rtol=1e-5)

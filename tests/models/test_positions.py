@@ -34,7 +34,7 @@ def test_a_larger_grid_extends_a_smaller_one():
 
 
 def cubic_weights(old, new):
-  """[new, old]: Keys' cubic (a = -0.5) between pixel centres, widened where it shrinks."""
+  """[new, old]: Keys' cubic (a = -0.5) between pixel centres, pad_input_channels where it shrinks."""
   shrink = max(1.0, old / new)
   centre = (np.arange(new) + 0.5) * old / new - 0.5
   t = np.abs(np.arange(old)[None] - centre[:, None]) / shrink

@@ -5,7 +5,7 @@ import pytest
 
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.common.layers import BlockConfig, Mlp
-from fmcv_jax.models.common.patches import patches_of, random_keep
+from fmcv_jax.models.common.patches import patchify, random_keep
 from fmcv_jax.models.common.positions import resize_grid
 
 SIZE, PATCHES = 32, 16
@@ -37,7 +37,7 @@ def test_shapes(images):
 
 
 def test_patches_are_cut_row_by_row_and_hold_their_pixels_row_by_row(images):
-  patches, grid = patches_of(images[:, :16], 8)
+  patches, grid = patchify(images[:, :16], 8)
   assert grid == (2, 4)
   np.testing.assert_array_equal(patches[1, 4 + 2], images[1, 8:16, 16:24].reshape(-1))
 
@@ -90,7 +90,7 @@ def test_another_image_size_interpolates_the_learned_table(shape, random_variabl
   places = np.asarray(resize_grid(jnp.asarray(table[1:]), (4, 4), grid))
   assert places.shape == (grid[0] * grid[1], 32)
   # By hand: a network without a table, to whose patches the places are added through their bias.
-  tokens = np.asarray(patches_of(images, 8)[0]) @ params['patch']['kernel'] + params['patch']['bias'] + places
+  tokens = np.asarray(patchify(images, 8)[0]) @ params['patch']['kernel'] + params['patch']['bias'] + places
   patchless = {**params, 'patch': {'kernel': np.eye(32), 'bias': np.zeros(32)}, 'position': table * 0}
   patchless['class_token'] = params['class_token'] + table[:1]
   one_pixel = vit('mu/1', image_size=4, registers=1)

@@ -8,7 +8,7 @@ import pytest
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.vit import vit
-from fmcv_jax.objectives.adapted import Adapted, Lora
+from fmcv_jax.objectives.adapted import Lora, PartialFineTuning
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.train.gradients import gradients
 from tests.train.tiny import Trainer, batch_of, classification, contrastive
@@ -18,7 +18,7 @@ LORA = Lora(rank=3, alpha=6.0, targets=(r'blocks/attention/(query|value)/kernel'
 
 
 def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
-  objective = Adapted(PLAIN, trained=('head/.*',), lora=LORA)
+  objective = PartialFineTuning(PLAIN, trained=('head/.*',), lora=LORA)
   trainer = Trainer(objective, devices=1)
   before = jax.device_get(trainer.state)
   added = 2 * (2 * 3 * (32 + 32)) + 3 * (192 + 32)
@@ -27,29 +27,29 @@ def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
   batch = batch_of(objective)
   np.testing.assert_array_equal(  # `up` is born zero
     objective.functions()['features'](before.params, before.extra, batch),
-    PLAIN.functions()['features'](objective.whole(before.params, before.extra), {}, batch),
+    PLAIN.functions()['features'](objective.full_params(before.params, before.extra), {}, batch),
   )
 
   trainer.run([batch] * 3)
   after = jax.device_get(trainer.state)
   jax.tree.map(np.testing.assert_array_equal, after.extra, before.extra)
-  merged = objective.whole(after.params, after.extra)
-  kernel, base = (x['blocks']['attention']['query']['kernel'] for x in (merged, before.extra['frozen']))
+  merge = objective.full_params(after.params, after.extra)
+  kernel, base = (x['blocks']['attention']['query']['kernel'] for x in (merge, before.extra['frozen']))
   low = after.params['lora']['blocks']['attention']['query']['kernel']
   np.testing.assert_allclose(kernel - base, 2 * low['down'] @ low['up'], atol=1e-6)
   assert np.abs(kernel - base).max() > 1e-5
   got = objective.functions()['logits'](after.params, after.extra, batch)
-  np.testing.assert_allclose(got, PLAIN.functions()['logits'](merged, {}, batch), atol=1e-6)
+  np.testing.assert_allclose(got, PLAIN.functions()['logits'](merge, {}, batch), atol=1e-6)
 
 
 def test_gradients_of_low_rank_matrices_follow_from_the_kernels():
-  objective = Adapted(PLAIN, trained=('head/.*',), lora=LORA)
+  objective = PartialFineTuning(PLAIN, trained=('head/.*',), lora=LORA)
   params, extra = objective.init(jax.random.key(0))
   draw = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + 0.3 * draw.normal(size=x.shape).astype(np.float32), params)
   batch, rng = batch_of(objective), jax.random.key(1)
   ours = jax.jit(jax.grad(lambda p: objective.loss(p, batch, rng, extra)[0]))(params)
-  plain = jax.jit(jax.grad(lambda p: PLAIN.loss(p, batch, rng, {})[0]))(objective.whole(params, extra))
+  plain = jax.jit(jax.grad(lambda p: PLAIN.loss(p, batch, rng, {})[0]))(objective.full_params(params, extra))
   low, gradient = params['lora']['patch']['kernel'], plain['patch']['kernel']
   np.testing.assert_allclose(ours['lora']['patch']['kernel']['down'], 2 * gradient @ low['up'].T, atol=1e-6)
   np.testing.assert_allclose(ours['lora']['patch']['kernel']['up'], 2 * low['down'].T @ gradient, atol=1e-6)
@@ -64,12 +64,12 @@ def test_what_matches_nothing_is_named():
     ({'trained': ()}, 'nothing is trained'),
   ]:
     with pytest.raises(UserError, match=message):
-      jax.eval_shape(Adapted(PLAIN, **options).init, jax.random.key(0))
+      jax.eval_shape(PartialFineTuning(PLAIN, **options).init, jax.random.key(0))
 
 
 @pytest.mark.slow
 def test_a_coupled_objective_stays_exact_in_pieces_and_on_a_mesh():
-  objective = Adapted(contrastive(), trained=('temperature', '.*/head/kernel'), lora=Lora(rank=2))
+  objective = PartialFineTuning(contrastive(), trained=('temperature', '.*/head/kernel'), lora=Lora(rank=2))
   params, extra = objective.init(jax.random.key(0))
   batch, rng = batch_of(objective), jax.random.key(1)
   whole, pieces = (jax.jit(gradients, static_argnums=(0, 5))(objective, params, batch, rng, extra, n) for n in (1, 4))

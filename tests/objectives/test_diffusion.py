@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.augment.control_maps import Edges
-from fmcv_jax.augment.inpaint_masks import Holes
+from fmcv_jax.augment.inpaint_masks import RandomInpaintMask
 from fmcv_jax.diffusion.process import Process, alphas_cumprod
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
@@ -77,7 +77,7 @@ def test_a_new_controlnet_changes_nothing_and_one_that_learnt_steers():
 def test_a_network_that_fills_is_told_the_hole_and_nothing_of_what_is_in_it():
   network = unet('mu', image_size=8, channels=4, widths=(16,), depths=(0,), layers=1, context=0, beside=5)
   coder = autoencoder(channels=(4, 4), layers=1, latent=4, image_size=16, middle_attention=False)
-  objective = Diffusion(network, autoencoder=coder, latent_scale=0.5, holes=Holes())
+  objective = Diffusion(network, autoencoder=coder, latent_scale=0.5, holes=RandomInpaintMask())
   images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
   extra = {'autoencoder': jax.jit(coder.init)(jax.random.key(0), images)['params']}
   paints = objective.generator({}, extra)
@@ -141,7 +141,7 @@ def test_variance_bits_are_the_divergence_of_two_gaussians():
   x0, noise, predicted, between = (rng.normal(size=(3, 4, 4, 3)).astype(np.float32) for _ in range(4))
   time = np.array([10, 400, 900])
   process = objective.process
-  x = process.diffuse(x0, noise, jnp.asarray(time, jnp.float32))
+  x = process.add_noise(x0, noise, jnp.asarray(time, jnp.float32))
   output = jnp.concatenate([predicted, between], axis=-1)
   bits = objective._variance_bits(output, x, x0, jnp.asarray(time, jnp.float32))
 
@@ -193,7 +193,7 @@ def test_the_generator_gives_pictures_back():
     (dict(text=None), 'needs a text tower'),
     (dict(network=dit('mu/2', image_size=8), text=None, train_text=True), 'train_text: there is no text tower'),
     (dict(network=unet('mu', beside=5)), 'beside is 5, but what is told beside x has 0 channels'),
-    (dict(holes=Holes()), 'beside is 0, but what is told beside x has 5 channels'),
+    (dict(holes=RandomInpaintMask()), 'beside is 0, but what is told beside x has 5 channels'),
     (dict(network=unet('mu', image_size=8)), 'align: reads the tokens'),
     (
       dict(autoencoder=autoencoder(channels=(8, 8, 8), layers=1, latent=4, image_size=16)),

@@ -166,8 +166,8 @@ def test_teacher_and_centre_follow_their_closed_forms():
 
 
 def test_momentum_lasts_as_long_as_the_run_unless_said_otherwise():
-  assert objective(momentum_steps=None).for_run(70).momentum_steps == 70
-  assert objective(momentum_steps=10).for_run(70).momentum_steps == 10
+  assert objective(momentum_steps=None).with_total_steps(70).momentum_steps == 70
+  assert objective(momentum_steps=10).with_total_steps(70).momentum_steps == 10
 
 
 def test_teacher_gets_warmer_and_prototypes_thaw():

@@ -6,7 +6,7 @@ import numpy as np
 from fmcv_jax.augment.color import ColorJitter
 from fmcv_jax.augment.control_maps import Edges
 from fmcv_jax.augment.geometry import Flip
-from fmcv_jax.augment.inpaint_masks import Holes
+from fmcv_jax.augment.inpaint_masks import RandomInpaintMask
 from fmcv_jax.augment.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.generative.unet import unet
@@ -58,7 +58,7 @@ def test_masked_autoencoding_is_seen_as_its_network_is_given_it():
   (ours,) = seen(objective, batch, rng)
   assert ours.shape == (COUNT, 1, 32, 32, 3)
   np.testing.assert_allclose(ours[:, 0], NORMALIZE.undo(images), atol=1e-5)
-  hidden = np.asarray(objective.hidden_patches(rng, COUNT))
+  hidden = np.asarray(objective.masked_patches(rng, COUNT))
   assert hidden.shape == (COUNT, 1, 4, 4)
   for example, row in zip(hidden, np.asarray(order)):
     assert set(np.flatnonzero(example)) == set(row[options['visible'] :].tolist())
@@ -83,7 +83,7 @@ def test_self_distillation_is_seen_as_its_student_is_given_it():
   np.testing.assert_allclose(large.reshape(-1, 32, 32, 3), NORMALIZE.undo(large_args[0]), atol=1e-5)
   np.testing.assert_allclose(small.reshape(-1, 16, 16, 3), NORMALIZE.undo(small_args[0]), atol=1e-5)
   np.testing.assert_array_equal(large[:, 1], batch['global_views'][:, 1] / jnp.float32(255))  # not augmented
-  hidden = objective.hidden_patches(rng, COUNT)
+  hidden = objective.masked_patches(rng, COUNT)
   assert hidden.any()
   np.testing.assert_array_equal(hidden.reshape(COUNT * 2, -1), options['masked'])
 
@@ -91,7 +91,7 @@ def test_self_distillation_is_seen_as_its_student_is_given_it():
 def test_what_steers_and_what_is_around_a_hole_are_seen_beside_the_image():
   small = {'image_size': 16, 'channels': 3, 'widths': (16,), 'depths': (0,), 'layers': 1, 'context': 0}
   steered = Diffusion(unet('mu', **small), control=Edges(), normalize=NORMALIZE)
-  filled = Diffusion(unet('mu', **small, beside=4), holes=Holes(whole=0.0), normalize=NORMALIZE)
+  filled = Diffusion(unet('mu', **small, beside=4), holes=RandomInpaintMask(whole=0.0), normalize=NORMALIZE)
   for objective in (steered, filled):
     batch, rng = batch_of(objective), jax.random.key(7)
     image, second = seen(objective, batch, rng)

@@ -6,20 +6,20 @@ from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 
 
 def test_minus_one_takes_the_devices_that_are_left():
-  assert MeshShape(fsdp=2, tensor=2).over(8) == (1, 2, 2, 1, 2)
+  assert MeshShape(fsdp=2, tensor=2).sizes_for(8) == (1, 2, 2, 1, 2)
   assert dict(make_mesh(MeshShape(fsdp=2)).shape) == {'slice': 1, 'data': 4, 'fsdp': 2, 'sequence': 1, 'tensor': 1}
 
 
 @pytest.mark.parametrize(('devices', 'data', 'fsdp'), [(8, 1, 8), (16, 1, 16), (256, 16, 16), (48, 3, 16), (22, 2, 11)])
 def test_fsdp_takes_no_more_than_it_may_and_the_rest_are_replicas(devices, data, fsdp):
-  assert MeshShape(data=1, fsdp=-1, fsdp_at_most=16).over(devices) == (1, data, fsdp, 1, 1)
+  assert MeshShape(data=1, fsdp=-1, max_fsdp=16).sizes_for(devices) == (1, data, fsdp, 1, 1)
 
 
 def test_the_bound_of_fsdp_bounds_nothing_else():
-  assert MeshShape(data=-1, fsdp=1, fsdp_at_most=2).over(8) == (1, 8, 1, 1, 1)
-  assert MeshShape(data=1, tensor=-1, fsdp_at_most=2).over(8) == (1, 1, 1, 1, 8)
-  with pytest.raises(ValueError, match='fsdp_at_most'):
-    MeshShape(fsdp=-1, data=1, fsdp_at_most=0)
+  assert MeshShape(data=-1, fsdp=1, max_fsdp=2).sizes_for(8) == (1, 8, 1, 1, 1)
+  assert MeshShape(data=1, tensor=-1, max_fsdp=2).sizes_for(8) == (1, 1, 1, 1, 8)
+  with pytest.raises(ValueError, match='max_fsdp'):
+    MeshShape(fsdp=-1, data=1, max_fsdp=0)
 
 
 def test_indivisible_mesh_is_one_clear_line():

@@ -7,7 +7,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.multimodal.dual_encoder import clip, siglip
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
-from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules, constrain
+from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules, with_logical_constraint
 
 MESH = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
 
@@ -59,11 +59,11 @@ def test_rules_raise_instead_of_falling_back(axes, shape, message):
 
 def test_constrain_is_the_identity_without_a_placement_and_pins_with_one():
   x = jnp.ones((8, 4, 16))
-  assert constrain(x, 'batch', 'tokens', 'width') is x
+  assert with_logical_constraint(x, 'batch', 'tokens', 'width') is x
 
   def f(x):
     with Placement(MESH).active():
-      return constrain(x * 2, 'batch', 'tokens', 'width')
+      return with_logical_constraint(x * 2, 'batch', 'tokens', 'width')
 
   assert jax.jit(f)(x).sharding.spec == P(('data', 'fsdp'))
   assert jax.jit(f).lower(x).as_text().count('sharding_constraint') == 1

@@ -32,8 +32,8 @@ def test_largest_buffers_are_read_from_the_compilers_complaint():
 
 
 def test_what_no_other_choice_beats_is_marked():
-  cheap, quick, beaten = planning.Figures(2.0, 1.0, 5), planning.Figures(1.0, 3.0, 5), planning.Figures(2.0, 3.0, 6)
-  assert planning.best([cheap, quick, beaten, cheap]) == [True, True, False, True]
+  cheap, quick, beaten = planning.Cost(2.0, 1.0, 5), planning.Cost(1.0, 3.0, 5), planning.Cost(2.0, 3.0, 6)
+  assert planning.pareto_front([cheap, quick, beaten, cheap]) == [True, True, False, True]
 
 
 def test_a_search_tries_each_mesh_remat_and_batch_and_keeps_the_other_axes():
@@ -45,7 +45,7 @@ def test_a_search_tries_each_mesh_remat_and_batch_and_keeps_the_other_axes():
     assert (changed['mesh']['tensor'], changed['train']['batch']) == (2, batch)
     assert changed['objective']['network']['remat'] == remat
     assert (changed['mesh']['fsdp'] == 1) == (mesh == 'data')
-    assert math.prod(MeshShape(**changed['mesh']).over(32)) == 32
+    assert math.prod(MeshShape(**changed['mesh']).sizes_for(32)) == 32
 
 
 @needs_compiler

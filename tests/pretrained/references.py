@@ -9,7 +9,7 @@ from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.experiment import resolve
 from fmcv_jax.pretrained.tensors import PARTS, open_tensors
 from fmcv_jax.run import Run
-from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.storage import write_json
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
@@ -47,7 +47,7 @@ def published(model, folder):
 
 def imported(folder, tmp_path, family):
   run = import_checkpoint(str(folder), str(tmp_path / 'ours'), family)
-  subject, _ = run.restored_subject()
+  subject, _ = run.restored_model()
   return run.experiment.objective, jax.device_get(subject.params)
 
 
@@ -63,7 +63,7 @@ def comes_back(folder, tmp_path, form):
 
 
 def to_torch(x):
-  """Pictures [B, H, W, C] as torch wants them."""
+  """Images [B, H, W, C] as torch wants them."""
   return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
@@ -79,7 +79,7 @@ def born(folder, objective):
   state = run.init()
   folder.mkdir(parents=True)
   write_json(run.workdir / 'config.json', run.config)
-  store = Store(run.workdir)
+  store = Checkpointer(run.workdir)
   store.save(state, {}, {})
   store.wait()
   store.close()

@@ -13,7 +13,7 @@ diffusers = pytest.importorskip('diffusers', reason='pip install fmcv-jax[parity
 def test_autoencoder(tmp_path):
   model = published(diffusers.AutoencoderKL(**CODER), tmp_path / 'theirs')
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), None, ['objective.network.image_size=32'])
-  params = run.restored_subject()[0].params['autoencoder']
+  params = run.restored_model()[0].params['autoencoder']
   network = run.experiment.objective.network
   x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
   latent = network.apply({'params': params}, x, method='encode')

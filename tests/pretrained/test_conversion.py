@@ -19,7 +19,7 @@ from fmcv_jax.pretrained import vit as names
 from fmcv_jax.pretrained.layout import write
 from fmcv_jax.pretrained.tensors import Late, open_tensors, write_tensors
 from fmcv_jax.train import checksums
-from fmcv_jax.train.checkpoint import Store
+from fmcv_jax.train.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +82,7 @@ def test_what_is_written_is_the_librarys_own_file_byte_for_byte(published, tmp_p
 
 def test_each_array_goes_to_its_place_on_the_mesh(published, tmp_path, monkeypatch):
   saved = []
-  monkeypatch.setattr(Store, 'save', lambda store, state, *rest: saved.append(state))
+  monkeypatch.setattr(Checkpointer, 'save', lambda store, state, *rest: saved.append(state))
   write_tensors(tmp_path / 'x.safetensors', published)
   mesh = ['--config.mesh.data=1', '--config.mesh.fsdp=-1']
   assert run('import', tmp_path / 'x.safetensors', '--as', 'dinov2', '--to', tmp_path / 'run', *mesh) == 0

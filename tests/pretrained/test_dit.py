@@ -46,7 +46,7 @@ def test_dit(tmp_path):
     'init_from.extra/autoencoder.part=params/autoencoder',
   ]
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'dit', given)
-  subject, _ = run.restored_subject()
+  subject, _ = run.restored_model()
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
   label, time = np.array([1, 4]), np.array([7, 900])
   ours = run.experiment.objective.network.apply(
@@ -61,6 +61,6 @@ def test_dit(tmp_path):
   first, again = (Model(tmp_path / 'ours').generate([4, 1], steps=2, seed=seed) for seed in (0, 1))
   assert first.shape == (2, 16, 16, 3)
   assert (first != again).any()
-  vae, _ = Run.reopen(tmp_path / 'vae').restored_subject()
+  vae, _ = Run.reopen(tmp_path / 'vae').restored_model()
   jax.tree.map(np.testing.assert_array_equal, subject.extra['autoencoder'], vae.params['autoencoder'])
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')

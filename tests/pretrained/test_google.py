@@ -80,7 +80,7 @@ def stacked(arrays):
 def values(workdir):
   from fmcv_jax.run import Run
 
-  return jax.device_get(Run.reopen(workdir).restored_subject()[0].params)
+  return jax.device_get(Run.reopen(workdir).restored_model()[0].params)
 
 
 def test_siglip_is_the_same_from_google_and_from_transformers(tmp_path):

@@ -19,7 +19,7 @@ import jax
 from fmcv_jax.__main__ import main
 from fmcv_jax.train import checkpoint
 
-checkpoint.PIECE = 2**22  # as small beside these weights as the real one is beside those that fill a memory
+checkpoint.TARGET_FILE_BYTES = 2**22  # as small beside these weights as the real one is beside those that fill a memory
 jax.devices()
 
 def held():

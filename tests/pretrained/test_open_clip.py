@@ -18,7 +18,7 @@ def test_embeddings_and_arrays(tmp_path, name, family):
   model = open_clip.create_model(name).eval()
   save_file({key: x.numpy() for key, x in model.state_dict().items()}, tmp_path / 'theirs.safetensors')
   run = import_checkpoint(str(tmp_path / 'theirs.safetensors'), str(tmp_path / 'ours'), family)
-  subject, _ = run.restored_subject()
+  subject, _ = run.restored_model()
   rng = np.random.default_rng(0)
   pixels = rng.normal(size=(2, 224, 224, 3)).astype(np.float32)
   length, vocabulary = model.context_length, model.vocab_size

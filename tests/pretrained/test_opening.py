@@ -134,7 +134,7 @@ def test_timm_opens_a_folder_and_its_file(tmp_path, name):
   state = {key: x.numpy() for key, x in model.state_dict().items()}
   save_file(state, tmp_path / 'theirs.safetensors')
   run = import_checkpoint(str(tmp_path / 'theirs.safetensors'), str(tmp_path / 'ours'), name.split('-')[0])
-  params = jax.device_get(run.restored_subject()[0].params)
+  params = jax.device_get(run.restored_model()[0].params)
   ours = run.experiment.objective.network.apply({'params': params}, PIXELS).output
   with torch.no_grad():
     theirs = model.eval()(to_torch(PIXELS))
@@ -157,7 +157,7 @@ def test_timm_opens_a_swin(tmp_path):
   timm = pytest.importorskip('timm', reason='pip install fmcv-jax[parity]')
   published(NETWORKS['swin'](), tmp_path / 'theirs')
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), None)
-  params = jax.device_get(run.restored_subject()[0].params)
+  params = jax.device_get(run.restored_model()[0].params)
   pixels = np.random.default_rng(0).normal(size=(2, 96, 96, 3)).astype(np.float32)
   ours = run.experiment.objective.network.apply({'params': params}, pixels).output
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'timm')
@@ -182,7 +182,7 @@ def test_open_clip_opens_a_folder(tmp_path, name):
   assert preprocess(photo()).shape == (3, 32, 32)
   # What the folder says is read again, also where its file is named: activations are none of what shapes tell.
   back = import_checkpoint(str(tmp_path / 'out' / 'open_clip_model.safetensors'), str(tmp_path / 'back'), None)
-  params = {'params': back.restored_subject()[0].params}
+  params = {'params': back.restored_model()[0].params}
   ours = back.experiment.objective.network.apply(params, PIXELS, TOKENS)
   np.testing.assert_allclose(ours.image, image, atol=1e-5)
 
@@ -251,7 +251,7 @@ def test_efficientnet_goes_in_and_out_with_its_statistics(tmp_path, library):
     given = tmp_path / 'theirs'
     model.save_pretrained(given)
   run = import_checkpoint(str(given), str(tmp_path / 'ours'), None, ['objective.network.image_size=64'])
-  subject, _ = run.restored_subject()
+  subject, _ = run.restored_model()
   pixels = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
   ours = jax.jit(run.experiment.objective.network.apply)({'params': subject.params, **subject.extra}, pixels).output
 
@@ -303,8 +303,8 @@ def test_timm_opens_what_was_trained_here(tmp_path, name):
   run = born(tmp_path / 'ours', TRAINED[name])
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'timm')
   model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
-  subject, _ = run.restored_subject()
-  tower = run.experiment.objective.image_tower(subject.params, subject.extra)
+  subject, _ = run.restored_model()
+  tower = run.experiment.objective.image_encoder(subject.params, subject.extra)
   ours = tower.network.apply({'params': tower.params}, PIXELS).output
   with torch.no_grad():
     np.testing.assert_allclose(ours, model(to_torch(PIXELS)), atol=1e-5)
@@ -313,7 +313,7 @@ def test_timm_opens_what_was_trained_here(tmp_path, name):
 def test_a_clip_that_was_trained_here_opens_in_both_libraries(tmp_path):
   open_clip = pytest.importorskip('open_clip', reason='pip install fmcv-jax[parity]')
   run = born(tmp_path / 'ours', {'name': 'contrastive', 'network': CLIP})
-  ours = run.experiment.objective.network.apply({'params': run.restored_subject()[0].params}, PIXELS, TOKENS)
+  ours = run.experiment.objective.network.apply({'params': run.restored_model()[0].params}, PIXELS, TOKENS)
   for library in ('open_clip', 'transformers'):
     export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / library), library)
   one = open_clip.create_model(f'local-dir:{tmp_path / "open_clip"}').eval()

@@ -28,7 +28,7 @@ def test_stable_diffusion(tmp_path, family):
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), family)
   objective = run.experiment.objective  # of the sides and the scale that the folder tells
   assert (objective.network.image_size, objective.autoencoder.image_size, objective.latent_scale) == (8, 16, 0.2)
-  subject, _ = run.restored_subject()
+  subject, _ = run.restored_model()
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
   prompts, time = ['a red apple', ''], np.array([7, 900])
   generator = objective.generator(subject.params, subject.extra)
@@ -67,7 +67,7 @@ def as_compvis(tmp_path, run, family):
     unused = {f'{tower}transformer.resblocks.23.ln_1.weight': np.ones(64), f'{tower}logit_scale': np.ones(())}
     save_file(whole | unused | {f'{tower}text_projection': np.ones((64, 64))}, tmp_path / 'one.safetensors')
   again = import_checkpoint(str(tmp_path / 'one.safetensors'), str(tmp_path / 'again'), family, SIZES)
-  first, second = (jax.device_get(r.restored_subject()[0]) for r in (run, again))
+  first, second = (jax.device_get(r.restored_model()[0]) for r in (run, again))
   jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
   jax.tree.map(np.testing.assert_array_equal, first.extra, second.extra)
 
@@ -77,7 +77,7 @@ def test_a_unet_that_fills_holes(tmp_path):
   """Nine channels: the noisy latent, the hole, and the latent of what is around it."""
   unet, _, _ = sd_parts(tmp_path / 'theirs', 'sd2', channels=9)
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'sd2', SIZES)
-  subject, _ = run.restored_subject()
+  subject, _ = run.restored_model()
   rng = np.random.default_rng(0)
   x, words = rng.normal(size=(2, 8, 8, 9)).astype(np.float32), rng.normal(size=(2, 5, 64)).astype(np.float32)
   time = np.array([7, 900])
@@ -116,7 +116,7 @@ def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
   for name, part in (('network', 'params/network'), ('autoencoder', 'extra/autoencoder'), ('text', 'extra/text')):
     given += [f'init_from.extra/{name}.workdir={base}', f'init_from.extra/{name}.part={part}']
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'controlnet_sd1', given)
-  subject, _ = run.restored_subject()
+  subject, _ = run.restored_model()
   rng = np.random.default_rng(0)
   x, words = rng.normal(size=(2, 8, 8, 4)), rng.normal(size=(2, 5, 64))
   x, words, hint = x.astype(np.float32), words.astype(np.float32), rng.uniform(size=(2, 16, 16, 3)).astype(np.float32)
@@ -136,4 +136,4 @@ def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
   # CompVis' file of a ControlNet and all that it steers, which needs nothing beside it.
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'one.safetensors'), 'compvis')
   whole = import_checkpoint(str(tmp_path / 'one.safetensors'), str(tmp_path / 'whole'), 'controlnet_sd1', SIZES)
-  jax.tree.map(np.testing.assert_array_equal, whole.restored_subject()[0].params, subject.params)
+  jax.tree.map(np.testing.assert_array_equal, whole.restored_model()[0].params, subject.params)

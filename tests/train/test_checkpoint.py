@@ -10,7 +10,7 @@ import pytest
 from fmcv_jax.errors import UserError
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
-from fmcv_jax.train.checkpoint import Checkpointing, Store
+from fmcv_jax.train.checkpoint import Checkpointer, Checkpointing
 from fmcv_jax.train.state import TrainState, state_shardings
 
 
@@ -35,7 +35,7 @@ def restore(store, like, step=None, mesh=MeshShape()):
 
 @pytest.fixture
 def store(tmp_path):
-  store = Store(tmp_path, Checkpointing(keep=2, best='val/top1'))
+  store = Checkpointer(tmp_path, Checkpointing(keep=2, best='val/top1'))
   for step, figure in ((1, 0.1), (2, 0.9), (3, 0.3), (4, None), (5, 0.2)):
     store.save(state_at(step), {'data': {'examples': 10 * step}}, {} if figure is None else {'val/top1': figure})
   store.wait()
@@ -52,7 +52,7 @@ def test_newest_two_and_the_best_are_kept(store):
 @pytest.mark.parametrize('ema', [True, False])
 def test_state_comes_back_bitwise_on_another_mesh_with_its_run(tmp_path, ema, extra):
   state = state_at(7, ema=ema, extra=extra)
-  with_store = Store(tmp_path)
+  with_store = Checkpointer(tmp_path)
   with_store.save(state, {'data': {'examples': 3}}, {})
   with_store.wait()
   restored, run = restore(with_store, state, mesh=MeshShape(data=2, fsdp=4))
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_another_network_names_the_parameter(store):
 
 
 def test_a_checkpoint_without_an_average_says_so(tmp_path):
-  store = Store(tmp_path)
+  store = Checkpointer(tmp_path)
   store.save(state_at(1, ema=False), {}, {})
   store.wait()
   with pytest.raises(UserError, match="this checkpoint has no 'ema'; was it saved with another config"):
@@ -93,7 +93,7 @@ def test_a_missing_step_lists_those_that_are_there(store):
 
 def test_workdir_without_checkpoints_says_so(tmp_path):
   with pytest.raises(UserError, match='holds no checkpoints'):
-    Store(tmp_path, create=False)
+    Checkpointer(tmp_path, create=False)
 
 
 def damage(folder, kind):
@@ -132,7 +132,7 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_is_taken(store, ki
 
 
 def test_a_workdir_with_damaged_steps_only_says_so(tmp_path):
-  store = Store(tmp_path)
+  store = Checkpointer(tmp_path)
   store.save(state_at(1), {'data': {}}, {})
   store.wait()
   damage(pathlib.Path(store.directory / '1'), 'flipped')

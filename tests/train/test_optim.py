@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.train.layer_decay import layer_rates
+from fmcv_jax.train.layer_decay import layerwise_lr_scales
 from fmcv_jax.train.optim import Adafactor, AdamW, Lamb, Lion, Muon, Optimizer
 from fmcv_jax.train.schedules import Cosine, Linear, Rsqrt
 
@@ -96,7 +96,7 @@ def test_layers_of_a_stack_go_at_rates_of_their_own():
 def test_layers_are_counted_tower_by_tower_and_stage_by_stage():
   x = {'a': np.zeros((2, 3))}
   stages = {'patch': x, 'stage1': {'blocks': x}, 'stage2': {'merge': x, 'blocks': x}, 'norm': x}
-  rates = layer_rates({'image': stages, 'text': {'tokens': x, 'blocks': x}, 'temperature': np.zeros(())}, 0.5)
+  rates = layerwise_lr_scales({'image': stages, 'text': {'tokens': x, 'blocks': x}, 'temperature': np.zeros(())}, 0.5)
   image, text = rates['image'], rates['text']
   assert float(image['patch']['a']) == 0.5**5
   np.testing.assert_array_equal(image['stage1']['blocks']['a'][:, 0], [0.5**4, 0.5**3])
@@ -105,7 +105,7 @@ def test_layers_are_counted_tower_by_tower_and_stage_by_stage():
   assert float(image['norm']['a']) == float(rates['temperature']) == 1
   assert float(text['tokens']['a']) == 0.5**3
   with pytest.raises(UserError, match='layer_decay: this network has no stack of blocks'):
-    layer_rates({'conv': x}, 0.5)
+    layerwise_lr_scales({'conv': x}, 0.5)
 
 
 def test_lamb_of_stacked_layers_equals_optaxs_of_each_alone():

@@ -7,7 +7,7 @@ import pytest
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.common.positions import resize_grid
 from fmcv_jax.train.state import TrainState
-from fmcv_jax.train.warm_start import Part, begin_with, resized, widened
+from fmcv_jax.train.warm_start import InitFrom, load_partial_state, pad_input_channels, resized
 
 
 def born():
@@ -26,12 +26,12 @@ LEARNT = {
 
 
 def test_parts_of_several_runs_fill_parameters_and_what_is_carried_along():
-  state = begin_with(
+  state = load_partial_state(
     born(),
     {
-      'params/encoder': Part('runs/a', skip=('head/.*',)),
-      'extra/teacher': Part('runs/b', 'params/vision'),
-      'extra/centre': Part('runs/b', 'extra/centre'),
+      'params/encoder': InitFrom('runs/a', skip=('head/.*',)),
+      'extra/teacher': InitFrom('runs/b', 'params/vision'),
+      'extra/centre': InitFrom('runs/b', 'extra/centre'),
     },
     LEARNT.__getitem__,
   )
@@ -61,36 +61,48 @@ def test_resolution_changes_where_it_is_asked_for():
   own = {'position': jnp.zeros((10, 3))}
   state = TrainState(step=zero, skipped=zero, streak=zero, rng=zero, params=own, opt_state={}, extra={}, ema=None)
   learnt = {'runs/a': {'params': position}}.__getitem__
-  state_now = begin_with(state, {'params': Part('runs/a', resize=('position',))}, learnt)
+  state_now = load_partial_state(state, {'params': InitFrom('runs/a', resize=('position',))}, learnt)
   np.testing.assert_allclose(state_now.params['position'], resized(position['position'], 10))
   with pytest.raises(UserError, match=r'or to config\.init_from\.params\.resize for a table of positions'):
-    begin_with(state, {'params': Part('runs/a')}, learnt)
+    load_partial_state(state, {'params': InitFrom('runs/a')}, learnt)
 
 
 @pytest.mark.parametrize(
   ('target', 'part', 'message'),
   [
-    ('params/encoder', Part('runs/a'), r'init_from\.params/encoder: head/bias is \(5,\) in runs/a and \(3,\) here'),
-    ('params/encoder', Part('runs/b', 'params/vision'), 'head/bias is missing in runs/b .* add a pattern for it to'),
-    ('extra/techer', Part('runs/a'), r"the state of this run has nothing at 'extra/techer'; did you mean 'extra/teach"),
-    ('extra/teacher', Part('runs/b', 'params/vison'), r"runs/b has nothing at 'params/vison'; did you mean 'params/vi"),
+    ('params/encoder', InitFrom('runs/a'), r'init_from\.params/encoder: head/bias is \(5,\) in runs/a and \(3,\) here'),
+    (
+      'params/encoder',
+      InitFrom('runs/b', 'params/vision'),
+      'head/bias is missing in runs/b .* add a pattern for it to',
+    ),
+    (
+      'extra/techer',
+      InitFrom('runs/a'),
+      r"the state of this run has nothing at 'extra/techer'; did you mean 'extra/teach",
+    ),
+    (
+      'extra/teacher',
+      InitFrom('runs/b', 'params/vison'),
+      r"runs/b has nothing at 'params/vison'; did you mean 'params/vi",
+    ),
   ],
 )
 def test_what_is_not_there_or_does_not_fit_is_named(target, part, message):
   with pytest.raises(UserError, match=message):
-    begin_with(born(), {target: part}, LEARNT.__getitem__)
+    load_partial_state(born(), {target: part}, LEARNT.__getitem__)
 
 
 def test_a_kernel_that_reads_more_channels_computes_the_same_of_those_it_knew():
   rng = np.random.default_rng(0)
   kernel, x = jnp.asarray(rng.normal(size=(3, 3, 4, 5))), rng.normal(size=(3, 3, 9))
-  wide = widened(kernel, (3, 3, 9, 5))
+  wide = pad_input_channels(kernel, (3, 3, 9, 5))
   np.testing.assert_allclose(np.tensordot(x, wide, 3), np.tensordot(x[..., :4], kernel, 3), rtol=1e-12)
   for other in ((3, 3, 3, 5), (3, 3, 4, 5), (9, 5)):
-    assert widened(kernel, other) is kernel
-  state = begin_with(
+    assert pad_input_channels(kernel, other) is kernel
+  state = load_partial_state(
     born(),
-    {'params/encoder': Part('runs/c', skip=('head/.*',), widen=('patch',))},
+    {'params/encoder': InitFrom('runs/c', skip=('head/.*',), widen=('patch',))},
     {'runs/c': {'params': {'patch': jnp.full((1, 2), 3.0)}, 'extra': {}}}.__getitem__,
   )
   np.testing.assert_array_equal(state.params['encoder']['patch'], [[3.0, 3.0], [0.0, 0.0]])

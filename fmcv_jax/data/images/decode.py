@@ -59,7 +59,7 @@ class Region(NamedTuple):
   turn: Image.Transpose | None = None
 
 
-class Picture(abc.ABC):
+class LazyImage(abc.ABC):
   """An image whose size is known and whose pixels are not yet decoded: those of a crop may be all that is needed."""
 
   height: int
@@ -76,7 +76,7 @@ class Picture(abc.ABC):
     return _turned(resize(region.pixels, region.box, size, interpolation), region.turn)
 
 
-def picture(image: bytes | np.ndarray) -> Picture:
+def picture(image: bytes | np.ndarray) -> LazyImage:
   """Encoded bytes or uint8 [H, W, 3] as a picture; raises BadRecord for what is neither."""
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -88,7 +88,7 @@ def picture(image: bytes | np.ndarray) -> Picture:
   return _Pixels(np.asarray(decode_pil(image)))
 
 
-class _Pixels(Picture):
+class _Pixels(LazyImage):
   def __init__(self, pixels: np.ndarray):
     self._pixels = pixels
     self.height, self.width = pixels.shape[:2]
@@ -97,7 +97,7 @@ class _Pixels(Picture):
     return _cut(self._pixels, box, size, radius)
 
 
-class _Jpeg(Picture):
+class _Jpeg(LazyImage):
   def __init__(self, data: bytes, head: jpeg.Header):
     self._data, self._head = data, head
     self._turn = _UPRIGHT.get(head.orientation)

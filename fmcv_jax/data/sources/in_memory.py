@@ -1,4 +1,4 @@
-"""Pictures in memory, or in files of which there is no more than a list."""
+"""Images in memory, or in files of which there is no more than a list."""
 
 import pathlib
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from PIL import Image
 
 from fmcv_jax.data.sources.base import Example, Source
 
-Picture = np.ndarray | Image.Image | bytes | str | pathlib.Path
+ImageLike = np.ndarray | Image.Image | bytes | str | pathlib.Path
 
 
-class Pictures(Source):
-  """Pictures in memory or in files, as a source."""
+class InMemoryImages(Source):
+  """Images in memory or in files, as a source."""
 
-  def __init__(self, images: Sequence[Picture] | np.ndarray):
+  def __init__(self, images: Sequence[ImageLike] | np.ndarray):
     self._images = images
 
   def __len__(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from fmcv_jax.data.order import MixedOrder, RunOrder
 from fmcv_jax.data.sources.base import Example, Source
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Mixture(Source):
     if not self.sources:
       raise ValueError('sources: expected at least one')
     if unknown := [name for name in self.weights if name not in self.sources]:
-      raise ValueError(f'weights: {unknown[0]!r} is no source; {nearest(unknown[0], self.sources)}')
+      raise ValueError(f'weights: {unknown[0]!r} is no source; {did_you_mean(unknown[0], self.sources)}')
     if self.weights and (missing := [name for name in self.sources if name not in self.weights]):
       raise ValueError(f'weights: {missing[0]!r} has none; give every source one, or none')
     if bad := [name for name, weight in self.weights.items() if not 0 < weight < float('inf')]:

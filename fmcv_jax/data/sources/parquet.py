@@ -16,7 +16,7 @@ import numpy as np
 from fmcv_jax.data import storage
 from fmcv_jax.data.order import RunOrder, WindowedOrder
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,9 @@ class Parquet(Source):
     for number, (path, (schema, rows)) in enumerate(zip(files, storage.in_threads(_footer, files))):
       for field, column in self._columns.items():
         if column not in schema.names:
-          raise UserError(f'parquet: {path} has no column {column!r}, set {field}; {nearest(column, schema.names)}')
+          raise UserError(
+            f'parquet: {path} has no column {column!r}, set {field}; {did_you_mean(column, schema.names)}'
+          )
       counts += rows
       groups += [(number, group) for group in range(len(rows))]
       class_names = class_names or _class_names(schema, self.label)

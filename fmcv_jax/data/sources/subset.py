@@ -6,7 +6,7 @@ from fmcv_jax.data.sources.base import Example, Source
 
 
 @dataclasses.dataclass(frozen=True)
-class Spaced(Source):
+class EvenSubset(Source):
   """`count` records of a source, or all where it has no more."""
 
   source: Source

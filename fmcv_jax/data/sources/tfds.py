@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Tfds(Source):
       builder = tfds.builder(self.builder, data_dir=self.data_dir)
     except tfds.core.DatasetNotFoundError as error:
       known = tfds.list_builders(with_community_datasets=False)
-      hint = nearest(self.builder.split('/')[0].split(':')[0], known)
+      hint = did_you_mean(self.builder.split('/')[0].split(':')[0], known)
       raise UserError(
         f'tfds: no data set {self.builder!r}, neither prepared in {searched} nor known; {hint}'
       ) from error
@@ -125,7 +125,7 @@ class Tfds(Source):
     for part in key.split('/'):
       feature = getattr(feature, 'feature', feature)  # into the elements of a Sequence
       if part not in (known := list(feature.keys()) if hasattr(feature, 'keys') else []):
-        raise UserError(f'tfds: {self.builder!r} has no {field} {key!r} (None reads none); {nearest(part, known)}')
+        raise UserError(f'tfds: {self.builder!r} has no {field} {key!r} (None reads none); {did_you_mean(part, known)}')
       feature = feature[part]
     return feature
 

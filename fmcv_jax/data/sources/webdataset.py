@@ -23,7 +23,7 @@ from fmcv_jax.data import storage
 from fmcv_jax.data.sources import tar
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.data.sources.image_folder import EXTENSIONS
-from fmcv_jax.errors import UserError, nearest
+from fmcv_jax.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def _at(sample: _Sample, name: str) -> Any:
   for part in path:
     if not isinstance(value, dict) or part not in value:
       known = list(value) if isinstance(value, dict) else []
-      raise BadRecord(f'has no {name} in its .{member}; {nearest(part, known)}')
+      raise BadRecord(f'has no {name} in its .{member}; {did_you_mean(part, known)}')
     value = value[part]
   return value
 

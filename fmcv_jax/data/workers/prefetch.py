@@ -23,7 +23,7 @@ from typing import Any
 import grain
 from absl import flags
 
-from fmcv_jax.data.workers.shared_memory import Giving, Handed, RandomAccess, Taking
+from fmcv_jax.data.workers.shared_memory import RandomAccess, SharedMemoryHandle, SharedMemoryReader, SharedMemoryWriter
 from fmcv_jax.errors import UserError
 
 _TERM_GRACE_S = 30.0
@@ -38,7 +38,7 @@ _HINTS = {
 }
 
 
-class ReadAhead:
+class Prefetcher:
   """Iterates over `source` in order, computing elements ahead in `workers` processes, or in two threads if that is 0.
 
   A worker that dies, and `timeout` seconds without an element, raise UserError; after any error the iterator is closed.
@@ -51,7 +51,7 @@ class ReadAhead:
     threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0) if workers else grain.ReadOptions(2, 2)
     # Of a worker's elements one is being taken here, others wait here, in a thread of grain, and in its queue, and one
     # is being made.
-    given = Giving(source, 2 * _BUFFERED + 3) if workers else source
+    given = SharedMemoryWriter(source, 2 * _BUFFERED + 3) if workers else source
     dataset = grain.MapDataset.source(given).to_iter_dataset(threads)
     if workers:
       if not flags.FLAGS.is_parsed():  # grain reads its flags, also where no absl application has parsed any
@@ -59,13 +59,13 @@ class ReadAhead:
       options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BUFFERED)
       dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
     self._iterator: Any = iter(dataset)
-    self._take = Taking()
+    self._take = SharedMemoryReader()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'read-ahead')
     self._pending = self._thread.submit(self._read)
     self._closed = False
     atexit.register(self.close)  # while the modules that grain needs for it are still there
 
-  def __iter__(self) -> 'ReadAhead':
+  def __iter__(self) -> 'Prefetcher':
     return self
 
   def __next__(self) -> Any:
@@ -93,7 +93,7 @@ class ReadAhead:
 
   def _read(self) -> Any:
     element = next(self._iterator, _END)
-    return self._take(element) if isinstance(element, Handed) else element
+    return self._take(element) if isinstance(element, SharedMemoryHandle) else element
 
   def close(self) -> None:
     """Ends threads and worker processes; those that do not answer are killed. May be called again."""

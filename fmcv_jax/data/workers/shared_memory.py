@@ -33,7 +33,7 @@ _STAMP = Array(0, (1,), '<i8')
 
 
 @dataclasses.dataclass(frozen=True)
-class Handed:
+class SharedMemoryHandle:
   """An element whose arrays lie in the block `name`, which is stamped with `turn` while they do."""
 
   name: str
@@ -41,9 +41,9 @@ class Handed:
   element: Any
 
 
-class Giving:
-  """A source whose elements, dicts and tuples of arrays and other things, come as `Handed`, each in the next of
-  `blocks` blocks. Elements are asked for in turn, and one is taken before the `blocks`-th after it is made."""
+class SharedMemoryWriter:
+  """A source whose elements, dicts and tuples of arrays and other things, come as `SharedMemoryHandle`, each in the
+  next of `blocks` blocks. Elements are asked for in turn, and one is taken before the `blocks`-th after it is made."""
 
   def __init__(self, source: RandomAccess, blocks: int):
     self._source, self._turn = source, 0
@@ -52,7 +52,7 @@ class Giving:
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, index: int) -> Handed:
+  def __getitem__(self, index: int) -> SharedMemoryHandle:
     element = self._source[index]
     arrays: list[np.ndarray] = []
     layout, size = _laid_out(element, _ALIGNED, arrays)
@@ -66,19 +66,19 @@ class Giving:
       _view(block, place)[...] = array
     stamp[0] = self._turn
     self._turn += 1
-    return Handed(block.name, self._turn - 1, layout)
+    return SharedMemoryHandle(block.name, self._turn - 1, layout)
 
   def __getstate__(self) -> dict[str, Any]:
     return {'_source': self._source, '_turn': 0, '_blocks': [None] * len(self._blocks)}
 
 
-class Taking:
+class SharedMemoryReader:
   """The other side: the elements as they were, with arrays of their own."""
 
   def __init__(self) -> None:
     self._blocks: dict[str, SharedMemory] = {}
 
-  def __call__(self, handed: Handed) -> Any:
+  def __call__(self, handed: SharedMemoryHandle) -> Any:
     block = self._blocks.get(handed.name)
     if block is None:
       block = self._blocks[handed.name] = SharedMemory(handed.name)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.errors import nearest
-from fmcv_jax.models.common.layers import Dtype, Remat, dense, drop_examples, rematerialized, scanned
+from fmcv_jax.errors import did_you_mean
+from fmcv_jax.models.common.layers import Dtype, Remat, dense, rematerialize, scan_layers, stochastic_depth
 from fmcv_jax.models.common.outputs import Features, linear_head
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 EPS = 1e-3  # of every batch norm
 FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -119,7 +119,7 @@ class Bottleneck(nn.Module):
     if self.ratio != 1:
       y = dense(hidden, dtype, 'expand', bias=False, init=FAN_OUT)(y)
       y = jax.nn.silu(norm('expand_norm')(y))
-    y = constrain(y, 'batch', None, None, 'mlp')
+    y = with_logical_constraint(y, 'batch', None, None, 'mlp')
     y = Depthwise(self.size, self.stride, dtype, name='depthwise')(y)
     y = jax.nn.silu(norm('depthwise_norm')(y))
 
@@ -129,8 +129,8 @@ class Bottleneck(nn.Module):
 
     y = norm('project_norm')(dense(self.features, dtype, 'project', bias=False, init=FAN_OUT)(y))
     if self.stride == 1 and channels == self.features:
-      y = x + (y if drop_path is None else drop_examples(y, drop_path, self.make_rng('dropout')))
-    return constrain(y, 'batch', None, None, None), None
+      y = x + (y if drop_path is None else stochastic_depth(y, drop_path, self.make_rng('dropout')))
+    return with_logical_constraint(y, 'batch', None, None, None), None
 
 
 class Stage(nn.Module):
@@ -147,12 +147,12 @@ class Stage(nn.Module):
     """drop_path: float [repeats], or None; needs the rng 'dropout'."""
     repeats, features, size, stride, ratio = self.row
     shared = (self.dtype, self.train, self.momentum)
-    block = rematerialized(Bottleneck, self.remat)
+    block = rematerialize(Bottleneck, self.remat)
     first = block(features, size, stride, ratio, *shared, name='first')
     x = first(x, None if drop_path is None else drop_path[0])[0]
     if repeats == 1:
       return x
-    stack = scanned(Bottleneck, repeats - 1, nn.broadcast if drop_path is None else 0, remat=self.remat)
+    stack = scan_layers(Bottleneck, repeats - 1, nn.broadcast if drop_path is None else 0, remat=self.remat)
     rest = stack(features, size, 1, ratio, *shared, name='blocks')
     return rest(x, None if drop_path is None else drop_path[1:])[0]
 
@@ -195,7 +195,7 @@ class EfficientNet(nn.Module):
     )
     norm = functools.partial(batch_norm, self.dtype, train=train, momentum=self.momentum)
     x = jax.nn.silu(norm('norm')(stem(images)))
-    x = constrain(x, 'batch', None, None, None)
+    x = with_logical_constraint(x, 'batch', None, None, None)
     total = sum(stage.repeats for stage in self.stages)
     rates = np.arange(total, dtype=np.float32) * (self.drop_path / total) if train and self.drop_path else None
     done = 0
@@ -232,8 +232,8 @@ SIZES: dict[str, tuple[float, float, int, float]] = {
 
 def channels(base: int, factor: float) -> int:
   """A scaled number of channels: the nearest multiple of 8 that is not more than a tenth too small."""
-  rounded = max(8, int(base * factor + 4) // 8 * 8)
-  return rounded + 8 * (rounded < 0.9 * base * factor)
+  cast_param = max(8, int(base * factor + 4) // 8 * 8)
+  return cast_param + 8 * (cast_param < 0.9 * base * factor)
 
 
 def efficientnet(
@@ -255,7 +255,7 @@ def efficientnet(
   would go beyond it keep the size of their maps (undilated), as small images want.
   """
   if variant not in SIZES:
-    raise ValueError(f'unknown EfficientNet variant {variant!r}; {nearest(variant, SIZES)}')
+    raise ValueError(f'unknown EfficientNet variant {variant!r}; {did_you_mean(variant, SIZES)}')
   width, depth, size, share = SIZES[variant]
   if output_stride not in (2, 4, 8, 16, 32):
     raise ValueError(f'output_stride {output_stride} is none of 2, 4, 8, 16, 32')

@@ -13,7 +13,7 @@ import numpy as np
 
 from fmcv_jax.models.common.layers import dense
 from fmcv_jax.models.common.outputs import Features
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 SIZE = 299
 EPS = 1e-3
@@ -150,7 +150,7 @@ class Mixed(nn.Module):
   @nn.compact
   def __call__(self, x):
     x = jnp.concatenate([_walk(x, branch) for branch in self.branches], axis=-1)
-    return constrain(x, 'batch', None, None, None)
+    return with_logical_constraint(x, 'batch', None, None, None)
 
 
 class Inception(nn.Module):
@@ -165,7 +165,7 @@ class Inception(nn.Module):
 
   @nn.compact
   def __call__(self, images, *, train: bool = False) -> Features:
-    x = _walk(resized(constrain(images, 'batch', None, None, None)), STEM)
+    x = _walk(resized(with_logical_constraint(images, 'batch', None, None, None)), STEM)
     for name, branches in BLOCKS.items():
       x = Mixed(branches, name=name)(x)
     pooled = x.mean((1, 2))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.errors import nearest
+from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.layers import (
   BlockConfig,
   Dtype,
@@ -21,13 +21,13 @@ from fmcv_jax.models.common.layers import (
   Remat,
   Unroll,
   dense,
-  drop_examples,
   layer_norm,
-  scanned,
+  scan_layers,
+  stochastic_depth,
 )
 from fmcv_jax.models.common.outputs import Features, linear_head
-from fmcv_jax.models.common.patches import patches_of
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.models.common.patches import patchify
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 Grid = tuple[int, int]
 
@@ -82,7 +82,7 @@ class WindowAttention(nn.Module):
 
     def project(name):
       y = dense(width, c.dtype, name)(x)
-      return constrain(y.reshape(*y.shape[:3], c.heads, -1), 'batch', None, None, heads, None)
+      return with_logical_constraint(y.reshape(*y.shape[:3], c.heads, -1), 'batch', None, None, heads, None)
 
     query, key, value = project('query'), project('key'), project('value')
     table = self.param('relative', nn.initializers.truncated_normal(0.02), ((2 * self.window - 1) ** 2, c.heads))
@@ -107,7 +107,7 @@ class WindowBlock(nn.Module):
   @nn.compact
   def __call__(self, x, drop_path=None):
     c, window, shift, (rows, columns) = self.config, self.window, self.shift, self.grid
-    x = constrain(x, 'batch', 'tokens', 'width')
+    x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     y = layer_norm(c.eps, c.dtype, 'norm1')(x).reshape(x.shape[0], rows, columns, -1)
     # As published for detection, zeros below and to the right fill up the last windows and are attended to.
     y = jnp.pad(y, ((0, 0), (0, -rows % window), (0, -columns % window), (0, 0)))
@@ -118,10 +118,10 @@ class WindowBlock(nn.Module):
     y = jnp.roll(from_windows(y, window, padded), (shift, shift), (1, 2))[:, :rows, :columns]
     x = x + self._branch(y.reshape(x.shape), drop_path).astype(x.dtype)
     y = Mlp(c, name='mlp')(layer_norm(c.eps, c.dtype, 'norm2')(x))
-    return constrain(x + self._branch(y, drop_path).astype(x.dtype), 'batch', 'tokens', 'width')
+    return with_logical_constraint(x + self._branch(y, drop_path).astype(x.dtype), 'batch', 'tokens', 'width')
 
   def _branch(self, y, drop_path):
-    return y if drop_path is None else drop_examples(y, drop_path, self.make_rng('dropout'))
+    return y if drop_path is None else stochastic_depth(y, drop_path, self.make_rng('dropout'))
 
 
 class WindowPair(nn.Module):
@@ -174,7 +174,7 @@ class Stage(nn.Module):
     if self.merge:
       x, grid = Merge(self.config.eps, self.config.dtype, name='merge')(x, grid)
     in_axes = nn.broadcast if drop_path is None else 0
-    stack = scanned(WindowPair, self.pairs, in_axes, remat=self.remat, unroll=self.unroll)
+    stack = scan_layers(WindowPair, self.pairs, in_axes, remat=self.remat, unroll=self.unroll)
     return stack(self.config, grid, self.window, name='blocks')(x, drop_path)[0], grid
 
 
@@ -237,7 +237,7 @@ class Swin(nn.Module):
 
   def pyramid(self, images, *, train: bool = False) -> tuple[Level, ...]:
     """What each stage makes of the images, the finest first; the last is not yet normalized."""
-    x, grid = patches_of(images, self.smallest_patch)
+    x, grid = patchify(images, self.smallest_patch)
     x = self.embed_norm(self.embed(x))
     rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
     levels, done = [], 0
@@ -282,7 +282,7 @@ def swin(
 ) -> Swin:
   """A named Swin; width, depths and heads override the variant's. At 384 pixels the published ones have window=12."""
   if variant not in SIZES:
-    raise ValueError(f'unknown Swin variant {variant!r}; {nearest(variant, SIZES)}')
+    raise ValueError(f'unknown Swin variant {variant!r}; {did_you_mean(variant, SIZES)}')
   defaults = SIZES[variant]
   width, depths, heads = width or defaults[0], depths or defaults[1], heads or defaults[2]
   if len(depths) != len(heads) or any(depth % 2 for depth in depths):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import Activation, BlockConfig, Dtype, Remat, Stack, Unroll, dense, layer_norm
 from fmcv_jax.models.common.outputs import Features
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 Pool = Literal['eot', 'first', 'last', 'mean']
 PROJECTION = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
@@ -27,7 +27,7 @@ class Embedding(nn.Module):
   def __call__(self, tokens):
     table = self.param('embedding', nn.initializers.normal(0.02), (self.size, self.width))
     # The rows are made whole before the lookup: left split, the partitioner would replicate the looked-up batch.
-    return jnp.take(constrain(table, 'vocab', 'width'), tokens, axis=0)
+    return jnp.take(with_logical_constraint(table, 'vocab', 'width'), tokens, axis=0)
 
 
 class TextTransformer(nn.Module):
@@ -55,7 +55,7 @@ class TextTransformer(nn.Module):
       raise ValueError(f'texts of {tokens.shape[1]} tokens for a text transformer of length {self.length}')
     x = Embedding(self.vocab_size, self.width, name='tokens')(tokens).astype(block.dtype)
     place = self.param('position', nn.initializers.normal(0.01), (self.length, self.width))
-    x = constrain(x + place[: tokens.shape[1]].astype(x.dtype), 'batch', 'tokens', 'width')
+    x = with_logical_constraint(x + place[: tokens.shape[1]].astype(x.dtype), 'batch', 'tokens', 'width')
     if block.post_norm:
       x = layer_norm(block.eps, block.dtype, 'embed_norm')(x)
     words = tokens != 0

@@ -5,7 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fmcv_jax.errors import nearest
+from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
   Activation,
@@ -20,9 +20,9 @@ from fmcv_jax.models.common.layers import (
   layer_norm,
 )
 from fmcv_jax.models.common.outputs import Features, linear_head
-from fmcv_jax.models.common.patches import patches_of
+from fmcv_jax.models.common.patches import patchify
 from fmcv_jax.models.common.positions import resize_grid, rope_2d, sincos_2d
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 Pool = Literal['cls', 'gap', 'map']
 Positions = Literal['learned', 'sincos2d', 'rope2d']
@@ -88,7 +88,7 @@ class ViT(nn.Module):
     masked   bool [B, rows * columns], the patches that the mask token takes the place of; None for none
     """
     block, batch = self.stack.block, images.shape[0]
-    x, grid = patches_of(images, self.patch)
+    x, grid = patchify(images, self.patch)
     x = dense(self.width, block.dtype, 'patch', bias=self.patch_bias)(x)
     if self.mask_token:
       token = self.param('mask_token', nn.initializers.normal(0.02), (1, self.width))
@@ -126,7 +126,7 @@ class ViT(nn.Module):
         token = token + class_place
       x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (batch, *token.shape)), x], axis=1)
 
-    x = constrain(x, 'batch', 'tokens', 'width')
+    x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     if self.pre_norm:
       x = layer_norm(block.eps, block.dtype, 'pre_norm')(x)
     x = self.stack(x, angles=angles, train=train)
@@ -209,7 +209,7 @@ def vit(
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
     known = [f'{name}/{p}' for name in SIZES for p in (8, 14, 16, 32)]
-    raise ValueError(f'unknown ViT variant {variant!r}; {nearest(variant, known)}')
+    raise ValueError(f'unknown ViT variant {variant!r}; {did_you_mean(variant, known)}')
   if image_size % int(patch):
     raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
   if distilled and pool != 'cls':

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.models.common.layers import Attention, BlockConfig, dense
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 # Of every group norm; narrow networks have fewer, of four channels: groups of one would lose a picture's colours.
 GROUPS = 32
@@ -44,8 +44,8 @@ def group_norm(channels: int, dtype: str, name: str, eps: float = 1e-6) -> nn.Gr
 class ResidualBlock(nn.Module):
   """Two convolutions around a skip: [B, H, W, C] -> [B, H, W, features].
 
-  Told the time [B, E], it is born without a say: its last convolution is zero (Ho et al. 2020). `dropout` needs the rng
-  'dropout'.
+  Conditioned on the time [B, E], it is born without a say: its last convolution is zero (Ho et al. 2020). `dropout`
+  needs the rng 'dropout'.
   """
 
   features: int
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
     y = conv(self.features, self.dtype, 'conv2', init=last)(y)
     if x.shape[-1] != self.features:
       x = dense(self.features, self.dtype, 'shortcut')(x)
-    return constrain(x + y, 'batch', None, None, None)
+    return with_logical_constraint(x + y, 'batch', None, None, None)
 
 
 class SpatialAttention(nn.Module):

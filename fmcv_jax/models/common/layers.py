@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fmcv_jax.models.common.attention.dispatch import Backend, attention
 from fmcv_jax.models.common.positions import rotate
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu']
 Remat = Literal['none', 'dots', 'full']
@@ -32,7 +32,7 @@ ACTIVATIONS = {
 _NAMED = jax.checkpoint_policies.save_only_these_names('dense', 'attention')
 
 
-def _products(primitive, *args, **params) -> bool:
+def _saves_matmuls(primitive, *args, **params) -> bool:
   """Whether it is what takes time: results of dense layers (with their bias), of attention, and of convolutions.
 
   Norms, activations and attention's logits take memory.
@@ -41,7 +41,7 @@ def _products(primitive, *args, **params) -> bool:
 
 
 # What the backward pass finds saved instead of computing it again; 'none' recomputes nothing.
-REMAT_POLICIES = {'dots': _products, 'full': jax.checkpoint_policies.nothing_saveable}
+REMAT_POLICIES = {'dots': _saves_matmuls, 'full': jax.checkpoint_policies.nothing_saveable}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +86,14 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x):
     kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
-    y = jnp.dot(x.astype(self.dtype), rounded(kernel, self.dtype))
+    y = jnp.dot(x.astype(self.dtype), cast_param(kernel, self.dtype))
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
       y = (y.astype(bias.dtype) + bias).astype(self.dtype)
     return checkpoint_name(y, 'dense')
 
 
-def rounded(parameter: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def cast_param(parameter: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """A parameter in the dtype of the matmuls.
 
   The barrier keeps XLA from rounding it, and taking it out of stacked layers, anew inside of every product that reads
@@ -114,13 +114,13 @@ def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
 
 
-def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
   """x at unit length along an axis, in float32; a vector of zeros stays one, with a finite gradient."""
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-12))
 
 
-def drop_examples(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
+def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
   """y [B, ...], in which each example is zero with probability `rate` and the others are scaled to keep the mean."""
   keep = 1.0 - rate
   kept = jax.random.bernoulli(rng, keep, (y.shape[0], *(1,) * (y.ndim - 1)))
@@ -145,7 +145,7 @@ class Attention(nn.Module):
     def project(inputs, name, tokens):
       y = dense(width, c.dtype, name, bias=c.qkv_bias)(inputs)
       heads = 'heads' if c.heads > 1 else None  # a single head is whole on every mesh
-      return constrain(y.reshape(*y.shape[:2], c.heads, -1), 'batch', tokens, heads, None)
+      return with_logical_constraint(y.reshape(*y.shape[:2], c.heads, -1), 'batch', tokens, heads, None)
 
     query, key, value = (
       project(x, 'query', 'tokens'),
@@ -175,7 +175,7 @@ class Mlp(nn.Module):
     y = ACTIVATIONS[c.activation](dense(c.mlp_dim, c.dtype, 'gate' if c.gated else 'up')(x))
     if c.gated:
       y = y * dense(c.mlp_dim, c.dtype, 'up')(x)
-    y = constrain(y, 'batch', 'tokens', 'mlp')
+    y = with_logical_constraint(y, 'batch', 'tokens', 'mlp')
     return dense(x.shape[-1], c.dtype, 'down')(y)
 
 
@@ -190,20 +190,22 @@ class Block(nn.Module):
     """drop_path: share of examples that skip a branch (Huang et al. 2016); needs the rng 'dropout'."""
     c = self.config
     # The scan's body must return what it takes, so the residual stream has one dtype throughout.
-    x = constrain(x, 'batch', 'tokens', 'width')
+    x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     norm1, norm2 = (layer_norm(c.eps, c.dtype, name) for name in ('norm1', 'norm2'))
     attention = Attention(c, name='attention')
     if c.parallel:
       y = norm1(x)
       y = attention(y, angles=angles, mask=mask) + Mlp(c, name='mlp')(y)
-      return constrain(x + self._branch(y, 'scale1', drop_path).astype(x.dtype), 'batch', 'tokens', 'width'), None
+      return with_logical_constraint(
+        x + self._branch(y, 'scale1', drop_path).astype(x.dtype), 'batch', 'tokens', 'width'
+      ), None
     y = attention(x if c.post_norm else norm1(x), angles=angles, mask=mask)
     x = x + self._branch(y, 'scale1', drop_path).astype(x.dtype)
     x = norm1(x).astype(x.dtype) if c.post_norm else x
     y = Mlp(c, name='mlp')(x if c.post_norm else norm2(x))
     x = x + self._branch(y, 'scale2', drop_path).astype(x.dtype)
     x = norm2(x).astype(x.dtype) if c.post_norm else x
-    return constrain(x, 'batch', 'tokens', 'width'), None
+    return with_logical_constraint(x, 'batch', 'tokens', 'width'), None
 
   def _branch(self, y, scale, drop_path):
     if self.config.layer_scale is not None:
@@ -212,11 +214,11 @@ class Block(nn.Module):
     if self.train and self.config.dropout:
       y = nn.Dropout(self.config.dropout, deterministic=False)(y)
     if drop_path is not None:
-      y = drop_examples(y, drop_path, self.make_rng('dropout'))
+      y = stochastic_depth(y, drop_path, self.make_rng('dropout'))
     return y
 
 
-def rematerialized(module: type[nn.Module], remat: Remat, *, in_scan: bool = False) -> Any:
+def rematerialize(module: type[nn.Module], remat: Remat, *, in_scan: bool = False) -> Any:
   """The module, of which the backward pass computes again what `remat` does not save.
 
   XLA merges equal computations, and so would undo this. A scan keeps its two passes apart by itself; elsewhere a
@@ -227,14 +229,16 @@ def rematerialized(module: type[nn.Module], remat: Remat, *, in_scan: bool = Fal
   return nn.remat(module, policy=REMAT_POLICIES[remat], prevent_cse=not in_scan)
 
 
-def scanned(module: type[nn.Module], length: int, in_axes: Any, *, remat: Remat = 'none', unroll: Unroll = 1) -> Any:
+def scan_layers(
+  module: type[nn.Module], length: int, in_axes: Any, *, remat: Remat = 'none', unroll: Unroll = 1
+) -> Any:
   """`length` modules in a row, each (carry, *inputs) -> (carry, output); parameters carry an axis of that length.
 
   in_axes: for each input 0, where it has such an axis as well, or nn.broadcast; `unroll` as in `Stack`.
   """
   side_by_side = length if unroll is True else min(unroll, length)
   return nn.scan(
-    rematerialized(module, remat, in_scan=side_by_side < length),
+    rematerialize(module, remat, in_scan=side_by_side < length),
     variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0, 'probes': 0},
     split_rngs={'params': True, 'dropout': True},
     in_axes=in_axes,
@@ -263,7 +267,9 @@ class Stack:
     """Runs x [B, T, D] through the blocks; to be called in the compact method that owns the scope `blocks`."""
     drop = bool(train and self.drop_path)
     in_axes = (0 if drop else nn.broadcast, nn.broadcast, nn.broadcast)
-    blocks = scanned(Block, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(self.block, train, name='blocks')
+    blocks = scan_layers(Block, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(
+      self.block, train, name='blocks'
+    )
     first = 0.0 if self.drop_path_rise else self.drop_path
     rates = jnp.linspace(first, self.drop_path, self.depth) if drop else None
     return blocks(x, rates, angles, mask)[0]

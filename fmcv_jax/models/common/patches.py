@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def patches_of(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:
+def patchify(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:
   """Cuts images [B, H, W, C] into patches [B, rows * columns, patch * patch * C]; also returns (rows, columns)."""
   batch, height, width, channels = images.shape
   if height % patch or width % patch:
@@ -33,15 +33,8 @@ def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.A
   return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
 
 
-def pictures_of(patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """The inverse of patches_of: [B, rows * columns, patch * patch * 3] -> [B, H, W, 3]."""
-  (rows, columns), patch = grid, round((patches.shape[-1] // 3) ** 0.5)
-  x = patches.reshape(-1, rows, columns, patch, patch, 3).swapaxes(2, 3)
-  return x.reshape(-1, rows * patch, columns * patch, 3)
-
-
-def picture_of(patches: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
-  """The inverse of patches_of: [B, rows * columns, patch * patch * C] -> [B, H, W, C]."""
+def unpatchify(patches: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+  """The inverse of patchify: [B, rows * columns, patch * patch * C] -> [B, H, W, C]."""
   (rows, columns), batch = grid, patches.shape[0]
   x = patches.reshape(batch, rows, columns, patch, patch, -1).swapaxes(2, 3)
   return x.reshape(batch, rows * patch, columns * patch, -1)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.models.common.layers import dense
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Segmenter(nn.Module):
@@ -33,7 +33,7 @@ class Segmenter(nn.Module):
     tokens = encoder(images, train=train).tokens[:, encoder.prefix :]
     x = tokens.reshape(batch, height // encoder.patch, width // encoder.patch, -1)
     logits = dense(self.classes, x.dtype.name, 'head', init=nn.initializers.zeros)(x)
-    logits = constrain(logits.astype(jnp.float32), 'batch', None, None, None)
+    logits = with_logical_constraint(logits.astype(jnp.float32), 'batch', None, None, None)
     return jax.image.resize(logits, (batch, height, width, self.classes), 'bilinear')
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.models.common.layers import BlockConfig, dense
-from fmcv_jax.models.common.patches import picture_of
+from fmcv_jax.models.common.patches import unpatchify
 
 
 def modulation(c: jax.Array, parts: int, width: int, dtype: str) -> list[jax.Array]:
@@ -14,12 +14,12 @@ def modulation(c: jax.Array, parts: int, width: int, dtype: str) -> list[jax.Arr
   return jnp.split(y[:, None], parts, axis=-1)
 
 
-def plain_norm(x: jax.Array, config: BlockConfig, shift: jax.Array, scale: jax.Array) -> jax.Array:
+def modulated_layer_norm(x: jax.Array, config: BlockConfig, shift: jax.Array, scale: jax.Array) -> jax.Array:
   """LayerNorm whose scale and shift are the condition's."""
-  return bare_norm(config)(x) * (1 + scale) + shift
+  return layer_norm_no_affine(config)(x) * (1 + scale) + shift
 
 
-def bare_norm(config: BlockConfig) -> nn.LayerNorm:
+def layer_norm_no_affine(config: BlockConfig) -> nn.LayerNorm:
   """LayerNorm without parameters."""
   return nn.LayerNorm(epsilon=config.eps, dtype=jnp.dtype(config.dtype), use_bias=False, use_scale=False)
 
@@ -32,6 +32,6 @@ def final_layer(
   To be called in the compact method that owns the scopes `modulation` and `head`.
   """
   shift, scale = modulation(c, 2, x.shape[-1], config.dtype)
-  x = plain_norm(x, config, shift, scale)
+  x = modulated_layer_norm(x, config, shift, scale)
   x = dense(patch**2 * outputs, config.dtype, 'head', init=nn.initializers.zeros)(x)
-  return picture_of(x.astype(jnp.float32), grid, patch)
+  return unpatchify(x.astype(jnp.float32), grid, patch)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.errors import nearest
+from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.conv_blocks import (
   Downsample,
   ResidualBlock,
@@ -19,8 +19,8 @@ from fmcv_jax.models.common.conv_blocks import (
   group_norm,
   groups_of,
 )
-from fmcv_jax.models.common.layers import Dtype, Remat, dense, rematerialized
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.models.common.layers import Dtype, Remat, dense, rematerialize
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Gaussian(NamedTuple):
@@ -38,7 +38,7 @@ class Gaussian(NamedTuple):
     return 0.5 * terms.sum(axis=(1, 2, 3))
 
 
-class Middle(nn.Module):
+class MidBlock(nn.Module):
   """Residual block, attention, residual block at the lowest resolution."""
 
   attention: bool
@@ -47,7 +47,7 @@ class Middle(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
+    block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = block(x.shape[-1], dtype=self.dtype, name='block0')(x)
     if self.attention:
       x = attention(dtype=self.dtype, name='attention0')(x)
@@ -55,7 +55,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Pictures [B, H, W, C] -> [B, h, w, outputs], halving both sides between levels."""
+  """Images [B, H, W, C] -> [B, h, w, outputs], halving both sides between levels."""
 
   channels: tuple[int, ...]
   layers: int
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
+    block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = conv(self.channels[0], self.dtype, 'conv_in')(x)
     for level, features in enumerate(self.channels):
       for layer in range(self.layers):
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
           x = attention(dtype=self.dtype, name=f'level{level}_attention{layer}')(x)
       if level < len(self.channels) - 1:
         x = Downsample(dtype=self.dtype, name=f'level{level}_down')(x)
-    x = Middle(self.middle_attention, self.dtype, self.remat, name='middle')(x)
+    x = MidBlock(self.middle_attention, self.dtype, self.remat, name='middle')(x)
     x = jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm')(x))
     return conv(self.outputs, self.dtype, 'conv_out')(x)
 
@@ -94,9 +94,9 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, z):
-    block, attention = (rematerialized(module, self.remat) for module in (ResidualBlock, SpatialAttention))
+    block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = conv(self.channels[-1], self.dtype, 'conv_in')(z)
-    x = Middle(self.middle_attention, self.dtype, self.remat, name='middle')(x)
+    x = MidBlock(self.middle_attention, self.dtype, self.remat, name='middle')(x)
     for level in reversed(range(len(self.channels))):
       for layer in range(self.layers + 1):
         x = block(self.channels[level], dtype=self.dtype, name=f'level{level}_block{layer}')(x)
@@ -141,7 +141,7 @@ class Autoencoder(nn.Module):
   def encode(self, images) -> Gaussian:
     if images.shape[1] % self.factor or images.shape[2] % self.factor:
       raise ValueError(f'images of {images.shape[1]} x {images.shape[2]} pixels do not divide by {self.factor}')
-    x = self.encoder(constrain(images, 'batch', None, None, None))
+    x = self.encoder(with_logical_constraint(images, 'batch', None, None, None))
     x = (self.into_latent(x) if self.quantize else x).astype(jnp.float32)
     mean, log_variance = jnp.split(x, 2, axis=-1)
     return Gaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
@@ -188,7 +188,7 @@ def autoencoder(
 ) -> Autoencoder:
   """A named autoencoder; channels, layers and latent override the variant's."""
   if variant not in SIZES:
-    raise ValueError(f'unknown autoencoder {variant!r}; {nearest(variant, SIZES)}')
+    raise ValueError(f'unknown autoencoder {variant!r}; {did_you_mean(variant, SIZES)}')
   own_channels, own_layers, own_latent, attention, quantize = SIZES[variant]
   channels = channels or own_channels
   if image_size % 2 ** (len(channels) - 1):

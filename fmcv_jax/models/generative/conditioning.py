@@ -8,19 +8,19 @@ import numpy as np
 from fmcv_jax.models.common.layers import dense
 
 
-def sinusoids(time: jax.Array, dim: int, *, closed: bool = False) -> jax.Array:
+def timestep_embedding(time: jax.Array, dim: int, *, include_last: bool = False) -> jax.Array:
   """time [B] -> float32 [B, dim]: cosines, then sines, at frequencies from 1 to 1 / 10,000 (Vaswani et al. 2017).
 
-  closed: the last frequency is 1 / 10,000 itself, as in Ho et al. 2020, not the one that precedes it.
+  include_last: the last frequency is 1 / 10,000 itself, as in Ho et al. 2020, not the one that precedes it.
   """
   half = dim // 2
   # In float64: an error of a frequency is multiplied by the time, up to 1000.
-  frequency = 10_000.0 ** -(np.arange(half) / (half - closed))
+  frequency = 10_000.0 ** -(np.arange(half) / (half - include_last))
   angles = time.astype(jnp.float32)[:, None] * frequency.astype(np.float32)
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class Perceptron(nn.Module):
+class MLPEmbedder(nn.Module):
   """[B, D] -> [B, width], through one hidden layer with SiLU."""
 
   width: int

@@ -9,7 +9,7 @@ import jax
 from fmcv_jax.diffusion.condition import Condition
 from fmcv_jax.models.common.conv_blocks import conv
 from fmcv_jax.models.common.layers import dense
-from fmcv_jax.models.generative.unet import Encoder, Pyramid, Residuals, UNet
+from fmcv_jax.models.generative.unet import ControlResiduals, Encoder, UNet, UNetConfig
 
 WIDTHS = (16, 32, 96, 256)  # of the hint's levels, as released
 
@@ -32,18 +32,18 @@ class Hint(nn.Module):
 
 
 class ControlNet(nn.Module):
-  """x [B, H, W, C], time [B], a condition with `control` -> Residuals, all of them zero at first.
+  """x [B, H, W, C], time [B], a condition with `control` -> ControlResiduals, all of them zero at first.
 
   Its 'encoder' has the parameters of the UNet's, and begins with a copy of them.
   """
 
-  pyramid: Pyramid
+  pyramid: UNetConfig
   widths: tuple[int, ...]
   classes: int = 0
   pooled_text: bool = False
 
   @nn.compact
-  def __call__(self, x, time, condition: Condition, *, train: bool = False) -> Residuals:
+  def __call__(self, x, time, condition: Condition, *, train: bool = False) -> ControlResiduals:
     dtype = self.pyramid.dtype
     hint = Hint(self.widths, self.pyramid.widths[0], dtype, name='hint')(condition['control'])
     encoder = Encoder(self.pyramid, self.classes, self.pooled_text, name='encoder')
@@ -55,7 +55,7 @@ class ControlNet(nn.Module):
         y if 'control_scale' not in condition else y * condition['control_scale'][:, None, None, None].astype(y.dtype)
       )
 
-    return Residuals([zero(skip, str(index)) for index, skip in enumerate(skips)], zero(x, 'middle'))
+    return ControlResiduals([zero(skip, str(index)) for index, skip in enumerate(skips)], zero(x, 'middle'))
 
 
 def controlnet(unet: UNet, factor: int) -> ControlNet:

@@ -7,7 +7,7 @@ from fmcv_jax.models.common.conv_blocks import conv, group_norm
 
 
 class PatchDiscriminator(nn.Module):
-  """Pictures [B, H, W, 3] -> float32 logits [B, h, w, 1], above zero for real ones; h = H / 2^layers or so.
+  """Images [B, H, W, 3] -> float32 logits [B, h, w, 1], above zero for real ones; h = H / 2^layers or so.
 
   Each logit sees 70 x 70 pixels with three layers. Group norm stands where the original has batch norm, so that a
   picture is judged by itself, on any mesh.

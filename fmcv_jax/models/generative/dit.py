@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
-from fmcv_jax.errors import nearest
+from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
   Activation,
@@ -21,13 +21,13 @@ from fmcv_jax.models.common.layers import (
   Unroll,
   dense,
   layer_norm,
-  scanned,
+  scan_layers,
 )
-from fmcv_jax.models.common.patches import patches_of
+from fmcv_jax.models.common.patches import patchify
 from fmcv_jax.models.common.positions import sincos_2d
-from fmcv_jax.models.generative.adaln import final_layer, modulation, plain_norm
-from fmcv_jax.models.generative.conditioning import ClassEmbedding, Perceptron, sinusoids
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.models.generative.adaln import final_layer, modulated_layer_norm, modulation
+from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class DiTBlock(nn.Module):
@@ -38,15 +38,15 @@ class DiTBlock(nn.Module):
   @nn.compact
   def __call__(self, carry, index, c, text, mask, tap):
     config, (x, tapped) = self.config, carry
-    x = constrain(x, 'batch', 'tokens', 'width')
+    x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c, 6, x.shape[-1], config.dtype)
-    y = Attention(config, name='attention')(plain_norm(x, config, shift1, scale1))
+    y = Attention(config, name='attention')(modulated_layer_norm(x, config, shift1, scale1))
     x = x + (gate1 * y).astype(x.dtype)
     if text is not None:
       y = layer_norm(config.eps, config.dtype, 'cross_norm')(x)
       x = x + Attention(config, name='cross_attention')(y, text, mask=mask).astype(x.dtype)
-    y = Mlp(config, name='mlp')(plain_norm(x, config, shift2, scale2))
-    x = constrain(x + (gate2 * y).astype(x.dtype), 'batch', 'tokens', 'width')
+    y = Mlp(config, name='mlp')(modulated_layer_norm(x, config, shift2, scale2))
+    x = with_logical_constraint(x + (gate2 * y).astype(x.dtype), 'batch', 'tokens', 'width')
     return (x, None if tapped is None else jnp.where(index == tap, x, tapped)), None
 
 
@@ -76,21 +76,21 @@ class DiT(nn.Module):
   ) -> Any:
     """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
     dtype = self.block.dtype
-    x, grid = patches_of(x, self.patch)
+    x, grid = patchify(x, self.patch)
     x = dense(self.width, dtype, 'patch')(x)
-    x = constrain(x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype), 'batch', 'tokens', 'width')
-    c = Perceptron(self.width, dtype, name='time_embedding')(sinusoids(time, 256).astype(dtype))
+    x = with_logical_constraint(x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype), 'batch', 'tokens', 'width')
+    c = MLPEmbedder(self.width, dtype, name='time_embedding')(timestep_embedding(time, 256).astype(dtype))
     if self.classes:
       c = c + ClassEmbedding(self.classes, self.width, name='classes')(condition['label']).astype(dtype)
     if self.pooled_text:
-      c = c + Perceptron(self.width, dtype, name='text_embedding')(condition['pooled_text'])
+      c = c + MLPEmbedder(self.width, dtype, name='text_embedding')(condition['pooled_text'])
     text = mask = None
     if self.cross_attention:
       text = condition['text']
       mask = condition['text_mask'][:, None, None, :] if 'text_mask' in condition else None
 
     in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
-    blocks = scanned(DiTBlock, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(self.block, name='blocks')
+    blocks = scan_layers(DiTBlock, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(self.block, name='blocks')
     carry = (x, None if tap is None else jnp.zeros_like(x))
     (x, tapped), _ = blocks(carry, jnp.arange(1, self.depth + 1), c, text, mask, tap)
 
@@ -133,7 +133,7 @@ def dit(
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
     known = [f'{name}/{p}' for name in SIZES for p in (2, 4, 8)]
-    raise ValueError(f'unknown DiT variant {variant!r}; {nearest(variant, known)}')
+    raise ValueError(f'unknown DiT variant {variant!r}; {did_you_mean(variant, known)}')
   if image_size % int(patch):
     raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
   defaults = SIZES[size]

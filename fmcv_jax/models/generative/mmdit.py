@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.diffusion.condition import Condition
-from fmcv_jax.errors import nearest
+from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.attention.dispatch import Backend, attention
 from fmcv_jax.models.common.layers import (
   Activation,
@@ -20,26 +20,26 @@ from fmcv_jax.models.common.layers import (
   Remat,
   Unroll,
   dense,
-  rematerialized,
-  scanned,
+  rematerialize,
+  scan_layers,
 )
-from fmcv_jax.models.common.patches import patches_of
+from fmcv_jax.models.common.patches import patchify
 from fmcv_jax.models.common.positions import sincos_2d
-from fmcv_jax.models.generative.adaln import bare_norm, final_layer
-from fmcv_jax.models.generative.conditioning import Perceptron, sinusoids
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.models.generative.adaln import final_layer, layer_norm_no_affine
+from fmcv_jax.models.generative.conditioning import MLPEmbedder, timestep_embedding
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Projections(nn.Module):
   """One stream's side of the attention: (query, key, value) [B, T, H, K] of its tokens, and `leave` what comes back.
 
-  `silent` for a stream of which nothing is read afterwards.
+  `pre_only` for a stream of which nothing is read afterwards.
   """
 
   config: BlockConfig
   width: int
   qk_norm: bool
-  silent: bool = False
+  pre_only: bool = False
 
   def setup(self):
     c = self.config
@@ -48,7 +48,7 @@ class Projections(nn.Module):
       self.query_norm, self.key_norm = (
         nn.RMSNorm(epsilon=c.eps, dtype=jnp.dtype(c.dtype), name=name) for name in ('query_norm', 'key_norm')
       )
-    if not self.silent:
+    if not self.pre_only:
       self.out = dense(self.width, c.dtype, 'out')
 
   def __call__(self, x):
@@ -58,7 +58,7 @@ class Projections(nn.Module):
       query, key = self.query_norm(query), self.key_norm(key)
     return query, key, value
 
-  def leave(self, y):
+  def project_out(self, y):
     return self.out(y.reshape(*y.shape[:2], self.width))
 
 
@@ -68,23 +68,23 @@ class Stream(nn.Module):
   config: BlockConfig
   width: int
   qk_norm: bool
-  silent: bool = False
+  pre_only: bool = False
 
   def setup(self):
-    parts = 2 if self.silent else 6
+    parts = 2 if self.pre_only else 6
     self.modulation = dense(parts * self.width, self.config.dtype, 'modulation', init=nn.initializers.zeros)
-    self.norm = bare_norm(self.config)
-    self.attention = Projections(self.config, self.width, self.qk_norm, self.silent)
-    if not self.silent:
+    self.norm = layer_norm_no_affine(self.config)
+    self.attention = Projections(self.config, self.width, self.qk_norm, self.pre_only)
+    if not self.pre_only:
       self.mlp = Mlp(self.config)
 
-  def enter(self, x, c):
-    shift, scale, *parts = jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2 if self.silent else 6, axis=-1)
+  def pre_attention(self, x, c):
+    shift, scale, *parts = jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2 if self.pre_only else 6, axis=-1)
     return self.attention(self.norm(x) * (1 + scale) + shift), parts
 
-  def leave(self, x, y, parts):
+  def post_attention(self, x, y, parts):
     gate1, shift2, scale2, gate2 = parts
-    x = x + (gate1 * self.attention.leave(y)).astype(x.dtype)
+    x = x + (gate1 * self.attention.project_out(y)).astype(x.dtype)
     y = self.mlp(self.norm(x) * (1 + scale2) + shift2)
     return x + (gate2 * y).astype(x.dtype)
 
@@ -103,15 +103,19 @@ class JointBlock(nn.Module):
   @nn.compact
   def __call__(self, carry, index, c, mask, tap):
     x, words, tapped = carry
-    x = constrain(x, 'batch', 'tokens', 'width')
+    x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     image = Stream(self.config, self.width, self.qk_norm, name='image')
     text = Stream(self.config, self.width, self.qk_norm, self.last, name='text')
-    (mine, parts), (others, text_parts) = image.enter(x, c), text.enter(words, c)
+    (mine, parts), (others, text_parts) = image.pre_attention(x, c), text.pre_attention(words, c)
     both = (jnp.concatenate(pair, axis=1) for pair in zip(mine, others, strict=True))
     y = attention(*both, mask=mask, backend=self.config.attention)
     y, told = y[:, : x.shape[1]], y[:, x.shape[1] :]
-    x = constrain(image.leave(x, y, parts), 'batch', 'tokens', 'width')
-    words = None if self.last else constrain(text.leave(words, told, text_parts), 'batch', None, 'width')
+    x = with_logical_constraint(image.post_attention(x, y, parts), 'batch', 'tokens', 'width')
+    words = (
+      None
+      if self.last
+      else with_logical_constraint(text.post_attention(words, told, text_parts), 'batch', None, 'width')
+    )
     return (x, words, None if tapped is None else jnp.where(index == tap, x, tapped)), None
 
 
@@ -142,11 +146,11 @@ class MMDiT(nn.Module):
   def __call__(self, x, time, condition: Condition, *, train: bool = False, tap: int | None = None) -> Any:
     """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
     dtype = self.block.dtype
-    x, grid = patches_of(x, self.patch)
+    x, grid = patchify(x, self.patch)
     x = dense(self.width, dtype, 'patch')(x)
-    x = constrain(x + jnp.asarray(self._table(*grid), x.dtype), 'batch', 'tokens', 'width')
-    c = Perceptron(self.width, dtype, name='time_embedding')(sinusoids(time, 256).astype(dtype))
-    c = c + Perceptron(self.width, dtype, name='text_embedding')(condition['pooled_text'])
+    x = with_logical_constraint(x + jnp.asarray(self._table(*grid), x.dtype), 'batch', 'tokens', 'width')
+    c = MLPEmbedder(self.width, dtype, name='time_embedding')(timestep_embedding(time, 256).astype(dtype))
+    c = c + MLPEmbedder(self.width, dtype, name='text_embedding')(condition['pooled_text'])
     words = dense(self.width, dtype, 'enter')(condition['text'])
     mask = None
     if 'text_mask' in condition:
@@ -154,9 +158,9 @@ class MMDiT(nn.Module):
       mask = jnp.concatenate([everywhere, condition['text_mask']], axis=1)[:, None, None, :]
 
     in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
-    stack = scanned(JointBlock, self.depth - 1, in_axes, remat=self.remat, unroll=self.unroll)
+    stack = scan_layers(JointBlock, self.depth - 1, in_axes, remat=self.remat, unroll=self.unroll)
     blocks = stack(self.block, self.width, self.qk_norm, name='blocks')
-    last = rematerialized(JointBlock, self.remat)(self.block, self.width, self.qk_norm, True, name='last')
+    last = rematerialize(JointBlock, self.remat)(self.block, self.width, self.qk_norm, True, name='last')
     carry = (x, words, None if tap is None else jnp.zeros_like(x))
     carry, _ = blocks(carry, jnp.arange(1, self.depth), c, mask, tap)
     (x, _, tapped), _ = last(carry, self.depth, c, mask, tap)
@@ -204,7 +208,7 @@ def mmdit(
   """
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
-    raise ValueError(f'unknown MMDiT variant {variant!r}; {nearest(variant, [f"{name}/2" for name in SIZES])}')
+    raise ValueError(f'unknown MMDiT variant {variant!r}; {did_you_mean(variant, [f"{name}/2" for name in SIZES])}')
   if image_size % int(patch):
     raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
   if positions is not None and positions[1] < image_size // int(patch):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
-from fmcv_jax.errors import nearest
+from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.conv_blocks import (
   Downsample,
@@ -30,11 +30,11 @@ from fmcv_jax.models.common.layers import (
   Remat,
   dense,
   layer_norm,
-  rematerialized,
-  scanned,
+  rematerialize,
+  scan_layers,
 )
-from fmcv_jax.models.generative.conditioning import ClassEmbedding, Perceptron, sinusoids
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class TransformerBlock(nn.Module):
@@ -45,12 +45,12 @@ class TransformerBlock(nn.Module):
   @nn.compact
   def __call__(self, x, words, mask):
     c = self.config
-    x = constrain(x, 'batch', 'tokens', 'width')
+    x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     x = x + Attention(c, name='attention')(layer_norm(c.eps, c.dtype, 'norm1')(x)).astype(x.dtype)
     y = layer_norm(c.eps, c.dtype, 'cross_norm')(x)
     x = x + Attention(c, name='cross_attention')(y, words, mask=mask).astype(x.dtype)
     x = x + Mlp(c, name='mlp')(layer_norm(c.eps, c.dtype, 'norm2')(x)).astype(x.dtype)
-    return constrain(x, 'batch', 'tokens', 'width'), None
+    return with_logical_constraint(x, 'batch', 'tokens', 'width'), None
 
 
 class Transformer(nn.Module):
@@ -65,12 +65,12 @@ class Transformer(nn.Module):
     dtype = self.config.dtype
     y = group_norm(channels, dtype, 'norm')(x).reshape(batch, height * width, channels)
     y = dense(channels, dtype, 'enter')(y)
-    blocks = scanned(TransformerBlock, self.depth, (nn.broadcast, nn.broadcast))(self.config, name='blocks')
+    blocks = scan_layers(TransformerBlock, self.depth, (nn.broadcast, nn.broadcast))(self.config, name='blocks')
     y = dense(channels, dtype, 'leave', init=nn.initializers.zeros)(blocks(y, words, mask)[0])
     return x + y.reshape(x.shape)
 
 
-class Told(NamedTuple):
+class BlockCondition(NamedTuple):
   """What every block is told: the time (with class or whole text) [B, D], and words [B, L, E] with their mask."""
 
   time: jax.Array
@@ -79,7 +79,7 @@ class Told(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pyramid:
+class UNetConfig:
   """What both halves of a UNet have in common.
 
   widths    channels of each level, from the highest resolution; each level has half the side of the one before it
@@ -106,15 +106,15 @@ class Pyramid:
   def eps(self) -> float:
     return 1e-6 if self.family == 'ddpm' else 1e-5
 
-  def residual(self, x, told: Told, features: int, train: bool, name: str):
+  def residual(self, x, told: BlockCondition, features: int, train: bool, name: str):
     """A residual block; to be called, as `attend`, in the compact method that owns its scope."""
-    block = rematerialized(ResidualBlock, self.remat)
+    block = rematerialize(ResidualBlock, self.remat)
     return block(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(x, told.time)
 
-  def attend(self, x, told: Told, level: int, name: str):
+  def attend(self, x, told: BlockCondition, level: int, name: str):
     depth = max(1, self.depths[level])
     if not self.context:
-      return rematerialized(SpatialAttention, self.remat)(self.heads[level], self.eps, self.dtype, name=name)(x)
+      return rematerialize(SpatialAttention, self.remat)(self.heads[level], self.eps, self.dtype, name=name)(x)
     config = BlockConfig(
       self.heads[level],
       4 * x.shape[-1],
@@ -124,10 +124,10 @@ class Pyramid:
       attention=self.attention,
       dtype=self.dtype,
     )
-    return rematerialized(Transformer, self.remat)(config, depth, name=name)(x, told.words, told.mask)
+    return rematerialize(Transformer, self.remat)(config, depth, name=name)(x, told.words, told.mask)
 
 
-class Residuals(NamedTuple):
+class ControlResiduals(NamedTuple):
   """What steers a UNet: to be added to the inputs of its way up, one for each, and to its lowest level."""
 
   skips: list[jax.Array]
@@ -135,12 +135,13 @@ class Residuals(NamedTuple):
 
 
 class Encoder(nn.Module):
-  """x [B, H, W, C] -> the inputs of the way up, one for each block and conv; the lowest level [B, h, w, D]; Told.
+  """x [B, H, W, C] -> the inputs of the way up, one for each block and conv; the lowest level [B, h, w, D];
+  BlockCondition.
 
   `hint` [B, H, W, widths[0]] is added to what the first convolution makes of x.
   """
 
-  pyramid: Pyramid
+  pyramid: UNetConfig
   classes: int = 0
   pooled_text: bool = False
 
@@ -150,7 +151,7 @@ class Encoder(nn.Module):
   ):
     p = self.pyramid
     told = self._told(time, condition)
-    x = conv(p.widths[0], p.dtype, 'conv_in')(constrain(x, 'batch', None, None, None))
+    x = conv(p.widths[0], p.dtype, 'conv_in')(with_logical_constraint(x, 'batch', None, None, None))
     if hint is not None:
       x = x + hint
     skips = [x]
@@ -167,31 +168,31 @@ class Encoder(nn.Module):
     x = p.attend(x, told, len(p.widths) - 1, 'middle_attention0')
     return skips, p.residual(x, told, p.widths[-1], train, 'middle_block1'), told
 
-  def _told(self, time, condition: Condition) -> Told:
+  def _told(self, time, condition: Condition) -> BlockCondition:
     p, width = self.pyramid, 4 * self.pyramid.widths[0]
-    c = sinusoids(time, p.widths[0], closed=p.family == 'ddpm').astype(p.dtype)
-    c = Perceptron(width, p.dtype, name='time_embedding')(c)
+    c = timestep_embedding(time, p.widths[0], include_last=p.family == 'ddpm').astype(p.dtype)
+    c = MLPEmbedder(width, p.dtype, name='time_embedding')(c)
     if self.pooled_text:
-      c = c + Perceptron(width, p.dtype, name='text_embedding')(condition['pooled_text'])
+      c = c + MLPEmbedder(width, p.dtype, name='text_embedding')(condition['pooled_text'])
     if self.classes:
       label = ClassEmbedding(self.classes, p.context or width, name='classes')(condition['label']).astype(p.dtype)
-      return Told(c, label[:, None]) if p.context else Told(c + label)
+      return BlockCondition(c, label[:, None]) if p.context else BlockCondition(c + label)
     if not p.context:
-      return Told(c)
+      return BlockCondition(c)
     words: Any = condition['text']
     if words.shape[-1] != p.context:
       raise ValueError(f'context: words are {words.shape[-1]} wide, but the UNet reads {p.context}')
-    return Told(c, words, condition['text_mask'][:, None, None, :] if 'text_mask' in condition else None)
+    return BlockCondition(c, words, condition['text_mask'][:, None, None, :] if 'text_mask' in condition else None)
 
 
 class Decoder(nn.Module):
   """What an Encoder made -> [B, H, W, outputs]; levels count from the highest resolution, as there."""
 
-  pyramid: Pyramid
+  pyramid: UNetConfig
   outputs: int
 
   @nn.compact
-  def __call__(self, skips, x, told: Told, *, train: bool = False):
+  def __call__(self, skips, x, told: BlockCondition, *, train: bool = False):
     p, skips = self.pyramid, list(skips)
     for level in reversed(range(len(p.widths))):
       for layer in range(p.layers + 1):
@@ -213,7 +214,7 @@ class UNet(nn.Module):
   the condition's `image` has. `residuals` are those of a ControlNet. With dropout, training needs the rng 'dropout'.
   """
 
-  pyramid: Pyramid
+  pyramid: UNetConfig
   channels: int
   outputs: int
   image_size: int
@@ -228,7 +229,13 @@ class UNet(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, time, condition: Condition = UNCONDITIONAL, *, residuals: Residuals | None = None, train: bool = False
+    self,
+    x,
+    time,
+    condition: Condition = UNCONDITIONAL,
+    *,
+    residuals: ControlResiduals | None = None,
+    train: bool = False,
   ):
     if self.beside:
       beside: Any = condition['image']
@@ -296,7 +303,7 @@ def unet(
   beside   further channels next to x: 5 for filling holes, the mask and the latent of what is around
   """
   if variant not in SIZES:
-    raise ValueError(f'unknown UNet variant {variant!r}; {nearest(variant, SIZES)}')
+    raise ValueError(f'unknown UNet variant {variant!r}; {did_you_mean(variant, SIZES)}')
   size = SIZES[variant]
   widths, depths = widths or size.widths, depths or size.depths
   image_size, channels = image_size or size.image_size, channels or size.channels
@@ -309,7 +316,7 @@ def unet(
   heads = tuple(size.heads or w // size.head_dim for w in widths)
   if any(w % h for w, h in zip(widths, heads, strict=True)):
     raise ValueError(f'widths: {widths} do not divide into {heads} heads')
-  pyramid = Pyramid(
+  pyramid = UNetConfig(
     widths=widths,
     depths=depths,
     heads=heads,

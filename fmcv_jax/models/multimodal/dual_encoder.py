@@ -10,13 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.errors import nearest
+from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.common.attention.dispatch import Backend
-from fmcv_jax.models.common.layers import Activation, Dtype, Remat, Unroll, unit
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.models.common.layers import Activation, Dtype, Remat, Unroll, l2_normalize
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP clips the learned temperature so that logits are never scaled by more
 
@@ -61,7 +61,7 @@ class DualEncoder(nn.Module):
 
 def embedding(output: jax.Array) -> jax.Array:
   """A tower's output [B, E] as unit vectors, float32, split over the batch."""
-  return unit(constrain(output, 'batch', None))
+  return l2_normalize(with_logical_constraint(output, 'batch', None))
 
 
 def dual_encoder(
@@ -96,7 +96,7 @@ def clip(
 ) -> DualEncoder:
   """CLIP by its published names. OpenAI's own weights want activation='quick_gelu'."""
   if variant not in CLIP_SIZES:
-    raise ValueError(f'unknown CLIP variant {variant!r}; {nearest(variant, CLIP_SIZES)}')
+    raise ValueError(f'unknown CLIP variant {variant!r}; {did_you_mean(variant, CLIP_SIZES)}')
   tower, width, depth, heads, embedding = CLIP_SIZES[variant]
   image = vit(
     tower,
@@ -145,7 +145,7 @@ def siglip(
 ) -> DualEncoder:
   """SigLIP by its published names: attention-pooled images, bidirectional text read at its last token."""
   if variant not in SIGLIP_SIZES:
-    raise ValueError(f'unknown SigLIP variant {variant!r}; {nearest(variant, SIGLIP_SIZES)}')
+    raise ValueError(f'unknown SigLIP variant {variant!r}; {did_you_mean(variant, SIGLIP_SIZES)}')
   image = vit(
     variant,
     image_size=image_size,
@@ -203,7 +203,7 @@ def align(
   BERT's second kind of segment has no use here, and that of the first, one vector for all, is part of the positions.
   """
   if variant not in ALIGN_SIZES:
-    raise ValueError(f'unknown ALIGN variant {variant!r}; {nearest(variant, ALIGN_SIZES)}')
+    raise ValueError(f'unknown ALIGN variant {variant!r}; {did_you_mean(variant, ALIGN_SIZES)}')
   tower, width, depth, heads = ALIGN_SIZES[variant]
   image = efficientnet(tower, image_size=image_size, top=False, drop_path=drop_path, remat=remat, dtype=dtype)
   text = text_transformer(

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import ACTIVATIONS, Dtype, dense, unit
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.models.common.layers import ACTIVATIONS, Dtype, dense, l2_normalize
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Scores(NamedTuple):
@@ -40,15 +40,17 @@ class PrototypeHead(nn.Module):
     init = nn.initializers.truncated_normal(0.02)
     for layer in range(1, self.layers):
       x = ACTIVATIONS['gelu'](dense(self.hidden, self.dtype, f'hidden{layer}', init=init)(x))
-    x = unit(dense(self.bottleneck, self.dtype, 'bottleneck', init=init)(x)).astype(self.dtype)
-    directions = unit(self.param('prototypes', init, (self.bottleneck, self.prototypes)), axis=0).astype(self.dtype)
+    x = l2_normalize(dense(self.bottleneck, self.dtype, 'bottleneck', init=init)(x)).astype(self.dtype)
+    directions = l2_normalize(self.param('prototypes', init, (self.bottleneck, self.prototypes)), axis=0).astype(
+      self.dtype
+    )
     scores = jnp.einsum('...d,dk->...k', x, directions, preferred_element_type=jnp.float32)
     if self.lengths:
       scores = scores * self.param('lengths', nn.initializers.ones, (self.prototypes,))
-    return constrain(scores, 'batch', *(None,) * (scores.ndim - 2), 'vocab')
+    return with_logical_constraint(scores, 'batch', *(None,) * (scores.ndim - 2), 'vocab')
 
 
-class SelfDistiller(nn.Module):
+class DinoNetwork(nn.Module):
   """Normalized images [B, H, W, 3] -> Scores. patch_head None: patches are scored by the images' head."""
 
   encoder: ViT
@@ -78,7 +80,7 @@ def dino(
   layers: int = 3,
   lengths: bool = False,
   separate_patch_head: bool = False,
-) -> SelfDistiller:
+) -> DinoNetwork:
   """DINO around a ViT, with the published head; iBOT's masked patches need the encoder's mask_token."""
   if not isinstance(encoder, ViT):
     raise ValueError('encoder: self-distillation needs a network of patches: encoder.name is vit')
@@ -90,4 +92,4 @@ def dino(
   def head():
     return PrototypeHead(prototypes, hidden, bottleneck, layers, lengths, encoder.stack.block.dtype)
 
-  return SelfDistiller(encoder, head(), head() if separate_patch_head else None)
+  return DinoNetwork(encoder, head(), head() if separate_patch_head else None)

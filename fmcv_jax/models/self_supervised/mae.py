@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import BlockConfig, Stack, dense, layer_norm
 from fmcv_jax.models.common.positions import sincos_2d
-from fmcv_jax.parallel.rules import constrain
+from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Reconstruction(NamedTuple):
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
     patches = jnp.take_along_axis(patches, jnp.argsort(order, axis=1)[..., None], axis=1)
     # The prefix has no place: its row of the published table is zero.
     x = jnp.concatenate([x[:, :prefix], patches + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)], axis=1)
-    x = self.stack(constrain(x, 'batch', 'tokens', 'width'), train=train)
+    x = self.stack(with_logical_constraint(x, 'batch', 'tokens', 'width'), train=train)
     x = layer_norm(block.eps, block.dtype, 'norm')(x)
     return dense(self.outputs, block.dtype, 'head')(x)[:, prefix:]
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from fmcv_jax.data.workers.shared_memory import Giving, Taking
+from fmcv_jax.data.workers.shared_memory import SharedMemoryReader, SharedMemoryWriter
 
 
 class Elements:
@@ -39,8 +39,8 @@ def names():
 
 @pytest.mark.parametrize('grows', [False, True])
 def test_elements_arrive_as_they_were_while_later_ones_are_made(grows):
-  source, take, before = Elements(grows), Taking(), names()
-  give = pickle.loads(pickle.dumps(Giving(source, blocks=3)))
+  source, take, before = Elements(grows), SharedMemoryReader(), names()
+  give = pickle.loads(pickle.dumps(SharedMemoryWriter(source, blocks=3)))
   waiting = [give[0], give[1]]
   arrived = []
   for t in range(2, 12):
@@ -58,7 +58,7 @@ def test_elements_arrive_as_they_were_while_later_ones_are_made(grows):
 
 
 def test_an_element_that_was_overwritten_is_an_error_not_another_batch():
-  give, take = Giving(Elements(), blocks=2), Taking()
+  give, take = SharedMemoryWriter(Elements(), blocks=2), SharedMemoryReader()
   first = give[0]
   give[1]
   take(first)

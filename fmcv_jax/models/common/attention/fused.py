@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.parallel.rules import island, platform
+from fmcv_jax.parallel.rules import platform, shard_mapped
 
 LANES = 128  # tokens come in multiples of a TPU vector register's lanes
 TILE = 1024  # at most so many queries and keys are met at once
@@ -57,7 +57,7 @@ def cudnn_attention(query, key, value, valid=None, *, causal: bool = False) -> j
 def on_devices(local, query, key, value, valid):
   """local(query, key, value, valid) by each device, of its own examples and heads."""
   each = ('batch', None, 'heads' if query.shape[2] > 1 else None, None)
-  return island(local, inputs=(each, each, each, ('batch', None)), outputs=each)(query, key, value, valid)
+  return shard_mapped(local, inputs=(each, each, each, ('batch', None)), outputs=each)(query, key, value, valid)
 
 
 def _tiles(tokens: int, dim: int) -> tuple[int, int]:

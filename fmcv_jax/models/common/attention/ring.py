@@ -9,8 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.parallel.ring import ring
-from fmcv_jax.parallel.rules import island, ways
+from fmcv_jax.parallel.ring import ring_scan
+from fmcv_jax.parallel.rules import num_shards, shard_mapped
 
 # At most so many keys are met at once.
 BLOCK = 512
@@ -24,11 +24,11 @@ def ring_attention(query, key, value, valid=None, *, causal: bool = False) -> ja
   Any number of tokens: what the devices do not divide is padded.
   """
   queries, tokens = query.shape[1], key.shape[1]
-  missing = -tokens % ways('tokens')
+  missing = -tokens % num_shards('tokens')
   if missing:
     valid = jnp.ones(key.shape[:2], bool) if valid is None else valid
     key, value, valid = (_padded(x, missing) for x in (key, value, valid))
-  return _attention(causal, _padded(query, -queries % ways('tokens')), key, value, valid)[:, :queries]
+  return _attention(causal, _padded(query, -queries % num_shards('tokens')), key, value, valid)[:, :queries]
 
 
 def _padded(x, missing):
@@ -69,10 +69,10 @@ def _forward(causal, query, key, value, valid):
 
     rows = len(query)
     row = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, value.shape[1])))
-    (best, total, mixed), _ = ring(meet, row, (key, value, valid), None, jnp.add, axis='tokens', block=BLOCK)
+    (best, total, mixed), _ = ring_scan(meet, row, (key, value, valid), None, jnp.add, axis='tokens', block=BLOCK)
     return (mixed / total[:, None]).astype(query.dtype), best, total
 
-  run = island(_over_heads(local), inputs=(each, each, each, of_tokens), outputs=(each, of_heads, of_heads))
+  run = shard_mapped(_over_heads(local), inputs=(each, each, each, of_tokens), outputs=(each, of_heads, of_heads))
   y, best, total = run(query, key, value, valid)
   return y, (query, key, value, valid, y, best, total)
 
@@ -97,11 +97,11 @@ def _backward(causal, saved, cotangent):
 
     column = (jnp.zeros(key.shape), jnp.zeros(value.shape))
     row = jnp.zeros(query.shape)
-    row, column = ring(meet, row, (key, value, valid), column, jnp.add, axis='tokens', block=BLOCK)
+    row, column = ring_scan(meet, row, (key, value, valid), column, jnp.add, axis='tokens', block=BLOCK)
     return row.astype(query.dtype), column[0].astype(key.dtype), column[1].astype(value.dtype)
 
   query, key, value, valid, y, best, total = saved
-  run = island(
+  run = shard_mapped(
     _over_heads(local),
     inputs=(each, each, each, each, of_heads, of_heads, each, of_tokens),
     outputs=(each, each, each),
