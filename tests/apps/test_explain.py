@@ -117,7 +117,7 @@ def test_what_the_places_give_is_on_average_the_output(network):
   params = {**born['params'], 'head': {'kernel': head, 'bias': np.arange(5, dtype=np.float32)}}
   stats = {name: tree for name, tree in born.items() if name != 'params'}
   variables = {'params': params, **stats}
-  _, given = jax.jit(activation_maps.places, static_argnums=0)(network, variables, images)
+  _, given = jax.jit(activation_maps.class_activation_maps, static_argnums=0)(network, variables, images)
   output = jax.jit(network.apply)(variables, images).output
   assert given.shape[1] < given.shape[2]
   np.testing.assert_allclose(given.mean((1, 2)), output, rtol=1e-4, atol=1e-4)

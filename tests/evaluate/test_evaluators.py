@@ -109,4 +109,4 @@ def test_knn_uses_its_bank(subject):
 def test_model_without_the_function_is_one_clear_line(subject):
   lacking = EvaluatedModel({'logits': colour_of}, subject.placement, params={}, extra={})
   with pytest.raises(UserError, match="needs 'features', which this objective does not offer; it has: logits"):
-    lacking.over('features', Pipeline(Colours()), 8)
+    lacking.map_dataset('features', Pipeline(Colours()), 8)

@@ -271,7 +271,7 @@ def test_controlnet_steers_the_unet():
   unet_params = adopted(dict(base.named_parameters()), shapes, UNET)
   shapes = jax.eval_shape(lambda: steering.init(jax.random.key(0), x, EARLY, told))['params']
   inputs = nchw(x), torch.from_numpy(EARLY), torch.from_numpy(text).double()
-  down, middle = reference(*inputs, nchw(told.control), conditioning_scale=0.7, return_dict=False)
+  down, middle = reference(*inputs, nchw(told['control']), conditioning_scale=0.7, return_dict=False)
   theirs = base(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
 
   def apply(params):

@@ -119,9 +119,9 @@ def test_dropped_conditions_are_those_of_no_class_and_of_an_empty_text():
     return objective.condition(extra, batch, jnp.array([True, False])), empty
 
   dropped, empty = conditions(jax.random.key(0))
-  np.testing.assert_allclose(dropped.text[1], empty.text[1], atol=1e-6)
-  np.testing.assert_array_equal(dropped.mask.sum(1), [4, 2])
-  assert np.abs(dropped.text[0] - dropped.text[1]).max() > 0.1
+  np.testing.assert_allclose(dropped['text'][1], empty['text'][1], atol=1e-6)
+  np.testing.assert_array_equal(dropped['text_mask'].sum(1), [4, 2])
+  assert np.abs(dropped['text'][0] - dropped['text'][1]).max() > 0.1
 
 
 @pytest.mark.slow

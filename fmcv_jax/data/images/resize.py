@@ -15,7 +15,7 @@ FILTERS = {
   'bicubic': resizer.ResizeAlg.convolution(resizer.FilterType.catmull_rom),
   'bilinear': resizer.ResizeAlg.convolution(resizer.FilterType.bilinear),
   'lanczos': resizer.ResizeAlg.convolution(resizer.FilterType.lanczos3),
-  'nearest': resizer.ResizeAlg.did_you_mean(),
+  'nearest': resizer.ResizeAlg.nearest(),
 }
 RADII = {'bicubic': 2, 'bilinear': 1, 'lanczos': 3, 'nearest': 1}  # pixels at either side that a filter looks at
 
