@@ -99,7 +99,7 @@ def main() -> None:
   arguments.add_argument('--batches', type=int, nargs='+', default=[1, 16])
   arguments.add_argument('--rounds', type=int, default=3)
   args = arguments.parse_args()
-  model, network = reference(), dit('S/2', image_size=SIZE, classes=CLASSES)
+  model, network = reference(), dit('S/2', image_size=SIZE, num_classes=CLASSES)
   inputs = jnp.zeros((1, SIZE, SIZE, CHANNELS)), jnp.zeros(1), make_condition(label=jnp.zeros(1, jnp.int32))
   shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)['params']
   params = adopted(model, network, {'network': shapes})['network']

@@ -12,10 +12,10 @@ from rich.console import Console
 from fmcv_jax.plan import planning
 
 # Nothing but the step: what a peer's plain recipe does as well.
-PLAIN = ('train.ema=None', 'objective.augment=()', 'objective.mixup=0', 'objective.cutmix=0')
-PLAIN += ('objective.network.drop_path=0', 'train.batch=1024')
+PLAIN = ('train.ema_decay=None', 'objective.augment=()', 'objective.mixup=0', 'objective.cutmix=0')
+PLAIN += ('objective.network.drop_path=0', 'train.batch_size=1024')
 MESHES = {'data': ('mesh.data=-1', 'mesh.fsdp=1'), 'fsdp': ('mesh.data=1', 'mesh.fsdp=-1')}
-PAIRS = ('train.batch=16384',)
+PAIRS = ('train.batch_size=16384',)
 UNSAVED = ('objective.network.remat=none', 'objective.network.unroll=True')
 
 PODS = [
@@ -33,7 +33,7 @@ def depth(layers: int, unroll: int, remat: str) -> tuple[str, str, str, tuple[st
   network = {'depth': layers, 'unroll': unroll, 'remat': remat}
   overrides = (f'objective.network.{name}={value}' for name, value in network.items())
   label = f'{layers} layers, {"side by side" if unroll == layers else "in a loop"}, remat={remat}'
-  return label, 'configs/vit_i1k.py:B/16', 'v5e:4x4', (*PLAIN, 'train.batch=256', *MESHES['data'], *overrides)
+  return label, 'configs/vit_i1k.py:B/16', 'v5e:4x4', (*PLAIN, 'train.batch_size=256', *MESHES['data'], *overrides)
 
 
 DEPTHS = [depth(layers, layers, 'none') for layers in (12, 48)]

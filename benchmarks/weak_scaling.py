@@ -30,7 +30,7 @@ def main() -> None:
   plans = []
   for shape in TOPOLOGIES:
     chips = prod(int(side) for side in shape.split('x'))
-    plans.append(make(args.config, [*given, f'train.batch={PER_CHIP * chips}'], f'v5p:{shape}'))
+    plans.append(make(args.config, [*given, f'train.batch_size={PER_CHIP * chips}'], f'v5p:{shape}'))
     Console(stderr=True).print(row(plans[-1]), highlight=False)
   table = Table('chips', 'T FLOPs', 'GiB held', 'GiB of HBM moved', 'MiB sent', 'by kind')
   for plan in plans:

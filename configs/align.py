@@ -40,7 +40,7 @@ def get_config(variant='L2'):
     retrieval=dict(
       name='retrieval',
       every=20_000,
-      batch=1024,
+      batch_size=1024,
       data=dict(
         source=dict(name='array_record', path='data/pairs/val'),
         image=dict(name='resize_crop', size=size, crop=size / 346),
@@ -50,10 +50,10 @@ def get_config(variant='L2'):
   )
   c.optimizer = dict(
     rule=dict(name='lamb'),
-    schedule=dict(name='linear', peak=1e-3, warmup_steps=10_000),
+    schedule=dict(name='linear', peak_lr=1e-3, warmup_steps=10_000),
     weight_decay=1e-5,
   )
-  c.train = dict(steps=STEPS, batch=BATCH)
+  c.train = dict(steps=STEPS, batch_size=BATCH)
   c.checkpoint = dict(every=5000)
   c.mesh = dict(data=-1, fsdp=8)  # the narrowest layers have 8 x an odd number of channels
   c.topology = PODS[variant]

@@ -35,9 +35,9 @@ def get_config(variant='kl-f8'):
     )
   )
   c.optimizer = dict(
-    rule=dict(name='adamw', b1=0.5, b2=0.9), schedule=dict(name='cosine', peak=1e-4, end=1e-4, warmup_steps=1000)
+    rule=dict(name='adamw', b1=0.5, b2=0.9), schedule=dict(name='cosine', peak_lr=1e-4, end=1e-4, warmup_steps=1000)
   )
-  c.train = dict(steps=250_000, batch=BATCH, ema=0.999)
+  c.train = dict(steps=250_000, batch_size=BATCH, ema_decay=0.999)
   c.checkpoint = dict(every=5000)
   c.topology = 'v5e:4x4'
   return c

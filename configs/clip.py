@@ -36,7 +36,7 @@ def get_config(variant='B/32'):
     val=dict(
       name='retrieval',
       every=10_000,
-      batch=4096,
+      batch_size=4096,
       data=dict(
         source=dict(name='array_record', path='data/pairs/val'),
         image=dict(name='resize_crop', size=size, crop=1.0),
@@ -46,11 +46,11 @@ def get_config(variant='B/32'):
   )
   c.optimizer = dict(
     rule=dict(name='adamw', b1=0.9, b2=0.98, eps=1e-6),
-    schedule=dict(name='cosine', peak=5e-4, warmup_steps=2_000),
+    schedule=dict(name='cosine', peak_lr=5e-4, warmup_steps=2_000),
     weight_decay=0.2,
-    decayed=('.*/kernel', '.*/embedding'),
+    weight_decay_mask=('.*/kernel', '.*/embedding'),
   )
-  c.train = dict(steps=EPOCHS * PAIRS // BATCH, batch=BATCH)
+  c.train = dict(steps=EPOCHS * PAIRS // BATCH, batch_size=BATCH)
   c.checkpoint = dict(every=2_000)
   c.mesh = dict(data=1, fsdp=-1, max_fsdp=16)
   c.topology = PODS[variant]

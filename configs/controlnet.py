@@ -18,15 +18,15 @@ from fmcv_jax.config import load_file
 def get_config():
   c = ml_collections.ConfigDict(load_file(f'{pathlib.Path(__file__).with_name("text_to_image.py")}:512'))
   c.objective.control = dict(name='edges')
-  c.objective.drop = 0.5
+  c.objective.condition_dropout = 0.5
   base = 'runs/t2i_512'
   c.init_from = {
     **{path: part for path, part in c.init_from.items() if path.startswith('extra/')},
     'extra/network': dict(workdir=base, part='params/network'),
     'params/control/encoder': dict(workdir=base, part='params/network/encoder'),
   }
-  c.optimizer.schedule = dict(name='cosine', peak=1e-5, end=1e-5, warmup_steps=500)
-  c.train = dict(steps=50_000, batch=256, microbatches=4, ema=0.999)
+  c.optimizer.schedule = dict(name='cosine', peak_lr=1e-5, end=1e-5, warmup_steps=500)
+  c.train = dict(steps=50_000, batch_size=256, grad_accum_steps=4, ema_decay=0.999)
   c.mesh = dict(data=1, fsdp=-1)
   c.topology = 'v5e:4x4'
   return c

@@ -28,10 +28,10 @@ def get_config():
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=2e-4, end=2e-4, warmup_steps=5000),
+    schedule=dict(name='cosine', peak_lr=2e-4, end=2e-4, warmup_steps=5000),
     clip_norm=1.0,
   )
-  c.train = dict(steps=800_000, batch=BATCH, ema=0.9999)
+  c.train = dict(steps=800_000, batch_size=BATCH, ema_decay=0.9999)
   c.checkpoint = dict(every=5000)
   c.topology = 'v5e:2x2'
   return c

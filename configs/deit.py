@@ -27,12 +27,12 @@ def get_config(arg='S/16'):
   size = c.objective.network.image_size
   imagenet = dict(name='tfds', builder='imagenet2012')
   c.data = dict(source=dict(imagenet, split='train'), image=dict(name='random_resized_crop', size=size), workers=16)
-  steps_per_epoch = EXAMPLES // c.train.batch
+  steps_per_epoch = EXAMPLES // c.train.batch_size
   c.evaluators = dict(
     val=dict(
       name='accuracy',
       every=10 * steps_per_epoch,
-      batch=1024,
+      batch_size=1024,
       data=dict(source=dict(imagenet, split='validation'), image=dict(name='resize_crop', size=size), workers=16),
     )
   )
@@ -61,7 +61,7 @@ def first(variant, distilled):
       name='vit',
       variant=variant,
       image_size=224,
-      outputs=1000,
+      num_classes=1000,
       distilled=distilled,
       drop_path=0.1,
       dtype='bfloat16',
@@ -69,15 +69,15 @@ def first(variant, distilled):
     ),
   )
   if distilled:
-    teacher = dict(name='vit', variant='B/16', outputs=1000, dtype='bfloat16')
+    teacher = dict(name='vit', variant='B/16', num_classes=1000, dtype='bfloat16')
     c.objective.distillation = dict(teacher=teacher, kind='hard', weight=0.5, normalize=HALF)
     c.init_from = {'extra/teacher': dict(workdir='runs/vit_b16')}
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=5e-4 * batch / 512, warmup_steps=5 * steps_per_epoch, end=1e-5),
+    schedule=dict(name='cosine', peak_lr=5e-4 * batch / 512, warmup_steps=5 * steps_per_epoch, end=1e-5),
     weight_decay=0.05,
   )
-  c.train = dict(steps=300 * steps_per_epoch, batch=batch, ema=0.99996)
+  c.train = dict(steps=300 * steps_per_epoch, batch_size=batch, ema_decay=0.99996)
   return c
 
 
@@ -101,8 +101,8 @@ def third(variant):
       name='vit',
       variant=variant,
       image_size=size,
-      outputs=1000,
-      place_class_token=False,
+      num_classes=1000,
+      class_token_has_position=False,
       layer_scale=1e-4,
       drop_path=drop_path,
       drop_path_rise=False,
@@ -113,9 +113,9 @@ def third(variant):
   # The authors' loss is the mean over a thousand classes and this one their sum: so much larger are eps and clip_norm.
   c.optimizer = dict(
     rule=dict(name='lamb', eps=1e-5),
-    schedule=dict(name='cosine', peak=rate, warmup_steps=5 * steps_per_epoch, end=1e-5),
+    schedule=dict(name='cosine', peak_lr=rate, warmup_steps=5 * steps_per_epoch, end=1e-5),
     weight_decay=0.05,
     clip_norm=1000.0,
   )
-  c.train = dict(steps=800 * steps_per_epoch, batch=batch)
+  c.train = dict(steps=800 * steps_per_epoch, batch_size=batch)
   return c

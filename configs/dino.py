@@ -29,7 +29,7 @@ def get_config(variant='S/16'):
     momentum=0.996,
     teacher_temperature=(0.04, 0.07),
     temperature_steps=30 * steps_per_epoch,
-    freeze_steps=steps_per_epoch,
+    freeze_last_layer_steps=steps_per_epoch,
     global_augments=(
       (*jitter, dict(name='blur', probability=1.0)),
       (*jitter, dict(name='blur', probability=0.1), dict(name='solarize', probability=0.2)),
@@ -38,7 +38,7 @@ def get_config(variant='S/16'):
     normalize=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
     network=dict(
       name='dino',
-      lengths=LENGTHS[variant],
+      learn_prototype_norms=LENGTHS[variant],
       encoder=dict(
         name='vit',
         variant=variant,
@@ -54,15 +54,15 @@ def get_config(variant='S/16'):
     source=dict(imagenet, split='train'),
     views=dict(
       global_views=dict(count=2, image=dict(name='random_resized_crop', size=224, scale=(0.4, 1.0))),
-      local_views=dict(count=8, image=dict(name='random_resized_crop', size=96, scale=(0.05, 0.4))),
+      local_crops_number=dict(count=8, image=dict(name='random_resized_crop', size=96, scale=(0.05, 0.4))),
     ),
     workers=32,
   )
   whole = dict(image=dict(name='resize_crop', size=224), workers=16)
   judged = dict(
-    batch=1024,
+    batch_size=1024,
     data=dict(whole, source=dict(imagenet, split='validation')),
-    bank=dict(whole, source=dict(imagenet, split='train')),
+    train_data=dict(whole, source=dict(imagenet, split='train')),
   )
   c.evaluators = dict(
     knn=dict(judged, name='knn', ks=(10, 20, 100, 200), every=25 * steps_per_epoch),
@@ -70,13 +70,13 @@ def get_config(variant='S/16'):
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=5e-4 * BATCH / 256, warmup_steps=10 * steps_per_epoch, end=1e-6),
+    schedule=dict(name='cosine', peak_lr=5e-4 * BATCH / 256, warmup_steps=10 * steps_per_epoch, end=1e-6),
     weight_decay=0.04,
     weight_decay_end=0.4,
-    decayed=('.*/kernel', '.*/prototypes'),
+    weight_decay_mask=('.*/kernel', '.*/prototypes'),
     clip_norm=3.0,
   )
-  c.train = dict(steps=steps, batch=BATCH)
+  c.train = dict(steps=steps, batch_size=BATCH)
   c.checkpoint = dict(every=steps_per_epoch)
   c.mesh = dict(data=-1)  # small enough to be whole on every chip
   c.topology = 'v5e:8x8'

@@ -26,10 +26,10 @@ def get_config():
     momentum=0.992,
     teacher_temperature=(0.04, 0.07),
     temperature_steps=30 * STEPS_PER_EPOCH,
-    freeze_steps=STEPS_PER_EPOCH,
-    patch_weight=1.0,
-    hidden=(0.1, 0.5),
-    hidden_images=0.5,
+    freeze_last_layer_steps=STEPS_PER_EPOCH,
+    ibot_loss_weight=1.0,
+    mask_ratio_min_max=(0.1, 0.5),
+    mask_sample_probability=0.5,
     koleo_weight=0.1,
     global_augments=(
       (*jitter, dict(name='blur', probability=1.0)),
@@ -39,7 +39,7 @@ def get_config():
     normalize=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
     network=dict(
       name='dino',
-      lengths=True,
+      learn_prototype_norms=True,
       encoder=dict(
         name='vit',
         variant='L/16',
@@ -56,15 +56,15 @@ def get_config():
     source=dict(imagenet, split='train'),
     views=dict(
       global_views=dict(count=2, image=dict(name='random_resized_crop', size=224, scale=(0.32, 1.0))),
-      local_views=dict(count=8, image=dict(name='random_resized_crop', size=96, scale=(0.05, 0.32))),
+      local_crops_number=dict(count=8, image=dict(name='random_resized_crop', size=96, scale=(0.05, 0.32))),
     ),
     workers=32,
   )
   whole = dict(image=dict(name='resize_crop', size=224), workers=16)
   judged = dict(
-    batch=1024,
+    batch_size=1024,
     data=dict(whole, source=dict(imagenet, split='validation')),
-    bank=dict(whole, source=dict(imagenet, split='train')),
+    train_data=dict(whole, source=dict(imagenet, split='train')),
   )
   c.evaluators = dict(
     knn=dict(judged, name='knn', ks=(10, 20, 100, 200), every=10 * STEPS_PER_EPOCH),
@@ -72,15 +72,15 @@ def get_config():
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=4e-3 * (BATCH / 1024) ** 0.5, warmup_steps=10 * STEPS_PER_EPOCH, end=1e-6),
+    schedule=dict(name='cosine', peak_lr=4e-3 * (BATCH / 1024) ** 0.5, warmup_steps=10 * STEPS_PER_EPOCH, end=1e-6),
     weight_decay=0.04,
     weight_decay_end=0.4,
-    decayed=('.*/kernel', '.*/prototypes'),
+    weight_decay_mask=('.*/kernel', '.*/prototypes'),
     clip_norm=3.0,
     layer_decay=0.9,
-    multipliers=(('encoder/patch/.*', 0.2),),
+    lr_multipliers=(('encoder/patch/.*', 0.2),),
   )
-  c.train = dict(steps=steps, batch=BATCH)
+  c.train = dict(steps=steps, batch_size=BATCH)
   c.checkpoint = dict(every=STEPS_PER_EPOCH)
   c.mesh = dict(data=1, fsdp=-1, max_fsdp=16)
   c.topology = 'v5e:16x16'

@@ -24,15 +24,15 @@ def get_config(variant='XL/2'):
       variant=variant,
       image_size=size // 8,
       channels=4,
-      outputs=8,
-      classes=1000,
+      out_channels=8,
+      num_classes=1000,
       dtype='bfloat16',
       unroll=True,  # side by side all layers read and write half of what they do in a loop (docs/plan.md)
     ),
     process=dict(schedule='linear', prediction='noise', learned_variance=True),
     autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'),
     latent_scale=0.18215,
-    drop=0.1,
+    condition_dropout=0.1,
     augment=(dict(name='flip'),),
   )
   c.init_from = {'extra/autoencoder': dict(workdir='runs/kl-f8', part='params/autoencoder')}
@@ -46,8 +46,8 @@ def get_config(variant='XL/2'):
       data=dict(source=dict(imagenet, split='validation[:2000]'), image=crop, workers=16),
     )
   )
-  c.optimizer = dict(rule=dict(name='adamw'), schedule=dict(name='cosine', peak=1e-4, end=1e-4))
-  c.train = dict(steps=400_000, batch=BATCH, ema=0.9999)
+  c.optimizer = dict(rule=dict(name='adamw'), schedule=dict(name='cosine', peak_lr=1e-4, end=1e-4))
+  c.train = dict(steps=400_000, batch_size=BATCH, ema_decay=0.9999)
   c.checkpoint = dict(every=5000)
   c.mesh = dict(data=1, fsdp=-1)
   c.topology = 'v5e:4x4'

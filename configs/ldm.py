@@ -18,11 +18,11 @@ def get_config():
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='diffusion',
-    network=dict(name='unet', variant='ldm8-classes', classes=1000, dtype='bfloat16', remat='dots'),
+    network=dict(name='unet', variant='ldm8-classes', num_classes=1000, dtype='bfloat16', remat='dots'),
     process=dict(schedule='scaled_linear', prediction='noise'),
     autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'),
     latent_scale=0.18215,
-    drop=0.1,
+    condition_dropout=0.1,
     augment=(dict(name='flip'),),
   )
   c.init_from = {'extra/autoencoder': dict(workdir='runs/kl-f8', part='params/autoencoder')}
@@ -36,8 +36,8 @@ def get_config():
       data=dict(source=dict(imagenet, split='validation[:2000]'), image=crop, workers=16),
     )
   )
-  c.optimizer = dict(rule=dict(name='adamw'), schedule=dict(name='cosine', peak=1e-4, end=1e-4, warmup_steps=5000))
-  c.train = dict(steps=400_000, batch=BATCH, ema=0.9999)
+  c.optimizer = dict(rule=dict(name='adamw'), schedule=dict(name='cosine', peak_lr=1e-4, end=1e-4, warmup_steps=5000))
+  c.train = dict(steps=400_000, batch_size=BATCH, ema_decay=0.9999)
   c.checkpoint = dict(every=5000)
   c.mesh = dict(data=1, fsdp=-1)
   c.topology = 'v5e:4x4'

@@ -17,13 +17,13 @@ def get_config():
   c = ml_collections.ConfigDict()
   size = 384
   c.objective = dict(
-    name='adapted',
-    trained=('head/.*',),
+    name='finetune',
+    trainable=('head/.*',),
     lora=dict(rank=16, alpha=32.0, targets=('blocks/attention/(query|value)/kernel',)),
     objective=dict(
       name='classification',
       augment=(dict(name='flip'),),
-      network=dict(name='vit', variant='B/16', image_size=size, outputs=37, dtype='bfloat16', unroll=True),
+      network=dict(name='vit', variant='B/16', image_size=size, num_classes=37, dtype='bfloat16', unroll=True),
     ),
   )
   c.init_from = {'extra/frozen': dict(workdir='runs/vit_b16', resize=('position',))}
@@ -35,16 +35,16 @@ def get_config():
     test=dict(
       name='accuracy',
       every=200,
-      batch=128,
+      batch_size=128,
       data=dict(source=dict(pets, split='test'), image=dict(name='resize_crop', size=size), workers=8),
     )
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=1e-3, warmup_steps=100),
+    schedule=dict(name='cosine', peak_lr=1e-3, warmup_steps=100),
     clip_norm=1.0,
   )
-  c.train = dict(steps=40 * EXAMPLES // BATCH, batch=BATCH)
+  c.train = dict(steps=40 * EXAMPLES // BATCH, batch_size=BATCH)
   c.checkpoint = dict(every=200, best='test/top1')
   c.topology = 'v5e:2x4'
   return c

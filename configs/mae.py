@@ -22,16 +22,16 @@ def get_config(variant='B/16'):
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='mae',
-    hidden=0.75,
+    mask_ratio=0.75,
     augment=(dict(name='flip'),),
     normalize=IMAGENET,
     network=dict(
       name='mae',
       width=512,
       depth=8,
-      heads=16,
+      num_heads=16,
       # Side by side all layers run a third faster than in a loop (docs/plan.md).
-      encoder=dict(name='vit', variant=variant, positions='sincos2d', dtype='bfloat16', unroll=True),
+      encoder=dict(name='vit', variant=variant, pos_embed='sincos2d', dtype='bfloat16', unroll=True),
     ),
   )
   imagenet = dict(name='tfds', builder='imagenet2012')
@@ -45,17 +45,17 @@ def get_config(variant='B/16'):
     probe=dict(
       name='linear_probe',
       method='logistic',
-      batch=4096,
+      batch_size=4096,
       data=dict(whole, source=dict(imagenet, split='validation')),
-      bank=dict(whole, source=dict(imagenet, split='train')),
+      train_data=dict(whole, source=dict(imagenet, split='train')),
     )
   )
   c.optimizer = dict(
     rule=dict(name='adamw', b2=0.95),
-    schedule=dict(name='cosine', peak=1.5e-4 * BATCH / 256, warmup_steps=40 * steps_per_epoch),
+    schedule=dict(name='cosine', peak_lr=1.5e-4 * BATCH / 256, warmup_steps=40 * steps_per_epoch),
     weight_decay=0.05,
   )
-  c.train = dict(steps=1600 * steps_per_epoch, batch=BATCH)
+  c.train = dict(steps=1600 * steps_per_epoch, batch_size=BATCH)
   c.checkpoint = dict(every=10 * steps_per_epoch)
   c.mesh = MESH[variant]
   c.topology = 'v5e:16x16'

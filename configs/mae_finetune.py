@@ -34,9 +34,9 @@ def get_config(variant='B/16'):
     network=dict(
       name='vit',
       variant=variant,
-      outputs=1000,
+      num_classes=1000,
       pool='gap',
-      positions='sincos2d',
+      pos_embed='sincos2d',
       drop_path=drop_path,
       dtype='bfloat16',
       unroll=True,  # side by side all layers run a third faster than in a loop (docs/plan.md)
@@ -49,17 +49,17 @@ def get_config(variant='B/16'):
     val=dict(
       name='accuracy',
       every=5 * steps_per_epoch,
-      batch=1024,
+      batch_size=1024,
       data=dict(source=dict(imagenet, split='validation'), image=dict(name='resize_crop', size=224), workers=16),
     )
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=rate * BATCH / 256, warmup_steps=5 * steps_per_epoch, end=1e-6),
+    schedule=dict(name='cosine', peak_lr=rate * BATCH / 256, warmup_steps=5 * steps_per_epoch, end=1e-6),
     weight_decay=0.05,
     layer_decay=layer_decay,
   )
-  c.train = dict(steps=epochs * steps_per_epoch, batch=BATCH)
+  c.train = dict(steps=epochs * steps_per_epoch, batch_size=BATCH)
   c.checkpoint = dict(every=steps_per_epoch, best='val/top1')
   c.mesh = MESH[variant]
   c.topology = 'v5e:8x8'

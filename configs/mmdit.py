@@ -31,7 +31,7 @@ def get_config(size='256'):
     remat='dots',
   )
   c.objective.process = dict(schedule='flow', prediction='flow', shift=1.0 if size == 256 else 2.0)
-  c.objective.times = 'logit_normal'
+  c.objective.timestep_sampling = 'logit_normal'
   c.objective.autoencoder.variant = 'f8-16ch'
   c.objective.latent_scale = 1.5305
   c.objective.latent_shift = 0.0609
@@ -39,7 +39,7 @@ def get_config(size='256'):
   if size > 256:
     c.init_from['params'].workdir = 'runs/mmdit_256'
   c.train.steps = STEPS[size]
-  c.train.batch = 1024
+  c.train.batch_size = 1024
   c.mesh = dict(data=1, fsdp=-1)
   c.topology = 'v5p:4x4x4'
   return c

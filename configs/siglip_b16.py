@@ -35,17 +35,17 @@ def get_config():
     val=dict(
       name='retrieval',
       every=10_000,
-      batch=4096,
+      batch_size=4096,
       data=dict(source=dict(pairs, path='data/pairs/val'), image=dict(name='resize', size=size), workers=32),
     )
   )
   c.optimizer = dict(
     rule=dict(name='adafactor'),
-    schedule=dict(name='cosine', peak=1e-3, warmup_steps=10_000),
+    schedule=dict(name='cosine', peak_lr=1e-3, warmup_steps=10_000),
     weight_decay=1e-4,
     clip_norm=1.0,
   )
-  c.train = dict(steps=SEEN // BATCH, batch=BATCH)
+  c.train = dict(steps=SEEN // BATCH, batch_size=BATCH)
   c.checkpoint = dict(every=2_000)
   c.topology = 'v5e:4x4'
   return c

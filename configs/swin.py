@@ -30,7 +30,7 @@ def get_config(variant='T'):
     ),
     normalize=IMAGENET,
     network=dict(
-      name='swin', variant=variant, outputs=1000, drop_path=DROP_PATH[variant], dtype='bfloat16', remat='dots'
+      name='swin', variant=variant, num_classes=1000, drop_path=DROP_PATH[variant], dtype='bfloat16', remat='dots'
     ),
   )
   imagenet = dict(name='tfds', builder='imagenet2012')
@@ -39,17 +39,17 @@ def get_config(variant='T'):
     val=dict(
       name='accuracy',
       every=10 * steps_per_epoch,
-      batch=1024,
+      batch_size=1024,
       data=dict(source=dict(imagenet, split='validation'), image=dict(name='resize_crop', size=224), workers=16),
     )
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=1e-3, warmup_steps=20 * steps_per_epoch, end=1e-5),
+    schedule=dict(name='cosine', peak_lr=1e-3, warmup_steps=20 * steps_per_epoch, end=1e-5),
     weight_decay=0.05,
     clip_norm=5.0,
   )
-  c.train = dict(steps=300 * steps_per_epoch, batch=BATCH)
+  c.train = dict(steps=300 * steps_per_epoch, batch_size=BATCH)
   c.checkpoint = dict(every=steps_per_epoch, best='val/top1')
   c.mesh = dict(data=-1)  # small enough to be whole on every chip
   c.topology = 'v5e:8x8'

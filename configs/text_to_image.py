@@ -26,17 +26,17 @@ def get_config(size='256'):
     process=dict(schedule='scaled_linear', prediction='noise'),
     autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'),
     latent_scale=0.18215,
-    text=dict(
+    text_encoder=dict(
       name='text_transformer',
       vocab_size=49_408,
       length=77,
       width=768,
       depth=12,
-      heads=12,
-      outputs=768,
+      num_heads=12,
+      num_classes=768,
       dtype='bfloat16',
     ),
-    drop=0.1,
+    condition_dropout=0.1,
     augment=(dict(name='flip'),),
   )
   c.init_from = {
@@ -56,10 +56,10 @@ def get_config(size='256'):
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=1e-4, end=1e-4, warmup_steps=10_000),
+    schedule=dict(name='cosine', peak_lr=1e-4, end=1e-4, warmup_steps=10_000),
     weight_decay=0.01,
   )
-  c.train = dict(steps=STEPS[size], batch=BATCH, ema=0.9999)
+  c.train = dict(steps=STEPS[size], batch_size=BATCH, ema_decay=0.9999)
   c.checkpoint = dict(every=2_000)
   c.mesh = dict(data=-1, fsdp=16)
   c.topology = PODS[size]

@@ -24,7 +24,7 @@ def get_config():
     network=dict(
       name='vit',
       variant='22B/14',
-      outputs=CLASSES,
+      num_classes=CLASSES,
       pool='map',
       parallel=True,
       qk_norm=True,
@@ -40,17 +40,17 @@ def get_config():
     val=dict(
       name='accuracy',
       every=5_000,
-      batch=4096,
+      batch_size=4096,
       data=dict(source=dict(labelled, path='data/labelled/val'), image=dict(name='resize_crop', size=224), workers=32),
     )
   )
   c.optimizer = dict(
     rule=dict(name='adafactor'),
-    schedule=dict(name='rsqrt', peak=1e-3, warmup_steps=10_000, cooldown_steps=30_000),
+    schedule=dict(name='rsqrt', peak_lr=1e-3, warmup_steps=10_000, cooldown_steps=30_000),
     weight_decay=0.03,
     clip_norm=1.0,
   )
-  c.train = dict(steps=STEPS, batch=65_536, microbatches=2)
+  c.train = dict(steps=STEPS, batch_size=65_536, grad_accum_steps=2)
   c.checkpoint = dict(every=1_000)
   # Between blocks, activations are split over the chips of one tensor group as well.
   c.rules = dict(axes=dict(width=('tensor',)))

@@ -27,7 +27,7 @@ def get_config(variant='B/16'):
     network=dict(
       name='vit',
       variant=variant,
-      outputs=1000,
+      num_classes=1000,
       drop_path=recipe['drop_path'],
       activation='gelu_tanh',
       dtype='bfloat16',
@@ -40,16 +40,16 @@ def get_config(variant='B/16'):
     val=dict(
       name='accuracy',
       every=10 * steps_per_epoch,
-      batch=4096,
+      batch_size=4096,
       data=dict(source=dict(imagenet, split='validation'), image=dict(name='resize_crop', size=224), workers=16),
     )
   )
   c.optimizer = dict(
     rule=dict(name='adamw', b2=0.95),
-    schedule=dict(name='cosine', peak=1e-4 * BATCH / 256, warmup_steps=20 * steps_per_epoch),
+    schedule=dict(name='cosine', peak_lr=1e-4 * BATCH / 256, warmup_steps=20 * steps_per_epoch),
     weight_decay=0.3,
   )
-  c.train = dict(steps=recipe['epochs'] * steps_per_epoch, batch=BATCH, ema=0.9999)
+  c.train = dict(steps=recipe['epochs'] * steps_per_epoch, batch_size=BATCH, ema_decay=0.9999)
   c.checkpoint = dict(every=steps_per_epoch, best='val/top1')
   c.mesh = dict(data=1, fsdp=-1, max_fsdp=16)
   c.topology = 'v5e:16x16'

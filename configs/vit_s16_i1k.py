@@ -22,9 +22,9 @@ def get_config(epochs='90'):
     network=dict(
       name='vit',
       variant='S/16',
-      outputs=1000,
+      num_classes=1000,
       pool='gap',
-      positions='sincos2d',
+      pos_embed='sincos2d',
       activation='gelu_tanh',
       dtype='bfloat16',
       unroll=True,
@@ -40,17 +40,17 @@ def get_config(epochs='90'):
     val=dict(
       name='accuracy',
       every=5_000,
-      batch=1024,
+      batch_size=1024,
       data=dict(source=dict(imagenet, split='validation'), image=dict(name='resize_crop', size=224), workers=16),
     )
   )
   c.optimizer = dict(
     rule=dict(name='adamw', mu_dtype='bfloat16'),
-    schedule=dict(name='cosine', peak=1e-3, warmup_steps=10_000),
+    schedule=dict(name='cosine', peak_lr=1e-3, warmup_steps=10_000),
     weight_decay=1e-4,
     clip_norm=1.0,
   )
-  c.train = dict(steps=int(epochs) * EXAMPLES // BATCH, batch=BATCH)
+  c.train = dict(steps=int(epochs) * EXAMPLES // BATCH, batch_size=BATCH)
   c.checkpoint = dict(every=1_000, best='val/top1')
   c.topology = 'v5e:4x4'
   return c

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import logging
 import pathlib
 import types
 import typing
@@ -21,7 +22,10 @@ from typing import Any, Literal
 
 import ml_collections
 
+from fmcv_jax import config_aliases
 from fmcv_jax.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 Kinds = Mapping[type, Mapping[str, Callable[..., Any]]]
 
@@ -197,6 +201,9 @@ def _visit_spec(table, value, kinds, path, make):
   if not isinstance(value, dict) or not isinstance(value.get('name'), str):
     raise UserError(f'{path}: expected a dict with a name; known names: {", ".join(sorted(table))}; got {value!r}')
   name = value['name']
+  if name not in table and (today := config_aliases.CONSTRUCTORS.get(name)) in table:
+    logger.warning('%s.name: %r is now called %r', path, name, today)
+    name = today
   constructor = _import(name, path) if ':' in name else table.get(name)
   if constructor is None:
     raise UserError(f'{path}.name: unknown {name!r}; {did_you_mean(name, table)}')
@@ -206,6 +213,7 @@ def _visit_spec(table, value, kinds, path, make):
 
 def _visit_call(name, constructor, fields, kinds, path, make):
   parameters = _parameters(constructor)
+  fields = _in_present_names(fields, parameters, path)
   for key in fields:
     if key not in parameters:
       raise UserError(f'{path}.{key}: unknown field; {did_you_mean(key, parameters)}')
@@ -222,6 +230,23 @@ def _visit_call(name, constructor, fields, kinds, path, make):
     else:
       built[key] = _visit(annotation, default, kinds, f'{path}.{key}', make)
   return make(name, constructor, built, path)
+
+
+def _in_present_names(fields: Mapping[str, Any], parameters: Mapping[str, Any], path: str) -> dict[str, Any]:
+  """`fields` with the names and values of earlier versions replaced by those of today, each with a warning."""
+  present = {}
+  for key, value in fields.items():
+    name = config_aliases.renamed_field(key, parameters)
+    if name is not None:
+      if name in fields:
+        raise UserError(f'{path}: {key} is the earlier name of {name}, and both are given; leave {key} out')
+      logger.warning('%s.%s is now called %s', path, key, name)
+      key = name
+    if isinstance(value, str) and value in (renamed := config_aliases.VALUES.get(key, {})):
+      logger.warning('%s.%s: %r is now called %r', path, key, value, renamed[value])
+      value = renamed[value]
+    present[key] = value
+  return present
 
 
 def _described(default: Any, kinds: Kinds) -> Any:

@@ -31,10 +31,10 @@ class Training:
   """
 
   steps: int
-  batch: int
-  microbatches: int = 1
-  ema: float | None = None
-  max_streak: int = 100
+  batch_size: int
+  grad_accum_steps: int = 1
+  ema_decay: float | None = None
+  max_nonfinite_steps: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Experiment:
 
   objective: Objective
   data: Pipeline = Pipeline(NoData())
-  optimizer: Optimizer = Optimizer(Cosine(peak=0.0))
-  train: Training = Training(steps=0, batch=0)
+  optimizer: Optimizer = Optimizer(Cosine(peak_lr=0.0))
+  train: Training = Training(steps=0, batch_size=0)
   tokenizer: Tokenizer | None = None
   mesh: MeshShape = MeshShape()
   rules: Rules = Rules()

@@ -59,7 +59,7 @@ from fmcv_jax.train.schedules import Cosine, Linear, Rsqrt, Schedule
 # What a config may name, by kind. A name of the form 'package.module:attribute' reaches code outside this package.
 KINDS: config_lib.Kinds = {
   Objective: {
-    'adapted': PartialFineTuning,
+    'finetune': PartialFineTuning,
     'autoencoding': Autoencoding,
     'classification': Classification,
     'contrastive': Contrastive,
@@ -102,7 +102,7 @@ KINDS: config_lib.Kinds = {
   ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
   Tokenizer: TOKENIZERS,
   Augment: AUGMENTS,
-  Control: {'coarse': Pixelate, 'edges': Edges, 'gray': Gray},
+  Control: {'pixelate': Pixelate, 'edges': Edges, 'gray': Gray},
   Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},
   UpdateRule: {'adafactor': Adafactor, 'adamw': AdamW, 'lamb': Lamb, 'lion': Lion, 'muon': Muon},
   Evaluator: {

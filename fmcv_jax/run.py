@@ -65,7 +65,7 @@ class Run:
 
   def init(self) -> TrainState:
     e = self.experiment
-    return init_state(e.objective, self.tx, e.seed, ema=e.train.ema is not None)
+    return init_state(e.objective, self.tx, e.seed, ema=e.train.ema_decay is not None)
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
@@ -81,7 +81,8 @@ class Run:
     """Shapes and dtypes of the global training batch."""
     e = self.experiment
     return {
-      name: jax.ShapeDtypeStruct((e.train.batch, *x.shape), x.dtype) for name, x in e.objective.example_batch.items()
+      name: jax.ShapeDtypeStruct((e.train.batch_size, *x.shape), x.dtype)
+      for name, x in e.objective.example_batch.items()
     }
 
   def train_step(self) -> StepFn:
@@ -93,8 +94,8 @@ class Run:
       self.placement,
       self.shardings,
       self.placement.batch(self.batch_shapes),
-      microbatches=e.train.microbatches,
-      ema=e.train.ema,
+      microbatches=e.train.grad_accum_steps,
+      ema=e.train.ema_decay,
     )
 
   def subject(self) -> EvaluatedModel:
@@ -142,8 +143,8 @@ class Run:
     axes = {**AXIS_RULES, **e.rules.axes}['batch']
     ways = int(np.prod([mesh.shape[axis] for axis in axes]))
     for path, batch, pieces in [
-      ('train.batch', e.train.batch, e.train.microbatches),
-      *((f'evaluators.{name}.batch', evaluator.batch, 1) for name, evaluator in e.evaluators.items()),
+      ('train.batch_size', e.train.batch_size, e.train.grad_accum_steps),
+      *((f'evaluators.{name}.batch_size', evaluator.batch_size, 1) for name, evaluator in e.evaluators.items()),
     ]:
       if batch % (ways * pieces):
         parts = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes if mesh.shape[axis] > 1) or '1 device'

@@ -87,7 +87,7 @@ def _train(run: Run, console: Console) -> TrainState:
   fields = tuple(run.batch_shapes)
   loader = TrainLoader(
     e.data,
-    batch=e.train.batch,
+    batch=e.train.batch_size,
     seed=e.seed,
     fields=fields,
     tokenizer=e.tokenizer,
@@ -126,9 +126,9 @@ def _train(run: Run, console: Console) -> TrainState:
         log_every=e.log.every,
         save_every=e.checkpoint.every,
         evaluate_every=lambda step: any(due(step, evaluator) for evaluator in e.evaluators.values()),
-        max_streak=e.train.max_streak,
+        max_streak=e.train.max_nonfinite_steps,
       ),
-      batch_size=e.train.batch,
+      batch_size=e.train.batch_size,
       step_flops=run.step_flops() if peak else 0.0,
       peak_flops=peak and peak * jax.device_count(),
       evaluate=evaluate_at,

@@ -24,10 +24,10 @@ UNET = {
   'variant': 'mu',
   'image_size': 16,
   'channels': 3,
-  'widths': (16,),
+  'block_out_channels': (16,),
   'depths': (0,),
   'layers': 1,
-  'context': 0,
+  'cross_attention_dim': 0,
 }
 LOCAL = ('launch/local.py', '--processes', '2', '--devices', '2', '--')
 
@@ -56,7 +56,7 @@ def classification(folder, **changes):
         'name': 'classification',
         'mixup': 0.2,
         'augment': ({'name': 'flip'},),
-        'network': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'outputs': 3, 'drop_path': 0.1},
+        'network': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'num_classes': 3, 'drop_path': 0.1},
       },
       'data': {
         'source': {'name': 'image_folder', 'path': str(folder)},
@@ -66,12 +66,12 @@ def classification(folder, **changes):
         'val': {
           'name': 'accuracy',
           'every': 4,
-          'batch': 16,
+          'batch_size': 16,
           'data': {'source': {'name': 'image_folder', 'path': str(folder)}, 'image': {'name': 'resize', 'size': 16}},
         }
       },
-      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}, 'clip_norm': 1.0},
-      'train': {'steps': 8, 'batch': 16, 'ema': 0.9},
+      'optimizer': {'schedule': {'name': 'cosine', 'peak_lr': 3e-3, 'warmup_steps': 2}, 'clip_norm': 1.0},
+      'train': {'steps': 8, 'batch_size': 16, 'ema_decay': 0.9},
       'checkpoint': {'every': 3},
       'log': {'every': 1, 'tensorboard': False},
     },
@@ -87,22 +87,22 @@ def contrastive(folder, **changes):
         'name': 'contrastive',
         'network': {
           'name': 'dual_encoder',
-          'image': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'outputs': 16, 'outputs_bias': False},
+          'image': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'num_classes': 16, 'head_bias': False},
           'text': {
             'name': 'text_transformer',
             'vocab_size': 300,
             'length': 8,
             'width': 32,
             'depth': 1,
-            'heads': 2,
-            'outputs': 16,
+            'num_heads': 2,
+            'num_classes': 16,
           },
         },
       },
       'tokenizer': {'name': 'bpe', 'vocab_size': 300, 'length': 8, 'corpus': source},
       'data': {'source': source, 'image': {'name': 'random_resized_crop', 'size': 16}},
-      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}},
-      'train': {'steps': 4, 'batch': 16},
+      'optimizer': {'schedule': {'name': 'cosine', 'peak_lr': 3e-3, 'warmup_steps': 2}},
+      'train': {'steps': 4, 'batch_size': 16},
       'log': {'every': 1, 'tensorboard': False},
     },
     changes,
@@ -111,9 +111,17 @@ def contrastive(folder, **changes):
 
 def painter(folder, **changes):
   """A diffusion of latents, told texts by a trained-nowhere tower."""
-  text = {'vocab_size': 300, 'length': 8, 'width': 16, 'depth': 1, 'heads': 2, 'causal': False, 'attend_padding': False}
+  text = {
+    'vocab_size': 300,
+    'length': 8,
+    'width': 16,
+    'depth': 1,
+    'num_heads': 2,
+    'causal': False,
+    'attend_padding': False,
+  }
   source = {'name': 'image_folder', 'path': str(folder), 'captions': 'captions.csv'}
-  coder = {'channels': (4, 4), 'layers': 1, 'latent': 4, 'image_size': 16, 'middle_attention': False}
+  coder = {'channels': (4, 4), 'layers': 1, 'latent_channels': 4, 'image_size': 16, 'middle_attention': False}
   network = {'variant': 'mu/2', 'image_size': 8, 'channels': 4, 'cross_attention': True, 'pooled_text': True}
   return _resolved(
     {
@@ -122,15 +130,19 @@ def painter(folder, **changes):
         'network': {'name': 'dit', **network},
         'process': {'schedule': 'flow', 'prediction': 'flow'},
         'autoencoder': {'name': 'autoencoder', **coder},
-        'text': {'name': 'text_transformer', **text},
+        'text_encoder': {'name': 'text_transformer', **text},
       },
       'tokenizer': {'name': 'bpe', 'vocab_size': 300, 'length': 8, 'corpus': source},
       'data': {'source': source, 'image': {'name': 'resize', 'size': 16}},
       'evaluators': {
-        'val': {'name': 'denoising', 'batch': 16, 'data': {'source': source, 'image': {'name': 'resize', 'size': 16}}}
+        'val': {
+          'name': 'denoising',
+          'batch_size': 16,
+          'data': {'source': source, 'image': {'name': 'resize', 'size': 16}},
+        }
       },
-      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}},
-      'train': {'steps': 4, 'batch': 16},
+      'optimizer': {'schedule': {'name': 'cosine', 'peak_lr': 3e-3, 'warmup_steps': 2}},
+      'train': {'steps': 4, 'batch_size': 16},
       'log': {'every': 1, 'tensorboard': False},
     },
     changes,
@@ -143,15 +155,15 @@ def class_painter(folder, **changes):
     {
       'objective': {
         'name': 'diffusion',
-        'network': {'name': 'dit', 'variant': 'mu/4', 'image_size': 16, 'channels': 3, 'classes': 3},
+        'network': {'name': 'dit', 'variant': 'mu/4', 'image_size': 16, 'channels': 3, 'num_classes': 3},
         'process': {'schedule': 'cosine', 'prediction': 'velocity'},
       },
       'data': {
         'source': {'name': 'image_folder', 'path': str(folder)},
         'image': {'name': 'random_resized_crop', 'size': 16},
       },
-      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}},
-      'train': {'steps': 4, 'batch': 16},
+      'optimizer': {'schedule': {'name': 'cosine', 'peak_lr': 3e-3, 'warmup_steps': 2}},
+      'train': {'steps': 4, 'batch_size': 16},
       'log': {'every': 1, 'tensorboard': False},
     },
     changes,
@@ -160,19 +172,19 @@ def class_painter(folder, **changes):
 
 def follower(folder, **changes):
   """A diffusion of pixels, told classes, that a ControlNet steers by edges."""
-  objective = {'name': 'diffusion', 'network': {**UNET, 'classes': 3}, 'control': {'name': 'edges'}}
+  objective = {'name': 'diffusion', 'network': {**UNET, 'num_classes': 3}, 'control': {'name': 'edges'}}
   return _resolved({**class_painter(folder), 'objective': objective}, changes)
 
 
 def filler(folder, **changes):
   """A diffusion of pixels, told what is around a hole."""
-  objective = {'name': 'diffusion', 'network': {**UNET, 'beside': 4}, 'holes': {'whole': 0.5}}
+  objective = {'name': 'diffusion', 'network': {**UNET, 'extra_in_channels': 4}, 'holes': {'whole': 0.5}}
   return _resolved({**class_painter(folder), 'objective': objective}, changes)
 
 
 def coder(folder, **changes):
   """An autoencoder against a discriminator."""
-  network = {'channels': (4, 4), 'layers': 1, 'latent': 4, 'image_size': 16, 'middle_attention': False}
+  network = {'channels': (4, 4), 'layers': 1, 'latent_channels': 4, 'image_size': 16, 'middle_attention': False}
   objective = {'name': 'autoencoding', 'network': {'name': 'autoencoder', **network}, 'adversarial_start': 2}
   return _resolved(
     {**class_painter(folder), 'objective': {**objective, 'discriminator_width': 8, 'discriminator_layers': 1}}, changes

@@ -131,22 +131,22 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
 def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(finished, folder, tmp_path):
   _, workdir, state = finished
   changes = {'init_from__params__workdir': workdir, 'init_from__params__skip': "('head/.*',)", 'train__steps': 1}
-  warm = runs.classification(folder, **changes, optimizer__schedule__peak=1e-12, optimizer__schedule__warmup_steps=0)
+  warm = runs.classification(folder, **changes, optimizer__schedule__peak_lr=1e-12, optimizer__schedule__warmup_steps=0)
   params = jax.device_get(trainer.train(warm, tmp_path).params)
   np.testing.assert_allclose(params['patch']['kernel'], state.ema['patch']['kernel'], atol=1e-8)
   assert abs(params['head']['kernel']).max() < 1e-6
   with pytest.raises(UserError, match=r'head/bias is \(3,\) in .* and \(4,\) here; add a pattern'):
     trainer.train(
-      runs.classification(folder, init_from__params__workdir=workdir, objective__network__outputs=4), tmp_path / 'other'
+      runs.classification(folder, init_from__params__workdir=workdir, objective__network__num_classes=4), tmp_path / 'other'
     )
 
 
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'train__batch': 20}, r'config\.train\.batch: 20 does not divide over data=8; use a multiple of 8'),
-    ({'train__microbatches': 4}, r'16 does not divide over data=8 times 4 microbatches; use a multiple of 32'),
-    ({'evaluators__val__batch': 12}, r'config\.evaluators\.val\.batch: 12 does not divide'),
+    ({'train__batch_size_size': 20}, r'config\.train\.batch_size: 20 does not divide over data=8; use a multiple of 8'),
+    ({'train__grad_accum_steps': 4}, r'16 does not divide over data=8 times 4 microbatches; use a multiple of 32'),
+    ({'evaluators__val__batch_size_size': 12}, r'config\.evaluators\.val\.batch_size: 12 does not divide'),
     ({'train__steps': 2}, r'config\.optimizer\.schedule: warmup_steps 2 leaves nothing of a run of 2 steps'),
     ({'mesh__tensor': 3}, 'tensor=3 needs a multiple of 3 devices'),
     ({'data__image__size': 24}, r'config\.data gives image of shape \(24, 24, 3\).* expects \(16, 16, 3\)'),

@@ -27,41 +27,41 @@ from tests.train.tiny import MESHES, Trainer, batch_of, classification
 pytestmark = pytest.mark.slow
 
 VIT = functools.partial(vit, 'mu/8', image_size=16, depth=1)
-BERT = {'causal': False, 'pool': 'first', 'attend_padding': False, 'outputs_bias': True, 'post_norm': True}
+BERT = {'causal': False, 'pool': 'first', 'attend_padding': False, 'head_bias': True, 'post_norm': True}
 FAMILIES = {
-  'mae': lambda: MaskedAutoencoding(mae(VIT(positions='sincos2d'), width=16, depth=1, heads=2), hidden=0.5),
+  'mae': lambda: MaskedAutoencoding(mae(VIT(pos_embed='sincos2d'), width=16, depth=1, num_heads=2), hidden=0.5),
   'dino': lambda: SelfDistillation(
-    dino(VIT(), prototypes=16, hidden=16, bottleneck=8), local_views=1, local_size=8, momentum_steps=4
+    dino(VIT(), prototypes=16, hidden=16, bottleneck=8), local_crops_number=1, local_size=8, momentum_steps=4
   ),
   'dinov2': lambda: SelfDistillation(
     dino(
-      VIT(mask_token=True, registers=1, gated=True, activation='silu', layer_scale=0.1),
+      VIT(mask_token=True, registers=1, gated_mlp=True, activation='silu', layer_scale=0.1),
       prototypes=16,
       hidden=16,
       bottleneck=8,
-      lengths=True,
+      learn_prototype_norms=True,
     ),
-    local_views=1,
+    local_crops_number=1,
     local_size=8,
     momentum_steps=4,
     targets='sinkhorn',
-    patch_weight=1.0,
+    ibot_loss_weight=1.0,
     koleo_weight=0.1,
   ),
-  'deit': lambda: classification(VIT(outputs=10, distilled=True), distillation=Distillation(VIT(outputs=10))),
+  'deit': lambda: classification(VIT(num_classes=10, distilled=True), distillation=Distillation(VIT(num_classes=10))),
   'deit iii': lambda: classification(
-    VIT(outputs=10, place_class_token=False, layer_scale=0.1, drop_path=0.2, drop_path_rise=False),
+    VIT(num_classes=10, class_token_has_position=False, layer_scale=0.1, drop_path=0.2, drop_path_rise=False),
     loss_name='sigmoid',
     mixup=0.8,
     cutmix=1.0,
     augment=(ThreeAugment(),),
   ),
-  'lora': lambda: PartialFineTuning(classification(VIT(outputs=10)), trained=('head/.*',), lora=Lora(rank=2)),
-  'swin': lambda: classification(swin('mu', image_size=16, patch=2, window=4, outputs=10)),
+  'lora': lambda: PartialFineTuning(classification(VIT(num_classes=10)), trainable=('head/.*',), lora=Lora(rank=2)),
+  'swin': lambda: classification(swin('mu', image_size=16, patch_size=2, window=4, num_classes=10)),
   'align': lambda: Contrastive(
     DualEncoder(
       EfficientNet((Row(1, 16, 3, 2, 2),), stem=8, top=0, image_size=16),
-      text_transformer(64, 8, 16, 1, 2, outputs=16, **BERT),
+      text_transformer(64, 8, 16, 1, 2, num_classes=16, **BERT),
       1.0,
     ),
     label_smoothing=0.1,
@@ -81,10 +81,18 @@ def test_losses_are_those_of_one_device_however_the_model_is_split(family):
 
 
 NETWORKS = {
-  'deit': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'outputs': 3, 'distilled': True},
-  'deit iii': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'outputs': 3, 'layer_scale': 1e-4},
-  'swin': {'name': 'swin', 'variant': 'mu', 'image_size': 16, 'patch': 2, 'window': 4, 'outputs': 3, 'drop_path': 0.2},
-  'efficientnet': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'outputs': 3, 'dropout': 0.2},
+  'deit': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'num_classes': 3, 'distilled': True},
+  'deit iii': {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'num_classes': 3, 'layer_scale': 1e-4},
+  'swin': {
+    'name': 'swin',
+    'variant': 'mu',
+    'image_size': 16,
+    'patch_size': 2,
+    'window': 4,
+    'num_classes': 3,
+    'drop_path': 0.2,
+  },
+  'efficientnet': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'num_classes': 3, 'dropout': 0.2},
 }
 
 
@@ -96,7 +104,7 @@ def config_of(family, folder):
     config, network = runs.classification(folder), NETWORKS[family]
   objective = {**config['objective'], 'network': network}
   if family == 'deit':
-    teacher = {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'outputs': 3}
+    teacher = {'name': 'vit', 'variant': 'mu/8', 'image_size': 16, 'depth': 1, 'num_classes': 3}
     objective['distillation'] = {'teacher': teacher}
   if family == 'deit iii':
     objective |= {'loss_name': 'sigmoid', 'cutmix': 1.0, 'augment': ({'name': 'three_augment'},)}

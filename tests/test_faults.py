@@ -120,7 +120,7 @@ CODER = {
   'name': 'autoencoder',
   'channels': (4, 4),
   'layers': 1,
-  'latent': 4,
+  'latent_channels': 4,
   'image_size': 16,
   'middle_attention': False,
 }
@@ -137,7 +137,7 @@ OBJECTIVES = {
   'holes': runs.filler,
   'mae': {
     'name': 'mae',
-    'network': {'name': 'mae', 'encoder': {**VIT, 'positions': 'sincos2d'}, 'width': 16, 'heads': 2, 'depth': 1},
+    'network': {'name': 'mae', 'encoder': {**VIT, 'pos_embed': 'sincos2d'}, 'width': 16, 'num_heads': 2, 'depth': 1},
   },
   'dino': {
     'name': 'dino',
@@ -153,20 +153,20 @@ OBJECTIVES = {
     'discriminator_layers': 1,
     'adversarial_start': 3,
   },
-  'segmentation': {'name': 'segmentation', 'network': {'name': 'segmenter', 'classes': 11, 'encoder': VIT}},
+  'segmentation': {'name': 'segmentation', 'network': {'name': 'segmenter', 'num_classes': 11, 'encoder': VIT}},
   'adapted': {
-    'name': 'adapted',
-    'objective': {'name': 'classification', 'network': {**VIT, 'outputs': 3}},
+    'name': 'finetune',
+    'objective': {'name': 'classification', 'network': {**VIT, 'num_classes': 3}},
     'lora': {'rank': 2},
   },
   'distillation': {
     'name': 'classification',
-    'network': {**VIT, 'outputs': 3},
-    'distillation': {'teacher': {**VIT, 'outputs': 3}},
+    'network': {**VIT, 'num_classes': 3},
+    'distillation': {'teacher': {**VIT, 'num_classes': 3}},
   },
   'batch norms': {
     'name': 'classification',
-    'network': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'outputs': 3},
+    'network': {'name': 'efficientnet', 'variant': 'mu', 'image_size': 16, 'num_classes': 3},
   },
 }
 

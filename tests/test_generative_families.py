@@ -29,31 +29,32 @@ pytestmark = pytest.mark.slow
 
 NETWORKS = ('autoencoder', 'text', 'teacher', 'features', 'network')  # that stay as they are, in `extra`
 FLOW = Process('flow', 'flow')
-CODER = autoencoder(channels=(8, 8), layers=1, latent=4, image_size=16, middle_attention=False)
-TEXT = text_transformer(64, 8, 16, 1, 2, causal=False, attend_padding=False, outputs=16)
+CODER = autoencoder(channels=(8, 8), layers=1, latent_channels=4, image_size=16, middle_attention=False)
+TEXT = text_transformer(64, 8, 16, 1, 2, causal=False, attend_padding=False, num_classes=16)
 LATENT = functools.partial(Diffusion, autoencoder=CODER, latent_scale=0.5)
 # One level, with words; 'pixels by a unet' has two.
-UNET = functools.partial(unet, 'mu', channels=4, image_size=8, layers=1, widths=(16,), depths=(1,))
+UNET = functools.partial(unet, 'mu', channels=4, image_size=8, layers=1, block_out_channels=(16,), depths=(1,))
 FAMILIES = {
   'autoencoder': lambda: Autoencoding(
     CODER, discriminator_width=8, discriminator_layers=1, perceptual=0.1, features=vit('mu/8', image_size=16)
   ),
   'pixels by a unet': lambda: Diffusion(
-    unet('mu', image_size=16, channels=3, outputs=6, classes=10, layers=1, context=0), Process(learned_variance=True)
+    unet('mu', image_size=16, channels=3, out_channels=6, num_classes=10, layers=1, cross_attention_dim=0),
+    Process(learned_variance=True),
   ),
   'text to image by dit': lambda: LATENT(
     dit('mu/2', image_size=8, cross_attention=True, pooled_text=True),
     FLOW,
     text=TEXT,
-    align=Alignment(vit('mu/8', image_size=16), layer=1, hidden=16),
+    repa=Alignment(vit('mu/8', image_size=16), layer=1, hidden=16),
   ),
   'text to image by mmdit': lambda: LATENT(
-    mmdit('mu/2', image_size=8, channels=4), FLOW, text=TEXT, times='logit_normal'
+    mmdit('mu/2', image_size=8, channels=4), FLOW, text=TEXT, timestep_sampling='logit_normal'
   ),
   'text to image by a unet': lambda: LATENT(UNET(), text=TEXT, weighting='min_snr'),
   'a text tower of its own': lambda: LATENT(UNET(), text=TEXT, train_text=True),
   'controlnet': lambda: LATENT(UNET(), text=TEXT, control=Edges()),
-  'inpainting': lambda: LATENT(UNET(beside=5), text=TEXT, holes=RandomInpaintMask()),
+  'inpainting': lambda: LATENT(UNET(extra_in_channels=5), text=TEXT, inpainting=RandomInpaintMask()),
 }
 
 
@@ -91,7 +92,7 @@ RUNS = {
 
 @pytest.mark.parametrize('family', RUNS)
 def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(family, tmp_path):
-  config = RUNS[family](runs.image_folder(tmp_path / 'images'), train__ema=0.9)
+  config = RUNS[family](runs.image_folder(tmp_path / 'images'), train__ema_decay=0.9)
   straight = trainer.train(config, tmp_path / 'straight')
   runs.stopped(config, tmp_path / 'stopped', 2)
   runs.assert_bitwise_equal(straight, trainer.train(config, tmp_path / 'stopped'))

@@ -35,11 +35,11 @@ def test_two_processes_of_two_devices_give_the_losses_of_one_process(tmp_path):
 
 
 def test_a_users_error_in_every_process_is_one_line_and_status_2(tmp_path):
-  config = runs.classification(runs.image_folder(tmp_path / 'images'), train__batch=18, evaluators={})
+  config = runs.classification(runs.image_folder(tmp_path / 'images'), train__batch_size=18, evaluators={})
   run = runs.start(config, tmp_path / 'run', launcher=runs.LOCAL)
   output, errors = run.communicate(timeout=300)
   assert run.returncode == 2
-  assert 'config.train.batch: 18 does not divide over data=4; use a multiple of 4' in errors + output
+  assert 'config.train.batch_size: 18 does not divide over data=4; use a multiple of 4' in errors + output
   assert 'Traceback' not in errors
 
 

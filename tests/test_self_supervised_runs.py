@@ -20,10 +20,10 @@ def config_of(kind, folder):
     views = {'global_views': {'count': 2, 'image': crop}, 'local_views': {'count': 1, 'image': {**crop, 'size': 16}}}
     data = {'source': source, 'views': views}
   else:
-    network = {'name': 'mae', 'encoder': {**encoder, 'positions': 'sincos2d'}, 'width': 16, 'depth': 1, 'heads': 2}
+    network = {'name': 'mae', 'encoder': {**encoder, 'pos_embed': 'sincos2d'}, 'width': 16, 'depth': 1, 'num_heads': 2}
     objective, data = {'name': 'mae', 'network': network}, {'source': source, 'image': crop}
-  judged = {'data': {'source': source, 'image': {'name': 'resize', 'size': 32}}, 'batch': 16}
-  banked = {**judged, 'bank': judged['data']}
+  judged = {'data': {'source': source, 'image': {'name': 'resize', 'size': 32}}, 'batch_size': 16}
+  banked = {**judged, 'train_data': judged['data']}
   return experiment.resolve(
     {
       'objective': objective,
@@ -33,8 +33,8 @@ def config_of(kind, folder):
         'ridge': {'name': 'linear_probe', **banked},
         'few': {'name': 'few_shot', 'ways': 3, 'shots': (1,), 'episodes': 10, **judged},
       },
-      'optimizer': {'schedule': {'name': 'cosine', 'peak': 3e-3, 'warmup_steps': 2}, 'weight_decay_end': 0.4},
-      'train': {'steps': 6, 'batch': 16},
+      'optimizer': {'schedule': {'name': 'cosine', 'peak_lr': 3e-3, 'warmup_steps': 2}, 'weight_decay_end': 0.4},
+      'train': {'steps': 6, 'batch_size': 16},
       'log': {'every': 1, 'tensorboard': False},
     }
   )

@@ -34,22 +34,22 @@ def get_config():
       length=c.tokenizer.length,
       width=128,
       depth=1,
-      heads=2,
+      num_heads=2,
       causal=False,
       attend_padding=False,
       pool='first',
       post_norm=True,
-      outputs=160,  # as many as the last map has channels
-      outputs_bias=True,
+      num_classes=160,  # as many as the last map has channels
+      head_bias=True,
     ),
   )
   c.optimizer = dict(
     rule=dict(name='muon'),
-    schedule=dict(name='cosine', peak=6e-3, end=1e-4, warmup_steps=20),
+    schedule=dict(name='cosine', peak_lr=6e-3, end=1e-4, warmup_steps=20),
     weight_decay=0.1,
     clip_norm=1.0,
   )
-  c.train = dict(steps=900, batch=256)
+  c.train = dict(steps=900, batch_size=256)
   for name in ('seen', 'held_out'):
     c.evaluators[name].every = 300
   return c

@@ -22,7 +22,7 @@ def get_config():
       image_size=size,
       channels=(16, 32),
       layers=1,
-      latent=4,
+      latent_channels=4,
       middle_attention=False,
     ),
     augment=(dict(name='flip'), dict(name='affine', scale=(0.9, 1.3), rotation=10.0, translate=0.06)),
@@ -31,12 +31,15 @@ def get_config():
   c.data = dict(source=emoji)
   c.evaluators = dict(
     new_hand=dict(
-      name='reconstruction', every=300, data=dict(source=dict(emoji, artists=('twemoji',), split='held_out')), batch=64
+      name='reconstruction',
+      every=300,
+      data=dict(source=dict(emoji, artists=('twemoji',), split='held_out')),
+      batch_size=64,
     )
   )
   c.optimizer = dict(
-    rule=dict(name='adamw', b2=0.99), schedule=dict(name='cosine', peak=2e-3, warmup_steps=20), clip_norm=1.0
+    rule=dict(name='adamw', b2=0.99), schedule=dict(name='cosine', peak_lr=2e-3, warmup_steps=20), clip_norm=1.0
   )
-  c.train = dict(steps=900, batch=64, ema=0.98)
+  c.train = dict(steps=900, batch_size=64, ema_decay=0.98)
   c.log = dict(every=50)
   return c

@@ -29,13 +29,13 @@ def get_config():
         image_size=size,
         width=128,
         depth=4,
-        heads=2,
+        num_heads=2,
         mlp_dim=512,
         pool='gap',
         activation='quick_gelu',
         unroll=4,
-        outputs=embedding,
-        outputs_bias=False,
+        num_classes=embedding,
+        head_bias=False,
       ),
       text=dict(
         name='text_transformer',
@@ -43,12 +43,12 @@ def get_config():
         length=length,
         width=128,
         depth=1,
-        heads=2,
+        num_heads=2,
         causal=False,
         attend_padding=False,
         pool='mean',
         activation='quick_gelu',
-        outputs=embedding,
+        num_classes=embedding,
       ),
     ),
   )
@@ -59,14 +59,14 @@ def get_config():
   c.evaluators = dict(
     seen=dict(name='zero_shot', every=100, data=dict(source=dict(new_hand, split='seen'))),
     held_out=dict(name='zero_shot', every=100, data=dict(source=dict(new_hand, split='held_out'))),
-    retrieval=dict(name='retrieval', data=dict(source=dict(new_hand, split='seen')), canonical=True),
+    retrieval=dict(name='retrieval', data=dict(source=dict(new_hand, split='seen')), first_caption_only=True),
   )
   c.optimizer = dict(
     rule=dict(name='muon'),
-    schedule=dict(name='cosine', peak=6e-3, end=3e-3, warmup_steps=50),
+    schedule=dict(name='cosine', peak_lr=6e-3, end=3e-3, warmup_steps=50),
     weight_decay=0.1,
     clip_norm=1.0,
   )
-  c.train = dict(steps=480, batch=512, ema=0.99)
+  c.train = dict(steps=480, batch_size=512, ema_decay=0.99)
   c.log = dict(every=20)
   return c

@@ -14,7 +14,9 @@ import ml_collections
 SIZE = 20
 AFFINE = dict(name='affine', scale=(0.8, 1.25), ratio=(0.8, 1.25), rotation=15.0, translate=0.1, shear=0.2, fill=0.0)
 BLACK = dict(mean=(0.15, 0.15, 0.15), std=(0.3, 0.3, 0.3))  # most of a scene is black
-TEACHER = dict(name='swin', variant='mu', image_size=SIZE, patch=2, window=5, outputs=10)  # configs/demo/swin.py
+TEACHER = dict(
+  name='swin', variant='mu', image_size=SIZE, patch_size=2, window=5, num_classes=10
+)  # configs/demo/swin.py
 
 
 def get_config(kind='distilled'):
@@ -32,9 +34,9 @@ def get_config(kind='distilled'):
       image_size=SIZE,
       width=64,
       depth=3,
-      heads=4,
+      num_heads=4,
       mlp_dim=256,
-      outputs=10,
+      num_classes=10,
       distilled=distilled,
       activation='quick_gelu',
       unroll=3,
@@ -47,10 +49,10 @@ def get_config(kind='distilled'):
   c.evaluators = dict(val=dict(name='accuracy', data=dict(source=dict(digits, split='test', copies=4))))
   c.optimizer = dict(
     rule=dict(name='muon'),
-    schedule=dict(name='cosine', peak=6e-3, warmup_steps=30),
+    schedule=dict(name='cosine', peak_lr=6e-3, warmup_steps=30),
     weight_decay=0.05,
     clip_norm=1.0,
   )
-  c.train = dict(steps=300, batch=128)
+  c.train = dict(steps=300, batch_size=128)
   c.log = dict(every=50)
   return c

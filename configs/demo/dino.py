@@ -21,10 +21,10 @@ def get_config():
   c.objective = dict(
     name='dino',
     momentum=0.95,
-    local_views=2,
+    local_crops_number=2,
     local_size=small,
     teacher_temperature=(0.04, 0.04),
-    freeze_steps=20,
+    freeze_last_layer_steps=20,
     koleo_weight=0.1,
     global_augments=(jitter, (*jitter, dict(name='blur', probability=0.5, sigma=(0.3, 0.8)))),
     local_augment=jitter,
@@ -34,7 +34,7 @@ def get_config():
       prototypes=2048,
       hidden=256,
       bottleneck=64,
-      lengths=True,
+      learn_prototype_norms=True,
       # The network of the other demos; float32, unrolled and with the cheapest activation is what is fastest on a CPU.
       encoder=dict(
         name='vit',
@@ -42,7 +42,7 @@ def get_config():
         image_size=size,
         width=128,
         depth=4,
-        heads=4,
+        num_heads=4,
         mlp_dim=512,
         activation='quick_gelu',
         unroll=4,
@@ -54,12 +54,12 @@ def get_config():
     source=dict(emoji, image_size=48),
     views=dict(
       global_views=dict(count=2, image=dict(name='random_resized_crop', size=size, scale=(0.5, 1.0))),
-      local_views=dict(count=2, image=dict(name='random_resized_crop', size=small, scale=(0.15, 0.5))),
+      local_crops_number=dict(count=2, image=dict(name='random_resized_crop', size=small, scale=(0.15, 0.5))),
     ),
   )
   # Named by the drawings of two artists, asked for the third's: names are used for nothing else.
   third = dict(emoji, artists=('twemoji',), split='seen')
-  asked = dict(data=dict(source=third), bank=dict(source=emoji))
+  asked = dict(data=dict(source=third), train_data=dict(source=emoji))
   c.evaluators = dict(
     knn=dict(asked, name='knn', ks=(1, 5)),
     probe=dict(asked, name='linear_probe'),
@@ -74,11 +74,11 @@ def get_config():
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),
-    schedule=dict(name='cosine', peak=1e-3, warmup_steps=30),
+    schedule=dict(name='cosine', peak_lr=1e-3, warmup_steps=30),
     weight_decay=0.04,
     weight_decay_end=0.4,
     clip_norm=3.0,
   )
-  c.train = dict(steps=steps, batch=256)
+  c.train = dict(steps=steps, batch_size=256)
   c.log = dict(every=20)
   return c

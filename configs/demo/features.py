@@ -31,10 +31,10 @@ NETWORK = dict(
   image_size=SIZE,
   width=64,
   depth=3,
-  heads=4,
+  num_heads=4,
   mlp_dim=256,
   pool='gap',
-  positions='sincos2d',
+  pos_embed='sincos2d',
   activation='quick_gelu',
   unroll=3,
 )
@@ -48,17 +48,17 @@ def get_config(method='dino'):
   # 64 scenes of each digit to learn from without labels, one with its label.
   c.data = dict(source=dict(digits, copies=1 if labels else 64))
   if method == 'mae':
-    network = dict(name='mae', encoder=NETWORK, width=32, depth=1, heads=4)
-    c.objective = dict(name='mae', network=network, normalized=False, normalize=BLACK)
+    network = dict(name='mae', encoder=NETWORK, width=32, depth=1, num_heads=4)
+    c.objective = dict(name='mae', network=network, norm_pix_loss=False, normalize=BLACK)
   elif method == 'dino':
     c.objective = dict(
       name='dino',
-      network=dict(name='dino', encoder=NETWORK, prototypes=128, hidden=128, bottleneck=64, lengths=True),
+      network=dict(name='dino', encoder=NETWORK, prototypes=128, hidden=128, bottleneck=64, learn_prototype_norms=True),
       momentum=0.95,
-      local_views=2,
+      local_crops_number=2,
       local_size=SMALL,
       # Of an untrained network all scores are alike: at 0.05 its targets are, too, and hundreds of steps teach nothing.
-      targets='sinkhorn',
+      centering='sinkhorn_knopp',
       teacher_temperature=(0.02, 0.02),
       koleo_weight=0.5,
       global_augments=((AFFINE,), (AFFINE,)),
@@ -68,15 +68,15 @@ def get_config(method='dino'):
     crop = dict(name='random_resized_crop')
     c.data.views = dict(
       global_views=dict(count=2, image=dict(crop, size=SIZE, scale=(0.5, 1.0))),
-      local_views=dict(count=2, image=dict(crop, size=SMALL, scale=(0.3, 0.6))),
+      local_crops_number=dict(count=2, image=dict(crop, size=SMALL, scale=(0.3, 0.6))),
     )
   else:
-    c.objective = dict(name='classification', network=dict(NETWORK, outputs=10), augment=(AFFINE,), normalize=BLACK)
+    c.objective = dict(name='classification', network=dict(NETWORK, num_classes=10), augment=(AFFINE,), normalize=BLACK)
   if method in ENCODER:
     run, part = ENCODER[method]
     c.init_from = dict(params=dict(workdir=f'runs/features/{run}', part=part, skip=('head/.*',)))
   test = dict(data=dict(source=dict(digits, split='test', copies=4)))
-  asked = dict(test, bank=dict(source=dict(digits, copies=1)))
+  asked = dict(test, train_data=dict(source=dict(digits, copies=1)))
   c.evaluators = dict(
     knn=dict(asked, name='knn', ks=(10,)),
     ridge=dict(asked, name='linear_probe'),
@@ -88,10 +88,10 @@ def get_config(method='dino'):
     c.evaluators.answers = dict(test, name='accuracy')
   c.optimizer = dict(
     rule=dict(name='muon'),
-    schedule=dict(name='cosine', peak=PEAK[method], warmup_steps=min(50, STEPS[method] // 2)),
+    schedule=dict(name='cosine', peak_lr=PEAK[method], warmup_steps=min(50, STEPS[method] // 2)),
     weight_decay=0.05,
     clip_norm=1.0,
   )
-  c.train = dict(steps=STEPS[method], batch=64 if method == 'dino' else 128)
+  c.train = dict(steps=STEPS[method], batch_size=64 if method == 'dino' else 128)
   c.log = dict(every=50)
   return c

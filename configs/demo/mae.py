@@ -16,7 +16,7 @@ def get_config():
   size = 32
   c.objective = dict(
     name='mae',
-    hidden=0.75,
+    mask_ratio=0.75,
     augment=(
       dict(name='affine', scale=(0.7, 1.4), ratio=(0.8, 1.25), rotation=10.0, translate=0.08, shear=0.12),
       dict(name='flip'),
@@ -26,7 +26,7 @@ def get_config():
       name='mae',
       width=64,
       depth=2,
-      heads=4,
+      num_heads=4,
       # The network of the other demos; float32, unrolled and with the cheapest activation is what is fastest on a CPU.
       encoder=dict(
         name='vit',
@@ -34,9 +34,9 @@ def get_config():
         image_size=size,
         width=128,
         depth=4,
-        heads=4,
+        num_heads=4,
         mlp_dim=512,
-        positions='sincos2d',
+        pos_embed='sincos2d',
         activation='quick_gelu',
         unroll=4,
       ),
@@ -45,7 +45,7 @@ def get_config():
   emoji = dict(name='emoji', artists=('openmoji', 'noto'), image_size=size, aliases=False)
   c.data = dict(source=emoji)
   # Named by the drawings of two artists, asked for the third's: names are used for nothing else.
-  asked = dict(data=dict(source=dict(emoji, artists=('twemoji',), split='seen')), bank=dict(source=emoji))
+  asked = dict(data=dict(source=dict(emoji, artists=('twemoji',), split='seen')), train_data=dict(source=emoji))
   c.evaluators = dict(
     knn=dict(asked, name='knn', ks=(1, 5)),
     probe=dict(asked, name='linear_probe'),
@@ -59,10 +59,10 @@ def get_config():
   )
   c.optimizer = dict(
     rule=dict(name='muon'),
-    schedule=dict(name='cosine', peak=6e-3, warmup_steps=50),
+    schedule=dict(name='cosine', peak_lr=6e-3, warmup_steps=50),
     weight_decay=0.05,
     clip_norm=1.0,
   )
-  c.train = dict(steps=600, batch=256)
+  c.train = dict(steps=600, batch_size=256)
   c.log = dict(every=20)
   return c

@@ -17,17 +17,17 @@ def get_config():
     normalize=dict(mean=(0.15, 0.15, 0.15), std=(0.3, 0.3, 0.3)),  # most of a scene is black
     network=dict(
       name='segmenter',
-      classes=11,  # the ground and ten digits
+      num_classes=11,  # the ground and ten digits
       encoder=dict(
         name='vit',
         variant='mu/4',
         image_size=size,
         width=64,
         depth=4,
-        heads=4,
+        num_heads=4,
         mlp_dim=256,
         pool='gap',
-        positions='sincos2d',
+        pos_embed='sincos2d',
         activation='quick_gelu',
         unroll=4,
       ),
@@ -38,10 +38,10 @@ def get_config():
   c.evaluators = dict(val=dict(name='mean_iou', data=dict(source=dict(scenes, split='test', copies=2))))
   c.optimizer = dict(
     rule=dict(name='muon'),
-    schedule=dict(name='cosine', peak=6e-3, warmup_steps=30),
+    schedule=dict(name='cosine', peak_lr=6e-3, warmup_steps=30),
     weight_decay=0.05,
     clip_norm=1.0,
   )
-  c.train = dict(steps=600, batch=64)
+  c.train = dict(steps=600, batch_size=64)
   c.log = dict(every=50)
   return c

@@ -11,7 +11,7 @@ import ml_collections
 SIZE = 20
 AFFINE = dict(name='affine', scale=(0.8, 1.25), ratio=(0.8, 1.25), rotation=15.0, translate=0.1, shear=0.2, fill=0.0)
 BLACK = dict(mean=(0.15, 0.15, 0.15), std=(0.3, 0.3, 0.3))  # most of a scene is black
-NETWORK = dict(name='swin', variant='mu', image_size=SIZE, patch=2, window=5, outputs=10)
+NETWORK = dict(name='swin', variant='mu', image_size=SIZE, patch_size=2, window=5, num_classes=10)
 
 
 def get_config():
@@ -22,10 +22,10 @@ def get_config():
   c.evaluators = dict(val=dict(name='accuracy', data=dict(source=dict(digits, split='test', copies=4))))
   c.optimizer = dict(
     rule=dict(name='muon'),
-    schedule=dict(name='cosine', peak=6e-3, warmup_steps=30),
+    schedule=dict(name='cosine', peak_lr=6e-3, warmup_steps=30),
     weight_decay=0.05,
     clip_norm=1.0,
   )
-  c.train = dict(steps=300, batch=128)
+  c.train = dict(steps=300, batch_size=128)
   c.log = dict(every=50)
   return c

@@ -32,15 +32,15 @@ def get_config(kind=''):
       channels=4,
       width=192,
       depth=6,
-      heads=3,
+      num_heads=3,
       cross_attention=True,
       pooled_text=True,
     ),
     process=dict(schedule='flow', prediction='flow'),
-    times='logit_normal',
+    timestep_sampling='logit_normal',
     autoencoder=coder.objective.network,
     latent_scale=0.42,  # one over the standard deviation of the latents
-    text=clip.objective.network.text,
+    text_encoder=clip.objective.network.text,
   )
   c.init_from = {
     'extra/autoencoder': dict(workdir='runs/autoencoder', part='params/autoencoder'),
@@ -48,23 +48,23 @@ def get_config(kind=''):
   }
   if kind == 'repa':
     looks = clip.objective
-    c.objective.align = dict(teacher=looks.network.image, normalize=looks.normalize, layer=2, hidden=256)
+    c.objective.repa = dict(teacher=looks.network.image, normalize=looks.normalize, layer=2, hidden=256)
     c.init_from['extra/teacher'] = dict(workdir='runs/demo', part='params/image')
-  emoji = dict(name='emoji', artists=('openmoji', 'noto'), image_size=32, aliases=False, only=THINGS)
+  emoji = dict(name='emoji', artists=('openmoji', 'noto'), image_size=32, aliases=False, name_filter=THINGS)
   c.tokenizer = clip.tokenizer
   c.data = dict(source=emoji)
-  error = dict(name='denoising', every=500, batch=64)
+  error = dict(name='denoising', every=500, batch_size=64)
   c.evaluators = dict(
     new_hand=dict(error, data=dict(source=dict(emoji, artists=('twemoji',)))),
     held_out=dict(error, data=dict(source=dict(emoji, split='held_out'))),
   )
   c.optimizer = dict(
     rule=dict(name='adamw', b2=0.99),
-    schedule=dict(name='cosine', peak=1e-3, warmup_steps=50),
+    schedule=dict(name='cosine', peak_lr=1e-3, warmup_steps=50),
     weight_decay=0.01,
     clip_norm=1.0,
   )
-  c.train = dict(steps=1500, batch=64, ema=0.995)
+  c.train = dict(steps=1500, batch_size=64, ema_decay=0.995)
   c.mesh = dict(data=1, fsdp=-1)  # the optimizer's work is shared by the emulated devices, not repeated in each
   c.log = dict(every=50)
   return c

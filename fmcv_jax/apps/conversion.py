@@ -40,7 +40,7 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
 
   file      what `open_tensors` reads
   family    a key of FAMILIES; None to judge by names and shapes
-  overrides 'objective.network.heads=8' and the like: what a file does not tell; a folder's config.json is read
+  overrides 'objective.network.num_heads=8' and the like: what a file does not tell; a folder's config.json is read
 
   UserError, and nothing written, for what is not whole, of no known family, or of other shapes than its network.
   """

@@ -132,8 +132,8 @@ def _loader_stages(benched: Run, seconds: float) -> list[Stage]:
     (jax.block_until_ready(to_devices(local, benched.placement)) for _ in itertools.count()), seconds / 5
   )
   return [
-    Stage('loader', workers, rate * e.train.batch),
-    Stage('transfer', f'{jax.device_count()} devices', transfer * e.train.batch),
+    Stage('loader', workers, rate * e.train.batch_size),
+    Stage('transfer', f'{jax.device_count()} devices', transfer * e.train.batch_size),
   ]
 
 
@@ -165,11 +165,11 @@ def _step_stage(benched: Run, seconds: float) -> tuple[Stage, float]:
     share = waited / (time.perf_counter() - start)
   finally:
     with_loader.close()
-  return Stage('step', f'{jax.device_count()} devices', rate * e.train.batch), share
+  return Stage('step', f'{jax.device_count()} devices', rate * e.train.batch_size), share
 
 
 def _loader(benched: Run) -> TrainLoader:
   e = benched.experiment
   return TrainLoader(
-    e.data, batch=e.train.batch, seed=e.seed, fields=tuple(benched.batch_shapes), tokenizer=e.tokenizer
+    e.data, batch=e.train.batch_size, seed=e.seed, fields=tuple(benched.batch_shapes), tokenizer=e.tokenizer
   )

@@ -59,9 +59,9 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
 
 def _zero_shot(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.Path, text: str) -> list[float]:
   """Top-1 and top-5 among the evaluator's names; draws a sheet of 24 images drawn at random."""
-  outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch)
+  outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch_size)
   names = evaluator.data.source.names
-  scores = outputs.values @ class_embeddings(subject, names, evaluator.templates, evaluator.batch).T
+  scores = outputs.values @ class_embeddings(subject, names, evaluator.templates, evaluator.batch_size).T
   accuracies = [topk_accuracy(scores, outputs.labels, k) for k in (1, 5)]
   chosen = np.random.default_rng(0).choice(len(scores), size=24, replace=False)
   figures.zero_shot_sheet(
@@ -78,10 +78,10 @@ def _zero_shot(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.Path,
 
 def _draw_retrieval(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.Path) -> None:
   """Ten names drawn at random, each with the five nearest drawings."""
-  outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch)
-  texts, truth = captions_of(evaluator.data.source, canonical=True)
+  outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch_size)
+  texts, truth = captions_of(evaluator.data.source, first_caption_only=True)
   queries = np.random.default_rng(1).choice(len(texts), size=10, replace=False)
-  embeddings = subject.embed_texts([texts[query] for query in queries], evaluator.batch)
+  embeddings = subject.embed_texts([texts[query] for query in queries], evaluator.batch_size)
   found = outputs.indices[np.argsort(-embeddings @ outputs.values.T, axis=1)[:, :5]]
   figures.retrieval_sheet(
     [texts[query] for query in queries],

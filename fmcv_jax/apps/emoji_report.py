@@ -69,16 +69,16 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
     )
     real = np.stack([x['image'] for x in _of(evaluator.data.source, set(labels))])
     truth = np.repeat(labels, COLUMNS)
-    texts = subject.embed_texts(names, evaluator.batch)
+    texts = subject.embed_texts(names, evaluator.batch_size)
     generator = np.random.default_rng(0)
     rivals = {
       'painted': pictures,
-      'nearest of another name': _nearest(painter.source, prompts, subject, evaluator.batch),
+      'nearest of another name': _nearest(painter.source, prompts, subject, evaluator.batch_size),
       'noise': generator.integers(0, 256, pictures.shape, np.uint8),
     }
-    real_features = _embedded(subject, real, evaluator.batch)
+    real_features = _embedded(subject, real, evaluator.batch_size)
     for rival, images in rivals.items():
-      features = _embedded(subject, images, evaluator.batch)
+      features = _embedded(subject, images, evaluator.batch_size)
       scores = features @ texts.T
       values = {
         'top1': topk_accuracy(scores, truth[: len(images)], 1),

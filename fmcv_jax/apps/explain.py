@@ -54,7 +54,7 @@ def run(
   if texts and 'embed_text' not in subject.functions:
     raise UserError(f'--text: {model} knows no texts; give a model trained on pairs of images and texts')
   network, params = tower.network, tower.params
-  size, patch = size or network.image_size, getattr(network, 'smallest_patch', network.patch)
+  size, patch = size or network.image_size, getattr(network, 'smallest_patch', network.patch_size)
   if size % patch and not isinstance(network, EfficientNet):
     raise UserError(f'--size: {size} does not divide into patches of {patch}')
 

@@ -53,9 +53,9 @@ def run(
   functions = job.experiment.objective.functions()
   if unknown := [name for name in names if name not in functions]:
     raise UserError(f'{unknown[0]!r} is not offered by this objective; {did_you_mean(unknown[0], functions)}')
-  source, batch = job.experiment.data.source, batch or job.experiment.train.batch
+  source, batch = job.experiment.data.source, batch or job.experiment.train.batch_size
   if not batch:
-    raise UserError('--batch: this config has no train.batch; give one')
+    raise UserError('--batch: this config has no train.batch_size; give one')
   subject = _frozen(job) if config else job.restored_model(step)[0]
   origin = {
     'functions': list(names),

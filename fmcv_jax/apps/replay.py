@@ -33,7 +33,12 @@ def run(workdir: str, at: int, overrides: Sequence[str] = ()) -> None:
   e = replayed.experiment
   state, examples = _before(replayed, at)
   loader = TrainLoader(
-    e.data, batch=e.train.batch, seed=e.seed, fields=tuple(replayed.batch_shapes), tokenizer=e.tokenizer, start=examples
+    e.data,
+    batch=e.train.batch_size,
+    seed=e.seed,
+    fields=tuple(replayed.batch_shapes),
+    tokenizer=e.tokenizer,
+    start=examples,
   )
   batches = (to_devices(local, replayed.placement) for local in loader)
   try:
@@ -46,7 +51,7 @@ def run(workdir: str, at: int, overrides: Sequence[str] = ()) -> None:
 
   loss, norm, bad = _measured(replayed, state, batch)
   console.print(f'step {at}: loss {loss:g}, gradient norm {norm:g}', highlight=False)
-  keys = record_keys(e.data, e.seed, (at - 1) * e.train.batch, e.train.batch)
+  keys = record_keys(e.data, e.seed, (at - 1) * e.train.batch_size, e.train.batch_size)
   console.print(f'its records: {_some(keys)}', highlight=False)
   if not bad and np.isfinite(loss):
     overflow = '' if np.isfinite(norm) else ', but it is so large that its square is not'
@@ -79,7 +84,7 @@ def _before(run: Run, at: int) -> tuple[TrainState, int]:
         examples = resume(kept['data'], run.experiment.data, run.experiment.seed)
         back = step - (at - 1)
         first = jax.device_put(jnp.int32(at - 1), run.shardings.step)
-        return state.replace(step=first), examples - back * run.experiment.train.batch
+        return state.replace(step=first), examples - back * run.experiment.train.batch_size
   finally:
     checkpointer.close()
   raise UserError(f'{run.workdir}: step {at} lies before its checkpoints, which are of {", ".join(map(str, steps))}')
@@ -93,7 +98,7 @@ def _measured(run: Run, state: TrainState, batch: Any) -> tuple[float, float, li
   def measured(state: TrainState, batch: Any):
     with run.placement.active():
       rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-      loss, _, _, gradient = gradients(e.objective, state.params, batch, rng, state.extra, e.train.microbatches)
+      loss, _, _, gradient = gradients(e.objective, state.params, batch, rng, state.extra, e.train.grad_accum_steps)
       return loss, optax.tree.norm(gradient), jax.tree.map(lambda x: jnp.isfinite(x).all(), gradient)
 
   loss, norm, finite = measured(state, batch)

@@ -16,13 +16,13 @@ class RandomInpaintMask:
   strokes  each up to a third of the side long, and a twentieth to a seventh wide
   """
 
-  whole: float = 0.25
+  full_mask_probability: float = 0.25
   boxes: int = 3
   strokes: int = 5
 
   def __post_init__(self):
-    if not 0 <= self.whole <= 1:
-      raise ValueError(f'whole: expected a share from 0 to 1, got {self.whole}')
+    if not 0 <= self.full_mask_probability <= 1:
+      raise ValueError(f'whole: expected a share from 0 to 1, got {self.full_mask_probability}')
     if self.boxes < 0 or self.strokes < 0 or not self.boxes + self.strokes:
       raise ValueError(f'boxes, strokes: expected at least 0, and one of them above; got {self.boxes}, {self.strokes}')
 
@@ -57,7 +57,7 @@ class RandomInpaintMask:
     first = jax.random.uniform(keys[7], (2,), minval=0.1, maxval=0.9)
     _, (start, end) = jax.lax.scan(walk, first, turns)
     mask |= ((_distance(y, x, start.T, end.T) < radius) & (np.arange(self.strokes) < pieces)).any(-1)
-    return mask | jax.random.bernoulli(keys[8], self.whole)
+    return mask | jax.random.bernoulli(keys[8], self.full_mask_probability)
 
 
 def _distance(y, x, start, end):

@@ -46,7 +46,8 @@ class Pipeline:
   """How records become examples.
 
   image     makes every image uint8 [size, size, 3]; None for a source whose images are arrays of one size
-  prompts   sentences with a '{}' for the caption or class name; training draws one for each example, evaluation takes
+  caption_templates  sentences with a '{}' for the caption or class name; training draws one for each example,
+                     evaluation takes
             the first
   shuffle   a new order in each epoch of training; evaluation never shuffles
   workers   decoding processes; 0 reads in two threads of this process
@@ -56,7 +57,7 @@ class Pipeline:
 
   source: Source
   image: ImageTransform | None = None
-  prompts: tuple[str, ...] = ('{}',)
+  caption_templates: tuple[str, ...] = ('{}',)
   views: Mapping[str, MultiCrop] = dataclasses.field(default_factory=dict)
   shuffle: bool = True
   workers: int = 0
@@ -64,8 +65,8 @@ class Pipeline:
   timeout: float = 600.0
 
   def __post_init__(self) -> None:
-    if not self.prompts or any(prompt.count('{}') != 1 for prompt in self.prompts):
-      raise ValueError(f"prompts: each needs one '{{}}' for the text, got {self.prompts}")
+    if not self.caption_templates or any(prompt.count('{}') != 1 for prompt in self.caption_templates):
+      raise ValueError(f"caption_templates: each needs one '{{}}' for the text, got {self.caption_templates}")
     if taken := set(self.views) & set(FIELDS):
       raise ValueError(f'views: {sorted(taken)} are fields already; choose another name')
     if self.workers < 0:
@@ -314,9 +315,9 @@ class _Batches:
     if not texts:
       self._given(record, 'texts' if 'texts' in record else 'text')
       raise BadRecord('has no text')
-    prompts = self.pipeline.prompts
-    chosen = (rng.integers(len(prompts)), rng.integers(len(texts))) if self.train else (0, 0)
-    return prompts[chosen[0]].replace('{}', texts[chosen[1]])
+    templates = self.pipeline.caption_templates
+    chosen = (rng.integers(len(templates)), rng.integers(len(texts))) if self.train else (0, 0)
+    return templates[chosen[0]].replace('{}', texts[chosen[1]])
 
   def _given(self, record: Example, field: str) -> Any:
     if field not in record:

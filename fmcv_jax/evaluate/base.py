@@ -132,7 +132,7 @@ class Evaluator(abc.ABC):
   """
 
   every: int
-  batch: int
+  batch_size: int
 
   def prepare(self, subject: EvaluatedModel) -> None:  # noqa: B027 (most need nothing)
     """Opens what is needed, before the first step of a run: a mistake in a config should not show after hours."""

@@ -24,7 +24,7 @@ class FewShot(Evaluator):
   queries: int = 15
   episodes: int = 600
   features: str = 'features'
-  batch: int = 256
+  batch_size: int = 256
   every: int = 0
 
   def __post_init__(self):
@@ -33,7 +33,7 @@ class FewShot(Evaluator):
         raise ValueError(f'{name}: expected at least {least}, got {getattr(self, name)}')
 
   def __call__(self, subject):
-    features, _, labels = subject.map_dataset(self.features, self.data, self.batch)
+    features, _, labels = subject.map_dataset(self.features, self.data, self.batch_size)
     figures = {}
     for shots in self.shots:
       right = episode_accuracies(features, labels, self.ways, shots, self.queries, self.episodes)

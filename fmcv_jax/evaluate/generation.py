@@ -30,14 +30,14 @@ class Generation(Evaluator):
   """
 
   data: Pipeline
-  judge: str
+  feature_extractor: str
   count: int = 10_000
   steps: int = 50
   guidance: float = 1.0
   solver: str = 'dpm++'
   spacing: Spacing = 'trailing'
   seed: int = 0
-  batch: int = 256
+  batch_size: int = 256
   every: int = 0
 
   def __post_init__(self):
@@ -47,15 +47,15 @@ class Generation(Evaluator):
       raise ValueError(f'count, steps: expected at least 4 and 1, got {self.count} and {self.steps}')
 
   def prepare(self, subject):
-    FeatureExtractor(subject, self.judge, self.batch)
+    FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
   def __call__(self, subject):
     generator = subject.make_generator(subject.params, subject.extra) if subject.make_generator else None
     if generator is None:
       raise UserError('config.evaluators: generation needs a model that makes pictures, as of objective.name=diffusion')
-    judge = FeatureExtractor(subject, self.judge, self.batch)
+    judge = FeatureExtractor(subject, self.feature_extractor, self.batch_size)
     sampler = subject.cached(
-      ('sampler', self.batch), lambda: ShardedSampler(subject.make_generator, subject.placement, self.batch)
+      ('sampler', self.batch_size), lambda: ShardedSampler(subject.make_generator, subject.placement, self.batch_size)
     )
     guided = bool(generator.told) and self.guidance != 1
     try:
@@ -67,7 +67,7 @@ class Generation(Evaluator):
     made, real, scores, first = [], [], [], 0
     data = dataclasses.replace(self.data, source=EvenSubset(self.data.source, self.count))
     fields = ('image', *generator.told)
-    for batch in evaluation_batches(data, batch=self.batch, fields=fields, tokenizer=subject.tokenizer):
+    for batch in evaluation_batches(data, batch=self.batch_size, fields=fields, tokenizer=subject.tokenizer):
       batch = {name: batch[name][batch['mask']] for name in fields}
       count = len(batch['image'])
       if not count:

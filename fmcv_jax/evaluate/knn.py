@@ -16,16 +16,16 @@ class Knn(Evaluator):
   """
 
   data: Pipeline
-  bank: Pipeline
+  train_data: Pipeline
   ks: tuple[int, ...] = (10, 20)
   temperature: float = 0.07
   features: str = 'features'
-  batch: int = 256
+  batch_size: int = 256
   every: int = 0
 
   def __call__(self, subject):
-    queries, _, labels = subject.map_dataset(self.features, self.data, self.batch)
-    bank, _, bank_labels = subject.map_dataset(self.features, self.bank, self.batch)
+    queries, _, labels = subject.map_dataset(self.features, self.data, self.batch_size)
+    bank, _, bank_labels = subject.map_dataset(self.features, self.train_data, self.batch_size)
     return {f'k{k}_top1': knn_accuracy(queries, labels, bank, bank_labels, k, self.temperature) for k in self.ks}
 
 

@@ -27,12 +27,12 @@ class LinearProbe(Evaluator):
   """
 
   data: Pipeline
-  bank: Pipeline
+  train_data: Pipeline
   method: Literal['ridge', 'logistic'] = 'ridge'
   strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
   folds: int = 5
   features: str = 'features'
-  batch: int = 256
+  batch_size: int = 256
   every: int = 0
 
   def __post_init__(self):
@@ -42,8 +42,8 @@ class LinearProbe(Evaluator):
       raise ValueError(f'strengths: expected numbers above 0, got {self.strengths}')
 
   def __call__(self, subject):
-    queries, _, labels = subject.map_dataset(self.features, self.data, self.batch)
-    bank, _, bank_labels = subject.map_dataset(self.features, self.bank, self.batch)
+    queries, _, labels = subject.map_dataset(self.features, self.data, self.batch_size)
+    bank, _, bank_labels = subject.map_dataset(self.features, self.train_data, self.batch_size)
     if min(labels.min(), bank_labels.min()) < 0:
       raise UserError('a linear probe needs labels, and a source with class names, in both data and bank')
     classes = int(max(labels.max(), bank_labels.max())) + 1

@@ -21,11 +21,11 @@ class ObjectMasks(Evaluator):
   data: Pipeline
   mass: float = 0.6
   background: tuple[int, int, int] = (255, 255, 255)
-  batch: int = 256
+  batch_size: int = 256
   every: int = 0
 
   def __call__(self, subject):
-    attention, records, _ = subject.map_dataset('attention', self.data, self.batch)
+    attention, records, _ = subject.map_dataset('attention', self.data, self.batch_size)
     images = np.stack([self._image(int(record)) for record in records])
     truth = (np.abs(images.astype(int) - np.array(self.background)) > 8).any(-1)
     if not truth.any((1, 2)).all():

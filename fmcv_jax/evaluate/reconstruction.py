@@ -20,24 +20,24 @@ class Reconstruction(Evaluator):
 
   data: Pipeline
   judge: str | None = None
-  batch: int = 256
+  batch_size: int = 256
   every: int = 0
 
   def prepare(self, subject):
     if self.judge is not None:
-      FeatureExtractor(subject, self.judge, self.batch)
+      FeatureExtractor(subject, self.judge, self.batch_size)
 
   def __call__(self, subject):
-    made = subject.map_dataset('reconstruction', self.data, self.batch)
-    true = subject.map_dataset('image', self.data, self.batch).values
-    latent = subject.map_dataset('latent', self.data, self.batch).values
+    made = subject.map_dataset('reconstruction', self.data, self.batch_size)
+    true = subject.map_dataset('image', self.data, self.batch_size).values
+    latent = subject.map_dataset('latent', self.data, self.batch_size).values
     figures = {
       'psnr': float(psnr(true, made.values).mean()),
       'ssim': float(np.mean([ssim(a, b) for a, b in zip(true, made.values, strict=True)])),
       'latent_std': float(latent.std()),
     }
     if self.judge is not None:
-      look = FeatureExtractor(subject, self.judge, self.batch)
+      look = FeatureExtractor(subject, self.judge, self.batch_size)
       figures['rfid'] = fid(*(look(np.round(255 * x).astype(np.uint8)) for x in (made.values, true)))
     return figures
 

@@ -13,28 +13,28 @@ from fmcv_jax.evaluate.base import Evaluator, chunks
 class Retrieval(Evaluator):
   """Share of queries with a right answer among the k nearest.
 
-  An image may have several captions and several images may share one: any of them is a right answer. canonical: only
-  the first caption (the name) of each image takes part, not its further ones.
+  An image may have several captions and several images may share one: any of them is a right answer.
+  first_caption_only: only the first caption (the name) of each image takes part, not its further ones.
   """
 
   data: Pipeline
-  canonical: bool = False
-  batch: int = 256
+  first_caption_only: bool = False
+  batch_size: int = 256
   every: int = 0
 
   def __call__(self, subject):
-    images, records, _ = subject.map_dataset('embed_image', self.data, self.batch)
-    texts, truth = captions_of(self.data.source, canonical=self.canonical)
-    embeddings = subject.embed_texts(texts, self.batch)
+    images, records, _ = subject.map_dataset('embed_image', self.data, self.batch_size)
+    texts, truth = captions_of(self.data.source, first_caption_only=self.first_caption_only)
+    embeddings = subject.embed_texts(texts, self.batch_size)
     return recalls(images, embeddings, [truth[i] for i in records])
 
 
-def captions_of(source: Source, *, canonical: bool = False) -> tuple[list[str], list[tuple[int, ...]]]:
-  """(the distinct captions of a source, for each image the indices of its own); canonical: only its `text`."""
+def captions_of(source: Source, *, first_caption_only: bool = False) -> tuple[list[str], list[tuple[int, ...]]]:
+  """(the distinct captions of a source, for each image the indices of its own); first_caption_only: only its `text`."""
   ids: dict[str, int] = {}
   truth = []
   for index in range(len(source)):
-    own = source.texts_of(index)[: 1 if canonical else None]
+    own = source.texts_of(index)[: 1 if first_caption_only else None]
     truth.append(tuple(ids.setdefault(text, len(ids)) for text in own))
   return list(ids), truth
 

@@ -13,11 +13,11 @@ class MeanIou(Evaluator):
   """Intersection over union of each class over all pixels of the data, and its mean over the classes that occur."""
 
   data: Pipeline
-  batch: int = 64
+  batch_size: int = 64
   every: int = 0
 
   def __call__(self, subject):
-    counts, _, _ = subject.map_dataset('confusion', self.data, self.batch, also=('segments',))
+    counts, _, _ = subject.map_dataset('confusion', self.data, self.batch_size, also=('segments',))
     return ious(counts.sum(0, dtype=np.int64))
 
 

@@ -14,12 +14,12 @@ class ZeroShot(Evaluator):
 
   data: Pipeline
   templates: tuple[str, ...] = ('{}',)
-  batch: int = 256
+  batch_size: int = 256
   every: int = 0
 
   def __call__(self, subject):
-    images, _, labels = subject.map_dataset('embed_image', self.data, self.batch)
-    scores = images @ class_embeddings(subject, self.data.source.names, self.templates, self.batch).T
+    images, _, labels = subject.map_dataset('embed_image', self.data, self.batch_size)
+    scores = images @ class_embeddings(subject, self.data.source.names, self.templates, self.batch_size).T
     return {'top1': topk_accuracy(scores, labels, 1), 'top5': topk_accuracy(scores, labels, 5)}
 
 

@@ -192,7 +192,7 @@ class ImageGenerator:
 
   def _class_of(self, prompt: str | int) -> int:
     names = self.source.names
-    classes = self._run.experiment.objective.network.classes  # type: ignore[attr-defined]
+    classes = self._run.experiment.objective.network.num_classes  # type: ignore[attr-defined]
     if prompt in names:
       return names.index(prompt)
     if str(prompt).isdigit() and int(prompt) < classes:

@@ -24,8 +24,8 @@ def class_activation_maps(network: Any, variables: Any, images: jax.Array) -> tu
   """The last map of normalized images [B, H, W, 3], float32 [B, rows, columns, D], and what each of its places gives to
   the outputs, float32 [B, rows, columns, E]: their mean over the places is the network's output."""
   tokens = network.apply(variables, images).tokens
-  height, width = (-(-side // network.patch) for side in images.shape[1:3])
+  height, width = (-(-side // network.patch_size) for side in images.shape[1:3])
   given = tokens
-  if network.outputs:
-    given = linear_head(network.outputs, True, 'float32').apply({'params': variables['params']['head']}, tokens)
+  if network.num_classes:
+    given = linear_head(network.num_classes, True, 'float32').apply({'params': variables['params']['head']}, tokens)
   return tuple(x.astype(jnp.float32).reshape(len(images), height, width, -1) for x in (tokens, given))

@@ -61,7 +61,7 @@ def from_class_token(weights: jax.Array, network: ViT) -> jax.Array:
 def on_grid(patches: jax.Array, network: ViT, images: jax.Array) -> jax.Array:
   """[..., rows * columns] -> [..., rows, columns]."""
   height, width = images.shape[1:3]
-  return patches.reshape(*patches.shape[:-1], height // network.patch, width // network.patch)
+  return patches.reshape(*patches.shape[:-1], height // network.patch_size, width // network.patch_size)
 
 
 def rollout(weights: jax.Array) -> jax.Array:
@@ -115,8 +115,8 @@ def patch_embeddings(network: ViT, params: Any, images: jax.Array) -> jax.Array:
   if network.pool == 'map':
     alone = tokens.reshape(-1, 1, network.width)
     tokens = _apply(AttentionPool(block), params['map_pool'], alone).reshape(tokens.shape)
-  if network.outputs:
-    tokens = _apply(linear_head(network.outputs, network.outputs_bias, block.dtype), params['head'], tokens)
+  if network.num_classes:
+    tokens = _apply(linear_head(network.num_classes, network.head_bias, block.dtype), params['head'], tokens)
   return jnp.moveaxis(on_grid(jnp.moveaxis(l2_normalize(tokens), -1, 1), network, images), 1, -1)
 
 

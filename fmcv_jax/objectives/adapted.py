@@ -67,7 +67,7 @@ class PartialFineTuning(Objective):
   """
 
   objective: Objective
-  trained: tuple[str, ...] = (r'(.*/)?head/.*',)
+  trainable: tuple[str, ...] = (r'(.*/)?head/.*',)
   lora: Lora | None = None
 
   def __post_init__(self):
@@ -89,9 +89,9 @@ class PartialFineTuning(Objective):
   def init(self, rng):
     whole, extra = self.objective.init(rng)
     flat = _flat(whole)
-    kept = {path: x for path, x in flat.items() if matches(path, self.trained)}
-    if self.trained and not kept:
-      raise UserError(f'config.objective.trained: no parameter matches {self.trained}')
+    kept = {path: x for path, x in flat.items() if matches(path, self.trainable)}
+    if self.trainable and not kept:
+      raise UserError(f'config.objective.trainable: no parameter matches {self.trainable}')
     params = _tree(kept)
     if self.lora is not None:
       params[LORA] = _tree(self.lora.init(jax.random.fold_in(rng, 1), flat))

@@ -35,10 +35,12 @@ class Classification(Objective):
   distillation: Distillation | None = None
 
   def __post_init__(self):
-    if not getattr(self.network, 'outputs', 0):
-      raise ValueError('classification needs a network with outputs=<number of classes>')
-    if self.distillation and self.distillation.teacher.outputs != self.network.outputs:  # type: ignore[attr-defined]
-      raise ValueError(f'distillation.teacher: expected its outputs to be the {self.network.outputs} of the network')
+    if not getattr(self.network, 'num_classes', 0):
+      raise ValueError('classification needs a network with num_classes=<number of classes>')
+    if self.distillation and self.distillation.teacher.num_classes != self.network.num_classes:  # type: ignore[attr-defined]
+      raise ValueError(
+        f'distillation.teacher: expected its outputs to be the {self.network.num_classes} of the network'
+      )
     if not self.distillation and getattr(self.network, 'distilled', False):
       raise ValueError('network.distilled: its second head learns from a teacher; add objective.distillation')
 
@@ -64,10 +66,10 @@ class Classification(Objective):
 
   def loss(self, params, batch, rng, extra):
     augment_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
-    targets = jax.nn.one_hot(batch['label'], self.network.outputs)
+    targets = jax.nn.one_hot(batch['label'], self.network.num_classes)
     images = apply_augments(batch['image'], self.augment, augment_rng)
     images, targets = mix(images, targets, mix_rng, mixup=self.mixup, cutmix=self.cutmix)
-    smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / self.network.outputs
+    smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / self.network.num_classes
     output: Any = self.network.apply(
       flax_variables(params, extra),
       self.normalize(images),
@@ -76,7 +78,7 @@ class Classification(Objective):
       mutable=[BATCH_STATS],
     )
     features, statistics = output
-    logits, second = (x.astype(jnp.float32) for x in features.heads or (features.output, features.output))
+    logits, second = (x.astype(jnp.float32) for x in features.num_heads or (features.output, features.output))
     if self.loss_name == 'softmax':
       losses = optax.softmax_cross_entropy(logits, smooth)
     else:

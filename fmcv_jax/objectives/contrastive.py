@@ -27,7 +27,7 @@ class Contrastive(CoupledObjective):
   network: nn.Module
   loss_name: LossName = 'softmax'
   label_smoothing: float = 0.0
-  keep: float = 1.0
+  patch_keep_ratio: float = 1.0
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
@@ -36,7 +36,7 @@ class Contrastive(CoupledObjective):
       raise ValueError('label_smoothing is for the softmax loss')
     if not hasattr(self.network, 'encode_text'):
       raise ValueError('contrastive needs a dual encoder: network.name is clip, siglip, align or dual_encoder')
-    if self.keep < 1 and not isinstance(self.network.image, ViT):
+    if self.patch_keep_ratio < 1 and not isinstance(self.network.image, ViT):
       raise ValueError('keep: only a vit as the image tower can leave out patches')
 
   @property
@@ -56,14 +56,14 @@ class Contrastive(CoupledObjective):
     augment_rng, keep_rng, dropout_rng = jax.random.split(rng, 3)
     images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
     keep = None
-    if self.keep < 1:
-      patches = (self.network.image.image_size // self.network.image.patch) ** 2
-      keep = random_keep(keep_rng, images.shape[0], patches, self.keep)
+    if self.patch_keep_ratio < 1:
+      patches = (self.network.image.image_size // self.network.image.patch_size) ** 2
+      keep = random_keep(keep_rng, images.shape[0], patches, self.patch_keep_ratio)
     return self.network.apply(
       flax_variables(params, extra),
       images,
       batch['tokens'],
-      keep=keep,
+      patch_keep_ratio=keep,
       train=True,
       rngs={'dropout': dropout_rng},
       mutable=[BATCH_STATS],

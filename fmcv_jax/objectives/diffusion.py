@@ -34,23 +34,25 @@ class Diffusion(Objective):
 
   network        told by `classes` a label, by `cross_attention` or `pooled_text` a text, or nothing
   autoencoder    x is its latent, (latent - latent_shift) * latent_scale; frozen, by init_from at 'extra/autoencoder'
-  latents        the batch holds what the autoencoder makes of the images, written by `fmcv precompute latents`, instead
+  precomputed_latents  the batch holds what the autoencoder makes of the images, written by `fmcv precompute latents`,
+                       instead
                  of the images
-  text           the tower that reads the captions; frozen, by init_from at 'extra/text', or with `train_text` trained
+  text_encoder   the tower that reads the captions; frozen, by init_from at 'extra/text', or with `train_text` trained
                  as well, and at 'params/text'
-  words          the batch holds, beside the tokens, what the text tower says of each record's first text, written by
+  precomputed_text  the batch holds, beside the tokens, what the text tower says of each record's first text, written by
                  `fmcv precompute words whole_text`
   padding        of texts: 'masked', the network does not see it; 'zeros', it does (Stable Diffusion 2); 'end', the end
                  id stands in its place, and the network sees it (Stable Diffusion 1)
-  drop           share of examples that are told nothing, for classifier-free guidance
-  weighting      of the error by noise level (`Process.weight`), and its `strength` (None: the published one)
-  times          distribution of the times (`Process.sample_timesteps`), with mean and standard deviation where it is
+  condition_dropout  share of examples that are told nothing, for classifier-free guidance
+  weighting      of the error by noise level (`Process.weight`), and its `weighting_gamma` (None: the published one)
+  timestep_sampling  distribution of the times (`Process.sample_timesteps`), with mean and standard deviation where it
+                     is
                  normal
-  align          REPA
+  repa           REPA
   control        what a ControlNet is shown of each image; it alone is trained, and begins with a copy of the network's
                  way down, which is frozen: by init_from at 'extra/network' and 'params/control/encoder'
-  holes          what is missing of each image, for a UNet that is told what is around: its `beside` is one channel for
-                 the hole and those of x for the rest, as in Stable Diffusion's inpainting model
+  inpainting     what is missing of each image, for a UNet that is told what is around: its `extra_in_channels` are one
+                 channel for the hole and those of x for the rest, as in Stable Diffusion's inpainting model
   """
 
   network: nn.Module
@@ -58,20 +60,20 @@ class Diffusion(Objective):
   autoencoder: nn.Module | None = None
   latent_scale: float = 1.0
   latent_shift: float = 0.0
-  latents: bool = False
-  text: nn.Module | None = None
+  precomputed_latents: bool = False
+  text_encoder: nn.Module | None = None
   train_text: bool = False
-  words: bool = False
+  precomputed_text: bool = False
   padding: Literal['masked', 'zeros', 'end'] = 'masked'
-  drop: float = 0.1
+  condition_dropout: float = 0.1
   weighting: WeightName = 'simple'
-  strength: float | None = None
-  times: TimesName = 'uniform'
-  times_mean: float = 0.0
-  times_std: float = 1.0
-  align: Alignment | None = None
+  weighting_gamma: float | None = None
+  timestep_sampling: TimesName = 'uniform'
+  timestep_mean: float = 0.0
+  timestep_std: float = 1.0
+  repa: Alignment | None = None
   control: Control | None = None
-  holes: RandomInpaintMask | None = None
+  inpainting: RandomInpaintMask | None = None
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
@@ -79,45 +81,49 @@ class Diffusion(Objective):
     network, coder = self.network, self.autoencoder
     if not hasattr(network, 'image_size') or not hasattr(network, 'cross_attention'):
       raise ValueError('network: diffusion needs a denoiser, such as network.name=dit')
-    if network.outputs != network.channels * (2 if self.process.learned_variance else 1):
+    if network.out_channels != network.channels * (2 if self.process.learned_variance else 1):
       raise ValueError(
-        f'network: outputs is {network.outputs} for {network.channels} channels; it is to be as many, or twice as many '
-        f'with process.learned_variance'
+        f'network: out_channels is {network.out_channels} for {network.channels} channels; expected as many, or twice '
+        f'as many with process.learned_variance'
       )
     edm = self.process.schedule == 'edm'
-    if self.times == ('logit_normal' if edm else 'log_normal'):
-      raise ValueError(f'times: {self.times} is {"not" if edm else "only"} for the schedule edm')
+    if self.timestep_sampling == ('logit_normal' if edm else 'log_normal'):
+      raise ValueError(
+        f'timestep_sampling: {self.timestep_sampling} is {"not" if edm else "only"} for the schedule edm'
+      )
     if coder is not None:
       if not isinstance(coder, Autoencoder):
         raise ValueError('autoencoder: needs autoencoder.name=autoencoder')
-      given = (coder.image_size // coder.factor, coder.latent)
+      given = (coder.image_size // coder.factor, coder.latent_channels)
       if given != (network.image_size, network.channels):
         raise ValueError(
           f'network: image_size and channels are {(network.image_size, network.channels)}, but the latents of the '
           f'autoencoder have {given}'
         )
-    if self.latents and coder is None:
-      raise ValueError('latents: they are those of an autoencoder; set it')
-    if self.latents and (self.augment or self.align or self.control or self.holes):
-      raise ValueError('latents: augment, align, control and holes need the images; leave them out')
-    if (network.cross_attention or network.pooled_text) != (self.text is not None):
-      raise ValueError('text: a network with cross_attention or pooled_text needs a text tower, and no other does')
-    if self.text is not None and not isinstance(self.text, TextTransformer):
-      raise ValueError('text: needs text.name=text_transformer')
-    if self.train_text and (self.text is None or self.control is not None):
+    if self.precomputed_latents and coder is None:
+      raise ValueError('precomputed_latents: they are those of an autoencoder; set it')
+    if self.precomputed_latents and (self.augment or self.repa or self.control or self.inpainting):
+      raise ValueError('precomputed_latents: augment, repa, control and inpainting need the images; leave them out')
+    if (network.cross_attention or network.pooled_text) != (self.text_encoder is not None):
+      raise ValueError(
+        'text_encoder: a network with cross_attention or pooled_text needs a text tower, and no other does'
+      )
+    if self.text_encoder is not None and not isinstance(self.text_encoder, TextTransformer):
+      raise ValueError('text_encoder: needs text_encoder.name=text_transformer')
+    if self.train_text and (self.text_encoder is None or self.control is not None):
       raise ValueError('train_text: there is no text tower, or a ControlNet alone is trained')
-    if self.words and (self.text is None or self.train_text):
-      raise ValueError('words: they are those of a frozen text tower; set text, and leave out train_text')
-    beside, wanted = getattr(network, 'beside', 0), 0 if self.holes is None else 1 + network.channels
+    if self.precomputed_text and (self.text_encoder is None or self.train_text):
+      raise ValueError('precomputed_text: they are those of a frozen text tower; set text, and leave out train_text')
+    beside, wanted = getattr(network, 'extra_in_channels', 0), 0 if self.inpainting is None else 1 + network.channels
     if beside != wanted:
       raise ValueError(
-        f'network: beside is {beside}, but what is told beside x has {wanted} channels '
+        f'network: extra_in_channels is {beside}, but what is told beside x has {wanted} channels '
         f'{"(the hole, and x around it)" if wanted else "(without holes)"}'
       )
-    if self.align is not None and not hasattr(network, 'patch'):
-      raise ValueError('align: reads the tokens of a transformer; use network.name=dit')
-    if self.align is not None and not 1 <= self.align.layer <= network.depth:
-      raise ValueError(f'align.layer: {self.align.layer} is not one of the {network.depth} layers')
+    if self.repa is not None and not hasattr(network, 'patch_size'):
+      raise ValueError('repa: reads the tokens of a transformer; use network.name=dit')
+    if self.repa is not None and not 1 <= self.repa.layer <= network.depth:
+      raise ValueError(f'repa.layer: {self.repa.layer} is not one of the {network.depth} layers')
     if self.control is not None:
       if not isinstance(network, UNet):
         raise ValueError('control: steers a convolutional network; use network.name=unet')
@@ -138,20 +144,20 @@ class Diffusion(Objective):
 
   @property
   def told(self) -> tuple[str, ...]:
-    return ('label',) * bool(self.network.classes) + ('tokens',) * (self.text is not None)
+    return ('label',) * bool(self.network.num_classes) + ('tokens',) * (self.text_encoder is not None)
 
   @property
   def example_batch(self):
     size, (rows, columns, channels) = self.image_size, self.shape
     shapes = {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
-    if self.latents:
+    if self.precomputed_latents:
       shapes = {'latents': jax.ShapeDtypeStruct((rows, columns, 2 * channels), jnp.float16)}
     if 'label' in self.told:
       shapes['label'] = jax.ShapeDtypeStruct((), jnp.int32)
-    if self.text is not None:
-      shapes['tokens'] = jax.ShapeDtypeStruct((self.text.length,), jnp.int32)
-    if self.words:
-      text: Any = self.text
+    if self.text_encoder is not None:
+      shapes['tokens'] = jax.ShapeDtypeStruct((self.text_encoder.length,), jnp.int32)
+    if self.precomputed_text:
+      text: Any = self.text_encoder
       shapes['words'] = jax.ShapeDtypeStruct((text.length, text.width), jnp.float16)
       shapes['whole_text'] = jax.ShapeDtypeStruct((text.width,), jnp.float16)
     return shapes
@@ -162,8 +168,8 @@ class Diffusion(Objective):
     extra = {}
     if self.autoencoder is not None:
       extra['autoencoder'] = self.autoencoder.init(next(keys), images)['params']
-    if self.text is not None:
-      extra['text'] = self.text.init(next(keys), jnp.zeros((1, self.text.length), jnp.int32))['params']
+    if self.text_encoder is not None:
+      extra['text'] = self.text_encoder.init(next(keys), jnp.zeros((1, self.text_encoder.length), jnp.int32))['params']
     batch = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self.example_batch.items()}
     condition = self._shown(self.condition(extra, batch), extra, images, jax.random.split(next(keys), 1))
     x = jnp.zeros((1, *self.shape))
@@ -173,8 +179,8 @@ class Diffusion(Objective):
       params = {'control': self._controlnet.init(next(keys), x, jnp.zeros(1), condition)['params']}
     if self.train_text:
       params['text'] = extra.pop('text')
-    if self.align is not None:
-      extra['teacher'] = self.align.teacher.init(next(keys), self._for_teacher(images))['params']
+    if self.repa is not None:
+      extra['teacher'] = self.repa.teacher.init(next(keys), self._for_teacher(images))['params']
       tokens = jnp.zeros((1, 1, self.network.width))
       params['projector'] = self._projector.init(next(keys), tokens)['params']
     return params, extra
@@ -182,29 +188,31 @@ class Diffusion(Objective):
   def loss(self, params, batch, rng, extra):
     augment_rng, latent_rng, drop_rng, time_rng, noise_rng = jax.random.split(rng, 5)
     hole_rng, extra = jax.random.fold_in(rng, 6), self._towers(params, extra)
-    if self.latents:
+    if self.precomputed_latents:
       images, x0 = None, self._scaled(as_gaussian(batch['latents']).sample(latent_rng))
     else:
       images = apply_augments(batch['image'], self.augment, augment_rng)
       x0 = self._encode(extra, images, latent_rng)
     count = x0.shape[0]
-    keep = jax.random.uniform(drop_rng, (count,)) >= self.drop
-    time = self.process.sample_timesteps(jax.random.split(time_rng, count), self.times, self.times_mean, self.times_std)
+    keep = jax.random.uniform(drop_rng, (count,)) >= self.condition_dropout
+    time = self.process.sample_timesteps(
+      jax.random.split(time_rng, count), self.timestep_sampling, self.timestep_mean, self.timestep_std
+    )
     noise = jax.random.normal(noise_rng, x0.shape)
     x = self.process.add_noise(x0, noise, time)
-    tap = self.align.layer if self.align else None
+    tap = self.repa.layer if self.repa else None
     condition = self._shown(self.condition(extra, batch, keep), extra, images, jax.random.split(hole_rng, count))
     output = self._apply(params, extra, x, time, condition, rng=rng, **({'tap': tap} if tap else {}))
     output, tokens = output if tap else (output, None)
     errors = self._errors(output, x0, noise, time)
-    loss = jnp.mean(self.process.weight(time, self.weighting, self.strength) * errors)
+    loss = jnp.mean(self.process.weight(time, self.weighting, self.weighting_gamma) * errors)
     metrics = {'denoising': jnp.mean(errors)}
     if self.process.learned_variance:
       metrics['variance_bits'] = self._variance_bits(output, x, x0, time)
       loss += metrics['variance_bits']
-    if self.align is not None:
+    if self.repa is not None:
       metrics['alignment'] = self._alignment(params, extra, tokens, images)
-      loss -= self.align.weight * metrics['alignment']
+      loss -= self.repa.weight * metrics['alignment']
     return loss, (metrics, {})
 
   def _towers(self, params, extra):
@@ -214,16 +222,16 @@ class Diffusion(Objective):
   def condition(self, extra, batch, keep=None) -> Condition:
     """What a batch tells the network; nothing of examples whose `keep` (bool [B]) is false."""
     label = text = mask = pooled = None
-    if self.network.classes:
-      label = batch['label'] if keep is None else jnp.where(keep, batch['label'], self.network.classes)
-    if self.text is not None and 'words' in batch:
+    if self.network.num_classes:
+      label = batch['label'] if keep is None else jnp.where(keep, batch['label'], self.network.num_classes)
+    if self.text_encoder is not None and 'words' in batch:
       words, pooled = (batch[name].astype(jnp.float32) for name in ('words', 'whole_text'))
       told = words, (words != 0).any(axis=-1) if self.padding == 'masked' else None, pooled
       if keep is not None:
         nothing = self._read(extra, empty_text(batch['tokens'][:1]))
         told = jax.tree.map(lambda a, b: jnp.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b), told, nothing)
       text, mask, pooled = told
-    elif self.text is not None:
+    elif self.text_encoder is not None:
       tokens = batch['tokens']
       if keep is not None:
         tokens = jnp.where(keep[:, None], tokens, empty_text(tokens))
@@ -235,7 +243,7 @@ class Diffusion(Objective):
     after = jnp.arange(tokens.shape[1]) > jnp.argmax(tokens, axis=1)[:, None]
     if self.padding == 'end':
       tokens = jnp.where(after, tokens.max(axis=1, keepdims=True), tokens)
-    text: Any = self.text
+    text: Any = self.text_encoder
     features = text.apply({'params': extra['text']}, tokens)
     return features.tokens, ~after if self.padding == 'masked' else None, features.pooled
 
@@ -244,8 +252,8 @@ class Diffusion(Objective):
     hole, which a key [B] draws."""
     if self.control is not None:
       condition = {**condition, 'control': self.control(images)}
-    if self.holes is not None:
-      condition = {**condition, 'image': self._around(extra, images, self.holes(keys, self.image_size))}
+    if self.inpainting is not None:
+      condition = {**condition, 'image': self._around(extra, images, self.inpainting(keys, self.image_size))}
     return condition
 
   def _around(self, extra, images, masks):
@@ -259,7 +267,7 @@ class Diffusion(Objective):
     offered = {'denoising_errors': self.denoising_errors}
     if self.autoencoder is not None:
       offered['latents'] = self.latents_of
-    if self.text is not None:
+    if self.text_encoder is not None:
       offered |= {'words': self.words_of, 'whole_text': self.whole_text_of}
     return offered
 
@@ -313,7 +321,7 @@ class Diffusion(Objective):
       count = len(next(iter(batch.values())))
       return self.condition(extra, batch, None if told else jnp.zeros(count, bool))
 
-    around = None if self.holes is None else functools.partial(self._around, extra)
+    around = None if self.inpainting is None else functools.partial(self._around, extra)
     return Generator(
       self.process, self.image_size, self.shape, denoise, condition, self.told, encode, decode, self.control, around
     )
@@ -370,21 +378,21 @@ class Diffusion(Objective):
 
   @property
   def _projector(self) -> Projector:
-    assert self.align is not None
-    teacher: Any = self.align.teacher
-    return Projector(self.align.hidden, teacher.width)
+    assert self.repa is not None
+    teacher: Any = self.repa.teacher
+    return Projector(self.repa.hidden, teacher.width)
 
   def _for_teacher(self, images):
-    assert self.align is not None
-    teacher: Any = self.align.teacher
+    assert self.repa is not None
+    teacher: Any = self.repa.teacher
     shape = (images.shape[0], teacher.image_size, teacher.image_size, 3)
-    return self.align.normalize(images if images.shape == shape else jax.image.resize(images, shape, 'cubic'))
+    return self.repa.normalize(images if images.shape == shape else jax.image.resize(images, shape, 'cubic'))
 
   def _alignment(self, params, extra, tokens, images):
     """Mean cosine of the denoiser's projected tokens and the teacher's patches, which are resized to their grid."""
-    assert self.align is not None
-    teacher: Any = self.align.teacher
-    side = self.network.image_size // self.network.patch
+    assert self.repa is not None
+    teacher: Any = self.repa.teacher
+    side = self.network.image_size // self.network.patch_size
     seen = patch_features(teacher, extra['teacher'], self._for_teacher(images)).astype(jnp.float32)
     if seen.shape[1] != side:
       seen = jax.image.resize(seen, (seen.shape[0], side, side, seen.shape[-1]), 'bilinear')

@@ -31,8 +31,9 @@ class SelfDistillation(Objective):
   momentum              of the teacher, at the start; it rises to 1 by half a cosine
   momentum_steps        over so many steps; None for those of the run
   local_views           small crops of local_size x local_size pixels
-  targets               what keeps the teacher from one answer for all: 'centre' takes away the running mean of its
-                        scores, 'sinkhorn' makes all prototypes equally frequent in the batch (SwAV, Caron et al. 2020)
+  centering             what keeps the teacher from one answer for all: 'centering' takes away the running mean of its
+                        scores, 'sinkhorn_knopp' makes all prototypes equally frequent in the batch (SwAV, Caron et al.
+                        2020)
   teacher_temperature   at the start and after temperature_steps
   freeze_steps          steps in which the prototypes stay as they were born
   patch_weight          of iBOT's loss: the student finds the teacher's prototypes of patches that it cannot see, a
@@ -44,18 +45,18 @@ class SelfDistillation(Objective):
   network: nn.Module
   momentum: float = 0.996
   momentum_steps: int | None = None
-  local_views: int = 8
+  local_crops_number: int = 8
   local_size: int = 96
-  targets: Literal['centre', 'sinkhorn'] = 'centre'
+  centering: Literal['centering', 'sinkhorn_knopp'] = 'centering'
   centre_momentum: float = 0.9
   sinkhorn_rounds: int = 3
   student_temperature: float = 0.1
   teacher_temperature: tuple[float, float] = (0.04, 0.04)
   temperature_steps: int = 0
-  freeze_steps: int = 0
-  patch_weight: float = 0.0
-  hidden: tuple[float, float] = (0.1, 0.5)
-  hidden_images: float = 0.5
+  freeze_last_layer_steps: int = 0
+  ibot_loss_weight: float = 0.0
+  mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)
+  mask_sample_probability: float = 0.5
   koleo_weight: float = 0.0
   global_augments: tuple[tuple[Augment, ...], tuple[Augment, ...]] = ((), ())
   local_augment: tuple[Augment, ...] = ()
@@ -68,33 +69,38 @@ class SelfDistillation(Objective):
       raise ValueError(
         f'momentum_steps: expected at least 1, or None for the steps of the run; got {self.momentum_steps}'
       )
-    if self.local_size % self.network.encoder.patch:
-      raise ValueError(f'local_size: {self.local_size} does not divide into patches of {self.network.encoder.patch}')
-    if self.patch_weight and not self.network.encoder.mask_token:
+    if self.local_size % self.network.encoder.patch_size:
+      raise ValueError(
+        f'local_size: {self.local_size} does not divide into patches of {self.network.encoder.patch_size}'
+      )
+    if self.ibot_loss_weight and not self.network.encoder.mask_token:
       raise ValueError('patch_weight: masked patches need network.encoder.mask_token=True')
-    if not 0 <= self.hidden[0] <= self.hidden[1] < 1:
-      raise ValueError(f'hidden: expected shares 0 <= low <= high < 1, got {self.hidden}')
+    if not 0 <= self.mask_ratio_min_max[0] <= self.mask_ratio_min_max[1] < 1:
+      raise ValueError(f'hidden: expected shares 0 <= low <= high < 1, got {self.mask_ratio_min_max}')
 
   @property
   def grid(self) -> tuple[int, int]:
     """Rows and columns of patches of a large crop."""
-    side = self.network.image_size // self.network.encoder.patch
+    side = self.network.image_size // self.network.encoder.patch_size
     return side, side
 
   @property
   def example_batch(self):
-    views = {'global_views': (GLOBALS, self.network.image_size), 'local_views': (self.local_views, self.local_size)}
+    views = {
+      'global_views': (GLOBALS, self.network.image_size),
+      'local_views': (self.local_crops_number, self.local_size),
+    }
     return {
       name: jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8) for name, (count, size) in views.items() if count
     }
 
   def init(self, rng):
     size = self.network.image_size
-    picked = jnp.zeros((1, 1), jnp.int32) if self.patch_weight else None
+    picked = jnp.zeros((1, 1), jnp.int32) if self.ibot_loss_weight else None
     params = self.network.init(rng, jnp.zeros((1, size, size, 3)), picked=picked)['params']
     extra = {'teacher': jax.tree.map(jnp.copy, params), 'step': jnp.zeros((), jnp.int32)}
-    if self.targets == 'centre':
-      names = ('image', 'patches') if self.patch_weight else ('image',)
+    if self.centering == 'centering':
+      names = ('image', 'patches') if self.ibot_loss_weight else ('image',)
       extra['centre'] = {name: jnp.zeros(self.network.head.prototypes) for name in names}
     return params, extra
 
@@ -104,7 +110,7 @@ class SelfDistillation(Objective):
     images, temperature = large.shape[0], self.temperature_at(extra['step'])
     params = self.frozen(params, extra['step'])
     masked = picked = valid = None
-    if self.patch_weight:
+    if self.ibot_loss_weight:
       masked, picked, valid = self.masks(mask_rng, images)
 
     def student(views, **hidden):
@@ -114,7 +120,7 @@ class SelfDistillation(Objective):
     student_large: Any = student(large, masked=masked, picked=picked)
     scores = [by_example(student_large.image, GLOBALS)]
     if small is not None:
-      scores.append(by_example(student(small).image, self.local_views))
+      scores.append(by_example(student(small).image, self.local_crops_number))
 
     targets = self.targets_of(teacher.image, extra, 'image', temperature)
     image_loss = view_loss(jnp.concatenate(scores, 1) / self.student_temperature, by_example(targets, GLOBALS))
@@ -126,7 +132,7 @@ class SelfDistillation(Objective):
       patch_targets = self.targets_of(flat, extra, 'patches', temperature, valid=weight).reshape(teacher.patches.shape)
       metrics['ibot'] = patch_loss(student_large.patches / self.student_temperature, patch_targets, valid)
       aux['patches'] = jnp.einsum('n,nk->k', weight, flat, precision='highest') / jnp.maximum(weight.sum(), 1)
-      loss = loss + self.patch_weight * metrics['ibot']
+      loss = loss + self.ibot_loss_weight * metrics['ibot']
     if self.koleo_weight:
       features = by_example(student_large.features, GLOBALS)
       metrics['koleo'] = koleo(features[:, 0]) + koleo(features[:, 1])
@@ -143,26 +149,26 @@ class SelfDistillation(Objective):
       axis=1,
     )
     large = self.normalize(large.reshape(-1, *large.shape[2:]))
-    if not self.local_views:
+    if not self.local_crops_number:
       return large, None
     small = batch['local_views'].reshape(-1, *batch['local_views'].shape[2:])
     return large, self.normalize(apply_augments(small, self.local_augment, local_rng))
 
   def masks(self, rng, images):
     """What is hidden, bool [B * G, T]; which patches that is, int32 [B * G, M]; whether it really is, float32."""
-    masked = block_masks(rng, images, self.grid, self.hidden, self.hidden_images)
-    picked = jnp.argsort(~masked, axis=1)[:, : most_hidden(self.grid, self.hidden)].astype(jnp.int32)
+    masked = block_masks(rng, images, self.grid, self.mask_ratio_min_max, self.mask_sample_probability)
+    picked = jnp.argsort(~masked, axis=1)[:, : most_hidden(self.grid, self.mask_ratio_min_max)].astype(jnp.int32)
     return masked, picked, jnp.take_along_axis(masked, picked, axis=1).astype(jnp.float32)
 
   def masked_patches(self, rng, images):
-    if not self.patch_weight:
+    if not self.ibot_loss_weight:
       return None
     masked, _, _ = self.masks(jax.random.split(rng, 4)[2], images * GLOBALS)
     return masked.reshape(images, GLOBALS, *self.grid)
 
   def targets_of(self, scores, extra, name, temperature, valid=None):
     """The teacher's answers, probabilities [N, K], from its scores."""
-    if self.targets == 'sinkhorn':
+    if self.centering == 'sinkhorn_knopp':
       return sinkhorn(scores / temperature, self.sinkhorn_rounds, valid)
     return jax.nn.softmax((scores - extra['centre'][name]) / temperature)
 
@@ -174,7 +180,7 @@ class SelfDistillation(Objective):
     """params, whose prototypes get no gradient in the first steps."""
 
     def hold(name, w):
-      return jnp.where(step < self.freeze_steps, jax.lax.stop_gradient(w), w) if name == 'prototypes' else w
+      return jnp.where(step < self.freeze_last_layer_steps, jax.lax.stop_gradient(w), w) if name == 'prototypes' else w
 
     heads = {k: {n: hold(n, w) for n, w in v.items()} for k, v in params.items() if k.endswith('head')}
     return {**params, **heads}
@@ -191,7 +197,7 @@ class SelfDistillation(Objective):
       'teacher': jax.tree.map(lambda t, p: t * momentum + p * (1 - momentum), extra['teacher'], params),
       'step': step + 1,
     }
-    if self.targets == 'centre':
+    if self.centering == 'centering':
       keep = self.centre_momentum
       new['centre'] = jax.tree.map(lambda old, mean: old * keep + mean * (1 - keep), extra['centre'], aux)
     return new

@@ -34,8 +34,8 @@ class Distillation:
   normalize: Normalize = Normalize()
 
   def __post_init__(self):
-    if not getattr(self.teacher, 'outputs', 0):
-      raise ValueError('teacher: it needs outputs=<number of classes>')
+    if not getattr(self.teacher, 'num_classes', 0):
+      raise ValueError('teacher: it needs num_classes=<number of classes>')
     if not 0 <= self.weight <= 1:
       raise ValueError(f'weight: expected a share between 0 and 1, got {self.weight}')
 

@@ -48,7 +48,7 @@ class PretrainedEncoder(Objective):
       return call
 
     offered = {**encoder_functions(self, self.network), 'features': reads('pooled')}
-    return offered | ({'logits': reads('output')} if getattr(self.network, 'outputs', 0) else {})
+    return offered | ({'logits': reads('output')} if getattr(self.network, 'num_classes', 0) else {})
 
   def image_encoder(self, params, extra):
     return ImageEncoder(self.network, params, self.normalize)

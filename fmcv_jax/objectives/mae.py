@@ -23,8 +23,8 @@ class MaskedAutoencoding(Objective):
   """
 
   network: nn.Module
-  hidden: float = 0.75
-  normalized: bool = True
+  mask_ratio: float = 0.75
+  norm_pix_loss: bool = True
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
@@ -32,15 +32,15 @@ class MaskedAutoencoding(Objective):
     if not isinstance(self.network, MaskedAutoencoder):
       raise ValueError('network: masked autoencoding needs network.name=mae')
     if not 0 < self.visible < self.patches:
-      raise ValueError(f'hidden: {self.hidden} of {self.patches} patches leaves none to see, or none to predict')
+      raise ValueError(f'hidden: {self.mask_ratio} of {self.patches} patches leaves none to see, or none to predict')
 
   @property
   def patches(self) -> int:
-    return (self.network.image_size // self.network.encoder.patch) ** 2
+    return (self.network.image_size // self.network.encoder.patch_size) ** 2
 
   @property
   def visible(self) -> int:
-    return int(self.patches * (1 - self.hidden))
+    return int(self.patches * (1 - self.mask_ratio))
 
   @property
   def example_batch(self):
@@ -59,8 +59,8 @@ class MaskedAutoencoding(Objective):
     predicted: Any = self.network.apply(
       {'params': params}, images, order, visible=self.visible, train=True, rngs={'dropout': dropout_rng}
     )
-    target, _ = patchify(images, self.network.encoder.patch)
-    target = normalize_patches(target)[0] if self.normalized else target
+    target, _ = patchify(images, self.network.encoder.patch_size)
+    target = normalize_patches(target)[0] if self.norm_pix_loss else target
     return masked_mse(predicted.pixels, target, order, self.visible), ({}, {})
 
   def order(self, rng, images):
@@ -68,7 +68,7 @@ class MaskedAutoencoding(Objective):
     return random_order(jax.random.split(rng, 3)[1], images, self.patches)
 
   def masked_patches(self, rng, images):
-    side = self.network.image_size // self.network.encoder.patch
+    side = self.network.image_size // self.network.encoder.patch_size
     return (jnp.argsort(self.order(rng, images), axis=1) >= self.visible).reshape(images, 1, side, side)
 
   def functions(self):
@@ -84,9 +84,9 @@ class MaskedAutoencoding(Objective):
     order = random_order(jax.random.key(0), images.shape[0], self.patches)
     predicted: Any = self.network.apply({'params': params}, self.normalize(images), order, visible=self.visible)
     pixels = predicted.pixels.astype(jnp.float32)
-    patch = self.network.encoder.patch
+    patch = self.network.encoder.patch_size
     true, grid = patchify(self.normalize(images), patch)
-    if self.normalized:
+    if self.norm_pix_loss:
       _, mean, deviation = normalize_patches(true)
       pixels = pixels * deviation + mean
     seen = (jnp.argsort(order, axis=1) < self.visible)[..., None]

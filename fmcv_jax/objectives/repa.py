@@ -14,13 +14,13 @@ class Projector(nn.Module):
   """Tokens [B, T, D] -> [B, T, outputs], by three layers with SiLU (Yu et al. 2025)."""
 
   width: int
-  outputs: int
+  out_channels: int
 
   @nn.compact
   def __call__(self, x):
     for name in ('hidden1', 'hidden2'):
       x = jax.nn.silu(dense(self.width, 'float32', name)(x))
-    return dense(self.outputs, 'float32', 'head')(x)
+    return dense(self.out_channels, 'float32', 'head')(x)
 
 
 @dataclasses.dataclass(frozen=True)

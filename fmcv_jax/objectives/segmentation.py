@@ -16,7 +16,7 @@ from fmcv_jax.augment.three_augment import ThreeAugment
 from fmcv_jax.models.dense.segmenter import Segmenter
 from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions
 
-UNKNOWN = 255  # of pixels that count nowhere: neither in the loss nor in a figure
+IGNORE_INDEX = 255  # of pixels that count nowhere: neither in the loss nor in a figure
 MOVING = (Affine, Flip, RandAugment, ThreeAugment)
 
 
@@ -61,7 +61,7 @@ class Segmentation(Objective):
     logits: Any = self.network.apply(
       {'params': params}, self.normalize(images), train=True, rngs={'dropout': dropout_rng}
     )
-    known = segments != UNKNOWN
+    known = segments != IGNORE_INDEX
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, segments, 0))
     count = jnp.maximum(known.sum(), 1)
     right = jnp.sum(logits.argmax(-1) == segments, where=known)
@@ -74,7 +74,7 @@ class Segmentation(Objective):
       return logits.argmax(-1).astype(jnp.uint8)
 
     def confusion(params, extra, batch):
-      return confusions(segments(params, extra, batch), batch['segments'], self.network.classes)
+      return confusions(segments(params, extra, batch), batch['segments'], self.network.num_classes)
 
     return {**encoder_functions(self, self.network.encoder), 'segments': segments, 'confusion': confusion}
 
@@ -84,7 +84,7 @@ class Segmentation(Objective):
 
 def confusions(found: jax.Array, true: jax.Array, classes: int) -> jax.Array:
   """How many pixels of each image are of class i and were taken for class j: int32 [B, i, j], from uint8 [B, H, W]."""
-  known = true != UNKNOWN
+  known = true != IGNORE_INDEX
   pairs = jnp.where(known, true.astype(jnp.int32) * classes + found, classes * classes)
   counts = jax.vmap(lambda row: jnp.bincount(row, length=classes * classes + 1))(pairs.reshape(len(pairs), -1))
   return counts[:, :-1].reshape(-1, classes, classes)

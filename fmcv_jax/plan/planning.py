@@ -145,7 +145,7 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
     topology=topology if slices == 1 else f'{slices} x {topology}',
     mesh=mesh,
     chips=count,
-    batch=run.experiment.train.batch,
+    batch=run.experiment.train.batch_size,
     parameters=parameter_count(state.params),
     parameter_bytes=parameters,
     optimizer_bytes=optimizer,
@@ -255,7 +255,7 @@ def choices(config: dict[str, Any], batches: Sequence[int], chips: int) -> Itera
   fields = paths_of(config['objective'], 'remat', 'objective')
   meshes = {'data': (-1, 1), 'fsdp': (1, -1), **({'data x fsdp 8': (-1, 8)} if chips > 16 else {})}
   for (mesh, (data, fsdp)), remat, batch in itertools.product(meshes.items(), REMATS, batches):
-    sizes = [f'mesh.data={data}', f'mesh.fsdp={fsdp}', f'train.batch={batch}']
+    sizes = [f'mesh.data={data}', f'mesh.fsdp={fsdp}', f'train.batch_size={batch}']
     yield mesh, remat, batch, [*sizes, *(f'{field}={remat}' for field in fields)]
 
 

@@ -137,7 +137,7 @@ def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   if attention:
     raise UserError(f'an autoencoder of {channels} channels with attention at levels {attention} is none of the known')
   variant = 'kl-f8' if quantize else 'f8-16ch'
-  return {'name': 'autoencoder', 'variant': variant, 'channels': channels, 'layers': layers, 'latent': latent}
+  return {'name': 'autoencoder', 'variant': variant, 'channels': channels, 'layers': layers, 'latent_channels': latent}
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:

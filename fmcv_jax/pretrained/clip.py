@@ -127,7 +127,7 @@ def transformers_siglip() -> Layout:
 def open_clip_siglip() -> Layout:
   """OpenCLIP's SigLIP: an image tower of timm's, and its own text tower."""
   pool = (
-    Row('probe', 'latent', BATCHED),
+    Row('probe', 'latent_channels', BATCHED),
     *linear('attention/query', 'q'),
     *fused('attention', 'kv.', ('key', 'value')),
     *linear('attention/out', 'proj'),
@@ -150,9 +150,9 @@ def dual_encoder(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str)
   image, text = part(shapes, 'image/'), part(shapes, 'text/')
   eps = 1e-6 if sigmoid else 1e-5
   shared = {'activation': activation, 'eps': eps}
-  words = {'name': 'text_transformer', **text_numbers(text), 'outputs': text['head/kernel'][-1], **shared}
+  words = {'name': 'text_transformer', **text_numbers(text), 'num_classes': text['head/kernel'][-1], **shared}
   if sigmoid:
-    words |= {'causal': False, 'pool': 'last', 'outputs_bias': True}
+    words |= {'causal': False, 'pool': 'last', 'head_bias': True}
   network = {'name': 'dual_encoder', 'image': {**tower(image), **shared}, 'text': words}
   return network | ({'initial_scale': 10.0, 'initial_bias': -10.0} if sigmoid else {})
 
@@ -167,5 +167,5 @@ def text_numbers(text: Mapping[str, Shape]) -> dict[str, Any]:
     'width': width,
     'depth': depth,
     'mlp_dim': hidden,
-    'heads': heads_of(width, depth, hidden),
+    'num_heads': heads_of(width, depth, hidden),
   }

@@ -49,7 +49,7 @@ def _told(first: str, second: str, classes: str) -> Rows:
 
 
 def _positions(network: Any) -> np.ndarray:
-  side = network.image_size // network.patch
+  side = network.image_size // network.patch_size
   return np.asarray(sincos_2d(side, side, network.width), np.float32)[None]
 
 
@@ -63,10 +63,10 @@ def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   size = next((name for name, numbers in SIZES.items() if numbers[:2] == (width, depth)), None)
   network: dict[str, Any] = {'name': 'dit', 'variant': f'{size or "B"}/{cut}'}
   if size is None:
-    network |= {'width': width, 'depth': depth, 'heads': max(1, width // 64)}
+    network |= {'width': width, 'depth': depth, 'num_heads': max(1, width // 64)}
   places = shapes.get('fixed/pos_embed', (1, (32 // cut) ** 2, width))[1]
   outputs, side = own['head/bias'][0] // cut**2, math.isqrt(places) * cut
-  network |= {'image_size': side, 'classes': own['classes/embedding'][0] - 1, 'outputs': outputs}
+  network |= {'image_size': side, 'num_classes': own['classes/embedding'][0] - 1, 'out_channels': outputs}
   objective = {
     'name': 'diffusion',
     'network': network,

@@ -100,4 +100,4 @@ def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   repeats = [1 + shapes.get(f'stage{stage}/blocks/project/kernel', (0,))[0] for stage in stages]
   variant = variant_of(shapes['conv/kernel'][-1], repeats)
   found = {'name': 'efficientnet', 'variant': variant, 'image_size': SIZES[variant][2], 'top': 'top/kernel' in shapes}
-  return found | ({'outputs': shapes['head/kernel'][-1]} if 'head/kernel' in shapes else {})
+  return found | ({'num_classes': shapes['head/kernel'][-1]} if 'head/kernel' in shapes else {})

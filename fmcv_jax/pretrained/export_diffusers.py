@@ -41,7 +41,7 @@ def files(family: str, objective: Any, tokenizer: Tokenizer | None, *, whole: bo
     return {'config.json': control(network, steered.widths, linear=linear)}
   if not whole:
     return {'config.json': unet(network, linear=linear)}
-  filling = bool(network.beside)
+  filling = bool(network.extra_in_channels)
   pipeline = {
     '_class_name': 'StableDiffusionInpaintPipeline' if filling else 'StableDiffusionPipeline',
     'unet': ['diffusers', 'UNet2DConditionModel'],
@@ -61,20 +61,20 @@ def files(family: str, objective: Any, tokenizer: Tokenizer | None, *, whole: bo
     'model_index.json': {**pipeline, **_VERSION},
     'unet/config.json': unet(network, linear=linear),
     'vae/config.json': coder(objective.autoencoder, objective.latent_scale),
-    'text_encoder/config.json': export_transformers.text_tower(objective.text),
+    'text_encoder/config.json': export_transformers.text_tower(objective.text_encoder),
     'scheduler/scheduler_config.json': scheduler(objective.process),
     **{f'tokenizer/{name}': content for name, content in words.items()},
   }
 
 
 def unet(network: UNet, *, linear: bool) -> dict[str, Any]:
-  pyramid = network.pyramid
+  unet = network.config
   return {
     '_class_name': 'UNet2DConditionModel',
     'sample_size': network.image_size,
-    'in_channels': network.channels + network.beside,
-    'out_channels': network.outputs,
-    'up_block_types': ['CrossAttnUpBlock2D' if depth else 'UpBlock2D' for depth in reversed(pyramid.depths)],
+    'in_channels': network.channels + network.extra_in_channels,
+    'out_channels': network.out_channels,
+    'up_block_types': ['CrossAttnUpBlock2D' if depth else 'UpBlock2D' for depth in reversed(unet.depths)],
     **_down(network, linear),
   }
 
@@ -89,15 +89,15 @@ def control(network: UNet, hint: Sequence[int], *, linear: bool) -> dict[str, An
 
 
 def _down(network: UNet, linear: bool) -> dict[str, Any]:
-  pyramid = network.pyramid
+  unet = network.config
   return {
     **_VERSION,
-    'block_out_channels': list(pyramid.widths),
-    'down_block_types': ['CrossAttnDownBlock2D' if depth else 'DownBlock2D' for depth in pyramid.depths],
-    'transformer_layers_per_block': [max(1, depth) for depth in pyramid.depths],
-    'layers_per_block': pyramid.layers,
-    'cross_attention_dim': pyramid.context,
-    'attention_head_dim': list(pyramid.heads),  # in truth the number of heads
+    'block_out_channels': list(unet.block_out_channels),
+    'down_block_types': ['CrossAttnDownBlock2D' if depth else 'DownBlock2D' for depth in unet.depths],
+    'transformer_layers_per_block': [max(1, depth) for depth in unet.depths],
+    'layers_per_block': unet.layers,
+    'cross_attention_dim': unet.cross_attention_dim,
+    'attention_head_dim': list(unet.num_heads),  # in truth the number of heads
     'use_linear_projection': linear,
   }
 
@@ -111,7 +111,7 @@ def coder(network: Autoencoder, scale: float) -> dict[str, Any]:
     **_VERSION,
     'in_channels': 3,
     'out_channels': 3,
-    'latent_channels': network.latent,
+    'latent_channels': network.latent_channels,
     'block_out_channels': list(network.channels),
     'down_block_types': ['DownEncoderBlock2D'] * levels,
     'up_block_types': ['UpDecoderBlock2D'] * levels,
@@ -128,14 +128,14 @@ def transformer(network: DiT) -> dict[str, Any]:
   return {
     '_class_name': 'DiTTransformer2DModel',
     **_VERSION,
-    'num_attention_heads': network.block.heads,
-    'attention_head_dim': network.width // network.block.heads,
+    'num_attention_heads': network.block.num_heads,
+    'attention_head_dim': network.width // network.block.num_heads,
     'in_channels': network.channels,
-    'out_channels': network.outputs,
+    'out_channels': network.out_channels,
     'num_layers': network.depth,
     'sample_size': network.image_size,
-    'patch_size': network.patch,
-    'num_embeds_ada_norm': network.classes,
+    'patch_size': network.patch_size,
+    'num_embeds_ada_norm': network.num_classes,
   }
 
 

@@ -39,9 +39,9 @@ def files(objective: Any, image: ImageTransform | None) -> Files:
   }
   config = {
     'architecture': name,
-    'num_classes': network.outputs,
+    'num_classes': network.num_classes,
     'num_features': network.width * (8 if name == _SWIN else 1),
-    'pretrained_cfg': {**seen, 'num_classes': network.outputs},
+    'pretrained_cfg': {**seen, 'num_classes': network.num_classes},
     'model_args': arguments,
   }
   return {'config.json': config}
@@ -65,20 +65,20 @@ def _crop(image: ImageTransform | None) -> dict[str, Any]:
 
 def _vit(network: ViT) -> tuple[str, dict[str, Any]]:
   block = plain(network.stack.block, 'timm')
-  if network.positions != 'learned':
-    raise UserError(f'timm has no vision transformer with positions of the kind {network.positions}')
+  if network.pos_embed != 'learned':
+    raise UserError(f'timm has no vision transformer with positions of the kind {network.pos_embed}')
   if block.eps > 1e-6:
     raise UserError(f'timm has vision transformers with an eps of 1e-6, not {block.eps}')
-  if network.registers and network.place_class_token and not network.mask_token:
+  if network.registers and network.class_token_has_position and not network.mask_token:
     raise UserError('timm has no vision transformer with registers and a place for the class token')
   # timm counts the width of a SwiGLU as that of gate and value together.
   arguments: dict[str, Any] = {
     'img_size': network.image_size,
-    'patch_size': network.patch,
+    'patch_size': network.patch_size,
     'embed_dim': network.width,
     'depth': network.stack.depth,
-    'num_heads': block.heads,
-    'mlp_ratio': block.mlp_dim * (2 if block.gated else 1) / network.width,
+    'num_heads': block.num_heads,
+    'mlp_ratio': block.mlp_dim * (2 if block.gated_mlp else 1) / network.width,
     'act_layer': _ACTIVATIONS[block.activation],
   }
   if network.distilled:
@@ -86,13 +86,13 @@ def _vit(network: ViT) -> tuple[str, dict[str, Any]]:
   arguments |= {
     'class_token': network.has_class_token,
     'global_pool': {'cls': 'token', 'gap': 'avg', 'map': 'map'}[network.pool],
-    'fc_norm': network.norm_pooled,
+    'fc_norm': network.fc_norm,
     'reg_tokens': network.registers,
-    'no_embed_class': bool(network.registers) or not network.place_class_token,
+    'no_embed_class': bool(network.registers) or not network.class_token_has_position,
     'pre_norm': network.pre_norm,
     'init_values': block.layer_scale,
   }
-  return _GATED if block.gated else _VIT, arguments
+  return _GATED if block.gated_mlp else _VIT, arguments
 
 
 def _swin(network: Swin) -> tuple[str, dict[str, Any]]:
@@ -102,7 +102,7 @@ def _swin(network: Swin) -> tuple[str, dict[str, Any]]:
     'window_size': network.window,
     'embed_dim': network.width,
     'depths': list(network.depths),
-    'num_heads': [block.heads for block in network.blocks],
+    'num_heads': [block.num_heads for block in network.blocks],
   }
 
 
@@ -115,11 +115,11 @@ def open_clip(family: str, objective: Any, image: ImageTransform | None) -> File
     'context_length': text.length,
     'vocab_size': text.vocab_size,
     'width': text.width,
-    'heads': block.heads,
+    'num_heads': block.num_heads,
     'layers': text.stack.depth,
     'mlp_ratio': block.mlp_dim / text.width,
   }
-  model: dict[str, Any] = {'embed_dim': text.outputs, 'text_cfg': words}
+  model: dict[str, Any] = {'embed_dim': text.num_classes, 'text_cfg': words}
   if family == 'siglip':
     model |= {
       'init_logit_bias': -10,
@@ -144,10 +144,10 @@ def open_clip(family: str, objective: Any, image: ImageTransform | None) -> File
       'quick_gelu': own.activation == 'quick_gelu',
       'vision_cfg': {
         'image_size': tower.image_size,
-        'patch_size': tower.patch,
+        'patch_size': tower.patch_size,
         'width': tower.width,
         'layers': tower.stack.depth,
-        'head_width': tower.width // own.heads,
+        'head_width': tower.width // own.num_heads,
         'mlp_ratio': own.mlp_dim / tower.width,
         'norm_kwargs': {'eps': own.eps},
       },
@@ -163,8 +163,8 @@ def open_clip(family: str, objective: Any, image: ImageTransform | None) -> File
 
 def _siglip_name(network: ViT) -> str:
   """What timm calls it; OpenCLIP gives timm no other numbers than those of a name."""
-  size = (network.width, network.stack.depth, network.stack.block.heads, network.stack.block.mlp_dim)
+  size = (network.width, network.stack.depth, network.stack.block.num_heads, network.stack.block.mlp_dim)
   for name, numbers in SIZES.items():
     if numbers == size and name in _SIGLIP:
-      return f'vit_{_SIGLIP[name]}_patch{network.patch}_siglip_{network.image_size}'
+      return f'vit_{_SIGLIP[name]}_patch{network.patch_size}_siglip_{network.image_size}'
   raise UserError(f'OpenCLIP has SigLIP in the sizes {", ".join(_SIGLIP)} only')

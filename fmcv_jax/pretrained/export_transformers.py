@@ -58,7 +58,7 @@ def _blocks(stack: Stack, width: int) -> dict[str, Any]:
   return {
     'hidden_size': width,
     'num_hidden_layers': stack.depth,
-    'num_attention_heads': block.heads,
+    'num_attention_heads': block.num_heads,
     'intermediate_size': block.mlp_dim,
     'hidden_act': ACTIVATIONS[block.activation],
     'layer_norm_eps': block.eps,
@@ -66,7 +66,7 @@ def _blocks(stack: Stack, width: int) -> dict[str, Any]:
 
 
 def _patches(network: ViT) -> dict[str, Any]:
-  sizes = {'image_size': network.image_size, 'patch_size': network.patch, 'num_channels': 3}
+  sizes = {'image_size': network.image_size, 'patch_size': network.patch_size, 'num_channels': 3}
   return {**_blocks(network.stack, network.width), **sizes}
 
 
@@ -75,17 +75,17 @@ def _labels(outputs: int) -> dict[str, Any]:
 
 
 def _encoder(kind: str, name: str, network: ViT, head: str) -> dict[str, Any]:
-  if network.pool != 'cls' or not network.place_class_token or network.registers:
+  if network.pool != 'cls' or not network.class_token_has_position or network.registers:
     raise UserError(f'transformers has no {name} without a class token that has a place, or with registers')
-  suffix = head if network.outputs else 'Model'
+  suffix = head if network.num_classes else 'Model'
   own = {'model_type': kind, 'architectures': [f'{name}{suffix}'], 'qkv_bias': True}
-  return {**own, **_patches(network), **_labels(network.outputs)}
+  return {**own, **_patches(network), **_labels(network.num_classes)}
 
 
 def _dinov2(network: ViT) -> dict[str, Any]:
   block, registers = network.stack.block, network.registers
   ratio: float = block.mlp_dim / network.width
-  if block.gated:  # theirs is rounded up to a multiple of 8 after taking two thirds
+  if block.gated_mlp:  # theirs is rounded up to a multiple of 8 after taking two thirds
     ratio = 4 if math.ceil(int(4 * network.width * 2 / 3) / 8) * 8 == block.mlp_dim else 1.5 * ratio
   numbers = _patches(network)
   del numbers['intermediate_size']
@@ -93,9 +93,9 @@ def _dinov2(network: ViT) -> dict[str, Any]:
     'model_type': 'dinov2_with_registers' if registers else 'dinov2',
     'architectures': ['Dinov2WithRegistersModel' if registers else 'Dinov2Model'],
     **numbers,
-    'hidden_act': 'gelu' if block.gated else numbers['hidden_act'],
+    'hidden_act': 'gelu' if block.gated_mlp else numbers['hidden_act'],
     'mlp_ratio': int(ratio) if ratio == int(ratio) else ratio,
-    'use_swiglu_ffn': block.gated,
+    'use_swiglu_ffn': block.gated_mlp,
     'qkv_bias': True,
     **({'num_register_tokens': registers} if registers else {}),
   }
@@ -110,7 +110,7 @@ def _masked(objective: Any) -> dict[str, Any]:
     **_patches(network.encoder),
     'decoder_hidden_size': decoder.width,
     'decoder_num_hidden_layers': decoder.stack.depth,
-    'decoder_num_attention_heads': decoder.stack.block.heads,
+    'decoder_num_attention_heads': decoder.stack.block.num_heads,
     'decoder_intermediate_size': decoder.stack.block.mlp_dim,
     'mask_ratio': objective.hidden,
     'norm_pix_loss': objective.normalized,
@@ -121,17 +121,17 @@ def _swin(network: Swin) -> dict[str, Any]:
   first = network.blocks[0]
   return {
     'model_type': 'swin',
-    'architectures': ['SwinForImageClassification' if network.outputs else 'SwinModel'],
+    'architectures': ['SwinForImageClassification' if network.num_classes else 'SwinModel'],
     'image_size': network.image_size,
     'patch_size': network.smallest_patch,
     'embed_dim': network.width,
     'depths': list(network.depths),
-    'num_heads': [block.heads for block in network.blocks],
+    'num_heads': [block.num_heads for block in network.blocks],
     'window_size': network.window,
     'mlp_ratio': first.mlp_dim / network.width,
     'hidden_act': ACTIVATIONS[first.activation],
     'layer_norm_eps': first.eps,
-    **_labels(network.outputs),
+    **_labels(network.num_classes),
   }
 
 
@@ -142,18 +142,18 @@ def _efficientnet(network: EfficientNet) -> dict[str, Any]:
   width, depth, _, dropout = SIZES[variant]
   return {
     'model_type': 'efficientnet',
-    'architectures': ['EfficientNetForImageClassification' if network.outputs else 'EfficientNetModel'],
+    'architectures': ['EfficientNetForImageClassification' if network.num_classes else 'EfficientNetModel'],
     'image_size': network.image_size,
     'width_coefficient': width,
     'depth_coefficient': depth,
     'hidden_dim': network.top,
     'dropout_rate': dropout,
-    **_labels(network.outputs),
+    **_labels(network.num_classes),
   }
 
 
 def _clip(network: Any) -> dict[str, Any]:
-  projection = network.text.outputs
+  projection = network.text.num_classes
   return {
     'model_type': 'clip',
     'architectures': ['CLIPModel'],
@@ -172,7 +172,7 @@ def text_tower(network: TextTransformer) -> dict[str, Any]:
     **_blocks(network.stack, network.width),
     'vocab_size': network.vocab_size,
     'max_position_embeddings': network.length,
-    'projection_dim': network.outputs or network.width,
+    'projection_dim': network.num_classes or network.width,
     'bos_token_id': last - 1,
     'eos_token_id': last,
     'pad_token_id': 0,
@@ -181,7 +181,7 @@ def text_tower(network: TextTransformer) -> dict[str, Any]:
 
 def _siglip(network: Any) -> dict[str, Any]:
   text = network.text
-  words = {'vocab_size': text.vocab_size, 'max_position_embeddings': text.length, 'projection_size': text.outputs}
+  words = {'vocab_size': text.vocab_size, 'max_position_embeddings': text.length, 'projection_size': text.num_classes}
   return {
     'model_type': 'siglip',
     'architectures': ['SiglipModel'],

@@ -172,7 +172,7 @@ def _check_size(words: tuple[str, ...], config: Mapping[str, Any], what: str) ->
   network = config['objective']['network']
   network = network.get('image') or network.get('encoder') or network
   size = network.get('variant', '').lower().replace('/', '').replace('-', '')
-  is_named = 'width' not in network and 'widths' not in network
+  is_named = 'width' not in network and 'block_out_channels' not in network
   for word in words:
     if not (word == size and is_named if word != 'distilled' else network.get('distilled')):
       found = f'of the size {network["variant"]}' if is_named else 'of no named size'

@@ -11,7 +11,7 @@ from fmcv_jax.pretrained.export_diffusers import PREDICTIONS
 from fmcv_jax.pretrained.export_transformers import ACTIVATIONS
 
 _NAMES = ('model.', 'pytorch_model.', 'open_clip_', 'diffusion_pytorch_model.')
-_FIELDS = {'num_attention_heads': 'heads', 'layer_norm_eps': 'eps', 'hidden_act': 'activation'}
+_FIELDS = {'num_attention_heads': 'num_heads', 'layer_norm_eps': 'eps', 'hidden_act': 'activation'}
 # What transformers takes where a config of CLIP says nothing.
 _UNSAID = {'clip': {'hidden_act': 'quick_gelu'}}
 _TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ def folder_of(file: Path) -> Path:
 
 
 def fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
-  """Fields of a config, as 'objective.network.heads=8', that a folder tells; of a file none."""
+  """Fields of a config, as 'objective.network.num_heads=8', that a folder tells; of a file none."""
   found: list[str] = []
   network = config['objective']['network']
   said = _json(folder / 'config.json')
@@ -82,7 +82,7 @@ def _networks(network: Mapping[str, Any], said: Mapping[str, Any]) -> Iterator[t
   match network['name']:
     case 'vit':
       yield path, {'num_attention_heads': said.get('model_args', {}).get('num_heads')}
-      yield path, {name: x for name, x in said.items() if name != 'hidden_act' or not network.get('gated')}
+      yield path, {name: x for name, x in said.items() if name != 'hidden_act' or not network.get('gated_mlp')}
     case 'mae':
       yield f'{path}.encoder', said
       yield path, {'num_attention_heads': said.get('decoder_num_attention_heads')}

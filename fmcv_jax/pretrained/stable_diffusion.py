@@ -136,7 +136,7 @@ SD1 = Version(
   project=point,
   activation='quick_gelu',
   padding='end',
-  text={**_LENGTH, 'width': 768, 'depth': 12, 'mlp_dim': 3072, 'heads': 12},
+  text={**_LENGTH, 'width': 768, 'depth': 12, 'mlp_dim': 3072, 'num_heads': 12},
   words=below('', clip.transformers_text(), 'cond_stage_model.transformer.text_model.'),
 )
 # The text tower is OpenCLIP's H/14 without its last layer.
@@ -145,7 +145,7 @@ SD2 = Version(
   project=linear,
   activation='gelu',
   padding='zeros',
-  text={**_LENGTH, 'width': 1024, 'depth': 23, 'mlp_dim': 4096, 'heads': 16},
+  text={**_LENGTH, 'width': 1024, 'depth': 23, 'mlp_dim': 4096, 'num_heads': 16},
   words=below('', clip.open_clip_text(), 'cond_stage_model.model.'),
   left=(r'cond_stage_model\.model\.(transformer\.resblocks\.23\..*|text_projection|logit_scale|attn_mask)',),
 )
@@ -224,13 +224,13 @@ def denoiser(shapes: Mapping[str, Shape], like: str) -> dict[str, Any]:
   outputs = shapes.get('decoder/conv_out/kernel', (inputs,))[-1]
   network: dict[str, Any] = {'name': 'unet', 'variant': like}
   for name, size in unet.SIZES.items():
-    if (size.widths, size.depths, size.context) == (widths, depths, context):
+    if (size.block_out_channels, size.depths, size.cross_attention_dim) == (widths, depths, context):
       network['variant'] = name
       break
   else:
-    network |= {'widths': widths, 'depths': depths, 'context': context, 'channels': outputs}
+    network |= {'block_out_channels': widths, 'depths': depths, 'cross_attention_dim': context, 'channels': outputs}
   network |= {'layers': layers} if layers != 2 else {}
-  return network | ({'beside': inputs - outputs} if inputs != outputs else {})
+  return network | ({'extra_in_channels': inputs - outputs} if inputs != outputs else {})
 
 
 def config_of(version: Version, prediction: str = 'noise') -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
@@ -256,7 +256,7 @@ def config_of(version: Version, prediction: str = 'noise') -> Callable[[Mapping[
       'padding': version.padding,
       'process': {'schedule': 'scaled_linear', 'prediction': prediction},
     }
-    if 'beside' in network:
+    if 'extra_in_channels' in network:
       objective['holes'] = {}
     if control:
       objective['control'] = {'name': 'edges'}

@@ -74,6 +74,6 @@ def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   size = next((name for name, numbers in SIZES.items() if numbers == (width, depths, heads)), None)
   config: dict[str, Any] = {'name': 'swin', 'variant': size or 'T', 'window': window, 'patch': side}
   if size is None:
-    config |= {'width': width, 'depths': depths, 'heads': heads}
+    config |= {'width': width, 'depths': depths, 'num_heads': heads}
   config['image_size'] = window * side * 2 ** (len(depths) - 1)
-  return config | ({'outputs': shapes['head/kernel'][-1]} if 'head/kernel' in shapes else {})
+  return config | ({'num_classes': shapes['head/kernel'][-1]} if 'head/kernel' in shapes else {})

@@ -180,7 +180,7 @@ def mae(*, hub: bool | None = None) -> Layout:
 
 
 def _sines(encoder: Any, width: int) -> np.ndarray:
-  side = encoder.image_size // encoder.patch
+  side = encoder.image_size // encoder.patch_size
   return np.concatenate([np.zeros((1, width), np.float32), sincos_2d(side, side, width)])[None]
 
 
@@ -207,9 +207,9 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   size = _size(width, depth, hidden)
   network: dict[str, Any] = {'name': 'vit', 'variant': f'{size or "B"}/{side_of_patch}'}
   if size is None:
-    network |= {'width': width, 'depth': depth, 'mlp_dim': hidden, 'heads': heads_of(width, depth, hidden)}
+    network |= {'width': width, 'depth': depth, 'mlp_dim': hidden, 'num_heads': heads_of(width, depth, hidden)}
   if 'pooled_norm/scale' in shapes:
-    network |= {'pool': 'gap', 'norm_pooled': True, 'class_token': 'class_token' in shapes}
+    network |= {'pool': 'gap', 'fc_norm': True, 'class_token': 'class_token' in shapes}
   elif 'class_token' not in shapes:
     network['pool'] = 'map' if 'map_pool/probe' in shapes else 'gap'
   distilled = 'distillation_token' in shapes
@@ -219,7 +219,7 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   if side**2 != places - placed:
     raise UserError(f'{places} positions are no square of patches')
   if special and not placed:
-    network['place_class_token'] = False
+    network['class_token_has_position'] = False
   network['image_size'] = side * side_of_patch
   network |= {
     field: value
@@ -230,10 +230,10 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
       ('pre_norm', True, 'pre_norm/scale' in shapes),
       ('patch_bias', False, 'patch/bias' not in shapes),
       ('layer_scale', 1.0, 'blocks/scale1' in shapes),
-      ('gated', True, 'blocks/mlp/gate/kernel' in shapes),
+      ('gated_mlp', True, 'blocks/mlp/gate/kernel' in shapes),
       ('activation', 'silu', 'blocks/mlp/gate/kernel' in shapes),
-      ('outputs', shapes.get('head/kernel', (0, 0))[-1], 'head/kernel' in shapes),
-      ('outputs_bias', False, 'head/kernel' in shapes and 'head/bias' not in shapes),
+      ('num_classes', shapes.get('head/kernel', (0, 0))[-1], 'head/kernel' in shapes),
+      ('head_bias', False, 'head/kernel' in shapes and 'head/bias' not in shapes),
     )
     if there
   }
@@ -245,5 +245,5 @@ def masked_autoencoder(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   table = next(shape for path, shape in shapes.items() if path.startswith('fixed/') and 'decoder' not in path)
   encoder = tower(part(shapes, 'encoder/') | {'position': table[1:]})
   depth, width = shapes['decoder/blocks/norm1/scale']
-  network = {'name': 'mae', 'encoder': encoder | {'positions': 'sincos2d'}}
-  return network | {'width': width, 'depth': depth, 'heads': 16}
+  network = {'name': 'mae', 'encoder': encoder | {'pos_embed': 'sincos2d'}}
+  return network | {'width': width, 'depth': depth, 'num_heads': 16}

@@ -174,14 +174,14 @@ class Optimizer:
   rule: UpdateRule = AdamW()
   weight_decay: float = 0.0
   weight_decay_end: float | None = None
-  decayed: tuple[str, ...] = (r'.*/kernel',)
+  weight_decay_mask: tuple[str, ...] = (r'.*/kernel',)
   clip_norm: float | None = None
   layer_decay: float = 1.0
-  multipliers: tuple[tuple[str, float], ...] = ()
+  lr_multipliers: tuple[tuple[str, float], ...] = ()
 
   def make(self, total_steps: int) -> optax.GradientTransformation:
     def mask(params):
-      return map_by_path(lambda path, x: any(re.fullmatch(pattern, path) for pattern in self.decayed), params)
+      return map_by_path(lambda path, x: any(re.fullmatch(pattern, path) for pattern in self.weight_decay_mask), params)
 
     decay: float | optax.Schedule = self.weight_decay
     if self.weight_decay_end is not None:
@@ -190,13 +190,13 @@ class Optimizer:
 
     def at_own_rates(updates, params):
       rates = layerwise_lr_scales(params, self.layer_decay)
-      for pattern, factor in self.multipliers:
+      for pattern, factor in self.lr_multipliers:
         rates = map_by_path(lambda path, x: x * (factor if re.fullmatch(pattern, path) else 1), rates)  # noqa: B023
       return jax.tree.map(lambda u, rate: u * rate.astype(u.dtype), updates, rates)
 
     parts = [self.rule.make(self.schedule(total_steps), decay, mask)]
     if self.clip_norm is not None:
       parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
-    if self.layer_decay != 1 or self.multipliers:
+    if self.layer_decay != 1 or self.lr_multipliers:
       parts.append(optax.stateless(at_own_rates))
     return optax.chain(*parts) if len(parts) > 1 else parts[0]

@@ -11,7 +11,7 @@ import optax
 class Schedule(abc.ABC):
   """A learning rate by step: linear warm-up from 0 to `peak` over `warmup_steps`, then a decay."""
 
-  peak: float
+  peak_lr: float
   warmup_steps: int
 
   def __call__(self, total_steps: int) -> optax.Schedule:
@@ -21,7 +21,7 @@ class Schedule(abc.ABC):
     if not self.warmup_steps:
       return self.decay(total_steps)
     # The first step has rate peak / warmup_steps, not 0: a step that changes nothing is a step wasted.
-    warmup = optax.linear_schedule(self.peak / self.warmup_steps, self.peak, self.warmup_steps - 1 or 1)
+    warmup = optax.linear_schedule(self.peak_lr / self.warmup_steps, self.peak_lr, self.warmup_steps - 1 or 1)
     return optax.join_schedules([warmup, self.decay(total_steps - self.warmup_steps)], [self.warmup_steps])
 
   @abc.abstractmethod
@@ -33,31 +33,31 @@ class Schedule(abc.ABC):
 class Cosine(Schedule):
   """Half a cosine from `peak` to `end` (Loshchilov & Hutter 2017)."""
 
-  peak: float
+  peak_lr: float
   warmup_steps: int = 0
   end: float = 0.0
 
   def decay(self, steps):
-    return optax.cosine_decay_schedule(self.peak, steps, alpha=self.end / self.peak)
+    return optax.cosine_decay_schedule(self.peak_lr, steps, alpha=self.end / self.peak_lr)
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Schedule):
   """A straight line from `peak` to `end`."""
 
-  peak: float
+  peak_lr: float
   warmup_steps: int = 0
   end: float = 0.0
 
   def decay(self, steps):
-    return optax.linear_schedule(self.peak, self.end, steps)
+    return optax.linear_schedule(self.peak_lr, self.end, steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rsqrt(Schedule):
   """peak / sqrt(1 + t / timescale), then linearly to 0 over the last `cooldown_steps` (Zhai et al. 2022)."""
 
-  peak: float
+  peak_lr: float
   warmup_steps: int = 0
   timescale: int = 10_000
   cooldown_steps: int = 0
@@ -68,6 +68,6 @@ class Rsqrt(Schedule):
 
     def rate(step):
       cooldown = jnp.clip((steps - step) / max(self.cooldown_steps, 1), 0, 1) if self.cooldown_steps else 1.0
-      return self.peak * jax.lax.rsqrt(1 + step / self.timescale) * cooldown
+      return self.peak_lr * jax.lax.rsqrt(1 + step / self.timescale) * cooldown
 
     return rate

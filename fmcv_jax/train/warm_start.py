@@ -20,7 +20,7 @@ from fmcv_jax.train.state import TrainState
 class InitFrom:
   """Where values come from: `part` of what the run in `workdir` has learnt, such as 'params' or 'params/image'.
 
-  'whole' is all of a network of which the run trained but a part (objective 'adapted').
+  'whole' is all of a network of which the run trained but a part (objective 'finetune').
 
   skip     regular expressions over paths below it; what matches one stays as it was born
   resize   the same; tables of positions that are brought to another number of them by bicubic interpolation, as for

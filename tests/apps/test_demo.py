@@ -14,7 +14,7 @@ from fmcv_jax.train.storage import read_metrics
 
 
 def test_demo_leaves_figures_and_pictures(tmp_path, capsys):
-  overrides = ['train.steps=4', 'train.batch=64', 'optimizer.schedule.warmup_steps=1', 'log.every=2']
+  overrides = ['train.steps=4', 'train.batch_size=64', 'optimizer.schedule.warmup_steps=1', 'log.every=2']
   overrides += ['objective.network.image.depth=1', 'objective.network.image.unroll=1', 'optimizer.rule.name=adamw']
   demo.run('configs/demo/clip.py', tmp_path, overrides)
   for name in ('loss.png', 'zero_shot_seen.png', 'zero_shot_held_out.png', 'retrieval.png'):

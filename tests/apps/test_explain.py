@@ -55,8 +55,8 @@ def test_classifier_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_masked_autoencoder_shows_what_it_fills_in(folder, tmp_path):
   config = runs.classification(folder)
-  network = {'name': 'mae', 'width': 16, 'depth': 1, 'heads': 2}
-  network['encoder'] = {'name': 'vit', 'variant': 'mu/8', 'image_size': 32, 'positions': 'sincos2d'}
+  network = {'name': 'mae', 'width': 16, 'depth': 1, 'num_heads': 2}
+  network['encoder'] = {'name': 'vit', 'variant': 'mu/8', 'image_size': 32, 'pos_embed': 'sincos2d'}
   source = {'name': 'image_folder', 'path': str(folder)}
   config |= {'objective': {'name': 'mae', 'network': network}, 'evaluators': {}}
   config |= {'data': {'source': source, 'image': {'name': 'resize', 'size': 32}}}
@@ -80,7 +80,7 @@ def test_what_cannot_be_explained_is_one_clear_line(folder, clip, tmp_path):
 
 def swin_classifier(folder):
   config = runs.classification(folder)
-  network = {'name': 'swin', 'variant': 'mu', 'image_size': 32, 'window': 4, 'outputs': 3}
+  network = {'name': 'swin', 'variant': 'mu', 'image_size': 32, 'window': 4, 'num_classes': 3}
   image = {'name': 'resize', 'size': 32}
   return experiment.resolve(
     config
@@ -109,7 +109,9 @@ def test_a_convolutional_dual_encoder_shows_where_a_text_is(folder, tmp_path):
   assert [path.stem for path in written] == ['features', 'similarity']
 
 
-@pytest.mark.parametrize('network', [swin('mu', image_size=32, window=4, outputs=5), efficientnet('mu', outputs=5)])
+@pytest.mark.parametrize(
+  'network', [swin('mu', image_size=32, window=4, num_classes=5), efficientnet('mu', num_classes=5)]
+)
 def test_what_the_places_give_is_on_average_the_output(network):
   images = jax.random.normal(jax.random.key(0), (2, 52, 68, 3))
   born = jax.jit(network.init)(jax.random.key(1), images)

@@ -82,7 +82,7 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
   config = with_coder(tmp_path, runs.untrained(runs.painter(tmp_path / 'images'), tmp_path / 'coder'))
   precompute.run(['latents'], str(tmp_path / 'latents'), config=config)
   run = Run(experiment.load_config(config))
-  cached = Run(experiment.load_config(config, ['objective.latents=True']))
+  cached = Run(experiment.load_config(config, ['objective.precomputed_latents=True']))
   of_images = first_batch(run, run.experiment.data)
   of_latents = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'latents'))))
   np.testing.assert_array_equal(of_latents['tokens'], of_images['tokens'])

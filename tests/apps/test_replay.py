@@ -18,9 +18,9 @@ def test_a_streak_stops_the_run_and_its_first_step_can_be_looked_at(tmp_path, ca
     folder,
     evaluators={},
     train__steps=40,
-    train__max_streak=3,
+    train__max_nonfinite_steps=3,
     checkpoint__every=100,
-    optimizer__schedule={'name': 'cosine', 'peak': 3e38, 'warmup_steps': 0},
+    optimizer__schedule={'name': 'cosine', 'peak_lr': 3e38, 'warmup_steps': 0},
   )
   with pytest.raises(UserError, match='loss or gradient was not finite since step') as caught:
     trainer.train(config, tmp_path / 'run')

@@ -52,7 +52,9 @@ def assert_equal(first, second):
 
 def rich(**kwargs):
   """Random crops, captions and prompts of real images."""
-  return Pipeline(Digits('test'), image=RandomResizedCrop(8), prompts=('a {}', 'the digit {}', '{}'), **kwargs)
+  return Pipeline(
+    Digits('test'), image=RandomResizedCrop(8), caption_templates=('a {}', 'the digit {}', '{}'), **kwargs
+  )
 
 
 def test_batches_have_the_documented_shapes_and_types():
@@ -142,7 +144,7 @@ def test_crops_differ_between_epochs_and_seeds_but_not_between_runs():
 
 def test_captions_and_prompts_are_drawn_evenly():
   tokenizer = Bpe(600, 20, corpus=Counting(40))
-  pipeline = Pipeline(Counting(40), prompts=('see {}', 'hear {} now'))
+  pipeline = Pipeline(Counting(40), caption_templates=('see {}', 'hear {} now'))
   texts = [
     text
     for batch in take(pipeline, 20, batch=40, fields=('tokens',), tokenizer=tokenizer)
@@ -163,7 +165,7 @@ def test_a_class_name_is_the_text_of_a_source_without_captions(tmp_path):
 
   tokenizer = ClipBpe(7)
   (batch,) = take(
-    Pipeline(Named(3), prompts=('a {}',), shuffle=False), 1, batch=3, fields=('tokens',), tokenizer=tokenizer
+    Pipeline(Named(3), caption_templates=('a {}',), shuffle=False), 1, batch=3, fields=('tokens',), tokenizer=tokenizer
   )
   assert tokenizer.decode(batch['tokens']) == ['a a', 'a b', 'a c']
 
@@ -259,7 +261,7 @@ class Bare(Counting):
   ('pipeline', 'kwargs', 'message'),
   [
     (Pipeline(Bare(3), image=Resize(4)), {'fields': ('image', 'label')}, 'wants image, label, but Bare gives no label'),
-    (Pipeline(Bare(3)), {'fields': ('tokens',), 'tokenizer': ClipBpe()}, 'Bare gives no text .only: image.'),
+    (Pipeline(Bare(3)), {'fields': ('tokens',), 'tokenizer': ClipBpe()}, 'Bare gives no text .name_filter: image.'),
     (Pipeline(Bare(3)), {'fields': ('image',)}, "encoded images; set the pipeline's image"),
     (Pipeline(Counting(3)), {'fields': ('tokens',)}, 'there is no tokenizer'),
     (Pipeline(Counting(3)), {'fields': ('depth',)}, r"unknown fields \['depth'\]; a loader gives image, label, tokens"),
@@ -285,8 +287,8 @@ def test_images_of_several_sizes_are_one_clear_line():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'prompts': ('a photo',)}, "prompts: each needs one '{}'"),
-    ({'prompts': ()}, 'prompts: '),
+    ({'caption_templates': ('a photo',)}, "caption_templates: each needs one '{}'"),
+    ({'caption_templates': ()}, 'caption_templates: '),
     ({'workers': -1}, 'workers: expected at least 0'),
     ({'max_bad': 2.0}, 'max_bad: expected a share'),
     ({'timeout': 0.0}, 'timeout: expected seconds'),
@@ -342,7 +344,7 @@ def test_an_evaluation_sees_every_record_once_on_as_many_batches_everywhere(reco
 
 def test_an_evaluation_uses_the_first_caption_and_prompt():
   tokenizer = ClipBpe(12)
-  pipeline = Pipeline(Counting(5), prompts=('see {}', 'hear {}'))
+  pipeline = Pipeline(Counting(5), caption_templates=('see {}', 'hear {}'))
   (batch,) = evaluation_batches(pipeline, batch=5, fields=('tokens',), tokenizer=tokenizer)
   assert tokenizer.decode(batch['tokens']) == [f'see record {i}' for i in range(5)]
 

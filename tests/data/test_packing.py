@@ -157,7 +157,7 @@ def test_the_command_packs_and_says_how_to_read_it(tmp_path, capsys):
   command = ['pack', str(tmp_path / 'tars'), '--to', str(tmp_path / 'set'), '--workers', '1']
   assert main(command) == 2
   assert '00003.tar: it is empty: 0 bytes; fetch it again' in capsys.readouterr().err
-  assert main([*command, '--config.damaged=cut']) == 0
+  assert main([*command, '--config.on_truncated=skip_tail']) == 0
   assert f'MB in {tmp_path}/set: data.source.name=array_record' in capsys.readouterr().out
   assert ArrayRecord(str(tmp_path / 'set'))[4]['text'] == 'caption 4'
 

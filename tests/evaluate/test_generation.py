@@ -82,7 +82,9 @@ def subject(offered, **options):
 
 
 def evaluator(**options):
-  return Generation(data=Pipeline(Colours(broken=5), max_bad=0.1), judge='runs/clip', batch=16, steps=3, **options)
+  return Generation(
+    data=Pipeline(Colours(broken=5), max_bad=0.1), feature_extractor='runs/clip', batch=16, steps=3, **options
+  )
 
 
 def test_a_model_that_paints_what_it_is_told_is_as_good_as_real():
@@ -132,14 +134,22 @@ def test_a_run_tells_the_distances_of_its_pictures_and_a_judge_that_is_not_there
   judge = runs.untrained(runs.contrastive(folder), tmp_path / 'judge')
   config = runs.class_painter(folder, train__steps=1, optimizer__schedule__warmup_steps=0)
   real = {'source': config['data']['source'], 'image': {'name': 'resize', 'size': 16}}
-  spec = {'name': 'generation', 'judge': str(judge), 'count': 20, 'steps': 2, 'batch': 8, 'guidance': 2.0, 'data': real}
+  spec = {
+    'name': 'generation',
+    'feature_extractor': str(judge),
+    'count': 20,
+    'steps': 2,
+    'batch_size': 8,
+    'guidance': 2.0,
+    'data': real,
+  }
   trainer.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'run')
   rows = read_metrics(epath.Trajectory(tmp_path / 'run' / 'metrics.jsonl'))
   told = {name: value for row in rows for name, value in row.items() if name.startswith('made/')}
   assert {name.removeprefix('made/') for name in told} == {'fid', 'kid', 'precision', 'recall', 'cmmd'}
   assert np.isfinite(list(told.values())).all()
 
-  spec['judge'] = str(tmp_path / 'nowhere')
+  spec['feature_extractor'] = str(tmp_path / 'nowhere')
   with pytest.raises(UserError, match='nowhere: no run here'):
     trainer.train(experiment.resolve({**config, 'evaluators': {'made': spec}}), tmp_path / 'other')
   assert not read_metrics(epath.Trajectory(tmp_path / 'other' / 'metrics.jsonl'))

@@ -29,7 +29,7 @@ def test_observing_changes_nothing_and_costs_no_parameters(random_variables):
 
 def test_patch_features_stand_at_their_patches():
   """With no attention between tokens and no positions, a feature depends on its own patch alone."""
-  network = vit('mu/8', image_size=32, positions='sincos2d')
+  network = vit('mu/8', image_size=32, pos_embed='sincos2d')
   shapes = jax.eval_shape(network.init, jax.random.key(0), IMAGES)['params']
   params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   params['patch']['kernel'] = jax.random.normal(jax.random.key(1), params['patch']['kernel'].shape)
@@ -58,7 +58,7 @@ def test_attention_and_relevance_equal_autograd_in_torch():
     **TOWER, intermediate_size=96, image_size=32, patch_size=8, num_labels=7, attn_implementation='eager'
   )
   reference = randomized(transformers.ViTForImageClassification(config))
-  network = vit('mu/8', image_size=32, outputs=7, **OURS)
+  network = vit('mu/8', image_size=32, num_classes=7, **OURS)
   params, _ = parameters_of(reference, network, IMAGES)
 
   theirs = reference(to_torch(IMAGES), output_attentions=True)
@@ -96,7 +96,7 @@ def test_principal_colours_follow_the_directions_of_largest_variance():
 
 @pytest.mark.parametrize('pool', ['gap', 'map'])
 def test_the_only_patch_of_an_image_is_embedded_as_the_image(pool, random_variables):
-  network, images = vit('mu/8', image_size=8, pool=pool, depth=1, outputs=6, outputs_bias=False), IMAGES[:, :8, :8]
+  network, images = vit('mu/8', image_size=8, pool=pool, depth=1, num_classes=6, head_bias=False), IMAGES[:, :8, :8]
   variables = random_variables(network, images)
   patches = jax.jit(lambda p: attention_maps.patch_embeddings(network, p, images))(variables['params'])
   output = jax.jit(network.apply)(variables, images).output
@@ -105,7 +105,7 @@ def test_the_only_patch_of_an_image_is_embedded_as_the_image(pool, random_variab
 
 def test_patches_beside_a_class_token_are_embedded_by_their_values(random_variables):
   """MaskCLIP written out for one block: head(norm(out(value(norm1(patch)))))."""
-  network = vit('mu/8', image_size=32, depth=1, outputs=6, outputs_bias=False)
+  network = vit('mu/8', image_size=32, depth=1, num_classes=6, head_bias=False)
   params = random_variables(network, IMAGES)['params']
   block = jax.tree.map(lambda x: x[0], params['blocks'])
 

@@ -98,7 +98,7 @@ def shaken(reference):
 def test_efficientnet_classifier_in_training():
   config = transformers.EfficientNetConfig(**SIZES, hidden_dim=1280, num_labels=7, dropout_rate=0.0)
   reference = shaken(transformers.EfficientNetForImageClassification(config))
-  network = EfficientNet(**NETWORK, top=1280, outputs=7)
+  network = EfficientNet(**NETWORK, top=1280, num_classes=7)
   shapes = jax.eval_shape(network.init, jax.random.key(0), IMAGES)
   params = to_ours(spelled(reference.named_parameters()), shapes['params'])
   statistics = to_ours(spelled(reference.named_buffers()), shapes['batch_stats'])
@@ -123,7 +123,7 @@ def test_align():
   config = transformers.AlignConfig(text_config=text, vision_config={**SIZES, 'hidden_dim': 24}, projection_dim=24)
   reference = shaken(transformers.AlignModel(config))
   tower = text_transformer(
-    92, 6, 48, 2, 4, mlp_dim=96, causal=False, pool='first', attend_padding=False, outputs=24, outputs_bias=True,
+    92, 6, 48, 2, 4, mlp_dim=96, causal=False, pool='first', attend_padding=False, num_classes=24, head_bias=True,
     eps=0.01, post_norm=True,
   )  # fmt: skip
   network = DualEncoder(EfficientNet(**NETWORK, top=0), tower, initial_scale=1.0)

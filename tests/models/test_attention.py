@@ -144,7 +144,7 @@ def test_the_ring_holds_no_matrix_of_queries_and_keys():
 
 def test_a_network_over_split_tokens_equals_the_whole_one():
   """17 tokens (a class token) over 2 devices: the partitioner pads what does not divide."""
-  network = vit('Ti/16', image_size=64, depth=2, width=32, heads=2)
+  network = vit('Ti/16', image_size=64, depth=2, width=32, num_heads=2)
   images = jax.random.normal(jax.random.key(0), (4, 64, 64, 3))
   params = network.init(jax.random.key(1), images)
 
@@ -192,11 +192,11 @@ def test_auto_on_accelerators(monkeypatch, platform, tokens, dtype, dim, backend
 
 def test_attention_over_a_context_of_another_length():
   x, context = jnp.ones((B, 3, 16)), jax.random.normal(jax.random.key(0), (B, 5, 16))
-  layer = Attention(BlockConfig(heads=2, mlp_dim=32))
+  layer = Attention(BlockConfig(num_heads=2, mlp_dim=32))
   y, _ = layer.init_with_output(jax.random.key(1), x, context)
   assert y.shape == x.shape
 
 
 def test_heads_that_do_not_divide_the_width_are_an_error():
   with pytest.raises(ValueError, match='width of 16 does not divide into 3 heads'):
-    Attention(BlockConfig(heads=3, mlp_dim=32)).init(jax.random.key(0), jnp.ones((1, 2, 16)))
+    Attention(BlockConfig(num_heads=3, mlp_dim=32)).init(jax.random.key(0), jnp.ones((1, 2, 16)))

@@ -123,7 +123,7 @@ def test_dit():
     if index:
       shared += [f'transformer_blocks.{index}.norm1.emb.{name}' for name, _ in first.named_parameters()]
   first.time_proj.downscale_freq_shift = 0
-  network = dit('mu/2', image_size=8, outputs=8, classes=10, heads=4)
+  network = dit('mu/2', image_size=8, out_channels=8, num_classes=10, num_heads=4)
   rng = np.random.default_rng(0)
   # Early times: torch's frequencies are rounded to float32 by their exponent, and late times magnify that.
   x, t = rng.normal(size=(3, 8, 8, 4)).astype(np.float32), np.array([0.0, 3.0, 90.0], np.float32)
@@ -215,8 +215,10 @@ def test_stable_diffusions_unet():
     )
   )  # fmt: skip
   network = dataclasses.replace(
-    made := unet('sd1', image_size=8, widths=widths, depths=(1, 0), layers=1, context=24, beside=5),
-    pyramid=dataclasses.replace(made.pyramid, heads=(4, 4)),
+    made := unet(
+      'sd1', image_size=8, widths=widths, depths=(1, 0), layers=1, cross_attention_dim=24, extra_in_channels=5
+    ),
+    config=dataclasses.replace(made.config, num_heads=(4, 4)),
   )
   rng = np.random.default_rng(0)
   x, beside, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 8, 8, 5), (2, 7, 24)))
@@ -237,8 +239,8 @@ def test_stable_diffusion_xls_unet():
       down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
     )
   )  # fmt: skip
-  network = unet('sdxl', image_size=8, widths=widths, depths=(0, 2), layers=1, context=24)
-  network = dataclasses.replace(network, pyramid=dataclasses.replace(network.pyramid, heads=(4, 5)))
+  network = unet('sdxl', image_size=8, widths=widths, depths=(0, 2), layers=1, cross_attention_dim=24)
+  network = dataclasses.replace(network, config=dataclasses.replace(network.config, num_heads=(4, 5)))
   rng = np.random.default_rng(0)
   x, text, whole = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
   sizes = rng.integers(0, 64, (2, 6)).astype(np.float32)  # of the original and of the crop, and where it begins
@@ -260,8 +262,8 @@ def test_controlnet_steers_the_unet():
   )
   base = randomized(base).requires_grad_(False)
   reference = randomized(diffusers.ControlNetModel(**shape, down_block_types=down))
-  made = unet('sd1', image_size=4, widths=widths, depths=(1, 0), layers=1, context=24)
-  network = dataclasses.replace(made, pyramid=dataclasses.replace(made.pyramid, heads=(4, 4)))
+  made = unet('sd1', image_size=4, widths=widths, depths=(1, 0), layers=1, cross_attention_dim=24)
+  network = dataclasses.replace(made, config=dataclasses.replace(made.config, num_heads=(4, 4)))
   steering = controlnet(network, 8)
   rng = np.random.default_rng(0)
   x, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 4, 4, 4), (2, 7, 24)))
@@ -323,7 +325,7 @@ def test_mmdit(qk_norm):
       pos_embed_max_size=6, qk_norm='rms_norm' if qk_norm else None,
     )
   )  # fmt: skip
-  network = mmdit('mu/2', image_size=8, channels=4, depth=3, heads=4, qk_norm=qk_norm, positions=(4, 6))
+  network = mmdit('mu/2', image_size=8, channels=4, depth=3, num_heads=4, qk_norm=qk_norm, positions=(4, 6))
   rng = np.random.default_rng(0)
   x, text, pooled = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
   told = make_condition(text=text, pooled_text=pooled)

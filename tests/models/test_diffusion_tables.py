@@ -40,7 +40,7 @@ def abstract(*shape, dtype=jnp.float32):
   ],
 )
 def test_dit_with_a_thousand_classes_and_a_learned_variance(variant, size, parameters, gmac):
-  network = dit(variant, image_size=size, outputs=8, classes=1000)
+  network = dit(variant, image_size=size, out_channels=8, num_classes=1000)
   inputs = abstract(1, size, size, 4), abstract(1), make_condition(label=abstract(1, dtype=jnp.int32))
   variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
   assert count(variables) == parameters
@@ -85,11 +85,11 @@ def test_work_of_stable_diffusions_autoencoder(size, encode, decode):
     ('sd1', {}, 859_520_964, 64, 77, '401.637'),
     pytest.param('ddpm-256', {}, 113_673_219, 256, 0, None, marks=pytest.mark.slow),
     pytest.param('ldm4', {}, 274_056_163, 64, 0, '101.200', marks=pytest.mark.slow),
-    pytest.param('ldm4-classes', {'classes': 1000}, 400_920_579 + 1001 * 512, 64, 0, None, marks=pytest.mark.slow),
-    pytest.param('ldm8-classes', {'classes': 1000}, 394_984_196 + 1001 * 512, 32, 0, None, marks=pytest.mark.slow),
+    pytest.param('ldm4-classes', {'num_classes': 1000}, 400_920_579 + 1001 * 512, 64, 0, None, marks=pytest.mark.slow),
+    pytest.param('ldm8-classes', {'num_classes': 1000}, 394_984_196 + 1001 * 512, 32, 0, None, marks=pytest.mark.slow),
     pytest.param('ldm8-text', {}, 872_300_484, 32, 77, '91.037', marks=pytest.mark.slow),
-    pytest.param('sd1', {'beside': 5}, 859_535_364, 64, 77, None, marks=pytest.mark.slow),
-    pytest.param('sd1', {'beside': 4}, 859_532_484, 64, 77, None, marks=pytest.mark.slow),
+    pytest.param('sd1', {'extra_in_channels': 5}, 859_535_364, 64, 77, None, marks=pytest.mark.slow),
+    pytest.param('sd1', {'extra_in_channels': 4}, 859_532_484, 64, 77, None, marks=pytest.mark.slow),
     pytest.param('sd2', {}, 865_910_724, 64, 77, None, marks=pytest.mark.slow),
     pytest.param('sdxl', {}, 2_567_463_684, 128, 77, None, marks=pytest.mark.slow),
   ],
@@ -98,8 +98,8 @@ def test_unets(variant, options, parameters, size, words, gmac):
   """The embedding of classes is no part of LDM's UNet. SDXL's whole text comes with its six sizes, 2816 wide."""
   network = unet(variant, **options)
   label = abstract(1, dtype=jnp.int32)
-  text = abstract(1, words, network.pyramid.context) if words else None
-  beside = abstract(1, size, size, network.beside)
+  text = abstract(1, words, network.config.cross_attention_dim) if words else None
+  beside = abstract(1, size, size, network.extra_in_channels)
   inputs = (
     abstract(1, size, size, network.channels),
     abstract(1),

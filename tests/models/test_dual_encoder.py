@@ -11,8 +11,8 @@ IMAGES, TOKENS = jnp.ones((2, 16, 16, 3)), jnp.array([[1, 2, 9, 0], [1, 9, 0, 0]
 
 
 def pair(**options):
-  image = vit('mu/8', image_size=16, outputs=12, outputs_bias=False, dtype='bfloat16')
-  return dual_encoder(image, text_transformer(10, 4, 16, 1, 2, outputs=12, dtype='bfloat16'), **options)
+  image = vit('mu/8', image_size=16, num_classes=12, head_bias=False, dtype='bfloat16')
+  return dual_encoder(image, text_transformer(10, 4, 16, 1, 2, num_classes=12, dtype='bfloat16'), **options)
 
 
 @pytest.fixture(scope='module')

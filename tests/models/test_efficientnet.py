@@ -53,7 +53,7 @@ def test_statistics_on_a_mesh_are_those_of_the_whole_batch():
 
 
 def test_any_size_of_image_and_bfloat16():
-  net = efficientnet('mu', outputs=5, dtype='bfloat16')
+  net = efficientnet('mu', num_classes=5, dtype='bfloat16')
   shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
   features = jax.eval_shape(net.apply, shapes, jnp.zeros((2, 33, 50, 3)))
@@ -86,7 +86,7 @@ def test_shifted_maps_sum_to_the_convolution(side, size, stride):
 def test_maps_of_small_images_need_not_shrink_to_a_point(output_stride):
   net = efficientnet('mu', output_stride=output_stride)
   features, _ = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3))))
-  assert net.patch == output_stride
+  assert net.patch_size == output_stride
   assert features.tokens.shape[1] == (32 // output_stride) ** 2
   with pytest.raises(ValueError, match='output_stride 12 is none of 2, 4, 8, 16, 32'):
     efficientnet('mu', output_stride=12)

@@ -13,7 +13,7 @@ from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.train.flops import matmul_flops
 
-CONFIG = BlockConfig(heads=2, mlp_dim=24, layer_scale=0.5)
+CONFIG = BlockConfig(num_heads=2, mlp_dim=24, layer_scale=0.5)
 RNG = {'dropout': jax.random.key(2)}
 
 
@@ -111,7 +111,7 @@ def test_remat_of_dots_computes_no_convolution_and_no_product_with_weights_again
   """Without words every product of the small UNet is one with weights."""
 
   def flops(remat):
-    network = unet('mu', remat=remat, context=0, depths=(0, 0), image_size=16)
+    network = unet('mu', remat=remat, cross_attention_dim=0, depths=(0, 0), image_size=16)
     inputs = np.zeros((1, 16, 16, 4), np.float32), np.zeros(1)
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs))
     return matmul_flops(jax.grad(lambda variables: jnp.sum(network.apply(variables, *inputs) ** 2)), variables)
@@ -134,7 +134,7 @@ def test_the_blocks_of_a_stack_run_in_order(variables, x):
 
 def test_a_parallel_block_adds_attention_of_normalized_queries_and_keys_and_mlp_of_one_norm(random_variables, x):
   """Dehghani et al. 2023, section 2.1: x + MLP(LN(x)) + softmax(LN(XQ) LN(XK)^T / sqrt(d)) XV, in numpy float64."""
-  block = Block(BlockConfig(heads=2, mlp_dim=24, activation='relu', parallel=True, qk_norm=True))
+  block = Block(BlockConfig(num_heads=2, mlp_dim=24, activation='relu', parallel=True, qk_norm=True))
   variables = random_variables(block, x)
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables['params'])
   assert p.keys() == {'norm1', 'attention', 'mlp'}
@@ -192,7 +192,7 @@ def test_dropout_is_off_in_evaluation(variables, x):
 
 
 def test_a_gated_mlp_multiplies_the_activated_gate_with_up(random_variables, x):
-  mlp = Mlp(BlockConfig(heads=2, mlp_dim=24, gated=True, activation='silu'))
+  mlp = Mlp(BlockConfig(num_heads=2, mlp_dim=24, gated_mlp=True, activation='silu'))
   variables = random_variables(mlp, x)
   p = variables['params']
   up, gate = (x @ p[name]['kernel'] + p[name]['bias'] for name in ('up', 'gate'))

@@ -23,7 +23,7 @@ from tests.train.tiny import Trainer, batch_of
   [('B/16', 196, 111_907_840, 9.781), ('L/16', 196, 329_541_888, 20.756), ('H/14', 256, 657_074_508, 48.562)],
 )
 def test_published_sizes(variant, patches, parameters, gmac):
-  network = mae(vit(variant, positions='sincos2d'))
+  network = mae(vit(variant, pos_embed='sincos2d'))
   images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   order = jax.ShapeDtypeStruct((1, patches), jnp.int32)
 
@@ -36,7 +36,7 @@ def test_published_sizes(variant, patches, parameters, gmac):
 
 
 def small(**options):
-  return mae(vit('mu/8', image_size=32, positions='sincos2d', depth=1, **options), width=32, depth=1, heads=4)
+  return mae(vit('mu/8', image_size=32, pos_embed='sincos2d', depth=1, **options), width=32, depth=1, num_heads=4)
 
 
 def drawn(shapes):
@@ -99,7 +99,7 @@ def test_parity_with_transformers():
   for name, width in fixed.items():  # transformers' own table has rows and columns the other way round
     table = np.concatenate([np.zeros((1, width)), sincos_2d(4, 4, width)]).astype(np.float32)
     reference.get_parameter(name).data = torch.from_numpy(table)[None]
-  network = mae(vit('mu/8', image_size=32, positions='sincos2d', **OURS), width=32, depth=2, heads=4)
+  network = mae(vit('mu/8', image_size=32, pos_embed='sincos2d', **OURS), width=32, depth=2, num_heads=4)
 
   noise = np.random.default_rng(3).uniform(size=(4, 16)).astype(np.float32)
   order = np.argsort(noise, axis=1)

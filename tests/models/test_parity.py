@@ -107,7 +107,7 @@ def parameters_of(reference, network, *inputs, unused=()):
 
 # eps is large, so that a norm with another one would show.
 TOWER = {'hidden_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'layer_norm_eps': 0.01}
-OURS = {'width': 48, 'depth': 2, 'heads': 4, 'mlp_dim': 96, 'eps': 0.01}
+OURS = {'width': 48, 'depth': 2, 'num_heads': 4, 'mlp_dim': 96, 'eps': 0.01}
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
 TOKENS = np.array([[90, 5, 7, 91, 0, 0], [90, 91, 0, 0, 0, 0], [90, 3, 3, 8, 44, 91], [90, 62, 9, 11, 91, 0]], np.int32)
 
@@ -125,7 +125,7 @@ def check_tower(reference, network, output, unused=(), images=IMAGES):
 
   def weighed(params):
     features = network.apply({'params': params}, images)
-    ours = features.output if network.outputs else features.tokens
+    ours = features.output if network.num_classes else features.tokens
     return (ours * weights).sum(), ours
 
   gradients, ours = jax.jit(jax.grad(weighed, has_aux=True))(params)
@@ -135,22 +135,22 @@ def check_tower(reference, network, output, unused=(), images=IMAGES):
 
 def test_vit_classifier():
   config = transformers.ViTConfig(**TOWER, intermediate_size=96, image_size=32, patch_size=8, num_labels=7)
-  network = vit('mu/8', image_size=32, outputs=7, **OURS)
+  network = vit('mu/8', image_size=32, num_classes=7, **OURS)
   check_tower(randomized(transformers.ViTForImageClassification(config)), network, lambda y: y.logits)
 
 
 def test_deit_with_a_distillation_token():
   config = transformers.DeiTConfig(**TOWER, intermediate_size=96, image_size=32, patch_size=8, num_labels=7)
-  network = vit('mu/8', image_size=32, outputs=7, distilled=True, **OURS)
+  network = vit('mu/8', image_size=32, num_classes=7, distilled=True, **OURS)
   check_tower(randomized(transformers.DeiTForImageClassificationWithTeacher(config)), network, lambda y: y.logits)
 
 
-@pytest.mark.parametrize('gated', [False, True])
-def test_dinov2_with_registers(gated):
+@pytest.mark.parametrize('gated_mlp', [False, True])
+def test_dinov2_with_registers(gated_mlp):
   config = transformers.Dinov2WithRegistersConfig(
-    **TOWER, mlp_ratio=2, image_size=32, patch_size=8, num_register_tokens=4, use_swiglu_ffn=gated
+    **TOWER, mlp_ratio=2, image_size=32, patch_size=8, num_register_tokens=4, use_swiglu_ffn=gated_mlp
   )
-  mlp = {'gated': True, 'activation': 'silu', 'mlp_dim': 64} if gated else {}
+  mlp = {'gated_mlp': True, 'activation': 'silu', 'mlp_dim': 64} if gated_mlp else {}
   network = vit('mu/8', image_size=32, registers=4, layer_scale=1.0, **{**OURS, **mlp})
   reference = randomized(transformers.Dinov2WithRegistersModel(config))
   check_tower(reference, network, lambda y: y.last_hidden_state, unused={'embeddings.mask_token'})
@@ -160,7 +160,7 @@ def swin_and_its_reference():
   config = transformers.SwinConfig(
     image_size=32, patch_size=4, embed_dim=24, depths=[2, 4], num_heads=[2, 4], window_size=3, num_labels=7
   )
-  network = swin('mu', image_size=32, window=3, width=24, depths=(2, 4), heads=(2, 4), outputs=7)
+  network = swin('mu', image_size=32, window=3, width=24, depths=(2, 4), num_heads=(2, 4), num_classes=7)
   images = IMAGES[:, :28]  # 7 x 8, then 4 x 4 tokens
   return network, randomized(transformers.SwinForImageClassification(config)), images
 
@@ -211,7 +211,7 @@ def test_clip(activation):
     text_config={**TEXT, 'hidden_act': activation},
     projection_dim=24,
   )
-  shared = {**OURS, 'outputs': 24, 'outputs_bias': False, 'activation': activation}
+  shared = {**OURS, 'num_classes': 24, 'head_bias': False, 'activation': activation}
   network = dual_encoder(
     vit('mu/8', image_size=32, pre_norm=True, patch_bias=False, **shared), text_transformer(92, 6, **shared)
   )
@@ -223,7 +223,7 @@ def test_siglip():
   shared = {**OURS, 'activation': 'gelu_tanh'}
   network = dual_encoder(
     vit('mu/8', image_size=32, pool='map', **shared),
-    text_transformer(92, 6, causal=False, pool='last', outputs=48, outputs_bias=True, **shared),
+    text_transformer(92, 6, causal=False, pool='last', num_classes=48, head_bias=True, **shared),
     initial_bias=0.0,
   )
   check_pair(randomized(transformers.SiglipModel(config)), network, 'sigmoid')
@@ -242,7 +242,7 @@ def test_the_named_networks_have_the_published_settings():
         spelling.get(theirs.hidden_act, theirs.hidden_act),
       )
       assert (tower.width, tower.stack.depth) == (theirs.hidden_size, theirs.num_hidden_layers)
-      assert (block.heads, block.mlp_dim) == (theirs.num_attention_heads, theirs.intermediate_size)
+      assert (block.num_heads, block.mlp_dim) == (theirs.num_attention_heads, theirs.intermediate_size)
     assert network.text.length == config.text_config.max_position_embeddings
   assert vit('B/14').stack.block.eps == transformers.Dinov2Config().layer_norm_eps
 

@@ -29,10 +29,10 @@ def test_the_pyramid_halves_its_sides_and_doubles_its_width():
   variables = jax.eval_shape(network.init, jax.random.key(0), images)
   levels = jax.eval_shape(lambda v, x: [y.map() for y in network.apply(v, x, method='pyramid')], variables, images)
   assert [level.shape for level in levels] == [(2, 10, 8, 32), (2, 5, 4, 64)]
-  assert network.patch == 8
+  assert network.patch_size == 8
 
 
-@pytest.mark.parametrize('options', [{'depths': (3, 2)}, {'heads': (2,)}, {'variant': 'X'}, {'image_size': 30}])
+@pytest.mark.parametrize('options', [{'depths': (3, 2)}, {'num_heads': (2,)}, {'variant': 'X'}, {'image_size': 30}])
 def test_a_wrong_size_is_a_clear_error(options):
   with pytest.raises(ValueError, match=r'depths|unknown Swin|does not divide'):
     swin(**{'variant': 'mu', 'image_size': 32, **options})
@@ -41,7 +41,7 @@ def test_a_wrong_size_is_a_clear_error(options):
 @pytest.mark.slow
 def test_training_on_eight_devices_with_remat_equals_one():
   def learner(**options):
-    return classification(swin('mu', image_size=16, patch=2, window=4, outputs=10, drop_path=0.3, **options))
+    return classification(swin('mu', image_size=16, patch_size=2, window=4, num_classes=10, drop_path=0.3, **options))
 
   batches = [batch_of(learner(), seed) for seed in range(3)]
   one = Trainer(learner(), devices=1).run(batches)

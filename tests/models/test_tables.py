@@ -59,7 +59,7 @@ def check(network, size, parameters, gmac):
   ],
 )
 def test_vit_with_a_thousand_classes(variant, size, parameters, backbone, gmac):
-  variables = check(vit(variant, image_size=size, outputs=1000), size, parameters, gmac)
+  variables = check(vit(variant, image_size=size, num_classes=1000), size, parameters, gmac)
   assert parameters - count(variables['params']['head']) == backbone
 
 
@@ -89,7 +89,7 @@ def test_vit_without_a_head(variant, parameters, gmac):
   ],
 )
 def test_deit3_scales_its_layers_and_does_not_place_the_class_token(variant, parameters, gmac):
-  check(vit(variant, outputs=1000, layer_scale=1e-4, place_class_token=False), 224, parameters, gmac)
+  check(vit(variant, num_classes=1000, layer_scale=1e-4, class_token_has_position=False), 224, parameters, gmac)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_deit3_scales_its_layers_and_does_not_place_the_class_token(variant, par
   ],
 )
 def test_deit_with_a_distillation_token(variant, size, parameters, backbone, gmac):
-  variables = check(vit(variant, image_size=size, outputs=1000, distilled=True), size, parameters, gmac)
+  variables = check(vit(variant, image_size=size, num_classes=1000, distilled=True), size, parameters, gmac)
   heads = (variables['params'][name] for name in ('head', 'distillation_head'))
   assert parameters - count(list(heads)) == backbone
 
@@ -113,8 +113,8 @@ def test_deit_with_a_distillation_token(variant, size, parameters, backbone, gma
     ('S/14', {}, 22_056_192, '46.7'),
     ('B/14', {}, 86_579_712, '151.6'),
     ('L/14', {}, 304_367_616, '506.8'),
-    ('B/14', {'registers': 4, 'place_class_token': False}, 86_582_016, '152.1'),
-    ('g/14', {'width': 1536, 'heads': 24, 'mlp_dim': 4096, 'gated': True}, 1_136_479_232, '1783.3'),
+    ('B/14', {'registers': 4, 'class_token_has_position': False}, 86_582_016, '152.1'),
+    ('g/14', {'width': 1536, 'num_heads': 24, 'mlp_dim': 4096, 'gated_mlp': True}, 1_136_479_232, '1783.3'),
   ],
 )
 def test_dinov2_at_518_pixels(variant, options, parameters, gmac):
@@ -133,7 +133,7 @@ def test_dinov2_at_518_pixels(variant, options, parameters, gmac):
   ],
 )
 def test_swin_with_a_thousand_classes(variant, size, window, parameters, backbone, gmac):
-  variables = check(swin(variant, image_size=size, window=window, outputs=1000), size, parameters, gmac)
+  variables = check(swin(variant, image_size=size, window=window, num_classes=1000), size, parameters, gmac)
   assert parameters - count(variables['params']['head']) == backbone
 
 
@@ -152,7 +152,7 @@ def test_swin_with_a_thousand_classes(variant, size, window, parameters, backbon
   ],
 )
 def test_efficientnet_with_a_thousand_classes(variant, size, parameters, gmac):
-  network = efficientnet(variant, outputs=1000)
+  network = efficientnet(variant, num_classes=1000)
   assert network.image_size == size
   variables = variables_of(network, images(size))
   assert count(variables['params']) == parameters

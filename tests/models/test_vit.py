@@ -29,7 +29,7 @@ def assert_close(a, b, atol=1e-5):
 
 
 def test_shapes(images):
-  net = network(outputs=5, registers=4)
+  net = network(num_classes=5, registers=4)
   features, variables = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), images)
   assert jax.tree.map(lambda x: x.shape, tuple(features[:3])) == ((3, 5), (3, 32), (3, 1 + 4 + 16, 32))
   assert variables['params']['position'].shape == (1 + PATCHES, 32)
@@ -47,7 +47,7 @@ POSITIONS = ('learned', 'sincos2d', 'rope2d')
 
 @pytest.mark.parametrize('positions', POSITIONS)
 def test_a_permutation_of_all_patches_changes_only_the_order_of_the_tokens(images, positions, random_variables):
-  net = network(positions=positions, registers=2)
+  net = network(pos_embed=positions, registers=2)
   variables = random_variables(net, images)
   keep = np.asarray(random_keep(jax.random.key(2), 3, PATCHES, 1.0))  # another order for each image
   assert not (keep == np.arange(PATCHES)).all(axis=1).any()
@@ -59,7 +59,7 @@ def test_a_permutation_of_all_patches_changes_only_the_order_of_the_tokens(image
 
 @pytest.mark.parametrize('positions', POSITIONS)
 def test_patches_that_are_not_kept_are_not_seen_and_positions_of_the_others_are(images, positions, random_variables):
-  net = network(positions=positions)
+  net = network(pos_embed=positions)
   variables = random_variables(net, images)
   keep = np.tile(np.array([0, 3, 7]), (3, 1))
   features = apply(net, variables, images, keep=keep)
@@ -100,13 +100,13 @@ def test_another_image_size_interpolates_the_learned_table(shape, random_variabl
 
 @pytest.mark.parametrize('positions', ['sincos2d', 'rope2d'])
 def test_computed_positions_take_any_image_size_with_the_same_parameters(images, positions, random_variables):
-  net = network(positions=positions)
+  net = network(pos_embed=positions)
   variables = random_variables(net, images)
   assert 'position' not in variables['params']
   larger = np.zeros((1, 48, 64, 3), np.float32)
   assert apply(net, variables, larger).tokens.shape == (1, 1 + 48, 32)
   assert_close(
-    apply(net, variables, larger), apply(network(positions=positions, image_size=48), variables, larger), atol=0
+    apply(net, variables, larger), apply(network(pos_embed=positions, image_size=48), variables, larger), atol=0
   )
 
 
@@ -134,12 +134,12 @@ def test_map_pooling_is_attention_of_one_learned_query_over_the_patches(images, 
   y = np.einsum('bht,bthk->bhk', weights, value).reshape(3, 32) @ a['out']['kernel'] + a['out']['bias']
   normed = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
   normed = normed * p['norm']['scale'] + p['norm']['bias']
-  mlp = Mlp(BlockConfig(heads=2, mlp_dim=64)).apply({'params': p['mlp']}, normed)
+  mlp = Mlp(BlockConfig(num_heads=2, mlp_dim=64)).apply({'params': p['mlp']}, normed)
   assert_close(features.pooled, y + mlp, atol=1e-4)
 
 
 def test_bfloat16_is_close_to_float32_and_leaves_parameters_and_gradients_in_float32(images, random_variables):
-  options = {'depth': 1, 'outputs': 5, 'registers': 2, 'layer_scale': 1.0}
+  options = {'depth': 1, 'num_classes': 5, 'registers': 2, 'layer_scale': 1.0}
   variables = random_variables(network(**options), images)
   half = network(dtype='bfloat16', **options)
   shapes = jax.eval_shape(half.init, jax.random.key(0), images)
@@ -161,7 +161,7 @@ def test_bfloat16_is_close_to_float32_and_leaves_parameters_and_gradients_in_flo
 
 
 def test_a_classifier_is_born_undecided(images):
-  net = network(outputs=5)
+  net = network(num_classes=5)
   features = apply(net, jax.jit(net.init)(jax.random.key(0), images), images)
   np.testing.assert_array_equal(features.output, 0)
 
@@ -183,6 +183,6 @@ def test_a_wrong_input_or_number_of_heads_is_a_clear_error(images):
   with pytest.raises(ValueError, match='images of 30 x 32 pixels do not divide into patches of 8'):
     jax.eval_shape(network().init, jax.random.key(0), images[:, :30])
   with pytest.raises(ValueError, match='a width of 32 does not divide into 3 heads'):
-    jax.eval_shape(network(heads=3).init, jax.random.key(0), images)
+    jax.eval_shape(network(num_heads=3).init, jax.random.key(0), images)
   with pytest.raises(ValueError, match='head dimension divisible by 4, got 2'):
-    jax.eval_shape(network(heads=16, positions='rope2d').init, jax.random.key(0), images)
+    jax.eval_shape(network(num_heads=16, pos_embed='rope2d').init, jax.random.key(0), images)

@@ -13,12 +13,12 @@ from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.train.gradients import gradients
 from tests.train.tiny import Trainer, batch_of, classification, contrastive
 
-PLAIN = classification(vit('mu/8', image_size=16, outputs=10, depth=2))
+PLAIN = classification(vit('mu/8', image_size=16, num_classes=10, depth=2))
 LORA = Lora(rank=3, alpha=6.0, targets=(r'blocks/attention/(query|value)/kernel', 'patch/kernel'))
 
 
 def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
-  objective = PartialFineTuning(PLAIN, trained=('head/.*',), lora=LORA)
+  objective = PartialFineTuning(PLAIN, trainable=('head/.*',), lora=LORA)
   trainer = Trainer(objective, devices=1)
   before = jax.device_get(trainer.state)
   added = 2 * (2 * 3 * (32 + 32)) + 3 * (192 + 32)
@@ -43,7 +43,7 @@ def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
 
 
 def test_gradients_of_low_rank_matrices_follow_from_the_kernels():
-  objective = PartialFineTuning(PLAIN, trained=('head/.*',), lora=LORA)
+  objective = PartialFineTuning(PLAIN, trainable=('head/.*',), lora=LORA)
   params, extra = objective.init(jax.random.key(0))
   draw = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + 0.3 * draw.normal(size=x.shape).astype(np.float32), params)
@@ -58,7 +58,7 @@ def test_gradients_of_low_rank_matrices_follow_from_the_kernels():
 
 def test_what_matches_nothing_is_named():
   for options, message in [
-    ({'trained': ('heda/.*',)}, r'config.objective.trained: no parameter matches'),
+    ({'trained': ('heda/.*',)}, r'config.objective.trainable: no parameter matches'),
     ({'lora': Lora(targets=('q',))}, r'config.objective.lora.targets: no parameter matches'),
     ({'lora': Lora(targets=('head/bias',))}, r'head/bias of shape \(10,\) is no matrix'),
     ({'trained': ()}, 'nothing is trained'),
@@ -69,7 +69,7 @@ def test_what_matches_nothing_is_named():
 
 @pytest.mark.slow
 def test_a_coupled_objective_stays_exact_in_pieces_and_on_a_mesh():
-  objective = PartialFineTuning(contrastive(), trained=('temperature', '.*/head/kernel'), lora=Lora(rank=2))
+  objective = PartialFineTuning(contrastive(), trainable=('temperature', '.*/head/kernel'), lora=Lora(rank=2))
   params, extra = objective.init(jax.random.key(0))
   batch, rng = batch_of(objective), jax.random.key(1)
   whole, pieces = (jax.jit(gradients, static_argnums=(0, 5))(objective, params, batch, rng, extra, n) for n in (1, 4))

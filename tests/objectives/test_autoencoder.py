@@ -12,7 +12,7 @@ from tests.train.tiny import Trainer, batch_of
 
 
 def coder(**changes):
-  network = autoencoder(channels=(4, 4), layers=1, latent=2, image_size=8, middle_attention=False)
+  network = autoencoder(channels=(4, 4), layers=1, latent_channels=2, image_size=8, middle_attention=False)
   options = dict(network=network, discriminator_width=4, discriminator_layers=1)
   return Autoencoding(**{**options, **changes})
 

@@ -22,16 +22,16 @@ def painter(**changes):
   options = dict(
     network=dit('mu/2', image_size=8, channels=4, cross_attention=True, pooled_text=True),
     process=Process('flow', 'flow'),
-    autoencoder=autoencoder(channels=(4, 4), layers=1, latent=4, image_size=16, middle_attention=False),
+    autoencoder=autoencoder(channels=(4, 4), layers=1, latent_channels=4, image_size=16, middle_attention=False),
     latent_scale=0.5,
     text=text_transformer(64, 8, 16, 1, 2, causal=False, attend_padding=False),
-    align=Alignment(vit('mu/8', image_size=16), layer=1, hidden=16),
+    repa=Alignment(vit('mu/8', image_size=16), layer=1, hidden=16),
   )
   return Diffusion(**{**options, **changes})
 
 
 def told_classes(**changes):
-  network = dit('mu/4', image_size=16, channels=3, classes=10, outputs=6)
+  network = dit('mu/4', image_size=16, channels=3, num_classes=10, out_channels=6)
   return Diffusion(network, Process('cosine', learned_variance=True), **changes)
 
 
@@ -47,8 +47,17 @@ def test_training_on_eight_devices_equals_one_and_leaves_what_is_frozen_as_it_wa
 
 
 def steered():
-  network = unet('mu', image_size=8, channels=3, widths=(16,), depths=(0,), layers=1, classes=10, context=0)
-  return Diffusion(network, Process('linear'), control=Edges(), drop=0.5)
+  network = unet(
+    'mu',
+    image_size=8,
+    channels=3,
+    block_out_channels=(16,),
+    depths=(0,),
+    layers=1,
+    num_classes=10,
+    cross_attention_dim=0,
+  )
+  return Diffusion(network, Process('linear'), control=Edges(), condition_dropout=0.5)
 
 
 @pytest.mark.slow
@@ -75,9 +84,18 @@ def test_a_new_controlnet_changes_nothing_and_one_that_learnt_steers():
 
 
 def test_a_network_that_fills_is_told_the_hole_and_nothing_of_what_is_in_it():
-  network = unet('mu', image_size=8, channels=4, widths=(16,), depths=(0,), layers=1, context=0, beside=5)
-  coder = autoencoder(channels=(4, 4), layers=1, latent=4, image_size=16, middle_attention=False)
-  objective = Diffusion(network, autoencoder=coder, latent_scale=0.5, holes=RandomInpaintMask())
+  network = unet(
+    'mu',
+    image_size=8,
+    channels=4,
+    block_out_channels=(16,),
+    depths=(0,),
+    layers=1,
+    cross_attention_dim=0,
+    extra_in_channels=5,
+  )
+  coder = autoencoder(channels=(4, 4), layers=1, latent_channels=4, image_size=16, middle_attention=False)
+  objective = Diffusion(network, autoencoder=coder, latent_scale=0.5, inpainting=RandomInpaintMask())
   images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
   extra = {'autoencoder': jax.jit(coder.init)(jax.random.key(0), images)['params']}
   paints = objective.generator({}, extra)
@@ -96,7 +114,7 @@ def test_a_network_that_fills_is_told_the_hole_and_nothing_of_what_is_in_it():
 
 def test_the_best_network_has_no_loss_and_the_error_is_that_of_the_target():
   """A new DiT says zero: its error is the mean square of the target, which for the noise is 1."""
-  objective = told_classes(drop=0.0)
+  objective = told_classes(condition_dropout=0.0)
   params, extra = jax.jit(objective.init)(jax.random.key(0))
   batch = {name: jnp.asarray(x) for name, x in batch_of(objective).items()}
   _, (metrics, _) = jax.jit(objective.loss)(params, batch, jax.random.key(1), extra)
@@ -114,7 +132,7 @@ def test_dropped_conditions_are_those_of_no_class_and_of_an_empty_text():
 
   @jax.jit
   def conditions(key):
-    extra = {'text': objective.text.init(key, batch['tokens'])['params']}
+    extra = {'text': objective.text_encoder.init(key, batch['tokens'])['params']}
     empty = objective.condition(extra, {'tokens': empty_text(batch['tokens'])})
     return objective.condition(extra, batch, jnp.array([True, False])), empty
 
@@ -126,7 +144,7 @@ def test_dropped_conditions_are_those_of_no_class_and_of_an_empty_text():
 
 @pytest.mark.slow
 def test_a_text_tower_is_trained_where_that_is_asked_for():
-  objective = painter(align=None, train_text=True, drop=0.0)
+  objective = painter(repa=None, train_text=True, condition_dropout=0.0)
   params, extra = jax.jit(objective.init)(jax.random.key(0))
   assert (set(params), set(extra)) == ({'network', 'text'}, {'autoencoder'})
   batch = {name: jnp.asarray(x) for name, x in batch_of(objective).items()}
@@ -164,7 +182,7 @@ def test_variance_bits_are_the_divergence_of_two_gaussians():
 
 
 def test_validation_errors_by_noise_are_the_same_every_time_and_for_every_batch():
-  objective = painter(align=None)
+  objective = painter(repa=None)
   params, extra = jax.jit(objective.init)(jax.random.key(0))
   batch = {name: jnp.asarray(x[:4]) for name, x in batch_of(objective).items()} | {'index': jnp.arange(4)}
   function = jax.jit(objective.functions()['denoising_errors'])
@@ -188,18 +206,21 @@ def test_the_generator_gives_pictures_back():
   [
     (dict(network=vit('mu/8')), 'needs a denoiser'),
     (dict(process=Process(learned_variance=True)), 'outputs is 4 for 4 channels'),
-    (dict(times='log_normal'), 'times: log_normal is only for the schedule edm'),
-    (dict(process=Process('edm', 'edm'), times='logit_normal'), 'times: logit_normal is not for the schedule edm'),
+    (dict(timestep_sampling='log_normal'), 'times: log_normal is only for the schedule edm'),
+    (
+      dict(process=Process('edm', 'edm'), timestep_sampling='logit_normal'),
+      'times: logit_normal is not for the schedule edm',
+    ),
     (dict(text=None), 'needs a text tower'),
     (dict(network=dit('mu/2', image_size=8), text=None, train_text=True), 'train_text: there is no text tower'),
-    (dict(network=unet('mu', beside=5)), 'beside is 5, but what is told beside x has 0 channels'),
-    (dict(holes=RandomInpaintMask()), 'beside is 0, but what is told beside x has 5 channels'),
+    (dict(network=unet('mu', extra_in_channels=5)), 'beside is 5, but what is told beside x has 0 channels'),
+    (dict(inpainting=RandomInpaintMask()), 'beside is 0, but what is told beside x has 5 channels'),
     (dict(network=unet('mu', image_size=8)), 'align: reads the tokens'),
     (
-      dict(autoencoder=autoencoder(channels=(8, 8, 8), layers=1, latent=4, image_size=16)),
+      dict(autoencoder=autoencoder(channels=(8, 8, 8), layers=1, latent_channels=4, image_size=16)),
       'latents of the autoencoder',
     ),
-    (dict(align=Alignment(vit('mu/8'), layer=3)), 'align.layer: 3 is not one of the 2 layers'),
+    (dict(repa=Alignment(vit('mu/8'), layer=3)), 'align.layer: 3 is not one of the 2 layers'),
     (dict(control=Edges()), 'control: steers a convolutional network'),
   ],
 )

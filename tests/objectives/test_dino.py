@@ -25,7 +25,7 @@ def network(**options):
 
 
 def objective(**options):
-  defaults = dict(momentum_steps=10, momentum=0.9, local_views=3, local_size=16)
+  defaults = dict(momentum_steps=10, momentum=0.9, local_crops_number=3, local_size=16)
   return SelfDistillation(options.pop('network', network()), **{**defaults, **options})
 
 
@@ -117,23 +117,23 @@ def test_head_equals_torch_with_weight_norm(torch):
 @pytest.mark.parametrize(('variant', 'parameters'), [('S/16', 22_352_128), ('B/16', 23_138_560)])
 def test_published_head_sizes(variant, parameters):
   """Counted with the lengths, which the B/16 recipe keeps at 1 and does not train."""
-  model = dino(vit(variant), lengths=True)
+  model = dino(vit(variant), learn_prototype_norms=True)
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
   assert count(shapes['params']['head']) == parameters
 
 
-@pytest.mark.parametrize('targets', ['centre', pytest.param('sinkhorn', marks=pytest.mark.slow)])
-def test_training_on_eight_devices_equals_one(targets):
+@pytest.mark.parametrize('centering', ['centering', pytest.param('sinkhorn_knopp', marks=pytest.mark.slow)])
+def test_training_on_eight_devices_equals_one(centering):
   options = dict(
     # Small crops only where there is time.
-    local_views=2 if targets == 'sinkhorn' else 0,
-    targets=targets,
-    patch_weight=1.0,
+    local_crops_number=2 if centering == 'sinkhorn_knopp' else 0,
+    centering=centering,
+    ibot_loss_weight=1.0,
     koleo_weight=0.1,
     teacher_temperature=(0.04, 0.07),
     temperature_steps=3,
   )
-  learner = objective(network=network(separate_patch_head=True, lengths=True), **options)
+  learner = objective(network=network(separate_patch_head=True, learn_prototype_norms=True), **options)
   batches = [batch_of(learner, seed) for seed in range(3)]
   one, eight = Trainer(learner, devices=1), Trainer(learner, MeshShape(data=2, fsdp=2, tensor=2))
   losses = [trainer.run(batches) for trainer in (one, eight)]
@@ -174,7 +174,7 @@ def test_teacher_gets_warmer_and_prototypes_thaw():
   learner = objective(teacher_temperature=(0.04, 0.07), temperature_steps=30)
   temperatures = [float(learner.temperature_at(step)) for step in (0, 10, 30, 100)]
   np.testing.assert_allclose(temperatures, [0.04, 0.05, 0.07, 0.07], rtol=1e-6)
-  learner = objective(freeze_steps=5, local_views=0)
+  learner = objective(freeze_last_layer_steps=5, local_crops_number=0)
   generator = np.random.default_rng(0)
   params, extra = jax.tree.map(
     lambda s: (0.2 * generator.normal(size=s.shape)).astype(s.dtype), jax.eval_shape(learner.init, jax.random.key(0))

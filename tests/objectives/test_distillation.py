@@ -11,11 +11,11 @@ from fmcv_jax.objectives.distillation import Distillation, disagreement
 from fmcv_jax.parallel.mesh import MeshShape
 from tests.train.tiny import Trainer, batch_of
 
-TEACHER = vit('mu/8', image_size=16, outputs=10, depth=1)
+TEACHER = vit('mu/8', image_size=16, num_classes=10, depth=1)
 
 
 def learner(**options):
-  network = vit('mu/8', image_size=16, outputs=10, distilled=True, depth=1)
+  network = vit('mu/8', image_size=16, num_classes=10, distilled=True, depth=1)
   return Classification(network, distillation=Distillation(TEACHER, **options))
 
 
@@ -45,7 +45,7 @@ def test_each_head_learns_from_its_own_teacher_and_the_mean_of_both_answers():
   loss, (metrics, aux) = objective.loss(params, batch, jax.random.key(1), extra)
 
   images = objective.normalize(batch['image'].astype(jnp.float32) / 255)
-  own, second = objective.network.apply({'params': params}, images).heads
+  own, second = objective.network.apply({'params': params}, images).num_heads
   answers = TEACHER.apply({'params': extra['teacher']}, images).output
   rows = jnp.arange(len(images))
   by_label = -jax.nn.log_softmax(own)[rows, batch['label']].mean()
@@ -58,9 +58,9 @@ def test_each_head_learns_from_its_own_teacher_and_the_mean_of_both_answers():
 
 def test_unfit_pairs_are_refused():
   with pytest.raises(ValueError, match='expected its outputs to be the 7 of the network'):
-    Classification(vit('mu/8', image_size=16, outputs=7), distillation=Distillation(TEACHER))
+    Classification(vit('mu/8', image_size=16, num_classes=7), distillation=Distillation(TEACHER))
   with pytest.raises(ValueError, match='its second head learns from a teacher'):
-    Classification(vit('mu/8', image_size=16, outputs=7, distilled=True))
+    Classification(vit('mu/8', image_size=16, num_classes=7, distilled=True))
   with pytest.raises(ValueError, match="pool must be 'cls'"):
     vit('mu/8', distilled=True, pool='gap')
 

@@ -76,7 +76,7 @@ def test_no_mixing_is_the_identity():
 
 
 def test_unfit_networks_are_refused():
-  with pytest.raises(ValueError, match='outputs=<number of classes>'):
+  with pytest.raises(ValueError, match='num_classes=<number of classes>'):
     Classification(vit('mu/8', image_size=16))
   with pytest.raises(ValueError, match='needs a dual encoder'):
     Contrastive(vit('mu/8', image_size=16))

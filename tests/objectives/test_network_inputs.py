@@ -51,7 +51,7 @@ def batch_of(objective):
 
 
 def test_masked_autoencoding_is_seen_as_its_network_is_given_it():
-  network = mae(vit('mu/8', image_size=32, depth=1), width=32, depth=1, heads=2)
+  network = mae(vit('mu/8', image_size=32, depth=1), width=32, depth=1, num_heads=2)
   objective = MaskedAutoencoding(network, augment=AUGMENT, normalize=NORMALIZE)
   batch, rng = batch_of(objective), jax.random.key(5)
   ((images, order), options) = given_to(objective, batch, rng)[0]
@@ -69,9 +69,9 @@ def test_self_distillation_is_seen_as_its_student_is_given_it():
   objective = SelfDistillation(
     dino(encoder, prototypes=8, hidden=16, bottleneck=8),
     momentum_steps=10,
-    local_views=3,
+    local_crops_number=3,
     local_size=16,
-    patch_weight=1.0,
+    ibot_loss_weight=1.0,
     global_augments=(AUGMENT, ()),
     local_augment=AUGMENT,
     normalize=NORMALIZE,
@@ -89,9 +89,13 @@ def test_self_distillation_is_seen_as_its_student_is_given_it():
 
 
 def test_what_steers_and_what_is_around_a_hole_are_seen_beside_the_image():
-  small = {'image_size': 16, 'channels': 3, 'widths': (16,), 'depths': (0,), 'layers': 1, 'context': 0}
+  small = dict(image_size=16, channels=3, block_out_channels=(16,), depths=(0,), layers=1, cross_attention_dim=0)
   steered = Diffusion(unet('mu', **small), control=Edges(), normalize=NORMALIZE)
-  filled = Diffusion(unet('mu', **small, beside=4), holes=RandomInpaintMask(whole=0.0), normalize=NORMALIZE)
+  filled = Diffusion(
+    unet('mu', **small, extra_in_channels=4),
+    inpainting=RandomInpaintMask(full_mask_probability=0.0),
+    normalize=NORMALIZE,
+  )
   for objective in (steered, filled):
     batch, rng = batch_of(objective), jax.random.key(7)
     image, second = seen(objective, batch, rng)

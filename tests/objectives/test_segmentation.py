@@ -66,5 +66,5 @@ def test_what_cannot_be_segmented_is_refused():
   with pytest.raises(ValueError, match='Flip moves pixels but not their classes'):
     Segmentation(segmenter(ENCODER, 3), augment=(ColorJitter(), Flip()))
   with pytest.raises(ValueError, match='outputs has no use here'):
-    segmenter(vit('mu/8', image_size=16, outputs=3), 3)
+    segmenter(vit('mu/8', image_size=16, num_classes=3), 3)
   assert segmenter(swin('mu', image_size=32), 3).image_size == 32

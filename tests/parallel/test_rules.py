@@ -19,7 +19,7 @@ def shapes_of(module, *inputs):
 def test_every_parameter_of_every_family_has_axes_and_fsdp_and_tensor_split_its_matrices():
   image, tokens = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 8), jnp.int32)
   for tree in (
-    shapes_of(vit('mu/8', image_size=32, outputs=10, registers=4, layer_scale=0.1, gated=True), image),
+    shapes_of(vit('mu/8', image_size=32, num_classes=10, registers=4, layer_scale=0.1, gated_mlp=True), image),
     shapes_of(clip('B/32', length=8), jnp.zeros((1, 224, 224, 3)), tokens),
     shapes_of(siglip('B/32', length=8), jnp.zeros((1, 224, 224, 3)), tokens),
   ):
@@ -71,7 +71,7 @@ def test_constrain_is_the_identity_without_a_placement_and_pins_with_one():
 
 def test_a_training_step_pins_its_activations():
   """Guards against constraints that silently do nothing: their number in a lowered forward pass is known."""
-  module = vit('mu/8', image_size=32, outputs=10)
+  module = vit('mu/8', image_size=32, num_classes=10)
   image = jnp.zeros((8, 32, 32, 3))
   params = module.init(jax.random.key(0), image)
 

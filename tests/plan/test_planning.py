@@ -42,7 +42,7 @@ def test_a_search_tries_each_mesh_remat_and_batch_and_keeps_the_other_axes():
   assert len({(mesh, remat, batch) for mesh, remat, batch, _ in found}) == len(found) == 3 * 3 * 2
   for mesh, remat, batch, overrides in found:
     changed = planning.load_config('configs/clip.py:B/16', ['mesh.tensor=2', *overrides])
-    assert (changed['mesh']['tensor'], changed['train']['batch']) == (2, batch)
+    assert (changed['mesh']['tensor'], changed['train']['batch_size']) == (2, batch)
     assert changed['objective']['network']['remat'] == remat
     assert (changed['mesh']['fsdp'] == 1) == (mesh == 'data')
     assert math.prod(MeshShape(**changed['mesh']).sizes_for(32)) == 32

@@ -25,8 +25,10 @@ from fmcv_jax.train.checkpoint import Checkpointer
 @pytest.fixture(scope='module')
 def published():
   """A small classifier with registers, as timm has it."""
-  size = {'width': 64, 'depth': 2, 'heads': 1, 'mlp_dim': 96}
-  network = vit('mu/8', image_size=16, outputs=5, registers=2, place_class_token=False, layer_scale=0.5, **size)
+  size = {'width': 64, 'depth': 2, 'num_heads': 1, 'mlp_dim': 96}
+  network = vit(
+    'mu/8', image_size=16, num_classes=5, registers=2, class_token_has_position=False, layer_scale=0.5, **size
+  )
   params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, 16, 16, 3)))['params']
   noise = np.random.default_rng(0)
   flat = {
@@ -171,7 +173,7 @@ def test_a_family_and_a_size_are_held_against_the_file(published, tmp_path, caps
     assert run('import', tmp_path / 'x.safetensors', '--as', name, '--to', tmp_path / 'run') == 2
     assert message in one_line(capsys)
   assert not (tmp_path / 'run').exists()
-  network = vit('Ti/16', image_size=32, distilled=True, outputs=3)
+  network = vit('Ti/16', image_size=32, distilled=True, num_classes=3)
   shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))['params']
   zeros = {path_of(path): np.zeros(x.shape, np.float32) for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]}
   write_tensors(tmp_path / 'ti.safetensors', write(names.timm(), zeros, network))

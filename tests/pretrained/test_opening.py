@@ -77,7 +77,7 @@ def test_transformers_opens_a_masked_autoencoder_that_was_trained_here(tmp_path)
         'encoder': {'name': 'vit', 'variant': 'mu/8', 'image_size': 32, 'positions': 'sincos2d'},
         'width': 32,
         'depth': 2,
-        'heads': 4,
+        'num_heads': 4,
       },
     },
   )
@@ -219,7 +219,7 @@ def test_diffusers_opens_single_networks(tmp_path):
 
 
 def test_a_pipeline_wants_a_folder_and_another_library_says_what_it_has_not(tmp_path):
-  network = {'name': 'vit', 'variant': 'mu/8', 'image_size': 32, 'pool': 'gap', 'outputs': 3}
+  network = {'name': 'vit', 'variant': 'mu/8', 'image_size': 32, 'pool': 'gap', 'num_classes': 3}
   born(tmp_path / 'ours', {'name': 'encoder', 'network': network})
   with pytest.raises(UserError, match='without a class token'):
     export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'transformers')
@@ -272,22 +272,22 @@ def test_efficientnet_goes_in_and_out_with_its_statistics(tmp_path, library):
 ENCODER = {'name': 'vit', 'variant': 'mu/8', 'image_size': 32}
 CLIP = {
   'name': 'dual_encoder',
-  'image': {**ENCODER, 'pre_norm': True, 'patch_bias': False, 'outputs': 24, 'outputs_bias': False, 'eps': 1e-5},
+  'image': {**ENCODER, 'pre_norm': True, 'patch_bias': False, 'num_classes': 24, 'head_bias': False, 'eps': 1e-5},
   'text': {
     'name': 'text_transformer',
     'vocab_size': 92,
     'length': 6,
     'width': 32,
     'depth': 2,
-    'heads': 2,
+    'num_heads': 2,
     'mlp_dim': 64,
-    'outputs': 24,
+    'num_classes': 24,
   },
 }
-CLASSIFIER = {'name': 'classification', 'network': {**ENCODER, 'outputs': 7}}
+CLASSIFIER = {'name': 'classification', 'network': {**ENCODER, 'num_classes': 7}}
 TRAINED = {
   'labels': CLASSIFIER,
-  'lora': {'name': 'adapted', 'objective': CLASSIFIER, 'lora': {'rank': 2}},
+  'lora': {'name': 'finetune', 'objective': CLASSIFIER, 'lora': {'rank': 2}},
   'dino': {
     'name': 'dino',
     'network': {'name': 'dino', 'encoder': ENCODER, 'prototypes': 16},

@@ -97,7 +97,7 @@ def test_a_unet_alone_gets_the_text_tower_of_its_version():
     levels |= {f'network/encoder/down{i}_block0/conv1/kernel': (3, 3, 320, width) for i, width in widths}
     layers = {'network/encoder/down0_block1/norm1/scale': (320,), 'network/encoder/conv_in/kernel': (3, 3, 4, 320)}
     text = known.FAMILIES[family].config({**context, **levels, **layers})['objective']['text']
-    assert (text['width'], text['depth'], text['heads']) == (width, depth, heads)
+    assert (text['width'], text['depth'], text['num_heads']) == (width, depth, heads)
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
   model = diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32))
   published(model, tmp_path / 'theirs')
   given = [*SIZES, 'objective.autoencoder.channels=(128,128)', 'objective.autoencoder.layers=1']
-  given += [f'objective.text.{field}' for field in ('width=64', 'depth=2', 'heads=1', 'mlp_dim=128')]
+  given += [f'objective.text_encoder.{field}' for field in ('width=64', 'depth=2', 'num_heads=1', 'mlp_dim=128')]
   with pytest.raises(UserError, match='also needs what is not in it: autoencoder, network, text'):
     import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'controlnet_sd1', given)
   for name, part in (('network', 'params/network'), ('autoencoder', 'extra/autoencoder'), ('text', 'extra/text')):

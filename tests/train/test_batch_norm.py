@@ -15,7 +15,7 @@ from tests.train.tiny import Trainer, batch_of
 def tiny_align():
   image = EfficientNet((Row(2, 16, 3, 2, 2),), stem=8, top=0, image_size=16, drop_path=0.3)
   text = text_transformer(
-    64, 8, 16, 1, 2, causal=False, pool='first', attend_padding=False, outputs=16, outputs_bias=True, post_norm=True
+    64, 8, 16, 1, 2, causal=False, pool='first', attend_padding=False, num_classes=16, head_bias=True, post_norm=True
   )
   return Contrastive(DualEncoder(image, text, 1.0), label_smoothing=0.1)
 

@@ -12,7 +12,7 @@ from fmcv_jax.train.schedules import Cosine, Linear, Rsqrt
 
 @pytest.mark.parametrize('kind', [Cosine, Linear])
 def test_schedule_warms_up_from_its_first_step_to_the_peak_and_decays_to_its_end(kind):
-  schedule = kind(peak=1.0, warmup_steps=10, end=0.1)(110)
+  schedule = kind(peak_lr=1.0, warmup_steps=10, end=0.1)(110)
   rates = np.array([float(schedule(step)) for step in range(111)])
   np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
   assert rates[10] == pytest.approx(1.0)
@@ -22,7 +22,7 @@ def test_schedule_warms_up_from_its_first_step_to_the_peak_and_decays_to_its_end
 
 
 def test_rsqrt_follows_its_formula_and_cools_down_to_zero():
-  schedule = Rsqrt(peak=2.0, warmup_steps=5, timescale=100, cooldown_steps=20)(205)
+  schedule = Rsqrt(peak_lr=2.0, warmup_steps=5, timescale=100, cooldown_steps=20)(205)
   assert float(schedule(5 + 100)) == pytest.approx(2 / np.sqrt(2), rel=1e-6)
   assert float(schedule(5 + 190)) == pytest.approx(2 / np.sqrt(2.9) * 0.5, rel=1e-6)
   assert float(schedule(205)) == 0
@@ -41,7 +41,7 @@ PARAMS = {
 
 @pytest.mark.parametrize('rule', [AdamW(), Lion(), Adafactor(), Muon()], ids=lambda r: type(r).__name__)
 def test_weight_decay_shrinks_kernels_only(rule):
-  tx = Optimizer(Linear(peak=0.5, end=0.5), rule, weight_decay=0.2).make(10)
+  tx = Optimizer(Linear(peak_lr=0.5, end=0.5), rule, weight_decay=0.2).make(10)
   zero = jax.tree.map(jnp.zeros_like, PARAMS)
   updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS)
   np.testing.assert_allclose(updates['blocks']['mlp']['up']['kernel'], -0.1, atol=1e-6)
@@ -51,7 +51,7 @@ def test_weight_decay_shrinks_kernels_only(rule):
 
 @pytest.mark.parametrize('rule', [AdamW(), Lion(), Adafactor(), Muon()], ids=lambda r: type(r).__name__)
 def test_weight_decay_follows_half_a_cosine_to_its_end(rule):
-  tx = Optimizer(Linear(peak=1.0, end=1.0), rule, weight_decay=0.04, weight_decay_end=0.4).make(10)
+  tx = Optimizer(Linear(peak_lr=1.0, end=1.0), rule, weight_decay=0.04, weight_decay_end=0.4).make(10)
   zero, state, shrunk = jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), []
   for _ in range(11):
     updates, state = tx.update(zero, state, PARAMS)
@@ -70,7 +70,7 @@ def test_layers_of_a_stack_go_at_rates_of_their_own():
   }
   params = jax.tree.map(lambda s: jnp.asarray(generator.normal(size=s)), shapes, is_leaf=lambda s: isinstance(s, tuple))
   optimizer = Optimizer(
-    Linear(0.1, end=0.1), weight_decay=0.3, layer_decay=0.5, multipliers=(('patch/.*', 0.2),), clip_norm=1e9
+    Linear(0.1, end=0.1), weight_decay=0.3, layer_decay=0.5, lr_multipliers=(('patch/.*', 0.2),), clip_norm=1e9
   )
   ours = optimizer.make(10)
 
@@ -133,18 +133,18 @@ def test_lamb_of_stacked_layers_equals_optaxs_of_each_alone():
 
 def test_adamw_equals_optax_and_lion_takes_signs():
   gradient = jax.tree.map(lambda x: jnp.linspace(-1, 1, x.size).reshape(x.shape), PARAMS)
-  tx = Optimizer(Linear(peak=0.1, end=0.1), AdamW(b2=0.95)).make(10)
+  tx = Optimizer(Linear(peak_lr=0.1, end=0.1), AdamW(b2=0.95)).make(10)
   reference = optax.adamw(0.1, b2=0.95, weight_decay=0)
   ours, theirs = (t.update(gradient, t.init(PARAMS), PARAMS)[0] for t in (tx, reference))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-  tx = Optimizer(Linear(peak=0.1, end=0.1), Lion()).make(10)
+  tx = Optimizer(Linear(peak_lr=0.1, end=0.1), Lion()).make(10)
   updates, _ = tx.update(gradient, tx.init(PARAMS), PARAMS)
   np.testing.assert_allclose(updates['norm']['scale'], -0.1 * np.sign(gradient['norm']['scale']), rtol=1e-6)
 
 
 def test_muon_orthogonalizes_each_layers_matrix_at_the_stated_size():
   gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), PARAMS)
-  tx = Optimizer(Linear(peak=1.0, end=1.0), Muon(ns_steps=10)).make(10)
+  tx = Optimizer(Linear(peak_lr=1.0, end=1.0), Muon(ns_steps=10)).make(10)
   updates, _ = tx.update(gradient, tx.init(PARAMS), PARAMS)
   kernel = np.asarray(updates['blocks']['mlp']['up']['kernel'])
   for layer in kernel:

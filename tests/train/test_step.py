@@ -34,7 +34,7 @@ def test_twenty_contrastive_steps_on_eight_devices_equal_one_device(mesh, single
 
 def test_twenty_classification_steps_with_all_randomness_equal_one_device():
   """Mixing, dropout, stochastic depth and patch dropping draw the same numbers on any mesh."""
-  network = vit('mu/8', image_size=16, outputs=10, drop_path=0.2, dropout=0.1, remat='full', layer_scale=1e-2)
+  network = vit('mu/8', image_size=16, num_classes=10, drop_path=0.2, dropout=0.1, remat='full', layer_scale=1e-2)
   objective = classification(network, mixup=0.2, cutmix=1.0, loss_name='sigmoid', label_smoothing=0.1)
   batches = [batch_of(objective, seed) for seed in range(20)]
   one = Trainer(objective, devices=1).run(batches)
@@ -112,7 +112,7 @@ def test_clipping_bounds_the_update_as_in_optax():
 def test_bf16_compute_keeps_float32_parameters_and_comes_close():
   losses = {}
   for dtype in ('float32', 'bfloat16'):
-    objective = classification(vit('mu/8', image_size=16, outputs=10, dtype=dtype))
+    objective = classification(vit('mu/8', image_size=16, num_classes=10, dtype=dtype))
     trainer = Trainer(objective)
     losses[dtype] = trainer.run([batch_of(objective, seed) for seed in range(3)])
     assert {x.dtype for x in jax.tree.leaves(trainer.state.params)} == {jnp.dtype('float32')}

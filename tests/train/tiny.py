@@ -25,14 +25,14 @@ MESHES = {
 
 
 def contrastive(loss_name='softmax', **options):
-  image = vit('mu/8', image_size=16, outputs=16, outputs_bias=False)
-  text = text_transformer(64, 8, 32, 2, 2, outputs=16)
+  image = vit('mu/8', image_size=16, num_classes=16, head_bias=False)
+  text = text_transformer(64, 8, 32, 2, 2, num_classes=16)
   bias = -10.0 if loss_name == 'sigmoid' else None
   return Contrastive(DualEncoder(image, text, 10.0, bias), loss_name=loss_name, **options)
 
 
 def classification(network=None, **options):
-  return Classification(network or vit('mu/8', image_size=16, outputs=10), **options)
+  return Classification(network or vit('mu/8', image_size=16, num_classes=10), **options)
 
 
 def batch_of(objective, seed=0):

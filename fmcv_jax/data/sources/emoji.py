@@ -76,7 +76,7 @@ class Emoji(Source):
   split: Literal['train', 'seen', 'held_out', 'all'] = 'train'
   image_size: int = 64
   aliases: bool = True
-  only: str = ''
+  name_filter: str = ''
 
   def __post_init__(self) -> None:
     if unknown := set(self.artists) - set(ARTISTS):
@@ -84,9 +84,9 @@ class Emoji(Source):
     if self.split not in ('train', 'seen', 'held_out', 'all'):
       raise UserError(f"split: {self.split!r} is not one of 'train', 'seen', 'held_out', 'all'")
     try:
-      re.compile(self.only)
+      re.compile(self.name_filter)
     except re.error as error:
-      raise UserError(f'only: {self.only!r} is no regular expression ({error})') from error
+      raise UserError(f'only: {self.name_filter!r} is no regular expression ({error})') from error
     object.__setattr__(self, 'artists', tuple(self.artists))
 
   @property
@@ -104,9 +104,9 @@ class Emoji(Source):
   @functools.cached_property
   def _both(self) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
     """The training concepts and those held out."""
-    train, held_out = (tuple(c for c in side if re.search(self.only, c.name)) for side in split_concepts())
+    train, held_out = (tuple(c for c in side if re.search(self.name_filter, c.name)) for side in split_concepts())
     if not train + held_out:
-      raise UserError(f'only: {self.only!r} is found in no name of an emoji')
+      raise UserError(f'only: {self.name_filter!r} is found in no name of an emoji')
     return train, held_out
 
   def __len__(self) -> int:

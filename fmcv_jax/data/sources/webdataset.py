@@ -42,7 +42,7 @@ class WebDataset(Source):
   label        the member or field that holds the class as a number
   class_names  names of the classes by label
   index        the folder of the index; by default that of the shards, or where it cannot be written $FMCV_CACHE
-  damaged      'refuse' stops at a shard that is truncated or empty; 'cut' takes its whole samples, and says so
+  on_truncated  'error' stops at a shard that is truncated or empty; 'skip_tail' takes its whole samples, and says so
 
   The image is the sample's member that ends in .jpg, .png, .webp, ...; samples without one are left out and counted.
   The index is made again when a shard's size or time of change differs. Hosts may be more than shards: rows of the
@@ -54,11 +54,11 @@ class WebDataset(Source):
   label: str | None = 'cls'
   class_names: tuple[str, ...] = ()
   index: str | None = None
-  damaged: Literal['refuse', 'cut'] = 'refuse'
+  on_truncated: Literal['error', 'skip_tail'] = 'error'
 
   def __post_init__(self) -> None:
-    if self.damaged not in ('refuse', 'cut'):
-      raise ValueError(f"damaged: {self.damaged!r} is not 'refuse' or 'cut'")
+    if self.on_truncated not in ('error', 'skip_tail'):
+      raise ValueError(f"on_truncated: {self.on_truncated!r} is not 'error' or 'skip_tail'")
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ class WebDataset(Source):
       _write_index(file, shards, storage.in_threads(_scan, shards))
       found = _open_index(file, shards)
       assert found is not None
-    _judge(*found, self.damaged)
+    _judge(*found, self.on_truncated)
     return found[0]
 
 
@@ -305,15 +305,15 @@ def _open_index(file: pathlib.Path, shards: list[storage.File]) -> tuple[_Index,
   return _Index([shard.path for shard in shards], ends, header['members'], str(file), offset), header
 
 
-def _judge(index: _Index, header: dict[str, Any], damaged: str) -> None:
+def _judge(index: _Index, header: dict[str, Any], on_truncated: str) -> None:
   """Says what is wrong with the shards, once, or refuses them."""
   for number, reason in header['damage'].items():
     path, count = index.shards[int(number)], header['shards'][int(number)][2]
-    if damaged == 'refuse':
+    if on_truncated == 'error':
       more = f' ({len(header["damage"])} shards are damaged)' if len(header['damage']) > 1 else ''
       raise UserError(
-        f"webdataset: {path}: {reason}; fetch it again, or set damaged='cut' to take the {count} samples that are "
-        f'whole{more}'
+        f"webdataset: {path}: {reason}; fetch it again, or set on_truncated='skip_tail' to take the {count} samples "
+        f'that are whole{more}'
       )
     logger.warning('webdataset: %s: %s; its first %d samples are taken', path, reason, count)
   if header['without_image']:

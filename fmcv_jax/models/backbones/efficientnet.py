@@ -171,7 +171,7 @@ class EfficientNet(nn.Module):
   stem: int
   top: int
   image_size: int = 224
-  outputs: int = 0
+  num_classes: int = 0
   dropout: float = 0.0
   drop_path: float = 0.0
   momentum: float = 0.99
@@ -208,10 +208,10 @@ class EfficientNet(nn.Module):
       x = jax.nn.silu(norm('top_norm')(x))
     pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
     tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-    if not self.outputs:
+    if not self.num_classes:
       return Features(pooled, pooled, tokens)
     kept = nn.Dropout(self.dropout, deterministic=not train)(pooled)
-    return Features(linear_head(self.outputs, True, self.dtype)(kept), pooled, tokens)
+    return Features(linear_head(self.num_classes, True, self.dtype)(kept), pooled, tokens)
 
 
 # Factors of width and depth, side of the images, dropout (Tan & Le 2019 and the authors' code; L2: Xie et al. 2020);
@@ -240,7 +240,7 @@ def efficientnet(
   variant: str = 'B0',
   *,
   image_size: int | None = None,
-  outputs: int = 0,
+  num_classes: int = 0,
   top: bool = True,
   dropout: float | None = None,
   drop_path: float = 0.2,
@@ -275,7 +275,7 @@ def efficientnet(
     stem=channels(STEM, width),
     top=channels(TOP, width) if top else 0,
     image_size=image_size or size,
-    outputs=outputs,
+    num_classes=num_classes,
     dropout=share if dropout is None else dropout,
     drop_path=drop_path,
     momentum=momentum,

@@ -161,7 +161,7 @@ class Inception(nn.Module):
 
   image_size: int = SIZE
   any_size: bool = True
-  outputs: int = 1008
+  num_classes: int = 1008
 
   @nn.compact
   def __call__(self, images, *, train: bool = False) -> Features:
@@ -169,7 +169,7 @@ class Inception(nn.Module):
     for name, branches in BLOCKS.items():
       x = Mixed(branches, name=name)(x)
     pooled = x.mean((1, 2))
-    return Features(dense(self.outputs, 'float32', 'head')(pooled), pooled, x.reshape(len(x), -1, x.shape[-1]))
+    return Features(dense(self.num_classes, 'float32', 'head')(pooled), pooled, x.reshape(len(x), -1, x.shape[-1]))
 
 
 def resized(images: jax.Array) -> jax.Array:

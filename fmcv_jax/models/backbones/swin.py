@@ -76,16 +76,16 @@ class WindowAttention(nn.Module):
   def __call__(self, x, mask=None):
     """mask: bool [W, M, M], True where a query may look; None for everywhere."""
     c, width = self.config, x.shape[-1]
-    if width % c.heads:
-      raise ValueError(f'a width of {width} does not divide into {c.heads} heads')
-    heads = 'heads' if c.heads > 1 else None
+    if width % c.num_heads:
+      raise ValueError(f'a width of {width} does not divide into {c.num_heads} heads')
+    heads = 'heads' if c.num_heads > 1 else None
 
     def project(name):
       y = dense(width, c.dtype, name)(x)
-      return with_logical_constraint(y.reshape(*y.shape[:3], c.heads, -1), 'batch', None, None, heads, None)
+      return with_logical_constraint(y.reshape(*y.shape[:3], c.num_heads, -1), 'batch', None, None, heads, None)
 
     query, key, value = project('query'), project('key'), project('value')
-    table = self.param('relative', nn.initializers.truncated_normal(0.02), ((2 * self.window - 1) ** 2, c.heads))
+    table = self.param('relative', nn.initializers.truncated_normal(0.02), ((2 * self.window - 1) ** 2, c.num_heads))
     logits = jnp.einsum('bwqhk,bwthk->bwhqt', query, key, preferred_element_type=jnp.float32)
     logits = logits * query.shape[-1] ** -0.5 + jnp.moveaxis(table[relative_index(self.window)], -1, 0)
     if mask is not None:
@@ -202,7 +202,7 @@ class Swin(nn.Module):
   blocks: tuple[BlockConfig, ...]
   window: int = 7
   image_size: int = 224
-  outputs: int = 0
+  num_classes: int = 0
   drop_path: float = 0.0
   remat: Remat = 'none'
   unroll: Unroll = 1
@@ -232,8 +232,8 @@ class Swin(nn.Module):
       for level, (depth, block) in enumerate(zip(self.depths, self.blocks, strict=True))
     ]
     self.norm = layer_norm(eps, dtype, 'norm')
-    if self.outputs:
-      self.head = linear_head(self.outputs, True, dtype)
+    if self.num_classes:
+      self.head = linear_head(self.num_classes, True, dtype)
 
   def pyramid(self, images, *, train: bool = False) -> tuple[Level, ...]:
     """What each stage makes of the images, the finest first; the last is not yet normalized."""
@@ -251,7 +251,7 @@ class Swin(nn.Module):
   def __call__(self, images, *, train: bool = False) -> Features:
     x = self.norm(self.pyramid(images, train=train)[-1].tokens)
     pooled = jnp.mean(x, axis=1, dtype=jnp.float32).astype(x.dtype)
-    return Features(self.head(pooled) if self.outputs else pooled, pooled, x)
+    return Features(self.head(pooled) if self.num_classes else pooled, pooled, x)
 
 
 # Width of the first stage, blocks of each stage, heads of each stage (Liu et al. 2021, sec. 3.3); mu is for tests.
@@ -269,37 +269,43 @@ def swin(
   *,
   image_size: int = 224,
   window: int = 7,
-  patch: int = 4,
-  outputs: int = 0,
+  patch_size: int = 4,
+  num_classes: int = 0,
   width: int | None = None,
   depths: tuple[int, ...] | None = None,
-  heads: tuple[int, ...] | None = None,
+  num_heads: tuple[int, ...] | None = None,
   eps: float = 1e-5,
   drop_path: float = 0.0,
   remat: Remat = 'none',
   unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> Swin:
-  """A named Swin; width, depths and heads override the variant's. At 384 pixels the published ones have window=12."""
+  """A named Swin; width, depths and num_heads override the variant's. At 384 pixels the published ones have
+  window=12.
+  """
   if variant not in SIZES:
     raise ValueError(f'unknown Swin variant {variant!r}; {did_you_mean(variant, SIZES)}')
   defaults = SIZES[variant]
-  width, depths, heads = width or defaults[0], depths or defaults[1], heads or defaults[2]
-  if len(depths) != len(heads) or any(depth % 2 for depth in depths):
-    raise ValueError(f'depths {depths}: expected an even number of blocks for each of the {len(heads)} stages of heads')
-  if image_size % patch:
-    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  width, depths = width or defaults[0], depths or defaults[1]
+  num_heads = num_heads or defaults[2]
+  if len(depths) != len(num_heads) or any(depth % 2 for depth in depths):
+    raise ValueError(
+      f'depths {depths}: expected an even number of blocks for each of the {len(num_heads)} stages of heads'
+    )
+  if image_size % patch_size:
+    raise ValueError(f'image_size {image_size} does not divide into patches of {patch_size}')
   blocks = tuple(
-    BlockConfig(heads=count, mlp_dim=4 * width * 2**level, eps=eps, dtype=dtype) for level, count in enumerate(heads)
+    BlockConfig(num_heads=count, mlp_dim=4 * width * 2**level, eps=eps, dtype=dtype)
+    for level, count in enumerate(num_heads)
   )
   return Swin(
-    smallest_patch=patch,
+    smallest_patch=patch_size,
     width=width,
     depths=depths,
     blocks=blocks,
     window=window,
     image_size=image_size,
-    outputs=outputs,
+    num_classes=num_classes,
     drop_path=drop_path,
     remat=remat,
     unroll=unroll,

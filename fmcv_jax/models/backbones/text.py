@@ -45,8 +45,8 @@ class TextTransformer(nn.Module):
   stack: Stack
   pool: Pool = 'eot'
   attend_padding: bool = True
-  outputs: int = 0
-  outputs_bias: bool = False
+  num_classes: int = 0
+  head_bias: bool = False
 
   @nn.compact
   def __call__(self, tokens, *, train: bool = False) -> Features:
@@ -69,9 +69,9 @@ class TextTransformer(nn.Module):
     else:
       weights = words / jnp.maximum(words.sum(axis=1, keepdims=True), 1)
       pooled = jnp.einsum('bt,btd->bd', weights, x.astype(jnp.float32)).astype(x.dtype)
-    if not self.outputs:
+    if not self.num_classes:
       return Features(pooled, pooled, x)
-    head = dense(self.outputs, block.dtype, 'head', bias=self.outputs_bias, init=PROJECTION)
+    head = dense(self.num_classes, block.dtype, 'head', bias=self.head_bias, init=PROJECTION)
     return Features(head(pooled), pooled, x)
 
 
@@ -80,14 +80,14 @@ def text_transformer(
   length: int,
   width: int,
   depth: int,
-  heads: int,
+  num_heads: int,
   *,
   mlp_dim: int | None = None,
   causal: bool = True,
   pool: Pool = 'eot',
   attend_padding: bool = True,
-  outputs: int = 0,
-  outputs_bias: bool = False,
+  num_classes: int = 0,
+  head_bias: bool = False,
   activation: Activation = 'gelu',
   eps: float = 1e-5,
   dropout: float = 0.0,
@@ -99,7 +99,7 @@ def text_transformer(
 ) -> TextTransformer:
   """A text transformer by its numbers; mlp_dim None is four times the width."""
   block = BlockConfig(
-    heads=heads,
+    num_heads=num_heads,
     mlp_dim=mlp_dim or 4 * width,
     activation=activation,
     eps=eps,
@@ -116,6 +116,6 @@ def text_transformer(
     stack=Stack(depth, block, remat=remat, unroll=unroll),
     pool=pool,
     attend_padding=attend_padding,
-    outputs=outputs,
-    outputs_bias=outputs_bias,
+    num_classes=num_classes,
+    head_bias=head_bias,
   )

@@ -54,22 +54,22 @@ class ViT(nn.Module):
   the last norm may act on the mean (`norm_pooled`): MAE's fine-tuning (He et al. 2022) does both.
   """
 
-  patch: int
+  patch_size: int
   width: int
   stack: Stack
   image_size: int = 224
   pool: Pool = 'cls'
-  positions: Positions = 'learned'
+  pos_embed: Positions = 'learned'
   registers: int = 0
-  place_class_token: bool = True
+  class_token_has_position: bool = True
   pre_norm: bool = False
   patch_bias: bool = True
-  outputs: int = 0
-  outputs_bias: bool = True
+  num_classes: int = 0
+  head_bias: bool = True
   mask_token: bool = False
   distilled: bool = False
   class_token: bool = False
-  norm_pooled: bool = False
+  fc_norm: bool = False
 
   @property
   def prefix(self) -> int:
@@ -88,26 +88,26 @@ class ViT(nn.Module):
     masked   bool [B, rows * columns], the patches that the mask token takes the place of; None for none
     """
     block, batch = self.stack.block, images.shape[0]
-    x, grid = patchify(images, self.patch)
+    x, grid = patchify(images, self.patch_size)
     x = dense(self.width, block.dtype, 'patch', bias=self.patch_bias)(x)
     if self.mask_token:
       token = self.param('mask_token', nn.initializers.normal(0.02), (1, self.width))
       if masked is not None:
         x = jnp.where(masked[..., None], token.astype(x.dtype), x)
     prefix = self.prefix
-    placed = (1 + self.distilled) * int(self.has_class_token and self.place_class_token)
+    placed = (1 + self.distilled) * int(self.has_class_token and self.class_token_has_position)
 
     class_place, angles = None, None
-    if self.positions == 'learned':
-      side = self.image_size // self.patch
+    if self.pos_embed == 'learned':
+      side = self.image_size // self.patch_size
       shape = (placed + side * side, self.width)
       table = self.param('position', nn.initializers.normal(self.width**-0.5), shape)
       class_place, places = table[:placed], resize_grid(table[placed:], (side, side), grid)
       x = x + places.astype(x.dtype)
-    elif self.positions == 'sincos2d':
+    elif self.pos_embed == 'sincos2d':
       x = x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)
     else:
-      angles = jnp.asarray(rope_2d(*grid, self.width // block.heads, prefix))
+      angles = jnp.asarray(rope_2d(*grid, self.width // block.num_heads, prefix))
 
     if keep is not None:
       x = jnp.take_along_axis(x, keep[..., None], axis=1)
@@ -130,7 +130,7 @@ class ViT(nn.Module):
     if self.pre_norm:
       x = layer_norm(block.eps, block.dtype, 'pre_norm')(x)
     x = self.stack(x, angles=angles, train=train)
-    if not self.norm_pooled:
+    if not self.fc_norm:
       x = layer_norm(block.eps, block.dtype, 'norm')(x)
 
     if self.distilled:
@@ -139,16 +139,16 @@ class ViT(nn.Module):
       pooled = x[:, 0]
     elif self.pool == 'gap':
       pooled = jnp.mean(x[:, prefix:], axis=1, dtype=jnp.float32).astype(x.dtype)
-      if self.norm_pooled:
+      if self.fc_norm:
         pooled = layer_norm(block.eps, block.dtype, 'pooled_norm')(pooled)
     else:
       pooled = AttentionPool(block, name='map_pool')(x[:, prefix:])
-    if not self.outputs:
+    if not self.num_classes:
       return Features(pooled, pooled, x)
-    head = linear_head(self.outputs, self.outputs_bias, block.dtype)
+    head = linear_head(self.num_classes, self.head_bias, block.dtype)
     if not self.distilled:
       return Features(head(pooled), pooled, x)
-    second_head = linear_head(self.outputs, self.outputs_bias, block.dtype, 'distillation_head')
+    second_head = linear_head(self.num_classes, self.head_bias, block.dtype, 'distillation_head')
     heads = head(x[:, 0]), second_head(x[:, 1])
     return Features((heads[0] + heads[1]) / 2, pooled, x, heads)
 
@@ -174,24 +174,24 @@ def vit(
   variant: str = 'B/16',
   *,
   image_size: int = 224,
-  outputs: int = 0,
+  num_classes: int = 0,
   pool: Pool = 'cls',
-  positions: Positions = 'learned',
+  pos_embed: Positions = 'learned',
   registers: int = 0,
-  place_class_token: bool = True,
+  class_token_has_position: bool = True,
   pre_norm: bool = False,
   patch_bias: bool = True,
-  outputs_bias: bool = True,
+  head_bias: bool = True,
   mask_token: bool = False,
   distilled: bool = False,
   class_token: bool = False,
-  norm_pooled: bool = False,
+  fc_norm: bool = False,
   width: int | None = None,
   depth: int | None = None,
-  heads: int | None = None,
+  num_heads: int | None = None,
   mlp_dim: int | None = None,
   activation: Activation = 'gelu',
-  gated: bool = False,
+  gated_mlp: bool = False,
   qkv_bias: bool = True,
   parallel: bool = False,
   qk_norm: bool = False,
@@ -214,15 +214,15 @@ def vit(
     raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
   if distilled and pool != 'cls':
     raise ValueError(f"distilled: the second token goes beside a class token, so pool must be 'cls', not {pool!r}")
-  if norm_pooled and pool != 'gap':
-    raise ValueError(f"norm_pooled: it acts on the mean of the tokens, so pool must be 'gap', not {pool!r}")
+  if fc_norm and pool != 'gap':
+    raise ValueError(f"fc_norm: it acts on the mean of the tokens, so pool must be 'gap', not {pool!r}")
   defaults = SIZES[size]
   width, depth = width or defaults[0], depth or defaults[1]
   block = BlockConfig(
-    heads=heads or defaults[2],
+    num_heads=num_heads or defaults[2],
     mlp_dim=mlp_dim or defaults[3],
     activation=activation,
-    gated=gated,
+    gated_mlp=gated_mlp,
     qkv_bias=qkv_bias,
     parallel=parallel,
     qk_norm=qk_norm,
@@ -233,20 +233,20 @@ def vit(
     dtype=dtype,
   )
   return ViT(
-    patch=int(patch),
+    patch_size=int(patch),
     width=width,
     stack=Stack(depth, block, drop_path, remat, unroll, drop_path_rise),
     image_size=image_size,
     pool=pool,
-    positions=positions,
+    pos_embed=pos_embed,
     registers=registers,
-    place_class_token=place_class_token,
+    class_token_has_position=class_token_has_position,
     pre_norm=pre_norm,
     patch_bias=patch_bias,
-    outputs=outputs,
-    outputs_bias=outputs_bias,
+    num_classes=num_classes,
+    head_bias=head_bias,
     mask_token=mask_token,
     distilled=distilled,
     class_token=class_token,
-    norm_pooled=norm_pooled,
+    fc_norm=fc_norm,
   )

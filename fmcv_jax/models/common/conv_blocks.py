@@ -73,14 +73,14 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
   """Every pixel looks at all pixels, around a skip: [B, H, W, C] -> [B, H, W, C]."""
 
-  heads: int = 1
+  num_heads: int = 1
   eps: float = 1e-6
   dtype: str = 'float32'
 
   @nn.compact
   def __call__(self, x):
     batch, height, width, channels = x.shape
-    config = BlockConfig(self.heads, 0, dtype=self.dtype)  # type: ignore[arg-type]
+    config = BlockConfig(self.num_heads, 0, dtype=self.dtype)  # type: ignore[arg-type]
     y = group_norm(channels, self.dtype, 'norm', self.eps)(x).reshape(batch, height * width, channels)
     return x + Attention(config, name='attention')(y).reshape(x.shape)
 

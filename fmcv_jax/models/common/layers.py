@@ -56,10 +56,10 @@ class BlockConfig:
   (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
   """
 
-  heads: int
+  num_heads: int
   mlp_dim: int
   activation: Activation = 'gelu'
-  gated: bool = False
+  gated_mlp: bool = False
   qkv_bias: bool = True
   eps: float = 1e-6
   layer_scale: float | None = None
@@ -135,8 +135,8 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, context=None, *, angles=None, mask=None):
     c, width = self.config, x.shape[-1]
-    if width % c.heads:
-      raise ValueError(f'a width of {width} does not divide into {c.heads} heads')
+    if width % c.num_heads:
+      raise ValueError(f'a width of {width} does not divide into {c.num_heads} heads')
     # A context (a text, say) is short, and whole on each device.
     tokens: str | None = 'tokens' if context is None else None
     backend: Backend = c.attention if context is None else 'xla'
@@ -144,8 +144,8 @@ class Attention(nn.Module):
 
     def project(inputs, name, tokens):
       y = dense(width, c.dtype, name, bias=c.qkv_bias)(inputs)
-      heads = 'heads' if c.heads > 1 else None  # a single head is whole on every mesh
-      return with_logical_constraint(y.reshape(*y.shape[:2], c.heads, -1), 'batch', tokens, heads, None)
+      heads = 'heads' if c.num_heads > 1 else None  # a single head is whole on every mesh
+      return with_logical_constraint(y.reshape(*y.shape[:2], c.num_heads, -1), 'batch', tokens, heads, None)
 
     query, key, value = (
       project(x, 'query', 'tokens'),
@@ -172,8 +172,8 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):
     c = self.config
-    y = ACTIVATIONS[c.activation](dense(c.mlp_dim, c.dtype, 'gate' if c.gated else 'up')(x))
-    if c.gated:
+    y = ACTIVATIONS[c.activation](dense(c.mlp_dim, c.dtype, 'gate' if c.gated_mlp else 'up')(x))
+    if c.gated_mlp:
       y = y * dense(c.mlp_dim, c.dtype, 'up')(x)
     y = with_logical_constraint(y, 'batch', 'tokens', 'mlp')
     return dense(x.shape[-1], c.dtype, 'down')(y)

@@ -11,13 +11,13 @@ from fmcv_jax.models.common.layers import Dense, dense
 class Features(NamedTuple):
   """What a network makes of its input: output [B, out] (the head's, or pooled), pooled [B, D], tokens [B, T, D].
 
-  heads: of a network with two, the class token's output and the distillation token's, whose mean is `output`.
+  num_heads: of a network with two, the class token's output and the distillation token's, whose mean is `output`.
   """
 
   output: jax.Array
   pooled: jax.Array
   tokens: jax.Array
-  heads: tuple[jax.Array, jax.Array] | None = None
+  num_heads: tuple[jax.Array, jax.Array] | None = None
 
 
 def linear_head(outputs: int, bias: bool, dtype: str, name: str = 'head') -> Dense:

@@ -24,7 +24,7 @@ def patch_features(network: Any, params, images: jax.Array) -> jax.Array:
   features: Any = network.apply({'params': params}, images)
   tokens = features.tokens[:, network.prefix :]
   batch, height, width, _ = images.shape
-  return tokens.astype(jnp.float32).reshape(batch, height // network.patch, width // network.patch, -1)
+  return tokens.astype(jnp.float32).reshape(batch, height // network.patch_size, width // network.patch_size, -1)
 
 
 def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.Array:

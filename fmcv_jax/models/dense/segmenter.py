@@ -14,13 +14,13 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Segmenter(nn.Module):
-  """Normalized images [B, H, W, 3] -> float32 logits of each pixel [B, H, W, classes]; `head` is the linear layer.
+  """Normalized images [B, H, W, 3] -> float32 logits of each pixel [B, H, W, num_classes]; `head` is the linear layer.
 
   The logits of the patches, row by row, are interpolated bilinearly to the size of the image.
   """
 
   encoder: nn.Module
-  classes: int
+  num_classes: int
 
   @property
   def image_size(self) -> int:
@@ -31,16 +31,16 @@ class Segmenter(nn.Module):
     encoder: Any = self.encoder
     batch, height, width, _ = images.shape
     tokens = encoder(images, train=train).tokens[:, encoder.prefix :]
-    x = tokens.reshape(batch, height // encoder.patch, width // encoder.patch, -1)
-    logits = dense(self.classes, x.dtype.name, 'head', init=nn.initializers.zeros)(x)
+    x = tokens.reshape(batch, height // encoder.patch_size, width // encoder.patch_size, -1)
+    logits = dense(self.num_classes, x.dtype.name, 'head', init=nn.initializers.zeros)(x)
     logits = with_logical_constraint(logits.astype(jnp.float32), 'batch', None, None, None)
-    return jax.image.resize(logits, (batch, height, width, self.classes), 'bilinear')
+    return jax.image.resize(logits, (batch, height, width, self.num_classes), 'bilinear')
 
 
-def segmenter(encoder: nn.Module, classes: int) -> Segmenter:
-  """A segmenter on a network of patches (vit, swin); `classes` includes the ground, where that is one."""
+def segmenter(encoder: nn.Module, num_classes: int) -> Segmenter:
+  """A segmenter on a network of patches (vit, swin); `num_classes` includes the ground, where that is one."""
   if not hasattr(encoder, 'prefix'):
     raise ValueError('encoder: a class for every pixel needs a network of patches: encoder.name is vit or swin')
-  if encoder.outputs:  # type: ignore[attr-defined]
+  if encoder.num_classes:  # type: ignore[attr-defined]
     raise ValueError('encoder: outputs has no use here; leave it out')
-  return Segmenter(encoder, classes)
+  return Segmenter(encoder, num_classes)

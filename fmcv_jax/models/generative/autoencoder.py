@@ -61,7 +61,7 @@ class Encoder(nn.Module):
   layers: int
   attention: tuple[bool, ...]
   middle_attention: bool
-  outputs: int
+  out_channels: int
   dtype: str
   remat: Remat
 
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         x = Downsample(dtype=self.dtype, name=f'level{level}_down')(x)
     x = MidBlock(self.middle_attention, self.dtype, self.remat, name='middle')(x)
     x = jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm')(x))
-    return conv(self.outputs, self.dtype, 'conv_out')(x)
+    return conv(self.out_channels, self.dtype, 'conv_out')(x)
 
 
 class Decoder(nn.Module):
@@ -116,7 +116,7 @@ class Autoencoder(nn.Module):
 
   channels: tuple[int, ...]
   layers: int
-  latent: int
+  latent_channels: int
   attention: tuple[bool, ...]
   middle_attention: bool = True
   quantize: bool = True
@@ -126,12 +126,12 @@ class Autoencoder(nn.Module):
 
   def setup(self):
     shape = (self.channels, self.layers, self.attention, self.middle_attention)
-    self.encoder = Encoder(*shape, 2 * self.latent, self.dtype, self.remat)
+    self.encoder = Encoder(*shape, 2 * self.latent_channels, self.dtype, self.remat)
     self.decoder = Decoder(*shape, self.dtype, self.remat)
     self.conv_out = conv(3, self.dtype, 'conv_out')
     if self.quantize:
-      self.into_latent = dense(2 * self.latent, self.dtype, 'quantize')
-      self.out_of_latent = dense(self.latent, self.dtype, 'unquantize')
+      self.into_latent = dense(2 * self.latent_channels, self.dtype, 'quantize')
+      self.out_of_latent = dense(self.latent_channels, self.dtype, 'unquantize')
 
   @property
   def factor(self) -> int:
@@ -181,7 +181,7 @@ def autoencoder(
   image_size: int = 256,
   channels: tuple[int, ...] | None = None,
   layers: int | None = None,
-  latent: int | None = None,
+  latent_channels: int | None = None,
   middle_attention: bool = True,
   dtype: Dtype = 'float32',
   remat: Remat = 'none',
@@ -198,7 +198,7 @@ def autoencoder(
   return Autoencoder(
     channels=channels,
     layers=layers or own_layers,
-    latent=latent or own_latent,
+    latent_channels=latent_channels or own_latent,
     attention=tuple(level in attention for level in range(len(channels))),
     middle_attention=middle_attention,
     quantize=quantize,

@@ -34,12 +34,12 @@ class MLPEmbedder(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-  """int32 [B] -> [B, width]; row `classes` stands for 'no class'."""
+  """int32 [B] -> [B, width]; row `num_classes` stands for 'no class'."""
 
-  classes: int
+  num_classes: int
   width: int
 
   @nn.compact
   def __call__(self, label):
-    table = self.param('embedding', nn.initializers.normal(0.02), (self.classes + 1, self.width))
+    table = self.param('embedding', nn.initializers.normal(0.02), (self.num_classes + 1, self.width))
     return jnp.take(table, label, axis=0)

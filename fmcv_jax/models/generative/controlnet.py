@@ -18,7 +18,7 @@ class Hint(nn.Module):
   """A picture [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides between its widths; zero at first."""
 
   widths: tuple[int, ...]
-  outputs: int
+  out_channels: int
   dtype: str
 
   @nn.compact
@@ -28,7 +28,7 @@ class Hint(nn.Module):
       x = jax.nn.silu(conv(width, self.dtype, f'conv{2 * level}')(x))
       x = conv(wider, self.dtype, f'conv{2 * level + 1}', stride=2, padding=[(1, 1), (1, 1)])(x)
       x = jax.nn.silu(x)
-    return conv(self.outputs, self.dtype, 'conv_out', init=nn.initializers.zeros)(x)
+    return conv(self.out_channels, self.dtype, 'conv_out', init=nn.initializers.zeros)(x)
 
 
 class ControlNet(nn.Module):
@@ -37,16 +37,16 @@ class ControlNet(nn.Module):
   Its 'encoder' has the parameters of the UNet's, and begins with a copy of them.
   """
 
-  pyramid: UNetConfig
+  config: UNetConfig
   widths: tuple[int, ...]
-  classes: int = 0
+  num_classes: int = 0
   pooled_text: bool = False
 
   @nn.compact
   def __call__(self, x, time, condition: Condition, *, train: bool = False) -> ControlResiduals:
-    dtype = self.pyramid.dtype
-    hint = Hint(self.widths, self.pyramid.widths[0], dtype, name='hint')(condition['control'])
-    encoder = Encoder(self.pyramid, self.classes, self.pooled_text, name='encoder')
+    dtype = self.config.dtype
+    hint = Hint(self.widths, self.config.block_out_channels[0], dtype, name='hint')(condition['control'])
+    encoder = Encoder(self.config, self.num_classes, self.pooled_text, name='encoder')
     skips, x, _ = encoder(x, time, condition, hint=hint, train=train)
 
     def zero(x, name):
@@ -62,6 +62,6 @@ def controlnet(unet: UNet, factor: int) -> ControlNet:
   """The ControlNet of a UNet, for control pictures whose sides are `factor` times those of x: 1, 2, 4 or 8."""
   if factor not in (1, 2, 4, 8):
     raise ValueError(f'control pictures are 1, 2, 4 or 8 times as large as what the network denoises, not {factor}')
-  if unet.beside:
+  if unet.extra_in_channels:
     raise ValueError('network: a UNet that is told what stands beside x cannot be steered as well')
-  return ControlNet(unet.pyramid, WIDTHS[: factor.bit_length()], unet.classes, unet.pooled_text)
+  return ControlNet(unet.config, WIDTHS[: factor.bit_length()], unet.num_classes, unet.pooled_text)

@@ -53,18 +53,18 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
   """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
 
-  `classes` is their number, 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
+  `num_classes` is their number, 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
   `pooled_text` adds its `pooled_text` to the time.
   """
 
-  patch: int
+  patch_size: int
   width: int
   depth: int
   block: BlockConfig
   channels: int = 4
-  outputs: int = 4
+  out_channels: int = 4
   image_size: int = 32
-  classes: int = 0
+  num_classes: int = 0
   cross_attention: bool = False
   pooled_text: bool = False
   remat: Remat = 'none'
@@ -76,12 +76,12 @@ class DiT(nn.Module):
   ) -> Any:
     """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
     dtype = self.block.dtype
-    x, grid = patchify(x, self.patch)
+    x, grid = patchify(x, self.patch_size)
     x = dense(self.width, dtype, 'patch')(x)
     x = with_logical_constraint(x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype), 'batch', 'tokens', 'width')
     c = MLPEmbedder(self.width, dtype, name='time_embedding')(timestep_embedding(time, 256).astype(dtype))
-    if self.classes:
-      c = c + ClassEmbedding(self.classes, self.width, name='classes')(condition['label']).astype(dtype)
+    if self.num_classes:
+      c = c + ClassEmbedding(self.num_classes, self.width, name='classes')(condition['label']).astype(dtype)
     if self.pooled_text:
       c = c + MLPEmbedder(self.width, dtype, name='text_embedding')(condition['pooled_text'])
     text = mask = None
@@ -94,7 +94,7 @@ class DiT(nn.Module):
     carry = (x, None if tap is None else jnp.zeros_like(x))
     (x, tapped), _ = blocks(carry, jnp.arange(1, self.depth + 1), c, text, mask, tap)
 
-    x = final_layer(x, c, self.block, grid, self.patch, self.outputs)
+    x = final_layer(x, c, self.block, grid, self.patch_size, self.out_channels)
     return x if tap is None else (x, tapped)
 
 
@@ -113,13 +113,13 @@ def dit(
   *,
   image_size: int = 32,
   channels: int = 4,
-  outputs: int | None = None,
-  classes: int = 0,
+  out_channels: int | None = None,
+  num_classes: int = 0,
   cross_attention: bool = False,
   pooled_text: bool = False,
   width: int | None = None,
   depth: int | None = None,
-  heads: int | None = None,
+  num_heads: int | None = None,
   activation: Activation = 'gelu_tanh',
   attention: Backend = 'auto',
   remat: Remat = 'none',
@@ -128,7 +128,7 @@ def dit(
 ) -> DiT:
   """A named DiT, 'size/patch' as in 'XL/2'. image_size is a side of what it denoises: 32 for 256 pixels in kl-f8.
 
-  outputs: channels of what it predicts, the input's by default; twice as many for a learned variance.
+  out_channels: channels of what it predicts, the input's by default; twice as many for a learned variance.
   """
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
@@ -139,14 +139,14 @@ def dit(
   defaults = SIZES[size]
   width = width or defaults[0]
   return DiT(
-    patch=int(patch),
+    patch_size=int(patch),
     width=width,
     depth=depth or defaults[1],
-    block=BlockConfig(heads or defaults[2], 4 * width, activation, attention=attention, dtype=dtype),
+    block=BlockConfig(num_heads or defaults[2], 4 * width, activation, attention=attention, dtype=dtype),
     channels=channels,
-    outputs=outputs or channels,
+    out_channels=out_channels or channels,
     image_size=image_size,
-    classes=classes,
+    num_classes=num_classes,
     cross_attention=cross_attention,
     pooled_text=pooled_text,
     remat=remat,

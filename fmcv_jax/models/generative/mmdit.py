@@ -52,7 +52,7 @@ class Projections(nn.Module):
       self.out = dense(self.width, c.dtype, 'out')
 
   def __call__(self, x):
-    shape = (*x.shape[:2], self.config.heads, -1)
+    shape = (*x.shape[:2], self.config.num_heads, -1)
     query, key, value = (project(x).reshape(shape) for project in (self.query, self.key, self.value))
     if self.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
@@ -127,18 +127,18 @@ class MMDiT(nn.Module):
   several sizes (their section 5.3.2); None for a table of each picture's own size, one apart.
   """
 
-  patch: int
+  patch_size: int
   width: int
   depth: int
   block: BlockConfig
   channels: int = 16
-  outputs: int = 16
+  out_channels: int = 16
   image_size: int = 128
   qk_norm: bool = False
   positions: tuple[int, int] | None = None
   remat: Remat = 'none'
   unroll: Unroll = 1
-  classes: int = 0
+  num_classes: int = 0
   cross_attention: bool = True
   pooled_text: bool = True
 
@@ -146,7 +146,7 @@ class MMDiT(nn.Module):
   def __call__(self, x, time, condition: Condition, *, train: bool = False, tap: int | None = None) -> Any:
     """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
     dtype = self.block.dtype
-    x, grid = patchify(x, self.patch)
+    x, grid = patchify(x, self.patch_size)
     x = dense(self.width, dtype, 'patch')(x)
     x = with_logical_constraint(x + jnp.asarray(self._table(*grid), x.dtype), 'batch', 'tokens', 'width')
     c = MLPEmbedder(self.width, dtype, name='time_embedding')(timestep_embedding(time, 256).astype(dtype))
@@ -165,7 +165,7 @@ class MMDiT(nn.Module):
     carry, _ = blocks(carry, jnp.arange(1, self.depth), c, mask, tap)
     (x, _, tapped), _ = last(carry, self.depth, c, mask, tap)
 
-    x = final_layer(x, c, self.block, grid, self.patch, self.outputs)
+    x = final_layer(x, c, self.block, grid, self.patch_size, self.out_channels)
     return x if tap is None else (x, tapped)
 
   def _table(self, rows: int, columns: int):
@@ -189,10 +189,10 @@ def mmdit(
   *,
   image_size: int = 128,
   channels: int = 16,
-  outputs: int | None = None,
+  out_channels: int | None = None,
   width: int | None = None,
   depth: int | None = None,
-  heads: int | None = None,
+  num_heads: int | None = None,
   qk_norm: bool = True,
   positions: tuple[int, int] | None = None,
   activation: Activation = 'gelu_tanh',
@@ -218,12 +218,12 @@ def mmdit(
   if depth < 2:
     raise ValueError(f'depth: expected at least 2, got {depth}')
   return MMDiT(
-    patch=int(patch),
+    patch_size=int(patch),
     width=width,
     depth=depth,
-    block=BlockConfig(heads or defaults[2], 4 * width, activation, attention=attention, dtype=dtype),
+    block=BlockConfig(num_heads or defaults[2], 4 * width, activation, attention=attention, dtype=dtype),
     channels=channels,
-    outputs=outputs or channels,
+    out_channels=out_channels or channels,
     image_size=image_size,
     qk_norm=qk_norm,
     positions=positions,

@@ -82,7 +82,8 @@ class BlockCondition(NamedTuple):
 class UNetConfig:
   """What both halves of a UNet have in common.
 
-  widths    channels of each level, from the highest resolution; each level has half the side of the one before it
+  block_out_channels    channels of each level, from the highest resolution; each level has half the side of the one
+                        before it
   depths    attention at each level: blocks of a transformer, or (without words) whether pixels look at each other
   heads     of the attention at each level
   layers    residual blocks of a level on the way down, one fewer than on the way up
@@ -91,12 +92,12 @@ class UNetConfig:
   context   width of a word; 0 for a network without words
   """
 
-  widths: tuple[int, ...]
+  block_out_channels: tuple[int, ...]
   depths: tuple[int, ...]
-  heads: tuple[int, ...]
+  num_heads: tuple[int, ...]
   layers: int
   family: Literal['ddpm', 'ldm']
-  context: int = 0
+  cross_attention_dim: int = 0
   dropout: float = 0.0
   attention: Backend = 'auto'
   remat: Remat = 'none'
@@ -113,12 +114,12 @@ class UNetConfig:
 
   def attend(self, x, told: BlockCondition, level: int, name: str):
     depth = max(1, self.depths[level])
-    if not self.context:
-      return rematerialize(SpatialAttention, self.remat)(self.heads[level], self.eps, self.dtype, name=name)(x)
+    if not self.cross_attention_dim:
+      return rematerialize(SpatialAttention, self.remat)(self.num_heads[level], self.eps, self.dtype, name=name)(x)
     config = BlockConfig(
-      self.heads[level],
+      self.num_heads[level],
       4 * x.shape[-1],
-      gated=True,
+      gated_mlp=True,
       qkv_bias=False,
       eps=1e-5,
       attention=self.attention,
@@ -138,94 +139,97 @@ class Encoder(nn.Module):
   """x [B, H, W, C] -> the inputs of the way up, one for each block and conv; the lowest level [B, h, w, D];
   BlockCondition.
 
-  `hint` [B, H, W, widths[0]] is added to what the first convolution makes of x.
+  `hint` [B, H, W, block_out_channels[0]] is added to what the first convolution makes of x.
   """
 
-  pyramid: UNetConfig
-  classes: int = 0
+  config: UNetConfig
+  num_classes: int = 0
   pooled_text: bool = False
 
   @nn.compact
   def __call__(
     self, x, time, condition: Condition = UNCONDITIONAL, *, hint: jax.Array | None = None, train: bool = False
   ):
-    p = self.pyramid
+    p = self.config
     told = self._told(time, condition)
-    x = conv(p.widths[0], p.dtype, 'conv_in')(with_logical_constraint(x, 'batch', None, None, None))
+    x = conv(p.block_out_channels[0], p.dtype, 'conv_in')(with_logical_constraint(x, 'batch', None, None, None))
     if hint is not None:
       x = x + hint
     skips = [x]
-    for level, features in enumerate(p.widths):
+    for level, features in enumerate(p.block_out_channels):
       for layer in range(p.layers):
         x = p.residual(x, told, features, train, f'down{level}_block{layer}')
         if p.depths[level]:
           x = p.attend(x, told, level, f'down{level}_attention{layer}')
         skips.append(x)
-      if level < len(p.widths) - 1:
+      if level < len(p.block_out_channels) - 1:
         x = Downsample(p.family == 'ldm', p.dtype, name=f'down{level}_down')(x)
         skips.append(x)
-    x = p.residual(x, told, p.widths[-1], train, 'middle_block0')
-    x = p.attend(x, told, len(p.widths) - 1, 'middle_attention0')
-    return skips, p.residual(x, told, p.widths[-1], train, 'middle_block1'), told
+    x = p.residual(x, told, p.block_out_channels[-1], train, 'middle_block0')
+    x = p.attend(x, told, len(p.block_out_channels) - 1, 'middle_attention0')
+    return skips, p.residual(x, told, p.block_out_channels[-1], train, 'middle_block1'), told
 
   def _told(self, time, condition: Condition) -> BlockCondition:
-    p, width = self.pyramid, 4 * self.pyramid.widths[0]
-    c = timestep_embedding(time, p.widths[0], include_last=p.family == 'ddpm').astype(p.dtype)
+    p, width = self.config, 4 * self.config.block_out_channels[0]
+    c = timestep_embedding(time, p.block_out_channels[0], include_last=p.family == 'ddpm').astype(p.dtype)
     c = MLPEmbedder(width, p.dtype, name='time_embedding')(c)
     if self.pooled_text:
       c = c + MLPEmbedder(width, p.dtype, name='text_embedding')(condition['pooled_text'])
-    if self.classes:
-      label = ClassEmbedding(self.classes, p.context or width, name='classes')(condition['label']).astype(p.dtype)
-      return BlockCondition(c, label[:, None]) if p.context else BlockCondition(c + label)
-    if not p.context:
+    if self.num_classes:
+      label = ClassEmbedding(self.num_classes, p.cross_attention_dim or width, name='classes')(
+        condition['label']
+      ).astype(p.dtype)
+      return BlockCondition(c, label[:, None]) if p.cross_attention_dim else BlockCondition(c + label)
+    if not p.cross_attention_dim:
       return BlockCondition(c)
     words: Any = condition['text']
-    if words.shape[-1] != p.context:
-      raise ValueError(f'context: words are {words.shape[-1]} wide, but the UNet reads {p.context}')
+    if words.shape[-1] != p.cross_attention_dim:
+      raise ValueError(f'context: words are {words.shape[-1]} wide, but the UNet reads {p.cross_attention_dim}')
     return BlockCondition(c, words, condition['text_mask'][:, None, None, :] if 'text_mask' in condition else None)
 
 
 class Decoder(nn.Module):
   """What an Encoder made -> [B, H, W, outputs]; levels count from the highest resolution, as there."""
 
-  pyramid: UNetConfig
-  outputs: int
+  config: UNetConfig
+  out_channels: int
 
   @nn.compact
   def __call__(self, skips, x, told: BlockCondition, *, train: bool = False):
-    p, skips = self.pyramid, list(skips)
-    for level in reversed(range(len(p.widths))):
+    p, skips = self.config, list(skips)
+    for level in reversed(range(len(p.block_out_channels))):
       for layer in range(p.layers + 1):
         x = jnp.concatenate([x, skips.pop()], axis=-1)
-        x = p.residual(x, told, p.widths[level], train, f'up{level}_block{layer}')
+        x = p.residual(x, told, p.block_out_channels[level], train, f'up{level}_block{layer}')
         if p.depths[level]:
           x = p.attend(x, told, level, f'up{level}_attention{layer}')
       if level:
         x = Upsample(p.dtype, name=f'up{level}_up')(x)
     x = jax.nn.silu(group_norm(x.shape[-1], p.dtype, 'norm', p.eps)(x))
-    return conv(self.outputs, p.dtype, 'conv_out', init=nn.initializers.zeros)(x)
+    return conv(self.out_channels, p.dtype, 'conv_out', init=nn.initializers.zeros)(x)
 
 
 class UNet(nn.Module):
   """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
 
-  `classes` is their number, 0 for a network that is told none: with words a class is a text of one word, without it is
-  added to the time. `pooled_text` adds its `pooled_text` to the time; `beside` is the number of further channels that
-  the condition's `image` has. `residuals` are those of a ControlNet. With dropout, training needs the rng 'dropout'.
+  `num_classes` is their number, 0 for a network that is told none: with words a class is a text of one word, without it
+  is added to the time. `pooled_text` adds its `pooled_text` to the time; `beside` is the number of further channels
+  that the condition's `image` has. `residuals` are those of a ControlNet. With dropout, training needs the rng
+  'dropout'.
   """
 
-  pyramid: UNetConfig
+  config: UNetConfig
   channels: int
-  outputs: int
+  out_channels: int
   image_size: int
-  classes: int = 0
+  num_classes: int = 0
   pooled_text: bool = False
-  beside: int = 0
+  extra_in_channels: int = 0
 
   @property
   def cross_attention(self) -> bool:
     """Whether it reads texts."""
-    return bool(self.pyramid.context) and not self.classes
+    return bool(self.config.cross_attention_dim) and not self.num_classes
 
   @nn.compact
   def __call__(
@@ -237,25 +241,25 @@ class UNet(nn.Module):
     residuals: ControlResiduals | None = None,
     train: bool = False,
   ):
-    if self.beside:
-      beside: Any = condition['image']
-      x = jnp.concatenate([x, beside.astype(x.dtype)], axis=-1)
-    encoder = Encoder(self.pyramid, self.classes, self.pooled_text, name='encoder')
+    if self.extra_in_channels:
+      extra: Any = condition['image']
+      x = jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
+    encoder = Encoder(self.config, self.num_classes, self.pooled_text, name='encoder')
     skips, x, told = encoder(x, time, condition, train=train)
     if residuals is not None:
       skips = [skip + more for skip, more in zip(skips, residuals.skips, strict=True)]
       x = x + residuals.middle
-    return Decoder(self.pyramid, self.outputs, name='decoder')(skips, x, told, train=train).astype(jnp.float32)
+    return Decoder(self.config, self.out_channels, name='decoder')(skips, x, told, train=train).astype(jnp.float32)
 
 
 class Size(NamedTuple):
   """`heads` of every level or, where that is 0, channels of each head."""
 
-  widths: tuple[int, ...]
+  block_out_channels: tuple[int, ...]
   depths: tuple[int, ...]
-  heads: int
+  num_heads: int
   head_dim: int
-  context: int
+  cross_attention_dim: int
   channels: int
   image_size: int
   family: Literal['ddpm', 'ldm'] = 'ldm'
@@ -283,13 +287,13 @@ def unet(
   *,
   image_size: int | None = None,
   channels: int | None = None,
-  outputs: int | None = None,
-  classes: int = 0,
-  context: int | None = None,
+  out_channels: int | None = None,
+  num_classes: int = 0,
+  cross_attention_dim: int | None = None,
   pooled_text: bool | None = None,
-  beside: int = 0,
+  extra_in_channels: int = 0,
   dropout: float = 0.0,
-  widths: tuple[int, ...] | None = None,
+  block_out_channels: tuple[int, ...] | None = None,
   depths: tuple[int, ...] | None = None,
   layers: int = 2,
   attention: Backend = 'auto',
@@ -305,35 +309,35 @@ def unet(
   if variant not in SIZES:
     raise ValueError(f'unknown UNet variant {variant!r}; {did_you_mean(variant, SIZES)}')
   size = SIZES[variant]
-  widths, depths = widths or size.widths, depths or size.depths
+  block_out_channels, depths = block_out_channels or size.block_out_channels, depths or size.depths
   image_size, channels = image_size or size.image_size, channels or size.channels
-  if len(widths) != len(depths):
-    raise ValueError(f'depths: {depths} has not as many levels as widths, {widths}')
-  if image_size % 2 ** (len(widths) - 1):
-    raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(widths) - 1)}')
-  if any(w % groups_of(w) for w in widths):
-    raise ValueError(f'widths: {widths} have to be multiples of 32, or below 128 of 4')
-  heads = tuple(size.heads or w // size.head_dim for w in widths)
-  if any(w % h for w, h in zip(widths, heads, strict=True)):
-    raise ValueError(f'widths: {widths} do not divide into {heads} heads')
-  pyramid = UNetConfig(
-    widths=widths,
+  if len(block_out_channels) != len(depths):
+    raise ValueError(f'depths: {depths} has not as many levels as block_out_channels, {block_out_channels}')
+  if image_size % 2 ** (len(block_out_channels) - 1):
+    raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(block_out_channels) - 1)}')
+  if any(w % groups_of(w) for w in block_out_channels):
+    raise ValueError(f'block_out_channels: {block_out_channels} have to be multiples of 32, or below 128 of 4')
+  heads = tuple(size.num_heads or w // size.head_dim for w in block_out_channels)
+  if any(w % h for w, h in zip(block_out_channels, heads, strict=True)):
+    raise ValueError(f'block_out_channels: {block_out_channels} do not divide into {heads} heads')
+  config = UNetConfig(
+    block_out_channels=block_out_channels,
     depths=depths,
-    heads=heads,
+    num_heads=heads,
     layers=layers,
     family=size.family,
-    context=size.context if context is None else context,
+    cross_attention_dim=size.cross_attention_dim if cross_attention_dim is None else cross_attention_dim,
     dropout=dropout,
     attention=attention,
     remat=remat,
     dtype=dtype,
   )
   return UNet(
-    pyramid=pyramid,
+    config=config,
     channels=channels,
-    outputs=outputs or channels,
+    out_channels=out_channels or channels,
     image_size=image_size,
-    classes=classes,
+    num_classes=num_classes,
     pooled_text=size.pooled_text if pooled_text is None else pooled_text,
-    beside=beside,
+    extra_in_channels=extra_in_channels,
   )

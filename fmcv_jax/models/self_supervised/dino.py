@@ -25,14 +25,15 @@ class Scores(NamedTuple):
 class PrototypeHead(nn.Module):
   """x [B, ..., D] -> float32 [B, ..., K]: an MLP, then the cosine with every prototype.
 
-  lengths: each prototype has a length of its own that multiplies its cosines, as in the published S/16 and in DINOv2.
+  learn_prototype_norms: each prototype has a length of its own that multiplies its cosines, as in the published S/16
+  and in DINOv2.
   """
 
   prototypes: int
   hidden: int
   bottleneck: int
   layers: int
-  lengths: bool
+  learn_prototype_norms: bool
   dtype: Dtype
 
   @nn.compact
@@ -45,7 +46,7 @@ class PrototypeHead(nn.Module):
       self.dtype
     )
     scores = jnp.einsum('...d,dk->...k', x, directions, preferred_element_type=jnp.float32)
-    if self.lengths:
+    if self.learn_prototype_norms:
       scores = scores * self.param('lengths', nn.initializers.ones, (self.prototypes,))
     return with_logical_constraint(scores, 'batch', *(None,) * (scores.ndim - 2), 'vocab')
 
@@ -78,18 +79,18 @@ def dino(
   hidden: int = 2048,
   bottleneck: int = 256,
   layers: int = 3,
-  lengths: bool = False,
+  learn_prototype_norms: bool = False,
   separate_patch_head: bool = False,
 ) -> DinoNetwork:
   """DINO around a ViT, with the published head; iBOT's masked patches need the encoder's mask_token."""
   if not isinstance(encoder, ViT):
     raise ValueError('encoder: self-distillation needs a network of patches: encoder.name is vit')
-  if encoder.outputs:
-    raise ValueError('encoder: outputs has no use here; leave it out')
+  if encoder.num_classes:
+    raise ValueError('encoder: num_classes has no use here; leave it out')
   if separate_patch_head and not encoder.mask_token:
     raise ValueError('separate_patch_head: masked patches need encoder.mask_token=True')
 
   def head():
-    return PrototypeHead(prototypes, hidden, bottleneck, layers, lengths, encoder.stack.block.dtype)
+    return PrototypeHead(prototypes, hidden, bottleneck, layers, learn_prototype_norms, encoder.stack.block.dtype)
 
   return DinoNetwork(encoder, head(), head() if separate_patch_head else None)

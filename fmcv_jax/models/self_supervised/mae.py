@@ -28,7 +28,7 @@ class Decoder(nn.Module):
 
   width: int
   stack: Stack
-  outputs: int
+  out_dim: int
 
   @nn.compact
   def __call__(self, tokens, order, grid: tuple[int, int], *, prefix: int, train: bool = False):
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
     x = jnp.concatenate([x[:, :prefix], patches + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)], axis=1)
     x = self.stack(with_logical_constraint(x, 'batch', 'tokens', 'width'), train=train)
     x = layer_norm(block.eps, block.dtype, 'norm')(x)
-    return dense(self.outputs, block.dtype, 'head')(x)[:, prefix:]
+    return dense(self.out_dim, block.dtype, 'head')(x)[:, prefix:]
 
 
 class MaskedAutoencoder(nn.Module):
@@ -58,23 +58,23 @@ class MaskedAutoencoder(nn.Module):
   def __call__(self, images, order, *, visible: int, train: bool = False) -> Reconstruction:
     """order: int32 [B, T], a permutation of each image's patches, of which the encoder sees the first `visible`."""
     features = self.encoder(images, keep=order[:, :visible], train=train)
-    grid = (images.shape[1] // self.encoder.patch, images.shape[2] // self.encoder.patch)
+    grid = (images.shape[1] // self.encoder.patch_size, images.shape[2] // self.encoder.patch_size)
     pixels = self.decoder(features.tokens, order, grid, prefix=self.encoder.prefix, train=train)
     return Reconstruction(pixels, features.pooled)
 
 
-def mae(encoder: nn.Module, *, width: int = 512, depth: int = 8, heads: int = 16) -> MaskedAutoencoder:
+def mae(encoder: nn.Module, *, width: int = 512, depth: int = 8, num_heads: int = 16) -> MaskedAutoencoder:
   """A masked autoencoder around a ViT; the decoder of this width takes its norms, dtype and remat from the encoder.
 
-  The published B/16, L/16 and H/14 are vit(variant, positions='sincos2d') with the default decoder.
+  The published B/16, L/16 and H/14 are vit(variant, pos_embed='sincos2d') with the default decoder.
   """
   if not isinstance(encoder, ViT):
     raise ValueError('encoder: masked autoencoding needs a network that can skip patches: encoder.name is vit')
-  if encoder.outputs or encoder.mask_token:
-    raise ValueError('encoder: outputs and mask_token have no use here; leave them out')
-  if width % heads or width % 4:
-    raise ValueError(f'width: {width} does not divide into {heads} heads, or not by 4')
+  if encoder.num_classes or encoder.mask_token:
+    raise ValueError('encoder: num_classes and mask_token have no use here; leave them out')
+  if width % num_heads or width % 4:
+    raise ValueError(f'width: {width} does not divide into {num_heads} heads, or not by 4')
   own = encoder.stack.block
-  block = BlockConfig(heads, 4 * width, own.activation, eps=own.eps, attention=own.attention, dtype=own.dtype)
+  block = BlockConfig(num_heads, 4 * width, own.activation, eps=own.eps, attention=own.attention, dtype=own.dtype)
   stack = dataclasses.replace(encoder.stack, depth=depth, block=block, drop_path=0.0)
-  return MaskedAutoencoder(encoder, Decoder(width, stack, encoder.patch**2 * 3))
+  return MaskedAutoencoder(encoder, Decoder(width, stack, encoder.patch_size**2 * 3))

@@ -121,9 +121,11 @@ def test_a_truncated_shard_is_refused_or_cut_at_its_last_whole_sample(shards, ca
   cuts = [(0, 0), (100, 0), (ends[0] - 1, 0), (ends[1] + 100, 1), (third_image, 2), (ends[2], 2)]
   for cut, whole in cuts:
     shard.write_bytes(sound[:cut])
-    with pytest.raises(UserError, match=r"00001.tar: it is (truncated|empty).*; fetch it again, or set damaged='cut'"):
+    with pytest.raises(
+      UserError, match=r"00001.tar: it is (truncated|empty).*; fetch it again, or set on_truncated='skip_tail'"
+    ):
       len(WebDataset(str(shards)))
-    found = WebDataset(str(shards), damaged='cut')
+    found = WebDataset(str(shards), on_truncated='skip_tail')
     with caplog.at_level(logging.WARNING):
       caplog.clear()
       labels = [sample['label'] for sample in samples(found)]
@@ -154,7 +156,7 @@ def test_what_is_no_tar_empty_or_without_images_is_one_clear_line(tmp_path, capl
     assert len(WebDataset(str(tmp_path))) == 6
   assert '1 samples have no image and are left out' in caplog.text
   with pytest.raises(ValueError, match="damaged: 'skip' is not"):
-    WebDataset(str(tmp_path), damaged='skip')
+    WebDataset(str(tmp_path), on_truncated='skip')
 
 
 def test_a_source_travels_small_and_without_its_open_files(shards):
