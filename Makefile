@@ -40,7 +40,7 @@ demo: $(call stamps,demo)
 demo-generate: demo
 	$(FMCV) train --config configs/demo/autoencoder.py --workdir runs/autoencoder --cpu-devices 8
 	$(FMCV) train --config configs/demo/text_to_image.py --workdir runs/painter --cpu-devices 8
-	$(FMCV) gallery --model runs/painter --judge runs/demo --cpu-devices 2
+	$(FMCV) gallery --model runs/painter --feature-extractor runs/demo --cpu-devices 2
 
 # One network, taught with labels and without; then the table.
 METHODS := untrained mae dino supervised mae_tuned dino_tuned

@@ -1,4 +1,4 @@
-"""The one door: `python -m fmcv_jax <command>`, or `fmcv <command>`."""
+"""Command-line entry point: `fmcv <command>`, or `python -m fmcv_jax <command>`."""
 
 import argparse
 import contextlib
@@ -54,7 +54,7 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
     strength=args.strength,
     interpolate=args.interpolate,
     control=args.control,
-    drawn=args.drawn,
+    drawn=args.control_preprocessed,
     control_scale=args.control_scale,
     negative=args.negative,
     **_sampling(args),
@@ -78,7 +78,7 @@ def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
 def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax.apps import emoji_report as gallery_app
 
-  gallery_app.run(args.model, args.judge, steps=args.steps, guidance=args.guidance, seed=args.seed)
+  gallery_app.run(args.model, args.feature_extractor, steps=args.steps, guidance=args.guidance, seed=args.seed)
 
 
 def import_(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -189,120 +189,147 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(function=function, fields=fields)
     if config is not None:
       given = {'default': config} if config else {'required': True}
-      sub.add_argument('--config', metavar='FILE.py[:ARG]', help='a python file with get_config()', **given)
+      sub.add_argument('--config', metavar='FILE.py[:ARG]', help='Python file that defines get_config()', **given)
     if model:
       sub.add_argument('--model', metavar='DIR', required=True, help='workdir of a trained model (local or gs://)')
-      sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
+      sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
     elif workdir:
-      sub.add_argument('--workdir', required=True, help='folder of the run: checkpoints, metrics (local or gs://)')
-    sub.add_argument('--cpu-devices', type=int, metavar='N', help='emulate a mesh of N devices on the CPU')
+      sub.add_argument('--workdir', required=True, help='run folder for checkpoints and metrics (local or gs://)')
+    sub.add_argument('--cpu-devices', type=int, metavar='N', help='emulate N devices on the CPU')
     return sub
 
-  add(train, 'Train a config; the same command goes on from where its workdir stands.', config='')
-  sub = add(
-    evaluate, 'Run the evaluators of trained workdirs on a checkpoint each, and print one table.', workdir=False
-  )
-  sub.add_argument('--workdir', nargs='+', required=True, metavar='DIR', help='folders of runs (local or gs://)')
-  sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
-  sub = add(replay, 'Compute one step of a run again, and name what is not finite in it.')
-  sub.add_argument('--at', type=int, required=True, metavar='STEP', help='the step, the first being 1')
-  sub = add(import_, 'Make a workdir of a checkpoint that others published.', workdir=False)
+  add(train, 'Train a config. Running the same command again resumes from the latest checkpoint.', config='')
+  sub = add(evaluate, 'Run the evaluators of trained runs and print one table.', workdir=False)
+  sub.add_argument('--workdir', nargs='+', required=True, metavar='DIR', help='run folders (local or gs://)')
+  sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
+  sub = add(replay, 'Re-run one training step and report which values are not finite.')
+  sub.add_argument('--at', type=int, required=True, metavar='STEP', help='step number, counted from 1')
+  sub = add(import_, 'Import a published checkpoint into a new workdir.', workdir=False)
   sub.add_argument('file', metavar='FILE', help='.safetensors, .npz, .pth, or a folder of .safetensors')
-  sub.add_argument('--as', dest='family', metavar='FAMILY', help='vit, dinov2_l14, clip, ... (default: judged)')
-  sub.add_argument('--to', required=True, metavar='DIR', help='a new folder')
-  sub = add(export, 'Write what a workdir has learnt so that other libraries open it.', workdir=False, fields=False)
-  sub.add_argument('workdir', metavar='DIR', help='of `fmcv train` or `fmcv import` (local or gs://)')
+  sub.add_argument(
+    '--as', dest='family', metavar='FAMILY', help='model family, e.g. vit, dinov2_l14, clip (default: detected)'
+  )
+  sub.add_argument('--to', required=True, metavar='DIR', help='new folder')
+  sub = add(
+    export, 'Export a trained model for timm, OpenCLIP, transformers or diffusers.', workdir=False, fields=False
+  )
+  sub.add_argument('workdir', metavar='DIR', help='workdir of `fmcv train` or `fmcv import` (local or gs://)')
   sub.add_argument(
     '--format',
     required=True,
-    help='timm, open_clip, transformers, diffusers, or that of a release: official, dit, compvis, augreg, big_vision',
+    help='timm, open_clip, transformers, diffusers, or an original layout: official, dit, compvis, augreg, big_vision',
   )
   sub.add_argument(
     '--to',
     required=True,
     metavar='FILE',
-    help='a .safetensors or .npz file, or a folder that the library opens',
+    help='.safetensors or .npz file, or a folder that the library opens',
   )
-  sub.add_argument('--step', type=int, help='step of the checkpoint (default: the newest)')
-  add(report, 'Say where the time of a run went, and what became of its loss.', fields=False)
-  add(demo, 'Train the demo and draw what it learnt.', config='configs/demo/clip.py')
-  sub = add(explain, 'Draw what a trained vision transformer looks at in images.', model=True, fields=False)
-  sub.add_argument('image', nargs='+', metavar='IMAGE', help='an image file')
-  sub.add_argument('--text', nargs='+', default=[], help='texts to look for (a model that knows texts)')
-  sub.add_argument('--output', default='explained', metavar='DIR', help='folder for the pictures (default: explained)')
-  sub.add_argument('--size', type=int, help="pixels a side (default: the model's; more gives finer maps)")
+  sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
+  add(report, 'Summarize a run: time breakdown, restarts and loss curve.', fields=False)
+  add(demo, 'Train the demo model and plot its results.', config='configs/demo/clip.py')
+  sub = add(explain, 'Visualize attention, relevance and features of a trained model.', model=True, fields=False)
+  sub.add_argument('image', nargs='+', metavar='IMAGE', help='image file')
+  sub.add_argument('--text', nargs='+', default=[], help='text queries (image-text models only)')
+  sub.add_argument('--output', default='explained', metavar='DIR', help='output folder (default: explained)')
+  sub.add_argument('--size', type=int, help="image side in pixels (default: the model's; larger gives finer maps)")
 
   def add_sampling(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
-    sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt; 1: as trained (default: 4)')
-    sub.add_argument('--seed', type=int, default=0)
-    sub.add_argument('--batch', type=int, default=64, help='pictures at once, on all devices together (default: 64)')
-    sub.add_argument('--solver', default='dpm++', help='ddim, ddpm, euler, heun, dpm++, unipc, ... (default: dpm++)')
-    sub.add_argument('--spacing', default='trailing', choices=['trailing', 'leading', 'uniform', 'quadratic', 'karras'])
-    sub.add_argument('--interval', type=float, nargs=2, metavar='TIME', help='guide only from and to these times')
+    sub.add_argument('--steps', type=int, default=20, help='number of sampling steps (default: 20)')
     sub.add_argument(
-      '--rescale', type=float, default=0.0, metavar='SHARE', help="of guidance's gain in contrast undone"
+      '--guidance', type=float, default=4.0, help='classifier-free guidance scale; 1 disables it (default: 4)'
+    )
+    sub.add_argument('--seed', type=int, default=0)
+    sub.add_argument('--batch', type=int, default=64, help='global batch size for sampling (default: 64)')
+    sub.add_argument(
+      '--solver', default='dpm++', help='sampler: ddim, ddpm, euler, heun, dpm++, unipc, ... (default: dpm++)'
+    )
+    sub.add_argument('--spacing', default='trailing', choices=['trailing', 'leading', 'uniform', 'quadratic', 'karras'])
+    sub.add_argument(
+      '--interval', type=float, nargs=2, metavar='TIME', help='apply guidance only between these timesteps'
+    )
+    sub.add_argument(
+      '--rescale', type=float, default=0.0, metavar='PHI', help='CFG rescale factor phi (Lin et al. 2024; default: 0)'
     )
 
-  sub = add(generate, 'Paint pictures with a trained diffusion model.', model=True)
-  sub.add_argument('prompt', nargs='*', metavar='PROMPT', help='a text, or a class by name or number')
-  sub.add_argument('-n', type=int, default=4, help='pictures of each prompt (default: 4)')
+  sub = add(generate, 'Generate images with a trained diffusion model.', model=True)
+  sub.add_argument('prompt', nargs='*', metavar='PROMPT', help='text prompt, or a class by name or index')
+  sub.add_argument('-n', type=int, default=4, help='images per prompt (default: 4)')
   add_sampling(sub)
-  sub.add_argument('--negative', default='', metavar='TEXT', help='a text to move away from')
-  sub.add_argument('--image', metavar='FILE', help='paint over this picture')
-  sub.add_argument('--strength', type=float, help='how much of the picture is lost (default: 0.6)')
-  sub.add_argument('--mask', metavar='FILE', help='paint anew only where this picture is white')
-  sub.add_argument('--expand', type=float, metavar='SHARE', help='paint a margin of this share around the picture')
-  sub.add_argument('--control', metavar='FILE', help='a picture to follow (a model with a ControlNet)')
+  sub.add_argument('--negative', default='', metavar='TEXT', help='negative prompt')
+  sub.add_argument('--image', metavar='FILE', help='image to start from (img2img)')
+  sub.add_argument('--strength', type=float, help='denoising strength, 0 to 1 (default: 0.6)')
+  sub.add_argument('--mask', metavar='FILE', help='inpainting mask: white pixels are regenerated')
+  sub.add_argument('--expand', type=float, metavar='FRACTION', help='outpaint a margin of this fraction of the side')
+  sub.add_argument('--control', metavar='FILE', help='control image (ControlNet models)')
   sub.add_argument(
-    '--drawn', action='store_true', help='that picture shows the edges (or what it was trained on) itself'
+    '--control-preprocessed', action='store_true', help='the control image is already a control map, such as edges'
   )
-  sub.add_argument('--control-scale', type=float, metavar='X', help='how much to follow it (default: 1)')
-  sub.add_argument('--interpolate', action='store_true', help='go from the first prompt to the second in n pictures')
-  sub.add_argument('--output', default='generated', metavar='DIR', help='folder for the pictures (default: generated)')
-  sub = add(synthesize, 'Paint a labelled data set with a trained diffusion model.', model=True)
-  sub.add_argument('--to', required=True, metavar='DIR', help='a new folder of ArrayRecord shards')
-  sub.add_argument('-n', type=int, default=10, help='pictures of each prompt (default: 10)')
-  sub.add_argument('--prompts', metavar='FILE', help='a prompt a line (default: the names of the training data)')
+  sub.add_argument('--control-scale', type=float, metavar='X', help='ControlNet conditioning scale (default: 1)')
+  sub.add_argument('--interpolate', action='store_true', help='interpolate between two prompts in n images')
+  sub.add_argument('--output', default='generated', metavar='DIR', help='output folder (default: generated)')
+  sub = add(synthesize, 'Generate a labelled synthetic dataset with a trained diffusion model.', model=True)
+  sub.add_argument('--to', required=True, metavar='DIR', help='new folder for ArrayRecord shards')
+  sub.add_argument('-n', type=int, default=10, help='images per prompt (default: 10)')
+  sub.add_argument(
+    '--prompts', metavar='FILE', help='file with one prompt per line (default: class names of the training data)'
+  )
   add_sampling(sub)
   sub = add(
     gallery,
-    "Paint a sheet of a text-to-image model's prompts, and judge it by a trained CLIP.",
+    'Generate a grid of samples from a text-to-image model and score it with a CLIP.',
     model=True,
     fields=False,
   )
-  sub.add_argument('--judge', required=True, metavar='DIR', help='workdir of `fmcv demo`')
-  sub.add_argument('--steps', type=int, default=20, help='of the sampler (default: 20)')
-  sub.add_argument('--guidance', type=float, default=4.0, help='weight of the prompt (default: 4)')
+  sub.add_argument('--feature-extractor', required=True, metavar='DIR', help='workdir of `fmcv demo`')
+  sub.add_argument('--steps', type=int, default=20, help='number of sampling steps (default: 20)')
+  sub.add_argument('--guidance', type=float, default=4.0, help='classifier-free guidance scale (default: 4)')
   sub.add_argument('--seed', type=int, default=0)
-  sub = add(data, "Show what a config's model sees, or how fast its data comes.", config='', workdir=False)
-  sub.add_argument('--show', type=int, metavar='N', help='draw so many examples as the network is given them')
-  sub.add_argument('--output', default='data.png', metavar='FILE', help='for the picture (default: data.png)')
-  sub.add_argument('--bench', action='store_true', help='images a second of every stage, and the bottleneck')
-  sub.add_argument('--seconds', type=float, default=5.0, help='for each stage of --bench (default: 5)')
-  sub.add_argument('--no-step', action='store_true', help='bench the input alone, without the train step')
-  sub = add(pack, 'Write any data source as ArrayRecord shards; run again, it goes on.', workdir=False)
-  sub.add_argument('source', metavar='SOURCE', help="a config's FILE.py[:ARG], a path, or a name such as emoji")
-  sub.add_argument('--to', required=True, metavar='DIR', help='a new folder')
-  sub.add_argument('--shards', type=int, metavar='N', help='files (default: of half a GiB)')
-  sub.add_argument('--workers', type=int, metavar='N', help='processes (default: one a core)')
-  sub.add_argument('--max-bad', type=float, default=0.01, metavar='SHARE', help='may be unreadable (default: 0.01)')
-  sub = add(precompute, 'Write what networks make of every record, such as latents, to train on.', workdir=False)
-  sub.add_argument('name', nargs='+', metavar='NAME', help='latents, features, embed_image, ...')
-  sub.add_argument('--to', required=True, metavar='DIR', help='a new folder of ArrayRecord shards')
-  sub.add_argument('--config', metavar='FILE.py[:ARG]', help='whose frozen networks compute')
-  sub.add_argument('--model', metavar='DIR', help='or the workdir of a trained model')
-  sub.add_argument('--step', type=int, help='step of its checkpoint (default: the newest)')
-  sub.add_argument('--batch', type=int, help='images at a time (default: as in training)')
-  sub.add_argument('--shards', type=int, metavar='N', help='files (default: of 8192 records)')
-  sub.add_argument('--images', action='store_true', help='keep the images too')
-  sub = add(plan, 'Compile a config for a TPU pod that is not here: memory, exchanges, cost.', config='', workdir=False)
-  sub.add_argument('--topology', help="such as v5e:16x16 or v5p:4x4x8 (default: the config's)")
-  sub.add_argument('--slices', type=int, default=1, help='of that topology, joined by the data-centre network')
-  sub.add_argument('--utilization', type=float, default=0.4, help='at which days are counted (default: 0.4)')
-  sub.add_argument('--json', metavar='FILE', help='also write the figures there')
-  sub.add_argument('--search', action='store_true', help='try meshes, remat and --batches, and list what fits')
-  sub.add_argument('--batches', type=int, nargs='+', metavar='N', help="to search among (default: the config's)")
+  sub = add(data, "Preview a config's training inputs, or benchmark its input pipeline.", config='', workdir=False)
+  sub.add_argument('--show', type=int, metavar='N', help='draw N examples exactly as the network receives them')
+  sub.add_argument('--output', default='data.png', metavar='FILE', help='output image (default: data.png)')
+  sub.add_argument(
+    '--bench', action='store_true', help='measure images per second of every stage, and name the bottleneck'
+  )
+  sub.add_argument('--seconds', type=float, default=5.0, help='seconds per stage of --bench (default: 5)')
+  sub.add_argument('--no-step', action='store_true', help='benchmark the input pipeline alone, without the train step')
+  sub = add(pack, 'Convert a data source to ArrayRecord shards (resumable).', workdir=False)
+  sub.add_argument('source', metavar='SOURCE', help='config FILE.py[:ARG], path, or source name such as emoji')
+  sub.add_argument('--to', required=True, metavar='DIR', help='new folder')
+  sub.add_argument('--shards', type=int, metavar='N', help='number of files (default: half a GiB each)')
+  sub.add_argument('--workers', type=int, metavar='N', help='worker processes (default: one per core)')
+  sub.add_argument(
+    '--max-bad',
+    type=float,
+    default=0.01,
+    metavar='FRACTION',
+    help='maximum fraction of unreadable records (default: 0.01)',
+  )
+  sub = add(precompute, 'Precompute latents, embeddings or other outputs for every record.', workdir=False)
+  sub.add_argument('name', nargs='+', metavar='NAME', help='output name: latents, features, embed_image, ...')
+  sub.add_argument('--to', required=True, metavar='DIR', help='new folder for ArrayRecord shards')
+  sub.add_argument('--config', metavar='FILE.py[:ARG]', help='config whose frozen networks are used')
+  sub.add_argument('--model', metavar='DIR', help='workdir of a trained model (instead of --config)')
+  sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
+  sub.add_argument('--batch', type=int, help='global batch size (default: as in training)')
+  sub.add_argument('--shards', type=int, metavar='N', help='number of files (default: 8192 records each)')
+  sub.add_argument('--images', action='store_true', help='also store the images')
+  sub = add(
+    plan,
+    'Compile a config for a remote TPU topology and report memory, communication and cost.',
+    config='',
+    workdir=False,
+  )
+  sub.add_argument('--topology', help="TPU topology such as v5e:16x16 or v5p:4x4x8 (default: the config's)")
+  sub.add_argument(
+    '--slices', type=int, default=1, help='number of slices of that topology, joined by the data-center network'
+  )
+  sub.add_argument('--utilization', type=float, default=0.4, help='assumed MFU for the time estimate (default: 0.4)')
+  sub.add_argument('--json', metavar='FILE', help='also write the results to this file')
+  sub.add_argument('--search', action='store_true', help='try meshes, remat policies and --batches, and list what fits')
+  sub.add_argument(
+    '--batches', type=int, nargs='+', metavar='N', help="batch sizes for --search (default: the config's)"
+  )
   return top
 
 

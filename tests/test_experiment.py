@@ -137,7 +137,8 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
   assert abs(params['head']['kernel']).max() < 1e-6
   with pytest.raises(UserError, match=r'head/bias is \(3,\) in .* and \(4,\) here; add a pattern'):
     trainer.train(
-      runs.classification(folder, init_from__params__workdir=workdir, objective__network__num_classes=4), tmp_path / 'other'
+      runs.classification(folder, init_from__params__workdir=workdir, objective__network__num_classes=4),
+      tmp_path / 'other',
     )
 
 

@@ -75,7 +75,7 @@ def run(
   if strength is not None and (not image or mask is not None or expand is not None):
     raise UserError('--strength: is for an --image that is painted over as a whole')
   if not control and (drawn or control_scale is not None):
-    raise UserError('--drawn and --control-scale: need a --control')
+    raise UserError('--control-preprocessed and --control-scale: need a --control')
   folder, grid = pathlib.Path(output), pathlib.Path(output) / 'grid.png'
   if folder.exists() and not folder.is_dir():
     raise UserError(f'--output {folder}: is a file; give a folder')

@@ -208,7 +208,7 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
     (['--guidance', 'nan'], '--guidance and --control-scale: nan and 1.0 have to be finite'),
     (['--strength', '0.5'], '--strength: is for an --image that is painted over as a whole'),
     (['--image', 'IMAGE', '--expand', '0.2', '--strength', '0.5'], '--strength: is for an --image'),
-    (['--drawn'], '--drawn and --control-scale: need a --control'),
+    (['--control-preprocessed'], '--control-preprocessed and --control-scale: need a --control'),
     (['--output', 'BELOW'], 'text.png/below: cannot be written (Not a directory)'),
     (['--config.mesh.fsdp=3'], 'config.mesh: data=-1 x fsdp=3 needs a multiple of 3 devices'),
   ],
