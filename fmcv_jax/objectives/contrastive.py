@@ -21,7 +21,7 @@ class Contrastive(CoupledObjective):
   loss_name         'softmax': each image finds its text among all of the batch and each text its image; 'sigmoid':
                     each of the B x B pairs is a yes-or-no question
   label_smoothing   of the softmax (ALIGN, Jia et al. 2021)
-  keep              share of an image's patches that is looked at (FLIP, Li et al. 2023)
+  patch_keep_ratio  fraction of the patches of each image that the network sees (FLIP, Li et al. 2023)
   """
 
   network: nn.Module
@@ -37,7 +37,7 @@ class Contrastive(CoupledObjective):
     if not hasattr(self.network, 'encode_text'):
       raise ValueError('contrastive needs a dual encoder: network.name is clip, siglip, align or dual_encoder')
     if self.patch_keep_ratio < 1 and not isinstance(self.network.image, ViT):
-      raise ValueError('keep: only a vit as the image tower can leave out patches')
+      raise ValueError('patch_keep_ratio: only a ViT image encoder can drop patches')
 
   @property
   def example_batch(self):
@@ -63,7 +63,7 @@ class Contrastive(CoupledObjective):
       flax_variables(params, extra),
       images,
       batch['tokens'],
-      patch_keep_ratio=keep,
+      keep=keep,
       train=True,
       rngs={'dropout': dropout_rng},
       mutable=[BATCH_STATS],

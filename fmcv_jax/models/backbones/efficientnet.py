@@ -179,7 +179,7 @@ class EfficientNet(nn.Module):
   dtype: Dtype = 'float32'
 
   @property
-  def patch(self) -> int:
+  def patch_size(self) -> int:
     """Pixels along the side of what becomes one of the last tokens."""
     return 2 * math.prod(stage.stride for stage in self.stages)
 

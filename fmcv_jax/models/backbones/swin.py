@@ -210,7 +210,7 @@ class Swin(nn.Module):
   prefix = 0  # no token stands before the patches
 
   @property
-  def patch(self) -> int:
+  def patch_size(self) -> int:
     """Pixels along the side of what becomes one of the last tokens."""
     return self.smallest_patch * 2 ** (len(self.depths) - 1)
 
