@@ -73,7 +73,7 @@ def test_fields_of_json_serve_as_text_and_label(shards):
   assert [(sample['text'], sample['label']) for sample in samples(source)] == [
     (f'caption {index}', index % 7) for index in range(3, 10)
   ]
-  with pytest.raises(BadRecord, match=r"has no json/nested/labl in its .json; did you mean 'label'"):
+  with pytest.raises(BadRecord, match=r"its .json has no field 'nested/labl'; did you mean 'label'"):
     WebDataset(str(shards), label='json/nested/labl')[0]
 
 
