@@ -297,7 +297,10 @@ def _label_counts(tables: _Tables, label: arrow_columns.Column, file: int) -> co
       column = table.read(columns=[label.name], use_threads=False).column(0)
   except (ValueError, OSError) as error:
     raise UserError(f'parquet: {tables.files[file]}: column {label} cannot be read ({error})') from error
-  return collections.Counter(label.value(scalar) for scalar in column)
+  if label.path:
+    return collections.Counter(label.value(scalar) for scalar in column)
+  counts = column.value_counts()
+  return collections.Counter(dict(zip(counts.field('values').to_pylist(), counts.field('counts').to_pylist())))
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:

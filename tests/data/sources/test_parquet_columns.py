@@ -237,6 +237,21 @@ def test_hive_partitions_are_read_with_their_columns_as_arrow_reads_them(tmp_pat
   assert "no column 'kin', set label; did you mean 'kind'" in refused(Parquet(str(tmp_path), label='kin'))
 
 
+def test_hive_partitions_at_a_url_are_those_on_disk(tmp_path):
+  fsspec = pytest.importorskip('fsspec')
+  for kind in ('cat', 'dog'):
+    table(tmp_path, f'train/kind={kind}/part-0.parquet', caption=[kind])
+  table(tmp_path, 'test/part-0.parquet', caption=['other'])
+  fsspec.filesystem('memory').put(f'{tmp_path}/', '/hive/', recursive=True)
+  here, there = (
+    Parquet(path, text='caption', label='kind', split='train') for path in (str(tmp_path), 'memory://hive')
+  )
+  assert [there[i]['text'] for i in range(2)] == [here[i]['text'] for i in range(2)] == ['cat', 'dog']
+  assert there.names == here.names == ('cat', 'dog')
+  assert (here.account().class_counts, there.account().class_counts) == ((1, 1), None)  # reading a column may be dear
+  assert 'several splits: test (1 files), train (2 files)' in refused(Parquet('memory://hive'))
+
+
 def test_a_name_that_two_columns_have_is_refused(tmp_path):
   pq.write_table(pa.table([pa.array(IMAGES[:1]), ['a'], ['b']], names=['image', 'c', 'c']), tmp_path / 'x.parquet')
   assert "has 2 columns 'c'; rename all but one" in refused(Parquet(str(tmp_path), text='c'))

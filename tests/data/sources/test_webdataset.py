@@ -155,7 +155,7 @@ def test_what_is_no_tar_empty_or_without_images_is_one_clear_line(tmp_path, capl
   with caplog.at_level(logging.WARNING):
     assert len(WebDataset(str(tmp_path))) == 6
   assert '1 samples have no image and are left out' in caplog.text
-  with pytest.raises(ValueError, match="damaged: 'skip' is not"):
+  with pytest.raises(ValueError, match="on_truncated: 'skip' is not"):
     WebDataset(str(tmp_path), on_truncated='skip')
 
 
