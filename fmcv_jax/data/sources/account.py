@@ -1,4 +1,4 @@
-"""What a data source holds, as far as it is known without decoding an image: for the start of a run, and for people."""
+"""Contents of a data source, as far as they are known without decoding an image: for the start of a run, for people."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ EXAMPLES = 3  # names kept of what is left out, for one reason
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-  """`count` files, rows or samples that are not records, for one `reason`; `examples` are the names of the first."""
+  """Files, rows or samples that are not records: how many for one `reason`, and the names of the first."""
 
   reason: str
   count: int
@@ -18,7 +18,7 @@ class LeftOut:
 
   def __str__(self) -> str:
     more = ', ...' if self.count > len(self.examples) else ''
-    return f'{self.count} {self.reason}' + (f' ({", ".join(self.examples)}{more})' if self.examples else '')
+    return f'{self.reason}: {self.count}' + (f' ({", ".join(self.examples)}{more})' if self.examples else '')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ from fmcv_jax.errors import BadRecord, UserError
 Example = dict[str, Any]
 
 
-# What reading a record may raise where the record is at fault; anything else is a bug.
+# Exceptions of reading a record that is at fault; any other is a bug.
 UNREADABLE = (BadRecord, OSError, ValueError)
 
 
 def reason_of(error: Exception) -> str:
-  """Why a record cannot be read, in one line."""
+  """One line that says why a record cannot be read."""
   return ('' if isinstance(error, BadRecord) else f'{type(error).__name__}: ') + ' '.join(str(error).split())
 
 
@@ -56,8 +56,10 @@ class Source(abc.ABC):
     return tuple(example.get('texts') or ((example['text'],) if 'text' in example else ()))
 
   def account(self) -> Account:
-    """What the source holds, as far as it is known without decoding an image; it may open files. A source overrides
-    this to say where fields come from, what is left out, and how many records its classes have."""
+    """Contents of the source, as far as they are known without decoding an image; it may open files.
+
+    A source overrides this to say where fields come from, what is left out, and how many records its classes have.
+    """
     return Account(records=len(self), classes=self.names)
 
   def order(self, seed: int, shuffle: bool) -> RunOrder:

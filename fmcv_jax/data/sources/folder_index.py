@@ -1,4 +1,4 @@
-"""What a folder of images holds: class folders, a table of captions, text files next to the images."""
+"""Index of a folder of images: class folders, tables of captions, text files next to the images."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ _BOX = re.compile(rb'\d+(\s+[-+\d.e]+){4,}')
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """What a folder holds; it travels with the source to other processes, which thereby see the same files.
+  """Contents of a folder; they travel with the source to other processes, which thereby see the same files.
 
   Lists have an element for each image, or none.
   """
@@ -169,7 +169,7 @@ def _formats(images: Sequence[str]) -> str:
 
 @dataclasses.dataclass
 class _Named:
-  """What tables say of images, by the images' paths from the folder."""
+  """Texts and classes that tables give to images, by the images' paths from the folder."""
 
   texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   labels: dict[str, tuple[object, str]] = dataclasses.field(default_factory=dict)  # a class, and in which row

@@ -67,20 +67,20 @@ class Parquet(Source):
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
     group, row = self._tables.locate(index)
-    example: Example = {'image': self._image(self._value('image', group, row)), 'key': self.key_of(index)}
+    table, partition = self._groups.get(group, self._read), self._tables.partitions[group[0]]
+
+    def value(field: str) -> Any:
+      column = self._tables.columns[field]
+      return partition[column.name] if column.name in partition else column.value(table.column(column.name)[row])
+
+    example: Example = {'image': self._image(value('image')), 'key': self.key_of(index)}
     if self.text:
-      example['texts'] = values.texts(self._value('text', group, row), self.text)
+      example['texts'] = values.texts(value('text'), self.text)
       if example['texts']:
         example['text'] = example['texts'][0]
     if self.label:
-      example['label'] = self._classes.number(self._value('label', group, row), self.label)
+      example['label'] = self._classes.number(value('label'), self.label)
     return example
-
-  def _value(self, field: str, group: tuple[int, int], row: int) -> Any:
-    column = self._tables.columns[field]
-    if column.name in (partition := self._tables.partitions[group[0]]):
-      return partition[column.name]
-    return column.value(self._groups.get(group, self._read).column(column.name)[row])
 
   def _image(self, image: Any) -> bytes:
     path = None
@@ -116,7 +116,7 @@ class Parquet(Source):
       split=tables.split,
       missing=missing,
       left_out=(
-        *left_out(('columns', name) for name in tables.all_columns if name not in read),
+        *left_out(('columns that are not read', name) for name in tables.all_columns if name not in read),
         *other_files(storage.others(self.path, tables.files)),
       ),
     )

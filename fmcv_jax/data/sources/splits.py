@@ -1,4 +1,4 @@
-"""Which split of a data set a file belongs to, by its name, as the Hugging Face hub reads names."""
+"""Splits of a data set, by the names of its files and folders as the Hugging Face hub reads them."""
 
 import collections
 import itertools

@@ -1,5 +1,6 @@
 """Stored values as captions and class numbers: one rule for tables, tar members, JSON and other people's sources."""
 
+import collections
 import decimal
 import math
 import re
@@ -73,6 +74,7 @@ class Classes:
   def __init__(self, names: Sequence[str]):
     self.names = tuple(names)
     self._numbers = {name: number for number, name in enumerate(self.names)}
+    self._shared = {name for name, count in collections.Counter(self.names).items() if count > 1}
 
   def number(self, value: Any, where: str) -> int:
     """The class number of a stored label.
@@ -84,6 +86,8 @@ class Classes:
       value = decoded(value, where)
     if isinstance(value, str):
       text = value.strip()
+      if text in self._shared:
+        raise BadRecord(f'{where} is {text!r}, which several classes are called; give their names a difference')
       if text in self._numbers:
         return self._numbers[text]
       value = _parsed(text)

@@ -11,7 +11,7 @@ from tests import runs
 def test_names_are_grouped_by_reason_the_most_frequent_first():
   found = left_out([('b', '1'), ('a', '2'), ('a', '3'), ('a', '4'), ('a', '5')])
   assert found == (LeftOut('a', 4, ('2', '3', '4')), LeftOut('b', 1, ('1',)))
-  assert [str(left) for left in found] == ['4 a (2, 3, 4, ...)', '1 b (1)']
+  assert [str(left) for left in found] == ['a: 4 (2, 3, 4, ...)', 'b: 1 (1)']
   assert [left.reason for left in other_files(['x.HEIC', 'LICENSE'])] == ['files .heic', 'files without an extension']
 
 
@@ -34,7 +34,7 @@ def test_lines_say_each_fact_once():
     'records of a class: 0 (emu) to 4',
     'labels: 0 to 3',
     '2 records have no text',
-    'left out: 1 files .heic (x.heic)',
+    'left out: files .heic: 1 (x.heic)',
   ]
 
 

@@ -151,12 +151,14 @@ def test_a_null_caption_is_left_out_and_counted_as_pandas_reads_it(photos, null)
   assert read(photos, content) == {image: (caption,) for image, caption in zip(frame['image'], frame['caption'])}
   source = ImageFolder(str(photos), captions='c.csv')
   left = [str(left) for left in source.account().left_out]
-  assert left == ["1 rows without 'caption' (c.csv:3)", '1 images that no table names (y.png)']
+  assert left == ["rows without 'caption': 1 (c.csv:3)", 'images that no table names: 1 (y.png)']
 
 
 def test_rows_with_too_few_cells_are_left_out_and_counted(photos):
   assert read(photos, 'image,caption\nx.png\ny.png,a y\n') == {'y.png': ('a y',)}
-  assert "1 rows without 'caption' (c.csv:2)" in map(str, ImageFolder(str(photos), captions='c.csv').account().left_out)
+  assert "rows without 'caption': 1 (c.csv:2)" in map(
+    str, ImageFolder(str(photos), captions='c.csv').account().left_out
+  )
 
 
 JSON = {
@@ -173,7 +175,7 @@ def test_captions_in_jsonl_are_texts_or_lists_of_texts(photos, caption, expected
   absent = json.dumps({'image': 'y.png'})
   assert read(photos, f'{line}\n{null}\n{absent}\n', 'c.jsonl') == {'x.png': expected}
   left = ImageFolder(str(photos), captions='c.jsonl').account().left_out
-  assert "2 rows without 'caption' (c.jsonl:2, c.jsonl:3)" in map(str, left)
+  assert "rows without 'caption': 2 (c.jsonl:2, c.jsonl:3)" in map(str, left)
 
 
 def test_captions_that_are_objects_are_named_or_refused(photos):
@@ -206,7 +208,7 @@ def test_metadata_of_the_hub_is_read_without_being_named_as_datasets_reads_it(ph
   source = ImageFolder(str(photos))
   assert texts(source) == {'x.png': ('an x',), 'sub/z.png': ('a z',)}
   assert source.names == ()
-  assert '1 images that no table names (y.png)' in map(str, source.account().left_out)
+  assert 'images that no table names: 1 (y.png)' in map(str, source.account().left_out)
   datasets = pytest.importorskip('datasets')
   theirs = datasets.load_dataset('imagefolder', data_dir=str(photos), split='train', cache_dir=str(photos / '.cache'))
   theirs = theirs.cast_column('image', datasets.Image(decode=False))
@@ -221,7 +223,7 @@ def test_metadata_in_subfolders_is_read_from_there_as_datasets_reads_it(tmp_path
   source = ImageFolder(str(tmp_path))
   assert texts(source) == {'cat/x.png': ('a cat',), 'dog/x.png': ('a dog',)}
   assert source.names == ()
-  assert '1 images that no table names (dog/y.png)' in map(str, source.account().left_out)
+  assert 'images that no table names: 1 (dog/y.png)' in map(str, source.account().left_out)
   datasets = pytest.importorskip('datasets')
   theirs = datasets.load_dataset(
     'imagefolder', data_dir=str(tmp_path), split='train', cache_dir=str(tmp_path / '.cache')
@@ -263,7 +265,7 @@ def test_text_files_next_to_images_are_their_captions(photos):
   source = ImageFolder(str(photos), captions='.txt')
   assert texts(source) == {'x.png': ('an x,\nred',), 'sub/z.png': ('a z',)}
   assert source[1]['text'] == 'an x,\nred'
-  assert [str(left) for left in source.account().left_out] == ['1 images without a text file (y.png)']
+  assert [str(left) for left in source.account().left_out] == ['images without a text file: 1 (y.png)']
   assert source.account().fields['text'] == '2 files .txt'
 
 
@@ -273,11 +275,11 @@ def test_text_files_are_read_without_being_named_where_most_images_have_one(tmp_
   (tmp_path / 'a.txt').write_text('an a')
   few = ImageFolder(str(tmp_path))
   assert (len(few), 'text' in few[0]) == (3, False)
-  assert '1 files .txt (a.txt)' in map(str, few.account().left_out)
+  assert 'files .txt: 1 (a.txt)' in map(str, few.account().left_out)
   (tmp_path / 'b.txt').write_text('')
   most = ImageFolder(str(tmp_path))
   assert texts(most) == {'a.png': ('an a',), 'b.png': ()}
-  assert '1 images without a text file (c.png)' in map(str, most.account().left_out)
+  assert 'images without a text file: 1 (c.png)' in map(str, most.account().left_out)
 
 
 def test_boxes_of_a_detector_next_to_images_are_not_captions(tmp_path):
@@ -286,7 +288,7 @@ def test_boxes_of_a_detector_next_to_images_are_not_captions(tmp_path):
     (tmp_path / f'{name}.txt').write_text('0 0.5 0.5 0.1 1e-1\n17 0.25 0.5 0.1 0.1\n')
   source = ImageFolder(str(tmp_path))
   assert (len(source), source.texts_of(0)) == (2, ())
-  assert '2 files .txt (a.txt, b.txt)' in map(str, source.account().left_out)
+  assert 'files .txt: 2 (a.txt, b.txt)' in map(str, source.account().left_out)
   assert ImageFolder(str(tmp_path), captions='.txt').texts_of(0)[0].startswith('0 0.5')  # said in so many words
 
 

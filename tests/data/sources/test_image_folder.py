@@ -145,7 +145,7 @@ def test_missing_and_empty_folders_and_tables_are_one_clear_line(photos, tmp_pat
   (photos / 'c.csv').write_text('image,caption\n')
   refuse('have no rows', str(photos), captions='c.csv')
   (photos / 'c.csv').write_text('image,caption\nx.png\n')
-  refuse(r"no rows that can be used: 1 rows without 'caption' \(c.csv:2\)", str(photos), captions='c.csv')
+  refuse(r"no rows that can be used: rows without 'caption': 1 \(c.csv:2\)", str(photos), captions='c.csv')
   (photos / 'c.jsonl').write_text('{"image": "x.png", "caption": "a"}\n{"image": \n')
   refuse(r'c.jsonl:2: is not JSON ', str(photos), captions='c.jsonl')
   (photos / 'c.jsonl').write_text('[1]\n')
@@ -224,17 +224,17 @@ def test_files_that_are_not_read_and_classes_without_images_are_counted_by_reaso
   account = ImageFolder(str(tmp_path)).account()
   assert (account.records, account.classes, account.class_counts) == (8, ('cat', 'dog'), (8, 0))
   assert [str(left) for left in account.left_out] == [
-    '1 class folders without images (dog)',
-    '8 files .heic (dog/0.HEIC, dog/1.HEIC, dog/2.HEIC, ...)',
-    '1 files .db (cat/Thumbs.db)',
+    'class folders without images: 1 (dog)',
+    'files .heic: 8 (dog/0.HEIC, dog/1.HEIC, dog/2.HEIC, ...)',
+    'files .db: 1 (cat/Thumbs.db)',
   ]
   assert account.fields['image'] == '8 .png'
-  assert 'left out: 1 class folders without images (dog)' in account.lines()
+  assert 'left out: class folders without images: 1 (dog)' in account.lines()
 
 
 def test_a_folder_of_images_that_cannot_be_read_says_which_they_are(tmp_path):
   (tmp_path / 'x.heic').write_bytes(b'')
-  refuse(r'no images in .*, which hold 1 files .heic \(x.heic\); .*convert others', str(tmp_path))
+  refuse(r'no images in .*, which hold files .heic: 1 \(x.heic\); .*convert others', str(tmp_path))
 
 
 @pytest.mark.parametrize('folders', [('train', 'test'), ('train', 'val'), ('Train_images', 'valid_2'), ('train',)])

@@ -285,4 +285,7 @@ def test_the_account_names_columns_and_files_that_are_not_read(tmp_path):
   assert account.records == 2
   assert account.fields == {'image': "column 'image': binary", 'text': "column 'caption': string"}
   assert account.split == 'train'
-  assert [str(left) for left in account.left_out] == ['2 columns (url, score)', '1 files .md (README.md)']
+  assert [str(left) for left in account.left_out] == [
+    'columns that are not read: 2 (url, score)',
+    'files .md: 1 (README.md)',
+  ]

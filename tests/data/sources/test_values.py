@@ -107,6 +107,9 @@ def test_without_names_a_number_stands_for_itself_and_a_name_is_refused():
   assert Classes([]).number('41', 'cls') == 41
   with pytest.raises(BadRecord, match="cls is 'cat', a name where there are no class names; set class_names"):
     Classes([]).number('cat', 'cls')
+  with pytest.raises(BadRecord, match="cls is 'crane', which several classes are called"):
+    Classes(['crane', 'dog', 'crane']).number('crane', 'cls')
+  assert Classes(['crane', 'dog', 'crane']).number(2, 'cls') == 2
   with pytest.raises(BadRecord, match='cls is -1, which stands for no class'):
     Classes([]).number(-1, 'cls')
 

@@ -88,7 +88,7 @@ def test_a_macs_archive_keeps_images_texts_and_labels_together_in_folders_too(tm
   source = WebDataset(shard(tmp_path / '0.tar', names, format=tarfile.PAX_FORMAT))
   assert [(s['text'], s['label'], s['image']) for s in read(source)] == [('a cat', 3, JPG)]
   (left,) = source.account().left_out
-  assert str(left) == '2 files that are no members of a sample (x/._0.jpg, x/._0.txt)'
+  assert str(left) == 'files that are no members of a sample: 2 (x/._0.jpg, x/._0.txt)'
 
 
 def test_a_member_twice_in_a_sample_is_refused_as_by_webdataset(tmp_path):
@@ -232,4 +232,4 @@ def test_compressed_shards_are_named_where_there_are_no_others(tmp_path):
   shard(tmp_path / '1.tar', [('0.jpg', JPG)])
   (tmp_path / '._1.tar').write_bytes(b'')
   account = WebDataset(str(tmp_path)).account()
-  assert [str(left) for left in account.left_out] == ['1 files .gz (0.tar.gz)']
+  assert [str(left) for left in account.left_out] == ['files .gz: 1 (0.tar.gz)']
