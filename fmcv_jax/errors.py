@@ -9,6 +9,10 @@ class UserError(Exception):
   """
 
 
+class BadRecord(Exception):
+  """This record cannot be used; the message is one line that says why. The loader skips, counts and reports it."""
+
+
 def did_you_mean(word: str, known, *, limit: int = 8) -> str:
   """Ends a message about an unknown `word`: the nearest of the `known` names, or the list of them."""
   import difflib

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,14 @@ from fmcv_jax.apps.data_show import on_any_mesh
 from fmcv_jax.data.images import native_crop
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.loader import TrainLoader
+from fmcv_jax.data.sources.base import UNREADABLE, reason_of
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import load_config
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.run import Run
 
 _STEPS = 3  # at least, of a stage
+_MOST_IN_A_ROW = 100  # records that cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,9 @@ def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, ste
   if seconds <= 0:
     raise UserError(f'--seconds {seconds:g}: expected more than 0')
   console, benched = Console(), Run(load_config(config, overrides)) if step else on_any_mesh(config, overrides)
-  stages = [*_worker_stages(benched, seconds), *_loader_stages(benched, seconds)]
+  # The loader first: what stops a run, such as too many bad records, is then said as by the run.
+  of_loader, bad = _loader_stages(benched, seconds), dict[str, str]()
+  stages = [*_worker_stages(benched, seconds, bad), *of_loader]
   waited = None
   if step:
     made, waited = _step_stage(benched, seconds)
@@ -50,6 +54,9 @@ def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, ste
   for stage in stages:
     table.add_row(stage.name, stage.by, f'{stage.rate:,.0f}', f'{1000 / stage.rate:.3f}')
   console.print(table)
+  for key, reason in itertools.islice(bad.items(), 1):
+    line = f'{len(bad)} records that were tried cannot be read, the first {key}: {reason}'
+    console.print(line, highlight=False, soft_wrap=True)
   if any(stage.name.startswith('decode') for stage in stages):
     console.print(f'pictures are cropped by: {native_crop.engine()}', highlight=False, soft_wrap=True)
   for line in verdict(stages, benched.experiment.data.workers, waited):
@@ -91,32 +98,57 @@ def _timed(work: Iterator[Any], seconds: float, clock: Callable[[], float] = tim
   return count / (clock() - start)
 
 
-def _worker_stages(benched: Run, seconds: float) -> list[Stage]:
-  """Reading, decoding and tokenizing, one after the other in this thread, over the first records of the run."""
+def _worker_stages(benched: Run, seconds: float, bad: dict[str, str]) -> list[Stage]:
+  """Reading, decoding and tokenizing, one after the other in this thread, over the first records of the run.
+
+  Key and reason of the records that cannot be read are put into `bad`.
+  """
   e = benched.experiment
   fields, data = tuple(benched.batch_shapes), e.data
   order = data.source.order(e.seed, data.shuffle)
-  positions = itertools.count()
-  stages = [Stage('read', 'one core', _timed((data.source[order(p)] for p in positions), seconds))]
-  some = [data.source[order(position)] for position in range(min(order.records, 256))]
-  images: Iterator[Any] = itertools.cycle([record.get('image') for record in some])
+
+  def readable(work: Callable[[Any], Any], items: Iterable[tuple[int, Any]]) -> Iterator[Any]:
+    return _readable(work, items, data.source.key_of, bad)
+
+  indices = ((index, index) for index in map(order, itertools.count()))
+  stages = [Stage('read', 'one core', _timed(readable(data.source.__getitem__, indices), seconds))]
+  first = [(index, index) for index in map(order, range(min(order.records, 256)))]
+  some = list(readable(lambda index: (index, data.source[index]), first))
+  images = itertools.cycle([(index, record['image']) for index, record in some if 'image' in record])
   rng = np.random.default_rng(e.seed)
   if 'image' in fields and data.image is not None:
     transform = data.image
-    stages.append(Stage('decode, crop', 'one core', _timed((transform(x, rng) for x in images), seconds)))
+    stages.append(Stage('decode, crop', 'one core', _timed(readable(lambda x: transform(x, rng), images), seconds)))
   if views := [data.views[name] for name in data.views if name in fields]:
 
     def cropped(image):
       image = image if isinstance(image, np.ndarray) else decode(image)
       return [view.image(image, rng) for view in views for _ in range(view.count)]
 
-    stages.append(Stage('decode, views', 'one core', _timed(map(cropped, images), seconds)))
+    stages.append(Stage('decode, views', 'one core', _timed(readable(cropped, images), seconds)))
   if 'tokens' in fields and e.tokenizer is not None:
-    texts = [(*record.get('texts', ()), record.get('text', ''))[0] for record in some]
+    texts = [(*record.get('texts', ()), record.get('text', ''))[0] for _, record in some]
     tokenizer = e.tokenizer
     rate = _timed((tokenizer(texts) for _ in itertools.count()), seconds / 5)
     stages.append(Stage('tokenize', 'one core', rate * len(texts)))
   return stages
+
+
+def _readable(
+  work: Callable[[Any], Any], items: Iterable[tuple[int, Any]], key_of: Callable[[int], str], bad: dict[str, str]
+) -> Iterator[Any]:
+  """`work` of the second of each pair (record, item), but for records that cannot be read."""
+  in_a_row = 0
+  for index, item in items:
+    try:
+      result = work(item)
+    except UNREADABLE as error:
+      bad[key_of(index)], in_a_row = reason_of(error), in_a_row + 1
+      if in_a_row == _MOST_IN_A_ROW:
+        raise UserError(f'data: {in_a_row} records in a row cannot be read; the last: {reason_of(error)}') from error
+      continue
+    in_a_row = 0
+    yield result
 
 
 def _loader_stages(benched: Run, seconds: float) -> list[Stage]:

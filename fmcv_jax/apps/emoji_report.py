@@ -36,7 +36,9 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
   subject, _ = reopened.restored_model()
   seen, held_out = (reopened.experiment.evaluators.get(name) for name in ('seen', 'held_out'))
   if not isinstance(seen, ZeroShot) or not isinstance(held_out, ZeroShot) or painter.told != ('tokens',):
-    raise UserError(f'--feature-extractor {judge}: needs zero_shot evaluators named seen and held_out, and a text-conditional model')
+    raise UserError(
+      f'--feature-extractor {judge}: needs zero_shot evaluators named seen and held_out, and a text-conditional model'
+    )
   things = re.compile(getattr(painter.source, 'only', ''))
   folder = pathlib.Path(model) / 'gallery'
   folder.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from fmcv_jax import config as config_lib
 from fmcv_jax import experiment
 from fmcv_jax.data import packing, storage
 from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.sources.folder_index import is_image
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.registry import KINDS
 
@@ -77,10 +78,13 @@ def _judged(path: str) -> str:
       f'{path!r} is no config (.py), no file, no folder and no source (seen from {os.getcwd()}); '
       f'{did_you_mean(path, known)}'
     )
+  # Images may have a table next to them, and shards may lie in subfolders, but only where there are no images.
+  images = any(map(is_image, storage.files_below(os.path.expanduser(path)) or ()))
   for suffix, name in _KINDS.items():
     try:
-      storage.find(path, suffix, 'pack')
-      return name
+      if not (images and suffix == '.parquet'):
+        storage.find(path, suffix, 'pack', below=not images)
+        return name
     except UserError:
       continue
   return 'image_folder'

@@ -15,7 +15,8 @@ import numpy as np
 
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.order import Order, RunOrder
-from fmcv_jax.data.sources.base import BadRecord, Example, Source
+from fmcv_jax.data.sources import values
+from fmcv_jax.data.sources.base import UNREADABLE, BadRecord, Example, Source, reason_of
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.data.transforms import ImageTransform, transform_label_map
 from fmcv_jax.data.workers.prefetch import Prefetcher
@@ -24,7 +25,6 @@ from fmcv_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 FIELDS = ('image', 'label', 'tokens', 'segments')
-_UNREADABLE = (BadRecord, OSError, ValueError)
 _ATTEMPTS = 100  # so many records in a row are unreadable only where all are
 _JUDGED_FROM = 1000  # records; a few early ones do not stop a run that would stay below max_bad
 
@@ -268,9 +268,8 @@ class _Batches:
       index = self.order(position, attempt)
       try:
         return self._example(index, self.order.rng(position)), attempt > 0
-      except _UNREADABLE as error:
-        name = '' if isinstance(error, BadRecord) else f'{type(error).__name__}: '
-        reasons[self.pipeline.source.key_of(index)] = name + ' '.join(str(error).split())
+      except UNREADABLE as error:
+        reasons[self.pipeline.source.key_of(index)] = reason_of(error)
     key, reason = next(iter(reasons.items()))
     raise UserError(
       f'data: {min(_ATTEMPTS, self.order.records)} records in a row cannot be read; the first, {key}: {reason}'
@@ -282,7 +281,7 @@ class _Batches:
     if 'tokens' in self.fields:
       row['tokens'] = self._text(record, rng)
     if 'label' in self.fields:
-      row['label'] = self._given(record, 'label')
+      row['label'] = self._classes.number(self._given(record, 'label'), 'label')
     chance = copy.deepcopy(rng) if 'segments' in self.fields else rng  # they are cropped as the image is
     if 'image' in self.fields:
       image = self._given(record, 'image')
@@ -308,12 +307,18 @@ class _Batches:
       row[name] = record[name]
     return row
 
+  @functools.cached_property
+  def _classes(self) -> values.Classes:
+    return values.Classes(self.pipeline.source.names)
+
   def _text(self, record: Example, rng: np.random.Generator) -> str:
-    texts = record.get('texts') or ((record['text'],) if 'text' in record else ())
-    if not texts and self.pipeline.source.names and 'label' in record:
-      texts = (self.pipeline.source.names[record['label']],)
+    if 'texts' in record or 'text' in record:
+      texts = values.texts(record.get('texts', record.get('text')), 'its text')
+    elif self._classes.names and 'label' in record:
+      texts = (self._classes.names[self._classes.number(record['label'], 'label')],)
+    else:
+      texts = values.texts(self._given(record, 'text'), 'its text')
     if not texts:
-      self._given(record, 'texts' if 'texts' in record else 'text')
       raise BadRecord('has no text')
     templates = self.pipeline.caption_templates
     chosen = (rng.integers(len(templates)), rng.integers(len(texts))) if self.train else (0, 0)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.data.sources.array_record import encode_record, shard_path, write_info, write_shard
-from fmcv_jax.data.sources.base import BadRecord, Example, Source
+from fmcv_jax.data.sources.base import UNREADABLE, Example, Source, reason_of
 from fmcv_jax.data.workers.prefetch import end_with_parent
 from fmcv_jax.errors import UserError
 from fmcv_jax.parallel import distributed
@@ -258,7 +258,7 @@ def _shards(source: Source, workers: int) -> int:
   """By the size of some records; no fewer than the workers can share out evenly, where there are enough records."""
   sizes = []
   for index in range(0, len(source), max(1, len(source) // 16)):
-    with contextlib.suppress(BadRecord, OSError, ValueError):
+    with contextlib.suppress(*UNREADABLE):
       sizes.append(len(encode_record(source[index])))
   mean = sum(sizes) / len(sizes) if sizes else 0
   return max(1, round(mean * len(source) / SHARD_BYTES), min(4 * workers, len(source) // 1000))
@@ -276,8 +276,7 @@ def _pack_shard(begun: ShardWriter, source: Source, shard: int) -> None:
     for index in begun.plan.rows(shard):
       try:
         yield source[index]
-      except (BadRecord, OSError, ValueError) as error:
-        name = '' if isinstance(error, BadRecord) else f'{type(error).__name__}: '
-        skipped[source.key_of(index)] = name + ' '.join(str(error).split())
+      except UNREADABLE as error:
+        skipped[source.key_of(index)] = reason_of(error)
 
   begun.write(shard, examples(), skipped)

@@ -22,6 +22,7 @@ from fmcv_jax.errors import UserError
 
 _OPEN_FILES = 128  # kept open by each reader
 _THREADS = 16
+_SYSTEM = ('__MACOSX', '@eaDir')
 _T = TypeVar('_T')
 
 
@@ -38,20 +39,42 @@ def is_remote(path: str) -> bool:
   return '://' in path
 
 
-def find(path: str, suffix: str, what: str) -> list[File]:
-  """The files that `path` names, sorted: of a folder those that end in `suffix`, of a pattern (*, ?, [a-z], {00..99})
-  those that fit, or one file. Raises UserError, begun by `what`, where there is none or a file of {} is missing."""
+def find(path: str, suffix: str, what: str, below: bool = False) -> list[File]:
+  """The files that `path` names, sorted: of a folder those that end in `suffix` (in any case), of a pattern (*, ?,
+  [a-z], {00..99}) those that fit, or one file.
+
+  With `below` also those in subfolders, such as year=2024/part.parquet. Files and folders whose name begins with '.' or
+  '_' are not data, as for Arrow and Spark. Raises UserError, begun by `what`, where there is none or a file of {} is
+  missing.
+  """
   path = path if is_remote(path) else os.path.expanduser(path)
   try:
     if re.search(r'\{\d+\.\.\d+\}', path):
       found = in_threads(_file, _expanded(path))
     else:
-      found = _found_remote(path, suffix) if is_remote(path) else _found_local(path, suffix)
+      inside = _in_folder(path, suffix, below)
+      found = inside if inside is not None else _found_remote(path) if is_remote(path) else _found_local(path)
   except FileNotFoundError as error:
     raise UserError(f'{what}: no file {error.args[-1] if error.filename is None else error.filename!r}') from error
   if not found:
-    raise UserError(f'{what}: no {suffix} at {path!r} (seen from {os.getcwd()}); give a folder, a file or a pattern')
+    raise UserError(
+      f'{what}: no {suffix} at {path!r} (seen from {os.getcwd()}{_instead(path)}); give a folder, a file or a pattern'
+    )
   return found
+
+
+def others(path: str, read: Iterable[str]) -> list[str]:
+  """The files in and below the folder `path` that are not among those `read`, from it on; none of a pattern or file."""
+  path = path if is_remote(path) else os.path.expanduser(path)
+  taken = {file.removeprefix(path.rstrip('/') + '/') for file in read}
+  return [name for name in files_below(path) or () if name not in taken]
+
+
+def _instead(path: str) -> str:
+  """What a folder holds, by extension, for the message that it does not hold what is looked for."""
+  counts = collections.Counter(os.path.splitext(name)[1].lower() for name in files_below(path) or ())
+  held = ', '.join(f'{count} {extension or "without extension"}' for extension, count in counts.most_common(3))
+  return f'; it holds {held}' if held else ''
 
 
 def in_threads(function: Callable[[Any], _T], items: Iterable[Any]) -> list[_T]:
@@ -76,19 +99,29 @@ def _file(path: str) -> File:
   return File(path, stat.st_size, str(stat.st_mtime_ns))
 
 
-def _found_local(path: str, suffix: str) -> list[File]:
-  if os.path.isdir(path):
-    path = os.path.join(glob.escape(path), f'*{suffix}')
+def _in_folder(path: str, suffix: str, below: bool) -> list[File] | None:
+  """None where `path` is not a folder."""
+  names = files_below(path, deep=below)
+  if names is None:
+    return None
+  names = [name for name in names if name.lower().endswith(suffix) and not any(p[:1] == '_' for p in name.split('/'))]
+  if not is_remote(path):
+    return in_threads(_file, [join(path, name) for name in names])
+  fs, inner = filesystem(path)
+  infos = fs.find(inner, detail=True, **({} if below else {'maxdepth': 1}))  # all at once
+  return [_remote_file(fs, infos[f'{inner.rstrip("/")}/{name}']) for name in names]
+
+
+def _found_local(path: str) -> list[File]:
   return [_file(name) for name in sorted(glob.glob(path)) if os.path.isfile(name)]
 
 
-def _found_remote(path: str, suffix: str) -> list[File]:
+def _found_remote(path: str) -> list[File]:
   fs, inner = filesystem(path)
-  if not glob.has_magic(inner):
-    infos = fs.ls(inner, detail=True) if fs.isdir(inner) else [fs.info(inner)] if fs.exists(inner) else []
-    infos = [info for info in infos if info['name'].endswith(suffix) or len(infos) == 1]
-  else:
+  if glob.has_magic(inner):
     infos = list(fs.glob(inner, detail=True).values())
+  else:
+    infos = [fs.info(inner)] if fs.exists(inner) else []
   found = [_remote_file(fs, info) for info in infos if info['type'] == 'file']
   return sorted(found, key=lambda file: file.path)
 
@@ -127,30 +160,31 @@ def join(folder: str, path: str) -> str:
   return f'{folder.rstrip("/")}/{path}'
 
 
-def files_below(folder: str) -> list[str] | None:
-  """The paths of all files in a folder and those below it, from it on, '/' between their parts, sorted.
+def files_below(folder: str, deep: bool = True) -> list[str] | None:
+  """The paths of all files in a folder and, if `deep`, those below it, from it on, '/' between their parts, sorted.
 
-  Hidden files and folders are left out. None where there is no such folder.
+  Hidden files and folders are left out, and those that systems make for themselves (`._x.jpg` and __MACOSX of a Mac's
+  archives, @eaDir of network drives). None where there is no such folder.
   """
   if is_remote(folder):
     fs, inner = filesystem(folder)
     if not fs.isdir(inner):
       return None
     start = len(inner.rstrip('/')) + 1
-    found = [path[start:] for path in fs.find(inner)]
+    found = [path[start:] for path in fs.find(inner, **({} if deep else {'maxdepth': 1}))]
   elif not os.path.isdir(folder):
     return None
   else:
     found = []
     for where, folders, files in os.walk(folder, followlinks=True):
-      folders[:] = [name for name in folders if not name.startswith('.')]
+      folders[:] = [name for name in folders if deep and _is_shown(name)]
       below = os.path.relpath(where, folder).replace(os.sep, '/')
       found += files if below == '.' else [f'{below}/{name}' for name in files]
-  return sorted(path for path in found if not any(part.startswith('.') for part in path.split('/')))
+  return sorted(path for path in found if all(_is_shown(part) for part in path.split('/')))
 
 
 def folders_in(folder: str) -> list[str]:
-  """The names of a folder's subfolders, sorted; hidden ones are left out."""
+  """The names of a folder's subfolders, sorted; those are left out that `files_below` leaves out."""
   if is_remote(folder):
     fs, inner = filesystem(folder)
     names = [
@@ -158,7 +192,11 @@ def folders_in(folder: str) -> list[str]:
     ]
   else:
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-  return sorted(name for name in names if not name.startswith('.'))
+  return sorted(name for name in names if _is_shown(name))
+
+
+def _is_shown(name: str) -> bool:
+  return not name.startswith('.') and name not in _SYSTEM
 
 
 def local(file: File) -> str:

@@ -20,7 +20,7 @@ import ftfy
 import numpy as np
 from etils import epath
 
-from fmcv_jax.data.sources.base import BadRecord, Source
+from fmcv_jax.data.sources.base import UNREADABLE, Source
 from fmcv_jax.errors import UserError
 
 
@@ -153,7 +153,7 @@ class Bpe(Tokenizer):
     for index in range(len(self.corpus)):
       try:
         texts = self.corpus.texts_of(index)
-      except (BadRecord, OSError, ValueError):  # the loader counts and reports it
+      except UNREADABLE:  # the loader counts and reports it
         continue
       for text in texts:
         found = True

@@ -48,14 +48,17 @@ class RandomResizedCrop(ImageTransform):
       raise ValueError(f'ratio: expected 0 < low <= high, got {self.ratio}')
 
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    whole = picture(image)
+    whole = picture(image, exact=False)
     left, top, width, height = sample_box(whole.height, whole.width, self.scale, self.ratio, rng)
     return whole.crop((left, top, left + width, top + height), self.size, self.interpolation)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizeCrop(ImageTransform):
-  """The usual evaluation: the short side to round(size / crop), then the square of `size` in the centre."""
+  """The usual evaluation: the short side to floor(size / crop), then the square of `size` in the centre.
+
+  As timm and torchvision count: 224 / 0.9 is 248, the long side is truncated, the centre's corner rounded.
+  """
 
   size: int
   crop: float = 0.875
@@ -67,7 +70,7 @@ class ResizeCrop(ImageTransform):
       raise ValueError(f'crop: expected 0 < crop <= 1, got {self.crop}')
 
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    short = round(self.size / self.crop)
+    short = math.floor(self.size / self.crop)
     if short == self.size and _fits(image, self.size):
       return image
     whole = picture(image)

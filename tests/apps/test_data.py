@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -71,6 +73,41 @@ def test_the_bench_measures_every_stage_of_the_input(config, capsys):
     assert name in out
   assert main(['data', '--config', config]) == 2
   assert 'give --show N, --bench or both' in capsys.readouterr().err
+
+
+def test_the_bench_counts_records_that_cannot_be_read(config, tmp_path, capsys):
+  (tmp_path / 'images' / 'a' / '0.png').write_bytes(b'')
+  more = ('--config.data.max_bad=0.2', '--bench', '--no-step', '--seconds', '0.2')
+  assert main(['data', '--config', config, *more]) == 0
+  out = capsys.readouterr().out
+  assert '1 records that were tried cannot be read, the first a/0.png: no image: 0 bytes' in out
+  assert 'decode, crop' in out
+  # Beyond what a run takes it is the run's own line.
+  assert main(['data', '--config', config, '--bench', '--no-step', '--seconds', '0.2']) == 2
+  assert 'cannot be read, more than max_bad=0.01' in capsys.readouterr().err
+  for file in (tmp_path / 'images').glob('*/*.png'):
+    file.write_bytes(b'')
+  assert main(['data', '--config', config, *more]) == 2
+  assert '24 records in a row cannot be read' in capsys.readouterr().err
+
+
+def test_the_bench_of_a_table_with_rows_without_images_ends_in_one_line(config, tmp_path):
+  pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+  files = sorted((tmp_path / 'images').glob('*/*.png'))
+  images = [None if index in (5, 40) else files[index % len(files)].read_bytes() for index in range(64)]
+  table = pyarrow.table({'image': pyarrow.array(images, pyarrow.binary()), 'label': [0, 1] * 32})
+  parquet.write_table(table, tmp_path / 'x.parquet', row_group_size=16)
+  source = repr({'name': 'parquet', 'path': str(tmp_path / 'x.parquet'), 'label': 'label'})
+  command = [sys.executable, '-m', 'fmcv_jax', 'data', '--config', config, f'--config.data.source={source}', '--bench']
+  for share, code, said in [
+    ('0.01', 2, 'cannot be read, more than max_bad=0.01'),
+    ('0.1', 0, "has no bytes in 'image'"),
+  ]:
+    more = ['--no-step', '--seconds', '0.2', f'--config.data.max_bad={share}']
+    done = subprocess.run([*command, *more], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_a_packed_set_has_counts_and_checksums_that_sha256sum_knows(tmp_path):
 
 KILLED = """
 from fmcv_jax.data.packing import pack
-from fmcv_jax.data.webdataset import WebDataset
+from fmcv_jax.data.sources.webdataset import WebDataset
 pack(WebDataset({tars!r}), {to!r}, origin=1, shards=60)
 """
 
@@ -167,7 +167,11 @@ def test_what_is_packed_is_a_config_a_path_or_a_name(tmp_path):
   (tmp_path / 'images').mkdir()
   (tmp_path / 'images/a.png').write_bytes(picture(1)[0])
   pack(Counting(3), tmp_path / 'packed', origin=1)
-  for path, name in [('tars', 'webdataset'), ('tars/*.tar', 'webdataset'), ('images', 'image_folder')]:
+  (tmp_path / 'images/metadata.parquet').write_bytes(b'')
+  (tmp_path / 'hive/year=2024').mkdir(parents=True)
+  (tmp_path / 'hive/year=2024/0.parquet').write_bytes(b'')
+  kinds = {'tars': 'webdataset', 'tars/*.tar': 'webdataset', 'images': 'image_folder', 'hive': 'parquet'}
+  for path, name in kinds.items():
     assert pack_app.source_spec(str(tmp_path / path))['name'] == name
   assert pack_app.source_spec(str(tmp_path / 'packed'))['name'] == 'array_record'
   assert pack_app.source_spec(str(tmp_path / 'tars'), ['text=json/caption'])['text'] == 'json/caption'

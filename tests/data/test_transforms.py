@@ -3,7 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import stats
 
 from fmcv_jax.config import build
@@ -69,6 +69,49 @@ def test_resize_crop_equals_resizing_everything_and_cropping_its_centre(interpol
   out = ResizeCrop(size, crop=0.875, interpolation=interpolation)(image, rng())
   assert out.shape == (size, size, 3)
   assert np.abs(out.astype(int) - expected).max() <= 2  # Pillow rounds between its two passes, which go the other way
+
+
+CROPS = [
+  (224, 0.9),
+  (224, 0.875),
+  (224, 0.95),
+  (224, 0.96),
+  (288, 0.95),
+  (256, 0.9),
+  (384, 1.0),
+  (96, 0.875),
+  (240, 0.882),
+]
+
+
+@pytest.mark.parametrize(('size', 'crop'), CROPS)
+def test_the_centre_crop_is_that_of_timm(size, crop):
+  timm, torch = pytest.importorskip('timm.data'), pytest.importorskip('torch')
+  image = Image.fromarray(PHOTO).resize((500, 375), Image.Resampling.BICUBIC)
+  theirs = timm.create_transform(input_size=size, crop_pct=crop, interpolation='bicubic', mean=(0,) * 3, std=(1,) * 3)
+  expected = torch.round(theirs(image) * 255).permute(1, 2, 0).numpy()
+  out = ResizeCrop(size, crop=crop)(np.asarray(image), rng()).astype(int)
+  # The two passes of the filter go the other way, and each rounds; a pixel aside would be 3 levels in the mean.
+  assert np.abs(out - expected).mean() < 0.3
+  assert np.abs(out - expected).max() <= 3
+
+
+@pytest.mark.parametrize(
+  'transform', [Resize(224), ResizeCrop(224), ResizeCrop(224, crop=1.0, interpolation='lanczos')]
+)
+@pytest.mark.parametrize('orientation', [1, 6])
+def test_a_large_jpeg_is_evaluated_by_all_its_pixels(transform, orientation):
+  noise = rng().integers(0, 256, (214, 320, 3), dtype=np.uint8)
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  file = io.BytesIO()
+  Image.fromarray(noise).resize((2560, 1708), Image.Resampling.LANCZOS).save(file, 'JPEG', quality=92, exif=exif)
+  whole = ImageOps.exif_transpose(Image.open(file)).convert('RGB')
+  out = transform(file.getvalue(), rng())
+  np.testing.assert_array_equal(out, transform(np.asarray(whole), rng()))
+  if isinstance(transform, Resize):
+    expected = np.asarray(whole.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(out - expected).mean() < 0.15  # 1.07 where the JPEG is decoded at a quarter
 
 
 def test_large_reductions_are_antialiased():

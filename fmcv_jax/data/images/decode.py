@@ -10,7 +10,7 @@ from PIL import Image
 
 from fmcv_jax.data.images import jpeg, native_crop
 from fmcv_jax.data.images.resize import RADII, Box, Interpolation, resize
-from fmcv_jax.data.sources.base import BadRecord
+from fmcv_jax.errors import BadRecord
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own limit for a warning
 
@@ -76,15 +76,20 @@ class LazyImage(abc.ABC):
     return _turned(resize(region.pixels, region.box, size, interpolation), region.turn)
 
 
-def picture(image: bytes | np.ndarray) -> LazyImage:
-  """Encoded bytes or uint8 [H, W, 3] as a picture; raises BadRecord for what is neither."""
+def picture(image: bytes | np.ndarray, exact: bool = True) -> LazyImage:
+  """Encoded bytes or uint8 [H, W, 3] as a picture; raises BadRecord for what is neither.
+
+  exact   crops have the pixels of a crop of the decoded array; otherwise a large JPEG may be decoded at 1/2, 1/4 or
+          1/8 of its size (in the DCT domain), which is faster and differs by half a level in the mean, and is resized
+          before it is turned upright
+  """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
       raise BadRecord(f'expected an image uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
     return _Pixels(image)
   head = jpeg.header(image)
-  if head and head.height * head.width <= MAX_PIXELS:
-    return _Jpeg(image, head)
+  if head and head.height * head.width <= MAX_PIXELS and (head.orientation == 1 or not exact):
+    return _Jpeg(image, head, exact)
   return _Pixels(np.asarray(decode_pil(image)))
 
 
@@ -98,8 +103,8 @@ class _Pixels(LazyImage):
 
 
 class _Jpeg(LazyImage):
-  def __init__(self, data: bytes, head: jpeg.Header):
-    self._data, self._head = data, head
+  def __init__(self, data: bytes, head: jpeg.Header, exact: bool):
+    self._data, self._head, self._exact = data, head, exact
     self._turn = _UPRIGHT.get(head.orientation)
     sides = head.height, head.width
     self.height, self.width = sides[::-1] if head.orientation in _TURNED else sides
@@ -124,6 +129,8 @@ class _Jpeg(LazyImage):
     return _cut(pixels, _reduced(stored, factor), size, radius)._replace(turn=self._turn)
 
   def _factor(self, box: Box, size: int) -> int:
+    if self._exact:
+      return 1
     side = min(box[2] - box[0], box[3] - box[1])
     return max(f for f in _FACTORS if f == 1 or side >= f * _GAP * size)
 
@@ -174,12 +181,25 @@ def decode_pil(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > max_pixels:
       raise BadRecord(f'{image.width} x {image.height} pixels are more than the {max_pixels} allowed')
+    return rgb(image)
+  except BadRecord:
+    raise
+  except Exception as error:  # as in rgb
+    raise BadRecord(_one_line(error, data)) from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+  """A Pillow image as `decode` gives that of its file: mode RGB, upright, on white, 16 bits by their high bytes.
+
+  Raises BadRecord for a damaged file, and for floating-point pixels, whose range is not known.
+  """
+  try:
     image.load()
     return _rgb(_upright(image))
   except BadRecord:
     raise
   except Exception as error:  # Pillow's plugins raise what they like on damaged files: SyntaxError, IndexError, ...
-    raise BadRecord(_one_line(error, data)) from error
+    raise BadRecord(' '.join(f'{type(error).__name__}: {error}'.split())) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

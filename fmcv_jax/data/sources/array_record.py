@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from fmcv_jax.data import storage
+from fmcv_jax.data.sources.account import Account, LeftOut
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.errors import UserError
 
@@ -54,6 +55,12 @@ class ArrayRecord(Source):
   def key_of(self, index: int) -> str:
     shard, row = self._shards.locate(index)
     return f'{self._shards.files[shard].path}[{row}]'
+
+  def account(self) -> Account:
+    """Records that could not be read when the set was packed are left out."""
+    skipped = self._info.get('skipped', 0)
+    left = LeftOut('records that could not be read when they were packed', skipped)
+    return Account(records=len(self), classes=self.names, left_out=(left,) if skipped else ())
 
   @functools.cached_property
   def _info(self) -> dict[str, Any]:

@@ -5,13 +5,19 @@ import dataclasses
 from typing import Any
 
 from fmcv_jax.data.order import Order, RunOrder
-from fmcv_jax.errors import UserError
+from fmcv_jax.data.sources.account import Account
+from fmcv_jax.errors import BadRecord, UserError
 
 Example = dict[str, Any]
 
 
-class BadRecord(Exception):
-  """This record cannot be used; the message is one line that says why. The loader skips, counts and reports it."""
+# Exceptions of reading a record that is at fault; any other is a bug.
+UNREADABLE = (BadRecord, OSError, ValueError)
+
+
+def reason_of(error: Exception) -> str:
+  """One line that says why a record cannot be read."""
+  return ('' if isinstance(error, BadRecord) else f'{type(error).__name__}: ') + ' '.join(str(error).split())
 
 
 class Source(abc.ABC):
@@ -48,6 +54,13 @@ class Source(abc.ABC):
     """Every text of record `index`. A source overrides this where it can answer without reading the image."""
     example = self[index]
     return tuple(example.get('texts') or ((example['text'],) if 'text' in example else ()))
+
+  def account(self) -> Account:
+    """Contents of the source, as far as they are known without decoding an image; it may open files.
+
+    A source overrides this to say where fields come from, what is left out, and how many records its classes have.
+    """
+    return Account(records=len(self), classes=self.names)
 
   def order(self, seed: int, shuffle: bool) -> RunOrder:
     """The order of a training run: by default every record once an epoch, each epoch anew if `shuffle`."""

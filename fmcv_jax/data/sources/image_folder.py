@@ -1,43 +1,60 @@
-"""Image files in a folder: class subfolders, a table of captions, or images alone."""
+"""Image files in a folder: class subfolders, a table of captions, text files next to the images, or images alone."""
 
-import csv
 import dataclasses
 import functools
-import io
-import json
 import os
-import sys
-from collections.abc import Iterator
-from typing import Any, TextIO
+
+import numpy as np
 
 from fmcv_jax.data import storage
+from fmcv_jax.data.sources import caption_tables, splits, values
+from fmcv_jax.data.sources.account import Account, LeftOut
 from fmcv_jax.data.sources.base import Example, Source
-from fmcv_jax.errors import UserError
+from fmcv_jax.data.sources.folder_index import Columns, Index, from_folders, from_tables
+from fmcv_jax.errors import UserError, did_you_mean
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.jp2', '.avif')
-TABLES = ('.csv', '.tsv', '.jsonl', '.parquet')
+METADATA = ('metadata.csv', 'metadata.jsonl', 'metadata.parquet')  # of the Hugging Face hub's image folders
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder(Source):
-  """Images below the folder `path`, or a URL such as gs://bucket/images, in one of three shapes, sorted by path.
+  """Images below the folder `path`, or a URL such as gs://bucket/images, sorted by path, in one of these layouts.
 
   Class folders   path/<class>/**/x.jpg: `label` and the class name as `text`. The names are those of all subfolders in
-                  order, also of empty ones: give every split the same subfolders.
-  Captions        `captions` is a .csv, .tsv, .jsonl or .parquet table (its path from `path`, or absolute), a row for
-                  each caption: `image_column` holds an image's path from `path`, `caption_column` a text (or, in .jsonl
-                  and .parquet, a list of texts). All texts of one image are one record.
-  Images alone    path/x.jpg without subfolders of images.
+                  order, also of those without images (which `account` names), as in torchvision.
+  Table           `captions` is a .csv, .tsv, .jsonl or .parquet table (its path from `path`, or absolute), a row for
+                  each caption. All texts of one image are one record; rows without a text are left out and counted.
+                  Every `metadata.csv` (.jsonl, .parquet) in and below `path`, as the Hugging Face hub has them, is
+                  read without being named.
+  Text files      path/**/x.txt is the caption of x.jpg, read where at least half of the images have one, or where
+                  `captions` is '.txt' (or another extension). Images without one are left out and counted; in class
+                  folders the class name is their text.
+  Images alone    path/x.jpg without any of these.
+
+  captions        None (see above), a table, or the extension of text files
+  image_column    the column of images' paths, from `path` (of `file_name`: from the table's folder); by default
+                  'image', 'file_name' or 'filepath', the first that the table has
+  caption_column  the column of texts; a field inside objects is 'column/field'. By default 'caption', 'text' or 'title'
+  label_column    the column of classes, as names or numbers; None reads none (of metadata without captions: 'label')
+  split           the subfolder of a split, such as 'train': needed where all subfolders are named after splits, which
+                  are not classes; 'all' takes them for classes
+
+  What is not read is counted by reason in `account`.
   """
 
   path: str
   captions: str | None = None
-  image_column: str = 'image'
-  caption_column: str = 'caption'
+  image_column: str | None = None
+  caption_column: str | None = None
+  label_column: str | None = None
+  split: str | None = None
 
   def __post_init__(self) -> None:
-    if self.captions is not None and _suffix(self.captions) not in TABLES:
-      raise ValueError(f'captions: {self.captions!r} is not a table of {", ".join(TABLES)}')
+    if self.captions is None or self._extension:
+      return
+    if caption_tables.suffix(self.captions) not in caption_tables.KINDS:
+      known = ', '.join(caption_tables.KINDS)
+      raise ValueError(f'captions: {self.captions!r} is not a table of {known}, nor the extension of text files')
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -52,11 +69,13 @@ class ImageFolder(Source):
     image = self._index.images[index]
     with storage.open_file(storage.join(self._root, image)) as file:
       example: Example = {'image': file.read(), 'key': image}
-    if texts := self.texts_of(index):
-      example['text'] = texts[0]
-    if self.captions is not None:
-      example['texts'] = texts
-    elif self.names:
+    if self._index.captioned or self._index.names:
+      texts = self.texts_of(index)
+      if self._index.captioned:
+        example['texts'] = texts
+      if texts:
+        example['text'] = texts[0]
+    if self._index.labels:
       example['label'] = self._index.labels[index]
     return example
 
@@ -64,144 +83,79 @@ class ImageFolder(Source):
     return self._index.images[index]
 
   def texts_of(self, index: int) -> tuple[str, ...]:
-    if self.captions is not None:
+    if self._index.texts:
       return self._index.texts[index]
+    if (extension := self._index.extension) and (file := self._index.text_files[index]):
+      with storage.open_file(storage.join(self._root, file)) as opened:
+        return tuple(text.strip() for text in values.texts(opened.read(), f'its {extension}'))
     return (self.names[self._index.labels[index]],) if self.names else ()
+
+  def account(self) -> Account:
+    index = self._index
+    counts = tuple(np.bincount(index.labels, minlength=len(index.names)).tolist()) if index.names else None
+    empty = [name for name, count in zip(index.names, counts or ()) if not count] if index.class_folders else []
+    left = [LeftOut('class folders without images', len(empty), tuple(empty[:3]))] if empty else []
+    return Account(
+      records=len(self),
+      fields=index.fields,
+      classes=index.names,
+      class_counts=counts,
+      label_range=(min(index.labels), max(index.labels)) if index.labels else None,
+      split=self._split,
+      left_out=(*left, *index.left_out),
+    )
+
+  @functools.cached_property
+  def _extension(self) -> str | None:
+    """That of text files, if `captions` is one."""
+    named = self.captions is not None and self.captions[:1] == '.' and self.captions[1:].isalnum()
+    return self.captions if named else None
+
+  @functools.cached_property
+  def _split(self) -> str | None:
+    """The subfolder that is read; None for the folder itself."""
+    if self.split == splits.ALL:
+      return None
+    path = os.path.expanduser(self.path)
+    folders = storage.folders_in(path) if storage.files_below(path, deep=False) is not None else []
+    if self.split is not None:
+      of = [name for name in folders if name == self.split] or [
+        name for name in folders if splits.named(f'{name}/') == splits.canonical(self.split)
+      ]
+      if len(of) != 1:
+        raise UserError(
+          f'image folder: split {self.split!r}: {path!r} has {len(of) or "no"} subfolders of it; '
+          f'{did_you_mean(self.split, folders)}'
+        )
+      return of[0]
+    if self.captions is None and folders and all(splits.named(f'{name}/') for name in folders):
+      raise UserError(
+        f'image folder: the subfolders of {path!r} ({", ".join(folders)}) are splits, not classes; set split to one of '
+        f"them, or to 'all' where they are classes"
+      )
+    return None
 
   @functools.cached_property
   def _root(self) -> str:
-    return os.path.expanduser(self.path)
+    path = os.path.expanduser(self.path)
+    return storage.join(path, self._split) if self._split else path
 
   @functools.cached_property
-  def _index(self) -> '_Index':
+  def _index(self) -> Index:
     found = storage.files_below(self._root)
     if found is None:
       raise UserError(
         f'image folder: no folder {self.path!r} (seen from {os.getcwd()}); set path to where the images are'
       )
-    if self.captions is not None:
-      return _captioned(self, self._root, found)
-    return _class_folders(self._root, found, storage.folders_in(self._root))
+    columns = Columns(self.image_column, self.caption_column, self.label_column)
+    if self.captions is not None and not self._extension:
+      return from_tables(self._root, found, [self.captions], columns)
+    if self.captions is None and (metadata := self._metadata(found, columns)):
+      return from_tables(self._root, found, metadata, dataclasses.replace(columns, metadata=True))
+    return from_folders(self._root, found, storage.folders_in(self._root), self._extension)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Index:
-  """What a folder holds; it travels with the source to other processes, which thereby see the same files."""
-
-  images: list[str]  # paths from the folder, '/' between their parts
-  labels: list[int] = dataclasses.field(default_factory=list)
-  texts: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
-  names: tuple[str, ...] = ()
-
-
-def _class_folders(root: str, found: list[str], folders: list[str]) -> _Index:
-  images = [path for path in found if _is_image(path)]
-  loose = [path for path in images if '/' not in path]
-  if not images:
-    raise UserError(f'image folder: no images in {root!r} or its subfolders; known are {" ".join(EXTENSIONS)}')
-  if len(loose) == len(images):
-    return _Index(loose)
-  if loose:
-    raise UserError(
-      f'image folder: {len(loose)} images ({loose[0]}, ...) lie beside the class folders ({folders[0]}, ...) of '
-      f'{root!r}; move them into one, or give the class folders a folder of their own'
-    )
-  label = {folder: label for label, folder in enumerate(folders)}
-  labels, paths = zip(*sorted((label[path.split('/')[0]], path) for path in images))
-  return _Index(list(paths), list(labels), names=tuple(folders))
-
-
-def _is_image(name: str) -> bool:
-  return name.lower().endswith(EXTENSIONS)
-
-
-def _captioned(source: ImageFolder, root: str, found: list[str]) -> _Index:
-  assert source.captions is not None
-  table = storage.join(root, source.captions)
-  texts: dict[str, list[str]] = {}
-  try:
-    for line, row in _rows(table, (source.image_column, source.caption_column)):
-      image, caption = row[source.image_column], row[source.caption_column]
-      captions = [caption] if isinstance(caption, str) else caption
-      if not isinstance(image, str) or not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise UserError(
-          f'image folder: {table}:{line}: expected an image path and a text, got {image!r} and {caption!r}'
-        )
-      texts.setdefault(image, []).extend(captions)
-  except (FileNotFoundError, IsADirectoryError) as error:
-    raise UserError(f'image folder: no captions at {table!r}; captions is a path from {root!r}, or absolute') from error
-  if not texts:
-    raise UserError(f'image folder: the captions {table!r} have no rows')
-  below = set(found)
-  if missing := [image for image in texts if image not in below and not _exists(root, image)]:
-    raise UserError(
-      f'image folder: {len(missing)} of the {len(texts)} images in {table!r} do not exist, first '
-      f'{storage.join(root, missing[0])!r}; write their paths as seen from {root!r}, or take their rows out'
-    )
-  images = sorted(texts)
-  return _Index(images, texts=[tuple(texts[image]) for image in images])
-
-
-def _exists(root: str, image: str) -> bool:
-  """Of a path that is not among those listed: it is hidden, written in another way than they are, or not there."""
-  odd = os.path.normpath(image) != image or any(part.startswith('.') for part in image.split('/')) or image[:1] == '/'
-  return odd and os.path.exists(storage.join(root, image))
-
-
-def _rows(table: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-  """(line, row) of any kind of table; raises UserError if it cannot be read or lacks one of the columns."""
-  read = {'.csv': _read_csv, '.tsv': _read_csv, '.jsonl': _read_jsonl, '.parquet': _read_parquet}[_suffix(table)]
-  line = 0
-  try:
-    for line, row in read(table):
-      if absent := [column for column in columns if column not in row]:
-        raise UserError(
-          f'image folder: {table}:{line} has no column {" and no column ".join(map(repr, absent))}; it has '
-          f'{", ".join(map(repr, row)) or "none"}; set image_column and caption_column'
-        )
-      yield line, row
-  except (FileNotFoundError, IsADirectoryError):
-    raise
-  except (ValueError, OSError, csv.Error) as error:  # JSON, UTF-8 and Arrow errors are ValueErrors
-    raise UserError(f'image folder: {table} is damaged after line {line}: {" ".join(str(error).split())}') from error
-
-
-def _suffix(table: str) -> str:
-  return os.path.splitext(table)[1].lower()
-
-
-def _text(table: str, **options: Any) -> TextIO:
-  return io.TextIOWrapper(storage.open_file(table), encoding='utf-8-sig', **options)
-
-
-def _read_csv(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  csv.field_size_limit(sys.maxsize)
-  # A tab-separated file is plain text: a quotation mark in it is one of the caption's own characters.
-  style: dict[str, Any] = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if _suffix(table) == '.tsv' else {}
-  with _text(table, newline='') as file:
-    reader = csv.DictReader(file, **style)
-    for row in reader:
-      yield reader.line_num, row
-
-
-def _read_jsonl(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  with _text(table) as file:
-    for line, text in enumerate(file, 1):
-      if text.strip():
-        row = json.loads(text)
-        if not isinstance(row, dict):
-          raise ValueError(f'line {line} is no object')
-        yield line, row
-
-
-def _read_parquet(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  try:
-    import pyarrow.parquet
-  except ImportError as error:
-    raise UserError(f'image folder: {table} needs pyarrow: pip install pyarrow') from error
-  line = 0
-  with storage.open_file(table) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-    for batch in file.iter_batches():
-      for row in batch.to_pylist():
-        line += 1
-        yield line, row
+  def _metadata(self, found: list[str], columns: Columns) -> list[str]:
+    """The tables of the hub's layout that name images and something of them, in whatever subfolder."""
+    tables = [path for path in found if path.rpartition('/')[2] in METADATA]
+    first = (next(iter(caption_tables.rows(storage.join(self._root, path), 'image folder')), None) for path in tables)
+    return [path for path, row in zip(tables, first) if row is not None and columns.fit(set(row[1]))]

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping
 
 from fmcv_jax.data.order import MixedOrder, RunOrder
+from fmcv_jax.data.sources.account import Account, merged
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.errors import UserError, did_you_mean
 
@@ -60,6 +61,9 @@ class Mixture(Source):
   def texts_of(self, index: int) -> tuple[str, ...]:
     name, row = self._locate(index)
     return self.sources[name].texts_of(row)
+
+  def account(self) -> Account:
+    return merged({name: source.account() for name, source in self.sources.items()}, self.names, self._labels)
 
   def order(self, seed: int, shuffle: bool) -> RunOrder:
     parts = tuple(source.order(seed + part, shuffle) for part, source in enumerate(self.sources.values()))

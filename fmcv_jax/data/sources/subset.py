@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import Example, Source
 
 
@@ -27,6 +28,11 @@ class EvenSubset(Source):
 
   def texts_of(self, index: int) -> tuple[str, ...]:
     return self.source.texts_of(self._at(index))
+
+  def account(self) -> Account:
+    """That of the whole source, but for what is counted by record."""
+    whole = self.source.account()
+    return dataclasses.replace(whole, records=len(self), class_counts=None, label_range=None, missing={})
 
   def _at(self, index: int) -> int:
     return index * len(self.source) // len(self)

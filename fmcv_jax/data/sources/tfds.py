@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fmcv_jax.data.sources import values
+from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.errors import UserError, did_you_mean
 
@@ -47,17 +49,28 @@ class Tfds(Source):
     if self.image_key:
       example['image'] = _at(record, self.image_key)
     if self.label_key:
-      example['label'] = int(_at(record, self.label_key))
+      example['label'] = self._classes.number(_at(record, self.label_key), self.label_key)
     if self.text_key:
-      value = _at(record, self.text_key)
-      texts = tuple(_text(item) for item in ([value] if isinstance(value, (str, bytes)) else value))
-      example['texts'] = texts
-      if texts:
-        example['text'] = texts[0]
+      example['texts'] = values.texts(_at(record, self.text_key), self.text_key)
+      if example['texts']:
+        example['text'] = example['texts'][0]
     return example
 
   def key_of(self, index: int) -> str:
     return f'{self.builder}/{self.split}[{index}]'
+
+  def account(self) -> Account:
+    keys = {'image': self.image_key, 'label': self.label_key, 'text': self.text_key}
+    return Account(
+      records=len(self),
+      fields={field: f'feature {key!r}' for field, key in keys.items() if key},
+      classes=self.names,
+      split=self.split,
+    )
+
+  @functools.cached_property
+  def _classes(self) -> values.Classes:
+    return values.Classes(self.names)
 
   def __getstate__(self) -> dict[str, Any]:
     # Every process opens the files for itself.
@@ -134,10 +147,6 @@ def _at(record: Any, key: str) -> Any:
   for part in key.split('/'):
     record = record[part]
   return record
-
-
-def _text(value: str | bytes) -> str:
-  return value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)
 
 
 def _line(error: Exception) -> str:

@@ -79,7 +79,8 @@ def test_a_reduced_crop_looks_like_one_of_the_whole(reduction, orientation):
     out = crop(large, np.random.default_rng(seed)).astype(int)
     left, top, w, h = sample_box(full.height, full.width, crop.scale, crop.ratio, np.random.default_rng(seed))
     expected = np.asarray(full.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + w, top + h)))
-    assert picture(large).region((left, top, left + w, top + h), size).pixels.shape[1] <= -(-1003 // reduction)
+    region = picture(large, exact=False).region((left, top, left + w, top + h), size)
+    assert region.pixels.shape[1] <= -(-1003 // reduction)
     assert np.abs(out - expected).mean() < 1.5
 
 

@@ -104,7 +104,7 @@ def test_rows_may_be_written_to_without_harm(train):
 
 
 def test_the_split_is_the_same_in_another_process():
-  code = 'from fmcv_jax.data.emoji import split_concepts; print([c.key for c in split_concepts()[1]])'
+  code = 'from fmcv_jax.data.sources.emoji import split_concepts; print([c.key for c in split_concepts()[1]])'
   other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
   assert other == str([c.key for c in split_concepts()[1]])
 

@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from PIL import Image
 
 from fmcv_jax.config import build
-from fmcv_jax.data.images.decode import decode
+from fmcv_jax.data.images.decode import FORMATS, decode
 from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.sources.folder_index import EXTENSIONS
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.errors import UserError
 
@@ -115,10 +118,10 @@ def test_source_travels_with_what_it_found(classes):
 
 @pytest.mark.parametrize('kind', ['csv', 'tsv', 'jsonl', 'parquet'])
 def test_missing_columns_are_named_with_those_found(photos, kind):
-  write_table(photos / f'c.{kind}', columns=('file', 'text'))
-  with pytest.raises(UserError, match="no column 'image' and no column 'caption'; it has 'file', 'text'; set"):
+  write_table(photos / f'c.{kind}', columns=('file', 'words'))
+  with pytest.raises(UserError, match="no column 'image' and no column 'caption'; it has 'file', 'words'; set"):
     len(ImageFolder(str(photos), captions=f'c.{kind}'))
-  with pytest.raises(UserError, match="no column 'caption'; it has 'file', 'text'; set"):
+  with pytest.raises(UserError, match="no column 'caption'; it has 'file', 'words'; set"):
     len(ImageFolder(str(photos), captions=f'c.{kind}', image_column='file'))
 
 
@@ -142,13 +145,13 @@ def test_missing_and_empty_folders_and_tables_are_one_clear_line(photos, tmp_pat
   (photos / 'c.csv').write_text('image,caption\n')
   refuse('have no rows', str(photos), captions='c.csv')
   (photos / 'c.csv').write_text('image,caption\nx.png\n')
-  refuse(r"c.csv:2: expected an image path and a text, got 'x.png' and None", str(photos), captions='c.csv')
+  refuse(r"no rows that can be used: rows without 'caption': 1 \(c.csv:2\)", str(photos), captions='c.csv')
   (photos / 'c.jsonl').write_text('{"image": "x.png", "caption": "a"}\n{"image": \n')
-  refuse(r'c.jsonl is damaged after line 1: ', str(photos), captions='c.jsonl')
+  refuse(r'c.jsonl:2: is not JSON ', str(photos), captions='c.jsonl')
   (photos / 'c.jsonl').write_text('[1]\n')
-  refuse(r'line 1 is no object', str(photos), captions='c.jsonl')
+  refuse(r'c.jsonl:1: is not a JSON object', str(photos), captions='c.jsonl')
   (photos / 'c.tsv').write_bytes(b'image\tcaption\nx.png\t\xff\xfe\n')
-  refuse(r'c.tsv is damaged after line 0: .*utf-8', str(photos), captions='c.tsv')
+  refuse(r'c.tsv is not UTF-8 text .*; save it as UTF-8', str(photos), captions='c.tsv')
   (photos / 'c.parquet').write_bytes(b'no parquet')
   refuse(r'c.parquet is damaged', str(photos), captions='c.parquet')
 
@@ -185,3 +188,65 @@ def test_images_at_a_url_are_those_on_disk(classes):
   assert [there[index] for index in range(2)] == [here[index] for index in range(2)]
   with pytest.raises(UserError, match="no folder 'memory://nowhere'"):
     len(ImageFolder('memory://nowhere'))
+
+
+def test_classes_and_labels_are_those_of_torchvision(classes):
+  torchvision = pytest.importorskip('torchvision.datasets')
+  draw(classes / 'Zebra' / 'z.jpeg')
+  draw(classes / 'emu' / 'e.webp')
+  theirs = torchvision.ImageFolder(str(classes), is_valid_file=lambda p: not p.endswith('.txt'), allow_empty=True)
+  names = [name for name in theirs.classes if not name.startswith('.')]  # it takes .cache for a class without images
+  source = ImageFolder(str(classes))
+  assert list(source.names) == names
+  ours = {source.key_of(index): source.names[source[index]['label']] for index in range(len(source))}
+  assert ours == {os.path.relpath(path, classes): theirs.classes[label] for path, label in theirs.samples}
+
+
+def test_every_extension_of_a_format_that_is_decoded_is_an_image(tmp_path):
+  Image.init()
+  known = {extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS}
+  assert known <= set(EXTENSIONS)
+  draw(tmp_path / 'a' / 'x.png')
+  for name in ('y.jfif', 'z.JPE', 'w.Pgm'):
+    shutil.copy(tmp_path / 'a' / 'x.png', tmp_path / 'a' / name)
+  assert len(ImageFolder(str(tmp_path))) == 4
+
+
+def test_files_that_are_not_read_and_classes_without_images_are_counted_by_reason(tmp_path):
+  for number in range(8):
+    draw(tmp_path / 'cat' / f'{number}.png')
+    (tmp_path / 'dog').mkdir(exist_ok=True)
+    (tmp_path / 'dog' / f'{number}.HEIC').write_bytes(b'')
+  (tmp_path / 'cat' / 'Thumbs.db').write_bytes(b'')
+  (tmp_path / 'cat' / '._0.png').write_bytes(b'')
+  (tmp_path / '__MACOSX' / 'cat').mkdir(parents=True)
+  (tmp_path / '__MACOSX' / 'cat' / '0.png').write_bytes(b'')
+  account = ImageFolder(str(tmp_path)).account()
+  assert (account.records, account.classes, account.class_counts) == (8, ('cat', 'dog'), (8, 0))
+  assert [str(left) for left in account.left_out] == [
+    'class folders without images: 1 (dog)',
+    'files .heic: 8 (dog/0.HEIC, dog/1.HEIC, dog/2.HEIC, ...)',
+    'files .db: 1 (cat/Thumbs.db)',
+  ]
+  assert account.fields['image'] == '8 .png'
+  assert 'left out: class folders without images: 1 (dog)' in account.lines()
+
+
+def test_a_folder_of_images_that_cannot_be_read_says_which_they_are(tmp_path):
+  (tmp_path / 'x.heic').write_bytes(b'')
+  refuse(r'no images in .*, which hold files .heic: 1 \(x.heic\); .*convert others', str(tmp_path))
+
+
+@pytest.mark.parametrize('folders', [('train', 'test'), ('train', 'val'), ('Train_images', 'valid_2'), ('train',)])
+def test_folders_of_splits_are_not_classes(tmp_path, folders):
+  for name in folders:
+    draw(tmp_path / name / 'cat' / 'x.png')
+    draw(tmp_path / name / 'dog' / 'y.png')
+  refuse(r'are splits, not classes; set split to one of them', str(tmp_path))
+  source = ImageFolder(str(tmp_path), split=folders[0])
+  assert (source.names, source.account().split) == (('cat', 'dog'), folders[0])
+  assert ImageFolder(str(tmp_path), split='train').names == ('cat', 'dog')
+  assert ImageFolder(str(tmp_path), split='all').names == tuple(sorted(folders))
+  refuse(r"split 'extra': .* has no subfolders of it; ", str(tmp_path), split='extra')
+  draw(tmp_path / 'bus' / 'x.png')  # beside which a train is a vehicle
+  assert 'bus' in ImageFolder(str(tmp_path)).names

@@ -79,11 +79,11 @@ def test_without_weights_an_epoch_holds_every_record_once():
 
 
 def test_classes_of_equal_names_are_one():
-  mixture = Mixture({'a': Named(2, num_classes=('cat', 'dog')), 'b': Named(3, num_classes=('bird', 'dog', 'cat'))})
+  mixture = Mixture({'a': Named(2, classes=('cat', 'dog')), 'b': Named(3, classes=('bird', 'dog', 'cat'))})
   assert mixture.names == ('cat', 'dog', 'bird')
   assert [mixture[index]['label'] for index in range(5)] == [0, 1, 2, 1, 0]
   with pytest.raises(UserError, match="'b' has labels without names"):
-    Mixture({'a': Named(2, num_classes=('cat', 'dog')), 'b': Named(1)})[2]
+    Mixture({'a': Named(2, classes=('cat', 'dog')), 'b': Named(1)})[2]
 
 
 def test_a_mixture_is_described_by_its_config_and_its_order_by_its_weights():

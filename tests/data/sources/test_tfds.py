@@ -38,11 +38,14 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
       'title': tfds.features.Text(),
     }))
   def _split_generators(self, dl_manager):
-    return {'train': self._generate_examples(7), 'test': self._generate_examples(3)}
-  def _generate_examples(self, n):
+    unlabelled = self._generate_examples(2, label=-1, texts=[])
+    return {'train': self._generate_examples(7), 'test': self._generate_examples(3), 'unlabelled': unlabelled}
+  def _generate_examples(self, n, label=None, texts=None):
     for i in range(n):
-      texts = [{'text': f'caption {i}'}, {'text': 'é'}]
-      yield i, {'image': png(i), 'label': i % 2, 'captions': texts, 'title': f'title {i}'}
+      captions = [{'text': f'caption {i}'}, {'text': 'é'}] if texts is None else texts
+      yield i, {
+        'image': png(i), 'label': i % 2 if label is None else label, 'captions': captions, 'title': f'title {i}'
+      }
 
 Tiny(data_dir=sys.argv[1], file_format='array_record').download_and_prepare()
 """
@@ -50,8 +53,8 @@ Tiny(data_dir=sys.argv[1], file_format='array_record').download_and_prepare()
 READ = """
 import sys
 sys.path.insert(0, '.')
-from fmcv_jax.data.source import BadRecord
-from fmcv_jax.data.tfds import Tfds
+from fmcv_jax.data.sources.base import BadRecord
+from fmcv_jax.data.sources.tfds import Tfds
 source = Tfds('tiny', 'train', data_dir=sys.argv[1])
 assert len(source) == 7 and source[3]['image'][:4] == b'\\x89PNG' and source.names == ('even', 'odd')
 assert 'tensorflow' not in sys.modules
@@ -69,6 +72,24 @@ def data_dir(tmp_path_factory):
 def test_a_built_set_is_read_without_tensorflow(data_dir):
   run = subprocess.run([sys.executable, '-c', READ, data_dir], capture_output=True, text=True)
   assert run.stdout == 'read\n', run.stderr
+
+
+def test_records_without_class_or_caption_are_not_read_as_others(data_dir):
+  with pytest.raises(BadRecord, match='label is -1, not one of the classes 0 to 1'):
+    Tfds('tiny', 'unlabelled', data_dir=data_dir)[0]
+  example = Tfds('tiny', 'unlabelled', data_dir=data_dir, label_key=None, text_key='captions/text')[0]
+  assert example['texts'] == ()
+  assert 'text' not in example
+  with pytest.raises(BadRecord, match=r'label is 1 \(int\), not a text'):
+    Tfds('tiny', 'train', data_dir=data_dir, text_key='label')[1]
+  with pytest.raises(BadRecord, match='captions/text is a list of 2; expected one class'):
+    Tfds('tiny', 'train', data_dir=data_dir, label_key='captions/text')[0]
+
+
+def test_the_account_says_which_features_are_read(data_dir):
+  account = Tfds('tiny', 'train', data_dir=data_dir, text_key='title').account()
+  assert (account.records, account.classes, account.split) == (7, ('even', 'odd'), 'train')
+  assert account.fields == {'image': "feature 'image'", 'label': "feature 'label'", 'text': "feature 'title'"}
 
 
 def test_examples_hold_encoded_images_labels_and_texts(data_dir):
@@ -138,7 +159,9 @@ def test_imagenet_that_is_not_there_says_where_it_looked_and_how_to_get_it(tmp_p
 
 def test_unknown_names_splits_and_features_are_one_clear_line(data_dir):
   refuse("no data set 'imagenet2021', neither prepared .* did you mean 'imagenet2012'", 'imagenet2021')
-  refuse(r"cannot read split 'validation' of 'tiny' \(train, test\)", 'tiny', 'validation', data_dir=data_dir)
+  refuse(
+    r"cannot read split 'validation' of 'tiny' \(train, test, unlabelled\)", 'tiny', 'validation', data_dir=data_dir
+  )
   refuse("'tiny' has no label_key 'class'", 'tiny', data_dir=data_dir, label_key='class')
   refuse(r"has no text_key 'captions/txt' .* did you mean 'text'", 'tiny', data_dir=data_dir, text_key='captions/txt')
   refuse("no data set 'tiny:2.0.0', neither prepared in", 'tiny:2.0.0', data_dir=data_dir)

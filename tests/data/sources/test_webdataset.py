@@ -73,7 +73,7 @@ def test_fields_of_json_serve_as_text_and_label(shards):
   assert [(sample['text'], sample['label']) for sample in samples(source)] == [
     (f'caption {index}', index % 7) for index in range(3, 10)
   ]
-  with pytest.raises(BadRecord, match=r"has no json/nested/labl in its .json; did you mean 'label'"):
+  with pytest.raises(BadRecord, match=r"its .json has no field 'nested/labl'; did you mean 'label'"):
     WebDataset(str(shards), label='json/nested/labl')[0]
 
 
@@ -155,7 +155,7 @@ def test_what_is_no_tar_empty_or_without_images_is_one_clear_line(tmp_path, capl
   with caplog.at_level(logging.WARNING):
     assert len(WebDataset(str(tmp_path))) == 6
   assert '1 samples have no image and are left out' in caplog.text
-  with pytest.raises(ValueError, match="damaged: 'skip' is not"):
+  with pytest.raises(ValueError, match="on_truncated: 'skip' is not"):
     WebDataset(str(tmp_path), on_truncated='skip')
 
 
