@@ -146,6 +146,12 @@ def config_path_context(path: str) -> Iterator[None]:
 def _visit(annotation: Any, value: Any, kinds: Kinds, path: str, make: Callable[..., Any]) -> Any:
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
 
+  if origin is typing.Annotated:
+    value = _visit(args[0], value, kinds, path, make)
+    for bound in args[1:]:
+      if value is not None and (problem := bound.problem(value)):
+        raise UserError(f'{path}: {problem}')
+    return value
   if annotation in kinds:
     return _visit_spec(kinds[annotation], value, kinds, path, make)
   if annotation is Any or annotation is inspect.Parameter.empty:
@@ -261,7 +267,7 @@ def _described(default: Any, kinds: Kinds) -> Any:
 def _parameters(constructor) -> dict[str, tuple[Any, Any]]:
   """Parameter name -> (annotation, default). Dataclass defaults that are made by a factory are made here."""
   if dataclasses.is_dataclass(constructor):
-    hints = typing.get_type_hints(constructor)
+    hints = typing.get_type_hints(constructor, include_extras=True)
     return {
       field.name: (
         hints[field.name],
@@ -274,7 +280,7 @@ def _parameters(constructor) -> dict[str, tuple[Any, Any]]:
       for field in dataclasses.fields(constructor)
       if field.init
     }
-  hints = typing.get_type_hints(constructor)
+  hints = typing.get_type_hints(constructor, include_extras=True)
   return {
     name: (hints.get(name, Any), parameter.default)
     for name, parameter in inspect.signature(constructor).parameters.items()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fmcv_jax import config as config_lib
+from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveInt, Seed
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.sources.base import NoData
 from fmcv_jax.data.tokenizers import Tokenizer
@@ -25,16 +26,20 @@ from fmcv_jax.train.warm_start import InitFrom
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """steps of a global batch each, cut into microbatches where it does not fit; `ema` is the decay of a moving average.
+  """Length and batch of a run.
 
-  max_streak: how many steps in a row may have a loss or gradient that is not finite before the run stops.
+  steps                optimizer steps
+  batch_size           examples of all devices in a step
+  grad_accum_steps     microbatches that a batch is cut into where it does not fit the memory
+  ema_decay            decay of the exponential moving average of the parameters, which is evaluated and exported
+  max_nonfinite_steps  number of steps in a row whose loss or gradient is not finite after which the run stops
   """
 
-  steps: int
-  batch_size: int
-  grad_accum_steps: int = 1
-  ema_decay: float | None = None
-  max_nonfinite_steps: int = 100
+  steps: NonNegativeInt
+  batch_size: NonNegativeInt
+  grad_accum_steps: PositiveInt = 1
+  ema_decay: Decay | None = None
+  max_nonfinite_steps: PositiveInt = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Experiment:
   checkpoint: Checkpointing = Checkpointing()
   log: Log = Log()
   init_from: Mapping[str, InitFrom] = dataclasses.field(default_factory=dict)
-  seed: int = 0
+  seed: Seed = 0
   topology: str | None = None
   debug: Debug = Debug()
 

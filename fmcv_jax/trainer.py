@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,18 +19,18 @@ from rich.console import Console
 
 from fmcv_jax import config as config_lib
 from fmcv_jax.data.loader import TrainLoader, resume
-from fmcv_jax.errors import UserError
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import Evaluator, evaluate
-from fmcv_jax.experiment import resolve
+from fmcv_jax.experiment import Experiment, resolve
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.run import Run, keep_tokenizer, load_trained_params, parameter_count
 from fmcv_jax.train import goodput, lock, loop
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.goodput import GoodputTimer
-from fmcv_jax.train.metrics import Writer, peak_of
+from fmcv_jax.train.metrics import METRICS_FILE, Writer, peak_of
 from fmcv_jax.train.state import TrainState
-from fmcv_jax.train.storage import write_json
+from fmcv_jax.train.storage import read_metrics, write_json
 from fmcv_jax.train.warm_start import load_partial_state
 from fmcv_jax.version import __version__
 
@@ -38,7 +38,22 @@ from fmcv_jax.version import __version__
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 # What a run may change between a stop and its resumption: where and how it runs, not what it computes.
-RESUMABLE = ('mesh', 'rules', 'evaluators', 'checkpoint', 'log', 'topology', 'debug', 'data.workers', 'data.max_bad')
+RESUMABLE = (
+  'mesh',
+  'rules',
+  'evaluators',
+  'checkpoint',
+  'log',
+  'topology',
+  'debug',
+  'data.workers',
+  'data.max_bad',
+  'data.timeout',
+  'train.grad_accum_steps',
+  'train.max_nonfinite_steps',
+)
+# Fields of networks, anywhere in the objective, that say how something is computed and not what.
+RESUMABLE_NAMES = ('remat', 'unroll', 'attention')
 
 
 def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console | None = None) -> TrainState:
@@ -106,11 +121,21 @@ def _train(run: Run, console: Console) -> TrainState:
   def due(step: int, evaluator: Evaluator) -> bool:
     return step == last or bool(evaluator.every and step % evaluator.every == 0)
 
-  def evaluate_at(state: TrainState, step: int) -> dict[str, float]:
-    subject.params, subject.extra = state.eval_params, state.extra
+  def evaluates(step: int) -> bool:
+    return any(due(step, evaluator) for evaluator in e.evaluators.values())
+
+  def saves(step: int) -> bool:
+    best = e.evaluators.get((e.checkpoint.best or '').split('/')[0])
+    return step % e.checkpoint.every == 0 or (best is not None and due(step, best))
+
+  def evaluate_at(state: TrainState, step: int, raise_if_stopped: Callable[[], None]) -> dict[str, float]:
+    subject.params, subject.extra, subject.between_batches = state.eval_params, state.extra, raise_if_stopped
     names = [name for name, evaluator in e.evaluators.items() if due(step, evaluator)]
     return evaluate(subject, {name: e.evaluators[name] for name in names})
 
+  _check_best(e)
+  with config_lib.config_path_context('config.optimizer'):
+    e.optimizer.check(run.abstract_state.params)
   for evaluator in e.evaluators.values():
     evaluator.prepare(subject)
   if main:
@@ -124,9 +149,10 @@ def _train(run: Run, console: Console) -> TrainState:
       loop.LoopConfig(
         steps=last,
         log_every=e.log.every,
-        save_every=e.checkpoint.every,
-        evaluate_every=lambda step: any(due(step, evaluator) for evaluator in e.evaluators.values()),
-        max_streak=e.train.max_nonfinite_steps,
+        saves=saves,
+        evaluates=evaluates,
+        max_nonfinite_steps=e.train.max_nonfinite_steps,
+        evaluate_first=start is not None and evaluates(start) and not _evaluated(run.workdir, start),
       ),
       batch_size=e.train.batch_size,
       step_flops=run.step_flops() if peak else 0.0,
@@ -145,6 +171,24 @@ def _train(run: Run, console: Console) -> TrainState:
       console.print(f'{len(loader.skipped)} records could not be read and were skipped: {first}', highlight=False)
     loader.close()
     checkpointer.close()
+
+
+def _check_best(e: Experiment) -> None:
+  """Raises UserError where config.checkpoint.best names no evaluator; the metric is known after its first run."""
+  if e.checkpoint.best is None:
+    return
+  name, slash, metric = e.checkpoint.best.partition('/')
+  if name not in e.evaluators or not (slash and metric):
+    raise UserError(
+      f"config.checkpoint.best: {e.checkpoint.best!r} is not of the form 'evaluator/metric'; "
+      f'{did_you_mean(name, e.evaluators)}'
+    )
+
+
+def _evaluated(workdir: epath.Path, step: int) -> bool:
+  """Whether the metrics of the evaluators that were due at this step were written."""
+  rows = [row for row in read_metrics(workdir / METRICS_FILE) if row['step'] == step]
+  return any('/' in name and not name.startswith('train/') for row in rows for name in row)
 
 
 def _device_batches(loader: TrainLoader, run: Run) -> Iterator[Any]:
@@ -172,7 +216,7 @@ def _open_workdir(run: Run, console: Console) -> None:
       field, old, new = difference
       raise UserError(
         f'{workdir}: belongs to another experiment: config.{field} is {old!r} there and {new!r} here; use a new '
-        f'--workdir (with --config.init_from.params.workdir={workdir} to begin with its weights)'
+        f'--workdir (--config.init_from.params.workdir={workdir} initializes it from these weights)'
       )
   if not is_main():
     return
@@ -188,6 +232,8 @@ def _open_workdir(run: Run, console: Console) -> None:
 def first_difference(saved: Any, config: Any, path: str = '') -> tuple[str, Any, Any] | None:
   """The first field, outside RESUMABLE, in which two resolved configs differ: (path, old value, new value)."""
   if path in RESUMABLE or saved == config:
+    return None
+  if path.startswith('objective.') and path.rsplit('.', 1)[-1] in RESUMABLE_NAMES:
     return None
   if isinstance(saved, dict) and isinstance(config, dict):
     for key in [*saved, *(key for key in config if key not in saved)]:

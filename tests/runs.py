@@ -204,7 +204,7 @@ def untrained(config, workdir, changed=lambda params: params):
     return state.replace(params=changed(state.params))
 
   store = Checkpointer(workdir)
-  store.save(jax.jit(born, out_shardings=run.shardings)(), {}, {})
+  store.save(jax.jit(born, out_shardings=run.shardings)(), {})
   store.close()
   return workdir
 

@@ -1,7 +1,7 @@
 """Workdirs and config files written by version 0.1.0, before fields were renamed, open as they did.
 
-`fixtures/runs_0.1.0.tar.xz` holds two workdirs that 0.1.0 wrote (a classifier, and a text-conditional latent diffusion),
-each with the SHA-256 (first 16 digits) of every array as 0.1.0 restored it.
+`fixtures/runs_0.1.0.tar.xz` holds two workdirs that 0.1.0 wrote (a classifier and a text-conditional latent
+diffusion), each with the SHA-256 (first 16 digits) of every array as 0.1.0 restored it.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def test_a_workdir_of_0_1_0_reopens_bitwise_and_names_the_new_fields(workdirs, n
 
 def test_old_and_new_name_of_one_field_are_an_error():
   config = load_config('configs/demo/mae.py')
-  with pytest.raises(UserError, match='config.train: batch is the earlier name of batch_size, and both are given'):
+  with pytest.raises(UserError, match=r'config\.train: batch is the earlier name of batch_size, and both are given'):
     resolve(override(config, ['train.batch=8']))
 
 

@@ -17,7 +17,7 @@ from fmcv_jax.train.flops import matmul_flops
 from fmcv_jax.train.storage import read_metrics
 from tests import runs
 
-TIMES = ('time', 'train/steps_per_second', 'train/images_per_second', 'train/input_wait')
+TIMES = ('time', 'train/steps_per_second', 'train/images_per_second', 'train/data_wait_fraction')
 
 
 @pytest.fixture(scope='module')
@@ -148,7 +148,7 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
     ({'train__batch_size_size': 20}, r'config\.train\.batch_size: 20 does not divide over data=8; use a multiple of 8'),
     ({'train__grad_accum_steps': 4}, r'16 does not divide over data=8 times 4 microbatches; use a multiple of 32'),
     ({'evaluators__val__batch_size_size': 12}, r'config\.evaluators\.val\.batch_size: 12 does not divide'),
-    ({'train__steps': 2}, r'config\.optimizer\.schedule: warmup_steps 2 leaves nothing of a run of 2 steps'),
+    ({'train__steps': 2}, r'config\.optimizer\.schedule: warmup_steps 2 must be smaller than the number of steps, 2'),
     ({'mesh__tensor': 3}, 'tensor=3 needs a multiple of 3 devices'),
     ({'data__image__size': 24}, r'config\.data gives image of shape \(24, 24, 3\).* expects \(16, 16, 3\)'),
     (

@@ -154,7 +154,7 @@ def _write(run: Run, state: TrainState, imported: Mapping[str, str]) -> None:
   write_json(run.workdir / 'config.json', run.config)
   keep_tokenizer(run)
   store = Checkpointer(run.workdir)
-  store.save(state, {'imported': imported}, {})
+  store.save(state, {'imported': imported})
   store.wait()
   store.close()
 

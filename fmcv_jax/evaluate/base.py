@@ -36,6 +36,7 @@ class EvaluatedModel:
   make_generator        (params, extra) -> the Generator of a model that make_generator pictures, else None
   reopen       a workdir -> its model, as another subject
   image_size   sides of the pictures that the functions take; None for any
+  between_batches  called before every batch; what it raises ends the evaluation, as a request to stop does
   """
 
   functions: Mapping[str, Callable[..., jax.Array]]
@@ -46,6 +47,7 @@ class EvaluatedModel:
   make_generator: Callable[[Any, Any], Generator | None] | None = None
   reopen: Callable[[str], 'EvaluatedModel'] | None = None
   image_size: int | None = None
+  between_batches: Callable[[], None] = lambda: None
 
   def __post_init__(self):
     self._jitted: dict[str, Callable[..., Any]] = {}
@@ -106,6 +108,7 @@ class EvaluatedModel:
           return [function(params, extra, batch)] + [batch[k] for k in ('index', 'mask', 'label') if k in batch]
 
       self._jitted[name] = jax.jit(both, out_shardings=self.placement.replicated())
+    self.between_batches()
     batch = to_devices(local, self.placement)
     return jax.device_get(self._jitted[name](self.params, self.extra, batch))
 

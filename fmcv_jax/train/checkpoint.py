@@ -2,21 +2,24 @@
 
 import contextlib
 import dataclasses
+import json
+import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from fmcv_jax.errors import UserError
+from fmcv_jax.bounds import PositiveInt
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.parallel.distributed import any_process, is_main
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.train import checksums
 from fmcv_jax.train.state import TrainState
-from fmcv_jax.train.storage import inode
+from fmcv_jax.train.storage import append_line, inode, read_metrics
 
 DAMAGED = 'damaged'
 # Bytes of a file of arrays. What is written is kept packed in memory until a file is full, by default 2 GiB of it.
@@ -33,13 +36,31 @@ class Checkpointing:
   """When a run saves and what it keeps.
 
   every   steps between saves; the last step is always saved
-  keep    how many of the newest to keep
-  best    an evaluator's figure, such as 'seen/top1', whose best checkpoint is kept besides; higher is better
+  keep    number of the latest checkpoints to keep
+  best    metric of an evaluator, such as 'seen/top1', whose best checkpoint is kept besides; higher is better. The run
+          then also saves whenever that evaluator runs, so that the metric is that of a checkpoint
   """
 
-  every: int = 1000
-  keep: int = 2
+  every: PositiveInt = 1000
+  keep: PositiveInt = 2
   best: str | None = None
+
+
+@dataclasses.dataclass
+class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
+  """Preserves the step with the highest finite metric, as `metrics` has them when a step is about to be deleted."""
+
+  metrics: Callable[[], Mapping[int, float]]
+
+  def should_preserve(self, checkpoints, *, context):
+    best = _best_of(self.metrics(), {info.step for info in checkpoints})
+    return [info.step == best for info in checkpoints]
+
+
+def _best_of(metrics: Mapping[int, float], steps: Collection[int]) -> int | None:
+  """The step with the highest finite metric among `steps` (the later of equals), or None."""
+  scored = [(value, step) for step, value in metrics.items() if step in steps and math.isfinite(value)]
+  return max(scored)[1] if scored else None
 
 
 class Checkpointer:
@@ -54,20 +75,18 @@ class Checkpointer:
     if not create and not self.directory.exists():
       raise UserError(f'{workdir}: holds no checkpoints; give the workdir of a run that has saved at least once')
     self._best = options.best
+    self._metrics_file = epath.Path(workdir).absolute() / 'best.jsonl'
     self._saving = -1
     managers = ocp.checkpoint_managers
     policies: list[Any] = [managers.LatestN(options.keep)]
-    figure = None
     if options.best:
-      figure = lambda figures: figures[options.best]  # noqa: E731
-      policies.append(managers.BestN(get_metric_fn=figure, n=1, keep_checkpoints_without_metrics=False))
+      policies.append(_KeepBest(self._metrics))
     trees = {name: ocp.PyTreeCheckpointHandler() for name in ('params', 'ema', 'extra', 'rest')}
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={**trees, 'run': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(policies),
-        best_fn=figure,  # without it the figures would not be written, and forgotten at a restart
         create=create,
         # Deleting a step is a rename: a kill in the middle leaves no half-deleted step behind in the list.
         todelete_subdir='deleted' if create else None,
@@ -87,20 +106,37 @@ class Checkpointer:
     return sorted(self._manager.all_steps())
 
   def best(self) -> int | None:
-    """The step with the best figure among those kept, or None."""
-    figures = {step: (self._manager.metrics(step) or {}).get(self._best) for step in self._manager.all_steps()}
-    scored = {step: figure for step, figure in figures.items() if figure is not None}
-    return max(scored, key=lambda step: scored[step]) if scored else None
+    """The step with the highest finite metric among those kept, or None."""
+    return _best_of(self._metrics(), self._manager.all_steps())
 
-  def save(self, state: TrainState, run: dict[str, Any], figures: dict[str, float]) -> None:
+  def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Notes the metrics of the checkpoint of `step`, which was saved before they were computed."""
+    if self._best is None or self._best.split('/')[0] not in {name.split('/')[0] for name in metrics}:
+      return
+    if self._best not in metrics:
+      raise UserError(f'config.checkpoint.best: no metric {self._best!r}; {did_you_mean(self._best, sorted(metrics))}')
+    if is_main():
+      append_line(self._metrics_file, json.dumps({'step': step, self._best: _json_number(metrics[self._best])}) + '\n')
+
+  def _metrics(self) -> dict[int, float]:
+    """The recorded metric of each step; the last record counts where a step was evaluated again."""
+    if self._best is None:
+      return {}
+    metrics = {}
+    for step in self._manager.all_steps():
+      stored = self.directory / str(step) / 'metrics' / 'metrics'  # where 0.1.0 kept them
+      if stored.exists() and isinstance(value := json.loads(stored.read_text()).get(self._best), int | float):
+        metrics[step] = float(value)
+    rows = [row for row in read_metrics(self._metrics_file) if row.get(self._best) is not None]
+    return metrics | {row['step']: row[self._best] for row in rows}
+
+  def save(self, state: TrainState, run: dict[str, Any]) -> None:
     """Starts to save; returns once the arrays are off the devices. `run` is any JSON, such as the data position."""
     step = int(state.step)
     if step in self._manager.all_steps():
       return
     if inode(self.directory) != self._inode:  # orbax would make it anew, and nobody would know of the loss
       raise UserError(f'{self.directory}: was moved or removed while the run wrote to it; nothing is saved any more')
-    if self._best and self._best not in figures:
-      figures = {}
     args = {
       name: ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=TARGET_FILE_BYTES)
       for name, item in _items(state).items()
@@ -108,7 +144,7 @@ class Checkpointer:
     self.wait()  # for the save before this one
     self._saving = step
     with self._reported(step):
-      self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **args), metrics=figures or None)
+      self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **args))
 
   def restore(self, abstract: TrainState, shardings: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
     """The state of `step` (default: the newest), placed as `shardings` say whatever mesh wrote it, and its `run`."""
@@ -227,6 +263,11 @@ def _items(state: TrainState) -> dict[str, Any]:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {path_of(key_path): tuple(leaf.shape) for key_path, leaf in flat if hasattr(leaf, 'shape')}
+
+
+def _json_number(value: float) -> float | None:
+  """JSON has no NaN."""
+  return float(value) if math.isfinite(value) else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,13 +23,18 @@ class Preempted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-  """The numbers of a loop, in steps: its length, and how often it does what else it does."""
+  """Length of a loop and its intervals, in steps.
+
+  saves, evaluates   whether there is a checkpoint, an evaluation after this step; the last step is always saved
+  evaluate_first     whether the state that the loop starts from is due for an evaluation that a stop prevented
+  """
 
   steps: int
   log_every: int
-  save_every: int
-  evaluate_every: Callable[[int], bool]
-  max_streak: int
+  saves: Callable[[int], bool]
+  evaluates: Callable[[int], bool]
+  max_nonfinite_steps: int
+  evaluate_first: bool = False
 
 
 def run(
@@ -41,7 +46,7 @@ def run(
   batch_size: int,
   step_flops: float,
   peak_flops: float | None,
-  evaluate: Callable[[TrainState, int], dict[str, float]],
+  evaluate: Callable[[TrainState, int, Callable[[], None]], dict[str, float]],
   position: Callable[[], dict[str, Any]],
   checkpointer: Checkpointer,
   writer: Writer | None,
@@ -49,22 +54,40 @@ def run(
 ) -> TrainState:
   """Trains from `state` to plan.steps and returns the final state, which is saved.
 
-  `batches` yields device arrays; `position` describes the data position after the batches taken; `evaluate` gives
-  figures of the state at a step; step_flops and peak_flops are those of all devices; `clock` is told where the time
-  goes. Raises Preempted after a SIGTERM (or the cluster's preemption notice) once the state is saved, and UserError
-  after plan.max_streak bad steps in a row.
+  `batches` yields device arrays; `position` describes the data position after the batches taken; `evaluate` returns
+  the metrics of the state at a step, and asks its third argument between batches whether to stop (it then raises
+  Preempted); step_flops and peak_flops are totals of all devices; `clock` records where the time goes. A state is saved
+  before it is evaluated, so an evaluator that fails or is stopped loses no step. Raises Preempted after a SIGTERM (or
+  the cluster's preemption notice) once the state is saved, and UserError after plan.max_nonfinite_steps bad steps in a
+  row.
   """
   step = int(state.step)
-  figures: dict[str, float] = {}
   stop = PreemptionGuard()
   window = ThroughputMeter(step)
   last_metrics, skipped = None, float(state.skipped)
 
   def save():
     with clock.during('save'):
-      checkpointer.save(state, {'data': position(), 'figures': figures}, figures)
+      checkpointer.save(state, {'data': position()})
+
+  def raise_if_stopped():
+    if stop.requested_here():
+      save()
+      checkpointer.wait()
+      raise Preempted(f'asked to stop while evaluating step {step}: saved; the same command resumes from here')
+
+  def run_evaluators():
+    with clock.during('evaluate'):
+      metrics = evaluate(state, step, raise_if_stopped)
+    if metrics:
+      checkpointer.record(step, metrics)
+      if writer:
+        writer.evaluation(step, metrics)
 
   clock.begin(step)
+  if plan.evaluate_first:
+    run_evaluators()
+    window.restart(step)
   while step < plan.steps:
     with window.waiting(), clock.during('input'):
       batch = next(batches)
@@ -84,7 +107,7 @@ def run(
         if values['skipped'] > skipped:
           writer.note(f'{values["skipped"] - skipped:.0f} steps up to {step} were skipped: loss or gradient not finite')
       skipped = values['skipped']
-      if values['streak'] >= plan.max_streak:
+      if values['streak'] >= plan.max_nonfinite_steps:
         save()
         checkpointer.wait()
         first = step - int(values['streak']) + 1
@@ -92,21 +115,20 @@ def run(
           f'step {step}: loss or gradient was not finite since step {first}; the state before it is saved; look at the '
           f'learning rate, or at that step: fmcv replay --workdir {checkpointer.directory.parent} --at {first}'
         )
-    if plan.evaluate_every(step):
-      with clock.during('evaluate'):
-        figures = evaluate(state, step)
-      if writer and figures:
-        writer.evaluation(step, figures)
-      window.restart(step)
-    stopping = stop.requested(step)
-    if step % plan.save_every == 0 or step == plan.steps or stopping:
+    if plan.saves(step) or step == plan.steps:
       save()
       window.restart(step)
+    if plan.evaluates(step) and not stop.requested_here():
+      run_evaluators()
+      window.restart(step)
+    stopping = stop.requested(step)
+    if stopping:
+      save()
     if step % plan.log_every == 0 or step == plan.steps or stopping:
       clock.write(step)
     if stopping and step < plan.steps:
       checkpointer.wait()
-      raise Preempted(f'asked to stop at step {step}: saved; the same command goes on from here')
+      raise Preempted(f'asked to stop at step {step}: saved; the same command resumes from here')
   checkpointer.wait()
   return state
 
@@ -135,7 +157,7 @@ class ThroughputMeter:
     figures = {
       'steps_per_second': steps / seconds,
       'images_per_second': steps * batch / seconds,
-      'input_wait': self.waited / seconds,
+      'data_wait_fraction': self.waited / seconds,
     }
     if peak_flops:
       figures['utilization'] = steps * step_flops / seconds / peak_flops
@@ -153,6 +175,10 @@ class PreemptionGuard:
 
   def _ask(self, *_):
     self._asked = True
+
+  def requested_here(self) -> bool:
+    """Whether a single process was asked to stop; several stop together, at the end of a step."""
+    return self._asked
 
   def requested(self, step: int) -> bool:
     """Called by every process after every step; all of them answer True at the same step."""

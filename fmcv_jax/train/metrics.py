@@ -11,6 +11,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fmcv_jax.bounds import PositiveFloat, PositiveInt
 from fmcv_jax.train.storage import append_line, read_metrics
 
 # Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind (vendors' data sheets).
@@ -27,6 +28,9 @@ PEAK_FLOPS: dict[str, float] = {
 }
 
 
+METRICS_FILE = 'metrics.jsonl'
+
+
 @dataclasses.dataclass(frozen=True)
 class Log:
   """How often and against what a run reports.
@@ -36,9 +40,9 @@ class Log:
                reports no utilization on devices without one
   """
 
-  every: int = 50
+  every: PositiveInt = 50
   tensorboard: bool = True
-  peak_flops: float | None = None
+  peak_flops: PositiveFloat | None = None
 
 
 def peak_of(device_kind: str) -> float | None:
@@ -50,7 +54,7 @@ class Writer:
   """Appends figures to metrics.jsonl (and TensorBoard) of a workdir and shows progress; process 0 alone has one."""
 
   def __init__(self, workdir: epath.Path, *, total: int, start: int, tensorboard: bool, console: Console):
-    self.path = workdir / 'metrics.jsonl'
+    self.path = workdir / METRICS_FILE
     _drop_after(self.path, start)
     self._board = None
     if tensorboard:
@@ -76,7 +80,7 @@ class Writer:
     shown = [f'loss {figures["loss"]:.4f}', f'{figures["images_per_second"]:.0f} img/s']
     if 'utilization' in figures:
       shown.append(f'mfu {figures["utilization"]:.1%}')
-    shown.append(f'wait {figures["input_wait"]:.0%}')
+    shown.append(f'wait {figures["data_wait_fraction"]:.0%}')
     if figures['skipped']:
       shown.append(f'skipped {figures["skipped"]:.0f}')
     line = '  '.join(shown)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmcv_jax.bounds import Decay, NonNegativeFloat, Pattern, PositiveFloat, PositiveFraction, PositiveInt
+from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.parallel.rules import num_shards, path_of, with_logical_constraint
 from fmcv_jax.train.layer_decay import layerwise_lr_scales, map_by_path
@@ -30,9 +32,9 @@ class UpdateRule(abc.ABC):
 class AdamW(UpdateRule):
   """Loshchilov & Hutter 2019. `mu_dtype` bfloat16 halves the first moment."""
 
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
+  b1: Decay = 0.9
+  b2: Decay = 0.999
+  eps: PositiveFloat = 1e-8
   mu_dtype: Dtype = 'float32'
 
   def make(self, rate, decay, mask):
@@ -43,8 +45,8 @@ class AdamW(UpdateRule):
 class Lion(UpdateRule):
   """Chen et al. 2023: the sign of an interpolated momentum; wants a 3 to 10 times lower rate than AdamW."""
 
-  b1: float = 0.9
-  b2: float = 0.99
+  b1: Decay = 0.9
+  b2: Decay = 0.99
   mu_dtype: Dtype = 'float32'
 
   def make(self, rate, decay, mask):
@@ -55,11 +57,11 @@ class Lion(UpdateRule):
 class Adafactor(UpdateRule):
   """Shazeer & Stern 2018 as Zhai et al. 2022 use it: factored second moment, momentum, no parameter scaling."""
 
-  momentum: float | None = 0.9
+  momentum: Decay | None = 0.9
   momentum_dtype: Dtype = 'bfloat16'
-  decay_rate: float = 0.8
-  clip_rms: float = 1.0
-  min_factored: int = 128
+  decay_rate: Decay = 0.8
+  clip_rms: PositiveFloat = 1.0
+  min_factored: PositiveInt = 128
 
   def make(self, rate, decay, mask):
     momentum = optax.ema(self.momentum, debias=False, accumulator_dtype=self.momentum_dtype) if self.momentum else None
@@ -81,9 +83,9 @@ class Lamb(UpdateRule):
   length of its own.
   """
 
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-6
+  b1: Decay = 0.9
+  b2: Decay = 0.999
+  eps: PositiveFloat = 1e-6
 
   def make(self, rate, decay, mask):
     def rescaled(updates, params):
@@ -120,11 +122,11 @@ class Muon(UpdateRule):
   every replica would compute all of it again.
   """
 
-  beta: float = 0.95
-  ns_steps: int = 5
-  b1: float = 0.9
-  b2: float = 0.95
-  rms: float = 0.2
+  beta: Decay = 0.95
+  ns_steps: PositiveInt = 5
+  b1: Decay = 0.9
+  b2: Decay = 0.95
+  rms: PositiveFloat = 0.2
 
   def make(self, rate, decay, mask):
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -163,21 +165,38 @@ def _split_longer_side(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Clip the global norm, apply the rule at the schedule's rate, decay the weights whose paths match `decayed`.
+  """Clips the global norm, applies the rule at the schedule's rate, and decays weights.
 
-  weight_decay_end  where given, the decay goes there from `weight_decay` by half a cosine over the run
-  layer_decay       the rate of a layer is this times that of the next one (see layerwise_lr_scales)
-  multipliers       pairs of a pattern and what the rate of paths that match it is multiplied by
+  weight_decay_mask  patterns of the paths whose weights are decayed
+  weight_decay_end   where given, the decay goes there from `weight_decay` by half a cosine over the run
+  layer_decay        the rate of a layer is this times the rate of the next one (see layerwise_lr_scales)
+  lr_multipliers     pairs of a pattern and the factor on the rate of the paths that match it
+
+  A pattern that matches no parameter is an error (`check`): a misspelled one would silently change the run.
   """
 
   schedule: Schedule
   rule: UpdateRule = AdamW()
-  weight_decay: float = 0.0
-  weight_decay_end: float | None = None
-  weight_decay_mask: tuple[str, ...] = (r'.*/kernel',)
-  clip_norm: float | None = None
-  layer_decay: float = 1.0
-  lr_multipliers: tuple[tuple[str, float], ...] = ()
+  weight_decay: NonNegativeFloat = 0.0
+  weight_decay_end: NonNegativeFloat | None = None
+  weight_decay_mask: tuple[Pattern, ...] = (r'.*/kernel',)
+  clip_norm: PositiveFloat | None = None
+  layer_decay: PositiveFraction = 1.0
+  lr_multipliers: tuple[tuple[Pattern, NonNegativeFloat], ...] = ()
+
+  def check(self, params: Any) -> None:
+    """Raises ValueError for a pattern that matches no path of `params` (arrays or ShapeDtypeStructs)."""
+    paths: list[str] = []
+    map_by_path(lambda path, x: paths.append(path), params)
+    own = self.weight_decay_mask != Optimizer.weight_decay_mask  # the default suits most networks, not all
+    decay = self.weight_decay_mask if own and (self.weight_decay or self.weight_decay_end) else ()
+    for name, patterns in (
+      ('weight_decay_mask', decay),
+      ('lr_multipliers', [pattern for pattern, _ in self.lr_multipliers]),
+    ):
+      for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+          raise ValueError(f'{name}: {pattern!r} matches no parameter; {did_you_mean(pattern, paths)}')
 
   def make(self, total_steps: int) -> optax.GradientTransformation:
     def mask(params):

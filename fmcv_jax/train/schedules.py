@@ -7,17 +7,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmcv_jax.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
+
 
 class Schedule(abc.ABC):
-  """A learning rate by step: linear warm-up from 0 to `peak` over `warmup_steps`, then a decay."""
+  """A learning rate by step: linear warm-up from 0 to `peak_lr` over `warmup_steps`, then a decay."""
 
-  peak_lr: float
-  warmup_steps: int
+  peak_lr: NonNegativeFloat
+  warmup_steps: NonNegativeInt
 
   def __call__(self, total_steps: int) -> optax.Schedule:
-    """The schedule of a run of `total_steps`; the last step's rate is the decay's end."""
+    """The schedule of a run of `total_steps`.
+
+    The decay reaches its end one step after the last: of 10 steps, 2 of them warm-up, a cosine's last is 0.038 of the
+    peak.
+    """
+    if not self.peak_lr:
+      raise ValueError('peak_lr is 0: nothing would be learned; set it above 0')
     if self.warmup_steps >= total_steps:
-      raise ValueError(f'warmup_steps {self.warmup_steps} leaves nothing of a run of {total_steps} steps')
+      raise ValueError(f'warmup_steps {self.warmup_steps} must be smaller than the number of steps, {total_steps}')
     if not self.warmup_steps:
       return self.decay(total_steps)
     # The first step has rate peak / warmup_steps, not 0: a step that changes nothing is a step wasted.
@@ -31,11 +39,11 @@ class Schedule(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-  """Half a cosine from `peak` to `end` (Loshchilov & Hutter 2017)."""
+  """Half a cosine from `peak_lr` to `end` (Loshchilov & Hutter 2017)."""
 
-  peak_lr: float
-  warmup_steps: int = 0
-  end: float = 0.0
+  peak_lr: NonNegativeFloat
+  warmup_steps: NonNegativeInt = 0
+  end: NonNegativeFloat = 0.0
 
   def decay(self, steps):
     return optax.cosine_decay_schedule(self.peak_lr, steps, alpha=self.end / self.peak_lr)
@@ -43,11 +51,11 @@ class Cosine(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Schedule):
-  """A straight line from `peak` to `end`."""
+  """A straight line from `peak_lr` to `end`."""
 
-  peak_lr: float
-  warmup_steps: int = 0
-  end: float = 0.0
+  peak_lr: NonNegativeFloat
+  warmup_steps: NonNegativeInt = 0
+  end: NonNegativeFloat = 0.0
 
   def decay(self, steps):
     return optax.linear_schedule(self.peak_lr, self.end, steps)
@@ -55,12 +63,12 @@ class Linear(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Rsqrt(Schedule):
-  """peak / sqrt(1 + t / timescale), then linearly to 0 over the last `cooldown_steps` (Zhai et al. 2022)."""
+  """peak_lr / sqrt(1 + t / timescale), then linearly to 0 over the last `cooldown_steps` (Zhai et al. 2022)."""
 
-  peak_lr: float
-  warmup_steps: int = 0
-  timescale: int = 10_000
-  cooldown_steps: int = 0
+  peak_lr: NonNegativeFloat
+  warmup_steps: NonNegativeInt = 0
+  timescale: PositiveInt = 10_000
+  cooldown_steps: NonNegativeInt = 0
 
   def decay(self, steps):
     if self.cooldown_steps > steps:

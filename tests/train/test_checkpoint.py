@@ -1,5 +1,6 @@
 """What is kept, what comes back, and what a damaged or foreign checkpoint says."""
 
+import math
 import pathlib
 
 import jax
@@ -36,8 +37,10 @@ def restore(store, like, step=None, mesh=MeshShape()):
 @pytest.fixture
 def store(tmp_path):
   store = Checkpointer(tmp_path, Checkpointing(keep=2, best='val/top1'))
-  for step, figure in ((1, 0.1), (2, 0.9), (3, 0.3), (4, None), (5, 0.2)):
-    store.save(state_at(step), {'data': {'examples': 10 * step}}, {} if figure is None else {'val/top1': figure})
+  for step, metric in ((1, 0.1), (2, 0.9), (3, math.nan), (4, None), (5, 0.2)):
+    store.save(state_at(step), {'data': {'examples': 10 * step}})
+    if metric is not None:
+      store.record(step, {'val/top1': metric})
   store.wait()
   yield store
   store.close()
@@ -48,12 +51,26 @@ def test_newest_two_and_the_best_are_kept(store):
   assert (store.latest(), store.best()) == (5, 2)
 
 
+def test_the_best_is_remembered_by_the_next_process_and_another_evaluator_changes_nothing(store, tmp_path):
+  store.record(5, {'other/top1': 2.0})
+  again = Checkpointer(tmp_path, Checkpointing(keep=1, best='val/top1'))
+  again.save(state_at(6), {})
+  again.wait()
+  assert (again.best(), again.steps()) == (2, [2, 6])
+  again.close()
+
+
+def test_a_best_metric_that_its_evaluator_does_not_give_names_the_nearest(store):
+  with pytest.raises(UserError, match=r"config.checkpoint.best: no metric 'val/top1'; did you mean 'val/top5'"):
+    store.record(5, {'val/top5': 0.5})
+
+
 @pytest.mark.parametrize('extra', [None, {'centre': jnp.arange(3.0)}])
 @pytest.mark.parametrize('ema', [True, False])
 def test_state_comes_back_bitwise_on_another_mesh_with_its_run(tmp_path, ema, extra):
   state = state_at(7, ema=ema, extra=extra)
   with_store = Checkpointer(tmp_path)
-  with_store.save(state, {'data': {'examples': 3}}, {})
+  with_store.save(state, {'data': {'examples': 3}})
   with_store.wait()
   restored, run = restore(with_store, state, mesh=MeshShape(data=2, fsdp=4))
   with_store.close()
@@ -79,7 +96,7 @@ def test_a_checkpoint_of_another_network_names_the_parameter(store):
 
 def test_a_checkpoint_without_an_average_says_so(tmp_path):
   store = Checkpointer(tmp_path)
-  store.save(state_at(1, ema=False), {}, {})
+  store.save(state_at(1, ema=False), {})
   store.wait()
   with pytest.raises(UserError, match="this checkpoint has no 'ema'; was it saved with another config"):
     restore(store, state_at(1))
@@ -125,7 +142,7 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_is_taken(store, ki
   assert len(reports) == 1
   assert name in reports[0]
   assert len(list(pathlib.Path(store.directory.parent / 'damaged').glob('5-*'))) == 1
-  store.save(state_at(5), {'data': {}}, {})  # computed anew
+  store.save(state_at(5), {'data': {}})  # computed anew
   store.wait()
   assert store.restore_newest(abstract, shardings, reports.append)[0].step == 5
   assert len(reports) == 1
@@ -133,7 +150,7 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_is_taken(store, ki
 
 def test_a_workdir_with_damaged_steps_only_says_so(tmp_path):
   store = Checkpointer(tmp_path)
-  store.save(state_at(1), {'data': {}}, {})
+  store.save(state_at(1), {'data': {}})
   store.wait()
   damage(pathlib.Path(store.directory / '1'), 'flipped')
   abstract = jax.eval_shape(lambda: state_at(0))

@@ -8,7 +8,7 @@ from rich.console import Console
 from fmcv_jax.train.metrics import Writer, peak_of
 from fmcv_jax.train.storage import read_metrics
 
-FIGURES = {'loss': 2.0, 'images_per_second': 100.0, 'input_wait': 0.1, 'skipped': 0.0}
+FIGURES = {'loss': 2.0, 'images_per_second': 100.0, 'data_wait_fraction': 0.1, 'skipped': 0.0}
 
 
 def writer(tmp_path, start=0, tensorboard=False):

@@ -29,7 +29,7 @@ def test_rsqrt_follows_its_formula_and_cools_down_to_zero():
 
 
 def test_schedule_without_room_for_its_warm_up_is_refused():
-  with pytest.raises(ValueError, match='warmup_steps 10 leaves nothing of a run of 10 steps'):
+  with pytest.raises(ValueError, match='warmup_steps 10 must be smaller than the number of steps, 10'):
     Cosine(1.0, warmup_steps=10)(10)
 
 
