@@ -148,7 +148,7 @@ FAMILIES: dict[str, Family] = {
   'mae_pretrain': Family(
     (('timm', vit.mae()), ('transformers', vit.mae(hub=True)), ('transformers', vit.mae(hub=False))), _masked
   ),
-  'dinov2': Family((*_TIMM, *_DINOV2), _encoder(IMAGENET, 0.875)),
+  'dinov2': Family((*_TIMM, *_DINOV2), _encoder(IMAGENET, 0.875, vit.dinov2)),
   'swin': Family(_SWIN, _encoder(IMAGENET, 0.875, swin.network)),
   'clip': Family(_CLIP, _dual(OPENAI, **_OPEN), _PAIR),
   'clip_openai': Family(_CLIP, _dual(OPENAI, **_OPENAI), _PAIR),

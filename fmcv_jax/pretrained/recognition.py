@@ -86,6 +86,9 @@ def _whose(candidates: list[str]) -> str:
 
 def _config(name: str, layout: Layout, shapes: Shapes, what: str) -> dict[str, Any]:
   try:
+    for row in layout.rows:
+      if row.ours.endswith('mlp/gate/kernel') and row.ours.replace('gate', 'up') in shapes:
+        shapes[row.ours]  # its names are those of a gated MLP alone
     return FAMILIES[name].config(shapes)
   except MissingPath as missing:
     raise UserError(f'{what}: {name_of(layout, missing.path)} is missing, for a checkpoint of {name!r}') from missing

@@ -199,8 +199,11 @@ def heads_of(width: int, depth: int, hidden: int) -> int:
   return SIZES[name][2] if name else max(1, width // HEAD_WIDTH)
 
 
-def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """The network that has these parameters, as a config: what shapes tell, which is all but activations and eps."""
+def tower(shapes: Mapping[str, Shape], *, class_token: bool = False) -> dict[str, Any]:
+  """The network that has these parameters, as a config: what shapes tell, which is all but activations and eps.
+
+  class_token   it has one, whether that is among the shapes or not
+  """
   rows, width = shapes['patch/kernel']
   depth = shapes['blocks/norm1/scale'][0]
   hidden = shapes['blocks/mlp/up/kernel'][-1]
@@ -210,7 +213,7 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   if size is None:
     network |= {'width': width, 'depth': depth, 'mlp_dim': hidden, 'num_heads': heads_of(width, depth, hidden)}
   distilled = has(shapes, 'distillation_')
-  side, placed, expected = _places(shapes['position'][0], 'class_token' in shapes, distilled)
+  side, placed, expected = _places(shapes['position'][0], class_token or 'class_token' in shapes, distilled)
   if has(shapes, 'pooled_norm/'):
     network |= {'pool': 'gap', 'fc_norm': True, 'class_token': expected}
   elif not expected:
@@ -236,6 +239,11 @@ def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     if there
   }
   return network
+
+
+def dinov2(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  """A ViT of DINOv2, all of which have a class token and layer scales."""
+  return tower(shapes, class_token=True) | {'layer_scale': 1.0}
 
 
 def _places(places: int, class_token: bool, distilled: bool) -> tuple[int, bool, bool]:

@@ -79,10 +79,15 @@ NETWORKS = {
   'sd1': lambda: pipeline('sd1'),
   'sd2': lambda: pipeline('sd2'),
 }
-# Parts that a family has with or without; what is left is another of its networks.
-OPTIONAL = {
-  'vit': r'head\.?|classifier\.?',
+# What can be wanting, if all of it is, because what is left is another network: one without classes or a projection, or
+# of a kind without such a part. That it was meant to have one, only a config could say.
+ANOTHER = {
+  '': (r'(params/)?(classifier|head)[./].*', r'(text|visual)_projection(\.weight)?', 'proj'),
+  'deit': (r'blocks\.\d+\.ls\d\.gamma',),
+  'dinov2': (r'(.*embeddings\.)?mask_token', r'(.*embeddings\.)?(register_tokens|reg_token)'),
+  'siglip_image': (r'norm_pre\..*',),
 }
+_STACK = re.compile(r'(.*?(?:blocks|layers?|encoderblock)[._])\d+[./].*')
 APART = [
   *(f'init_from.extra/{part}.workdir=elsewhere' for part in ('network', 'autoencoder', 'text')),
   *(f'objective.text.{field}' for field in ('width=64', 'depth=2', 'heads=1', 'mlp_dim=128')),
@@ -113,22 +118,27 @@ def tables(case):
     own = NETWORKS[case]()
   reference = Names(own)
   match = matched(case, reference.shapes)
-  found, seen = [('reference', dict(reference.shapes))], {frozenset(reference.shapes)}
+  found, seen = [('reference', dict(reference.shapes))], {('', _spelling(reference.shapes))}
   for form, layout in FAMILIES[family].layouts:
     try:
       shapes = names_of(match.run, layout)
-      is_read = frozenset(shapes) not in seen and matched(case, shapes).layout is layout
+      is_read = (form, _spelling(shapes)) not in seen and matched(case, shapes).layout is layout
     except (UserError, ValueError):  # another kind of network of the family
       continue
     if is_read:
-      seen.add(frozenset(shapes))
+      seen.add((form, _spelling(shapes)))
       found.append((form, shapes))
   return found
 
 
+def _spelling(names):
+  return frozenset(re.sub(r'\d+', '0', name) for name in names)
+
+
 def groups(names):
-  """Each name, each module with all that is below it, and each of both in all layers at once."""
+  """Pattern -> names: each name, each module with all that is below it, and each of both in all layers at once."""
   found = {}
+  names = [name for name in names if not re.search('num_batches_tracked|position_ids|relative_position_index', name)]
   for name in names:
     parts = re.split(r'(?<=[./])', name)
     for length in range(1, len(parts) + 1):
@@ -163,3 +173,49 @@ def shapes_of_equal_networks_once():
 def matched(case, shapes):
   family = case.split('-')[0]
   return conversion.matched(Names(shapes), 'the_file', family=family, overrides=OVERRIDES.get(family, []))
+
+
+def unnamed(case, every):
+  """(groups tried, those whose file was taken or refused without the name), every n-th group of each format."""
+  tried, wrong = 0, []
+  for form, shapes in tables(case):
+    for pattern, left in sorted(groups(shapes).items())[::every]:
+      tried += 1
+      rest = {name: shape for name, shape in shapes.items() if name not in left}
+      try:
+        matched(case, rest)
+        message = ''
+      except UserError as error:
+        message = str(error)
+      is_line = message.startswith('the_file: ') and '\n' not in message
+      is_named = any(name in message for name in left) or re.search(pattern, message) or blocks(shapes) <= left
+      if not (is_line and 'missing' in message and is_named) and (message or not is_another(case, shapes, left)):
+        wrong.append((form, pattern, message))
+  return tried, wrong
+
+
+def blocks(names):
+  return {name for name in names if _STACK.fullmatch(name)}
+
+
+def is_another(case, names, left):
+  """Whether what is left over is a network of the family: one of fewer layers, or without an optional part."""
+  stacks = {found[1] for name in names if (found := _STACK.fullmatch(name))}
+  last = ({name for name in names if re.match(re.escape(stack) + '1[./]', name)} for stack in stacks)
+  optional = (*ANOTHER[''], *ANOTHER.get(case.split('-')[0], ()))
+  return left in (*last, *({name for name in names if re.fullmatch(pattern, name)} for pattern in optional))
+
+
+@pytest.mark.parametrize('case', ['vit', 'dinov2', 'clip', 'siglip_image', 'clip_text', 'dit', 'sd_vae', 'mae_pretrain'])
+def test_what_is_missing_is_named(case):
+  tried, wrong = unnamed(case, every=19)
+  assert tried >= 5
+  assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', NETWORKS)
+def test_what_is_missing_is_named_whatever_it_is(case):
+  tried, wrong = unnamed(case, every=1)
+  assert tried >= 60
+  assert not wrong
