@@ -134,7 +134,7 @@ def unwrapped(tree: Any, what: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not known and len(weights) > 1:
       raise UserError(f'{what}: holds several sets of weights, {", ".join(sorted(weights))}; save the one meant')
     key, *others = known or weights
-    left = [*others, *(name for name in weights if name not in known)]
+    left = [*others, *(name for name in weights if name not in (key, *known))]
     if left:
       averaged = ', the averaged weights' if key in AVERAGES else ''
       notes.append(f'{key!r} was taken{averaged}; left out: {", ".join(sorted(left))}')
