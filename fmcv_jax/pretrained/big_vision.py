@@ -113,12 +113,13 @@ def siglip_text() -> Iterator[Layout]:
 
 
 def siglip() -> Iterator[Layout]:
-  """SigLIP (Zhai et al. 2023) and, stacked, SigLIP 2 (Tschannen et al. 2025)."""
-  for width, stacked in _variants():
-    rows = (
-      *below('image', _image(width, stacked=stacked), 'params/img/'),
-      *below('text', _text(width, stacked=stacked), 'params/txt/'),
-      Row('temperature', 'params/t', ONE),
-      Row('bias', 'params/b', ONE),
-    )
-    yield Layout(rows)
+  """SigLIP (Zhai et al. 2023) and, stacked, SigLIP 2 (Tschannen et al. 2025), whose g-opt reads with So400m's tower."""
+  for image, text in (*((width, width) for width in HEAD_WIDTHS), (96, 72)):
+    for stacked in (False, True):
+      rows = (
+        *below('image', _image(image, stacked=stacked), 'params/img/'),
+        *below('text', _text(text, stacked=stacked), 'params/txt/'),
+        Row('temperature', 'params/t', ONE),
+        Row('bias', 'params/b', ONE),
+      )
+      yield Layout(rows)

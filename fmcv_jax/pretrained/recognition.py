@@ -101,16 +101,16 @@ def _refusal(tensors: Tensors, candidates: list[str], best: _Complaint) -> str:
     return 'is empty'
   if other := seems(tensors.shapes):
     return f'seems to be {other}'
-  if best.distance >= 1 and (doubt := _doubt(tensors, candidates)):
+  if doubt := _doubt(tensors, candidates, best.distance):
     return doubt
   return best.text or f'holds nothing of {_whose(candidates)}'
 
 
-def _doubt(tensors: Tensors, candidates: list[str]) -> str | None:
-  """Where a part of the names, by what they begin with, would be a network, and the rest stands beside it."""
+def _doubt(tensors: Tensors, candidates: list[str], distance: float) -> str | None:
+  """Where what begins alike would be a network, and fewer than `distance` others stand beside it: says so."""
   found = starts(tensors.shapes)
-  for start in found if len(found) > 1 else ():
-    if not start:
+  for start, count in found.items():
+    if not start or not 0 < len(tensors.shapes) - count < distance:
       continue
     inner = only(tensors, start)
     for spelled in spellings(inner):

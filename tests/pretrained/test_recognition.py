@@ -10,7 +10,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.pretrained.families import FAMILIES
 from fmcv_jax.pretrained.recognition import recognize
 from fmcv_jax.pretrained.tensors import open_tensors
-from tests.pretrained.references import CODER, IMAGE, PIXELS, TEXT, TOKENS, imported, published, to_torch, unet_config
+from tests.pretrained.references import CODER, IMAGE, PIXELS, TEXT, TOKENS, imported, published, to_torch
 from tests.pretrained.test_completeness import APART, names_of, pipeline
 from tests.pretrained.test_real_sizes import SD1, Names
 
@@ -185,7 +185,7 @@ def test_pre_logits_are_left_out_with_the_head_and_said():
   shapes = google({'name': 'encoder', 'network': vit}, 'augreg')
   more = {'pre_logits/kernel': (768, 768), 'pre_logits/bias': (768,)}
   match = conversion.matched(Names(shapes | more), 'ViT-B_16.npz')
-  assert (match.name, match.run.experiment.objective.network.num_classes) == ('dino', 0)
+  assert (match.name, match.run.experiment.objective.network.num_classes) == ('vit', 0)
   assert match.notes == ['pre_logits, and the head on top of it, were left out: features are read']
   assert not {'head/kernel', 'head/bias'} & set(match.tensors.shapes)
 
@@ -194,7 +194,7 @@ def test_siglip_2_g_opt_is_read():
   shapes = {
     'params/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel': (40, 1536, 16, 96),
     'params/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out/kernel': (40, 16, 96, 1536),
-    'params/txt/Encoder_0/encoderblock/MlpBlock_0/Dense_0/kernel': (27, 1152, 4304),
+    'params/txt/Encoder_0/encoderblock/MultiHeadDotProductAttention_0/query/kernel': (27, 1152, 16, 72),
   }
   with pytest.raises(UserError, match='is missing'):  # every name and shape is known
     recognize(Names(shapes), 'siglip', 'x')
@@ -258,10 +258,8 @@ def test_clips_tokenizer_goes_with_clips_vocabulary_alone():
     match = conversion.matched(tensors, 'x')
     assert (match.run.experiment.tokenizer is not None) == (words == 49_408)
     assert ['no tokenizer that is known' in note for note in match.notes] == [True] * (words != 49_408)
-  small = {**unet_config('sd1')}
-  del small
   with pytest.raises(UserError, match='its table has 92 words, but the tokenizer clip_bpe has 49408'):
-    conversion.matched(Names({**whole_clip(92)}), 'x', overrides=["tokenizer={'name':'clip_bpe','length':6}"])
+    conversion.matched(Names(whole_clip(92)), 'x', overrides=['tokenizer.name=clip_bpe', 'tokenizer.length=6'])
 
 
 def whole_clip(words):
