@@ -215,7 +215,10 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
     raise UserError(f'{workdir}: cannot be written as {format}: {complaints[0]}')
   if pathlib.Path(to).suffix in TORCH:
     raise UserError(f'--to {to}: only .safetensors, .npz and folders are written')
-  target, more = pathlib.Path(to), _companions(format, family, run, objective, whole=bool(layout.files))
+  target, is_tower = pathlib.Path(to), family.endswith(('_image', '_text'))
+  if is_tower and target.suffix not in ('.safetensors', '.npz'):
+    raise UserError(f'--to {to}: one tower of {family!r} is written as a file; give a name with .safetensors or .npz')
+  more = {} if is_tower else _companions(format, family, run, objective, whole=bool(layout.files))
   if target.suffix in ('.safetensors', '.npz'):
     if layout.files:
       raise UserError(f'--to {to}: {format} has several networks in a folder; give a folder')

@@ -75,6 +75,11 @@ def test_a_text_tower_alone_gives_the_librarys_features(tmp_path, name):
   near(objective.network.apply({'params': params}, TOKENS).output, expected)
   offered = objective.functions()['embed_text'](params, {}, {'tokens': TOKENS})
   near(offered, torch.nn.functional.normalize(expected, dim=-1))
+  export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'back.safetensors'), 'transformers')
+  with pytest.raises(UserError, match='is written as a file'):
+    export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'folder'), 'transformers')
+  back, first = load_file(tmp_path / 'back.safetensors'), load_file(tmp_path / 'theirs' / 'model.safetensors')
+  assert {name.removeprefix('text_model.') for name in back} >= {name.removeprefix('text_model.') for name in first}
 
 
 OPEN_CLIP = {
