@@ -53,6 +53,7 @@ from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.segmentation import Segmentation
+from fmcv_jax.objectives.text_encoder import TextEncoder
 from fmcv_jax.train.optim import Adafactor, AdamW, Lamb, Lion, Muon, UpdateRule
 from fmcv_jax.train.schedules import Cosine, Linear, Rsqrt, Schedule
 
@@ -68,6 +69,7 @@ KINDS: config_lib.Kinds = {
     'encoder': PretrainedEncoder,
     'mae': MaskedAutoencoding,
     'segmentation': Segmentation,
+    'text_encoder': TextEncoder,
   },
   nn.Module: {
     'align': align,

@@ -21,9 +21,11 @@ from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_config
-from fmcv_jax.pretrained.families import FAMILIES, family_of, recognize
+from fmcv_jax.pretrained.arrays import Tensors
+from fmcv_jax.pretrained.families import FAMILIES, family_of
 from fmcv_jax.pretrained.layout import Layout, Shape, check, read, write
-from fmcv_jax.pretrained.tensors import TORCH, Tensors, open_tensors, write_tensors
+from fmcv_jax.pretrained.recognition import recognize
+from fmcv_jax.pretrained.tensors import TORCH, open_tensors, write_tensors
 from fmcv_jax.run import Run, keep_tokenizer, load_trained_params
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.state import TrainState
@@ -47,15 +49,16 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   console = Console(stderr=True)
   if pathlib.Path(to).exists() and any(pathlib.Path(to).iterdir()):
     raise UserError(f'--to {to}: is there and not empty; give a new folder')
-  tensors = open_tensors(file)
-  match = matched(tensors, file, to, family, overrides)
+  match = matched(open_tensors(file), file, to, family, overrides)
   if family is None:
     console.print(
       f'{file} looks like {match.name!r}; if it is another, name it by --as', highlight=False, soft_wrap=True
     )
+  for note in match.notes:
+    console.print(note, highlight=False, soft_wrap=True, markup=False)
   run, sources = match.run, match.run.experiment.init_from
   values: dict[str, Any] = dict(match.leaves)  # what comes from elsewhere takes no memory before it is there
-  arrays = read(match.layout, tensors, match.shapes, match.network, file)
+  arrays = read(match.layout, match.tensors, match.shapes, match.network, file)
   for part, value in track(arrays, 'reading', len(match.shapes), console=console, transient=True):
     path = part if part.startswith('extra/') else f'params/{part}'
     values[path] = jax.device_put(value, match.leaves[path].sharding)
@@ -76,12 +79,14 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
 class Match(NamedTuple):
   """What a checkpoint turned out to be: its family and layout, a run of its network, and what of it the file holds.
 
+  tensors  its arrays, as the layout names them
   leaves   all that the run learns or carries along, by path, in the order of its tree, with its sharding
   shapes   of those that the file holds, by path without 'params/'
   """
 
   name: str
   layout: Layout
+  tensors: Tensors
   run: Run
   leaves: Mapping[str, jax.ShapeDtypeStruct]
   shapes: Mapping[str, Shape]
@@ -90,22 +95,44 @@ class Match(NamedTuple):
   def network(self) -> Any:
     return getattr(self.run.experiment.objective, 'network', None)
 
+  @property
+  def notes(self) -> list[str]:
+    """What of the file was chosen or left out, and what is wanting."""
+    own, e = list(self.tensors.notes), self.run.experiment
+    if 'tokens' in e.objective.example_batch and e.tokenizer is None:
+      own.append('no tokenizer that is known goes with its words; give one by --config.tokenizer.name=...')
+    return own
+
 
 def matched(
   tensors: Tensors, file: str, to: str | None = None, family: str | None = None, overrides: Sequence[str] = ()
 ) -> Match:
   """Finds out what a checkpoint is, and holds its names and shapes against the network's; reads and writes nothing."""
-  name, layout, found = recognize(tensors, family, file)
-  own, folder = FAMILIES[name].config(found), hub_config.folder_of(pathlib.Path(file))
+  name, layout, found, tensors, own = recognize(tensors, family, file)
+  folder = hub_config.folder_of(pathlib.Path(file))
   own |= hub_config.tokenizer(folder, own)
   config = resolve(config_lib.override(config_lib.to_plain_dict(own), [*hub_config.fields(folder, own), *overrides]))
   run = Run(config, to)
+  _check_vocabulary(file, run)
   leaves, sources = _leaves(run), run.experiment.init_from
   shapes = {path.removeprefix('params/'): leaf.shape for path, leaf in leaves.items() if _is_held(path, sources)}
   _check_parts(file, name, shapes, found)
-  match = Match(name, layout, run, leaves, shapes)
+  match = Match(name, layout, tensors, run, leaves, shapes)
   check(layout, tensors, shapes, match.network, file)
   return match
+
+
+def _check_vocabulary(file: str, run: Run) -> None:
+  """UserError for a tokenizer some of whose ids have no row in the text tower's table."""
+  objective, tokenizer = run.experiment.objective, run.experiment.tokenizer
+  network = getattr(objective, 'network', None)
+  text = getattr(objective, 'text', None) or getattr(network, 'text', network)
+  rows = getattr(text, 'vocab_size', None)
+  if tokenizer is not None and rows is not None and tokenizer.vocab_size > rows:
+    raise UserError(
+      f'{file}: its table has {rows} words, but the tokenizer {run.config["tokenizer"]["name"]} has '
+      f'{tokenizer.vocab_size}; give its own by --config.tokenizer.name=...'
+    )
 
 
 def _leaves(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
@@ -188,7 +215,10 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
     raise UserError(f'{workdir}: cannot be written as {format}: {complaints[0]}')
   if pathlib.Path(to).suffix in TORCH:
     raise UserError(f'--to {to}: only .safetensors, .npz and folders are written')
-  target, more = pathlib.Path(to), _companions(format, family, run, objective, whole=bool(layout.files))
+  target, is_tower = pathlib.Path(to), family.endswith(('_image', '_text'))
+  if is_tower and target.suffix not in ('.safetensors', '.npz'):
+    raise UserError(f'--to {to}: one tower of {family!r} is written as a file; give a name with .safetensors or .npz')
+  more = {} if is_tower else _companions(format, family, run, objective, whole=bool(layout.files))
   if target.suffix in ('.safetensors', '.npz'):
     if layout.files:
       raise UserError(f'--to {to}: {format} has several networks in a folder; give a folder')

@@ -16,14 +16,13 @@ from fmcv_jax.pretrained.layout import (
   Rows,
   Shape,
   below,
-  count,
   each,
   linear,
   norm,
-  part,
   point,
   spatial,
 )
+from fmcv_jax.pretrained.outline import count, has, part
 
 LEVELS = range(2, 7)  # how many the layouts are made for,
 LAYERS = range(4)  # and how many blocks of a level at most
@@ -125,11 +124,11 @@ def layouts() -> tuple[tuple[str, Layout], ...]:
 
 def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   """The autoencoder that has these parameters, as a config."""
-  levels = count(shapes, 'encoder/level{}_block0/norm1/scale')
+  levels = count(shapes, r'(?:en|de)coder/level(\d+)_')
   channels = tuple(shapes[f'encoder/level{level}_block0/conv1/kernel'][-1] for level in range(levels))
-  layers = count(shapes, 'encoder/level0_block{}/norm1/scale')
-  latent, quantize = shapes['decoder/conv_in/kernel'][-2], 'quantize/kernel' in shapes
-  attention = tuple(level for level in range(levels) if f'encoder/level{level}_attention0/norm/scale' in shapes)
+  layers = count(shapes, r'encoder/level\d+_block(\d+)/')
+  latent, quantize = shapes['decoder/conv_in/kernel'][-2], has(shapes, 'quantize/') or has(shapes, 'unquantize/')
+  attention = tuple(level for level in range(levels) if has(shapes, f'encoder/level{level}_attention'))
   numbers = (channels, layers, latent, attention, quantize)
   for name, size in SIZES.items():
     if size == numbers:

@@ -1,5 +1,6 @@
 """Vision and text transformers as Google's releases name them: ViT and AugReg, and big_vision's, SigLIP among them."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from fmcv_jax.pretrained.layout import (
@@ -15,7 +16,7 @@ from fmcv_jax.pretrained.layout import (
   patches,
 )
 
-HEAD_WIDTHS = (64, 72, 80, 88, 104)  # those of S to L, So400m, H, g, G
+HEAD_WIDTHS = (64, 72, 80, 88, 96, 104)  # those of S to L, So400m, H, g, g-opt, G
 
 
 def _plain(ours: str, theirs: str, *leaves: str) -> Rows:
@@ -84,28 +85,40 @@ def _image(width: int, *, stacked: bool) -> Rows:
   )
 
 
-def big_vision() -> Iterator[Layout]:
-  """ViTs of big_vision, layers apart or stacked."""
-  for width in HEAD_WIDTHS:
-    for stacked in (False, True):
-      yield Layout(below('', _image(width, stacked=stacked), 'params/'))
+def _text(width: int, *, stacked: bool) -> Rows:
+  block = 'Encoder_0/encoderblock' if stacked else 'Encoder_0/encoderblock_{i}'
+  return (
+    Row('tokens/embedding', 'Embed_0/embedding'),
+    Row('position', 'pos_embedding', BATCHED),
+    *_blocks(block, width),
+    *_plain('norm', 'Encoder_0/encoder_norm', 'scale', 'bias'),
+    *_plain('head', 'head', 'kernel', 'bias'),
+  )
+
+
+def _variants() -> Iterator[tuple[int, bool]]:
+  yield from itertools.product(HEAD_WIDTHS, (False, True))
+
+
+def big_vision(prefix: str = 'params/') -> Iterator[Layout]:
+  """ViTs of big_vision, layers apart or stacked; `prefix` 'params/img/' for the image tower of a pair."""
+  for width, stacked in _variants():
+    yield Layout(below('', _image(width, stacked=stacked), prefix))
+
+
+def siglip_text() -> Iterator[Layout]:
+  """SigLIP's text tower alone."""
+  for width, stacked in _variants():
+    yield Layout(below('', _text(width, stacked=stacked), 'params/txt/'))
 
 
 def siglip() -> Iterator[Layout]:
-  """SigLIP (Zhai et al. 2023) and, stacked, SigLIP 2 (Tschannen et al. 2025)."""
-  for width in HEAD_WIDTHS:
+  """SigLIP (Zhai et al. 2023) and, stacked, SigLIP 2 (Tschannen et al. 2025), whose g-opt reads with So400m's tower."""
+  for image, text in (*((width, width) for width in HEAD_WIDTHS), (96, 72)):
     for stacked in (False, True):
-      block = 'Encoder_0/encoderblock' if stacked else 'Encoder_0/encoderblock_{i}'
-      text = (
-        Row('tokens/embedding', 'Embed_0/embedding'),
-        Row('position', 'pos_embedding', BATCHED),
-        *_blocks(block, width),
-        *_plain('norm', 'Encoder_0/encoder_norm', 'scale', 'bias'),
-        *_plain('head', 'head', 'kernel', 'bias'),
-      )
       rows = (
-        *below('image', _image(width, stacked=stacked), 'params/img/'),
-        *below('text', text, 'params/txt/'),
+        *below('image', _image(image, stacked=stacked), 'params/img/'),
+        *below('text', _text(text, stacked=stacked), 'params/txt/'),
         Row('temperature', 'params/t', ONE),
         Row('bias', 'params/b', ONE),
       )

@@ -17,9 +17,9 @@ from fmcv_jax.pretrained.layout import (
   linear,
   matrix,
   norm,
-  part,
   patch,
 )
+from fmcv_jax.pretrained.outline import has, part
 from fmcv_jax.pretrained.vit import heads_of, timm, tower
 
 _MLP = {'up': 'fc1', 'down': 'fc2'}
@@ -45,9 +45,8 @@ def open_clip_text() -> Rows:
   )
 
 
-def open_clip() -> Layout:
-  """OpenAI's names, which OpenCLIP kept."""
-  image = (
+def _open_clip_image() -> Rows:
+  return (
     Row('class_token', 'class_embedding', ROW),
     Row('position', 'positional_embedding'),
     *patch('conv1')[:1],
@@ -56,9 +55,19 @@ def open_clip() -> Layout:
     *norm('norm', 'ln_post'),
     Row('head/kernel', 'proj'),  # a bare matrix, not transposed
   )
-  text = (*open_clip_text(), Row('head/kernel', 'text_projection'))
-  rows = (*below('image', image, 'visual.'), *below('text', text), Row('temperature', 'logit_scale'))
-  return Layout(rows, ignored=('input_resolution', 'context_length', 'vocab_size', 'attn_mask'))
+
+
+def _open_clip_words() -> Rows:
+  return (*open_clip_text(), Row('head/kernel', 'text_projection'))
+
+
+_BUFFERS = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask')
+
+
+def open_clip() -> Layout:
+  """OpenAI's names, which OpenCLIP kept."""
+  image, text = below('image', _open_clip_image(), 'visual.'), below('text', _open_clip_words())
+  return Layout((*image, *text, Row('temperature', 'logit_scale')), ignored=_BUFFERS)
 
 
 def _blocks(theirs: str) -> Rows:
@@ -80,81 +89,139 @@ def transformers_text() -> Rows:
   )
 
 
+_CLIP_IMAGE: Rows = (
+  Row('class_token', 'embeddings.class_embedding', ROW),
+  Row('position', 'embeddings.position_embedding.weight'),
+  *patch('embeddings.patch_embedding')[:1],
+  *norm('pre_norm', 'pre_layrnorm'),  # so spelt
+  *_blocks('encoder.layers.{i}'),
+  *norm('norm', 'post_layernorm'),
+)
+_POSITIONS = (r'.*\.position_ids',)
+
+
 def transformers_clip() -> Layout:
-  image = (
-    Row('class_token', 'embeddings.class_embedding', ROW),
-    Row('position', 'embeddings.position_embedding.weight'),
-    *patch('embeddings.patch_embedding')[:1],
-    *norm('pre_norm', 'pre_layrnorm'),  # so spelt
-    *_blocks('encoder.layers.{i}'),
-    *norm('norm', 'post_layernorm'),
-  )
   rows = (
-    *below('image', image, 'vision_model.'),
+    *below('image', _CLIP_IMAGE, 'vision_model.'),
     *matrix('image/head', 'visual_projection'),
     *below('text', transformers_text(), 'text_model.'),
     *matrix('text/head', 'text_projection'),
     Row('temperature', 'logit_scale'),
   )
-  return Layout(rows, ignored=(r'.*\.position_ids',))
+  return Layout(rows, ignored=_POSITIONS)
+
+
+def image_towers() -> tuple[tuple[str, Layout], ...]:
+  """CLIP's image tower alone, with its projection or without."""
+  projected = (*below('', _CLIP_IMAGE, 'vision_model.'), *matrix('head', 'visual_projection'))
+  return (
+    ('transformers', Layout(projected, ignored=_POSITIONS)),
+    ('transformers', Layout(_CLIP_IMAGE, ignored=_POSITIONS)),
+    ('open_clip', Layout(_open_clip_image(), ignored=_BUFFERS)),
+  )
+
+
+def text_towers() -> tuple[tuple[str, Layout], ...]:
+  """CLIP's text tower alone, with its projection or without."""
+  projected = (*below('', transformers_text(), 'text_model.'), *matrix('head', 'text_projection'))
+  return (
+    ('transformers', Layout(projected, ignored=_POSITIONS)),
+    ('transformers', Layout(transformers_text(), ignored=_POSITIONS)),
+    ('open_clip', Layout(_open_clip_words(), ignored=(*_BUFFERS, 'logit_scale'))),
+  )
+
+
+_SIGLIP_IMAGE: Rows = (
+  Row('position', 'embeddings.position_embedding.weight'),
+  *patch('embeddings.patch_embedding'),
+  *_blocks('encoder.layers.{i}'),
+  *norm('norm', 'post_layernorm'),
+  Row('map_pool/probe', 'head.probe', BATCHED),
+  *fused('map_pool/attention', 'head.attention.in_proj_'),
+  *linear('map_pool/attention/out', 'head.attention.out_proj'),
+  *norm('map_pool/norm', 'head.layernorm'),
+  *each('map_pool/mlp', 'head.mlp', _MLP),
+)
+
+
+def _siglip_words() -> Rows:
+  return (*transformers_text(), *linear('head', 'head'))
 
 
 def transformers_siglip() -> Layout:
-  head = (
-    Row('probe', 'probe', BATCHED),
-    *fused('attention', 'attention.in_proj_'),
-    *linear('attention/out', 'attention.out_proj'),
-    *norm('norm', 'layernorm'),
-    *each('mlp', 'mlp', _MLP),
-  )
-  image = (
-    Row('position', 'embeddings.position_embedding.weight'),
-    *patch('embeddings.patch_embedding'),
-    *_blocks('encoder.layers.{i}'),
-    *norm('norm', 'post_layernorm'),
-    *below('map_pool', head, 'head.'),
-  )
-  text = (*transformers_text(), *linear('head', 'head'))
   rows = (
-    *below('image', image, 'vision_model.'),
-    *below('text', text, 'text_model.'),
+    *below('image', _SIGLIP_IMAGE, 'vision_model.'),
+    *below('text', _siglip_words(), 'text_model.'),
     Row('temperature', 'logit_scale', ONE),
     Row('bias', 'logit_bias', ONE),
   )
-  return Layout(rows, ignored=(r'.*\.position_ids',))
+  return Layout(rows, ignored=_POSITIONS)
 
 
-def open_clip_siglip() -> Layout:
-  """OpenCLIP's SigLIP: an image tower of timm's, and its own text tower."""
+def _siglip_trunk() -> Rows:
+  """timm's names of SigLIP's image tower."""
   pool = (
-    Row('probe', 'latent_channels', BATCHED),
+    Row('probe', 'latent', BATCHED),
     *linear('attention/query', 'q'),
     *fused('attention', 'kv.', ('key', 'value')),
     *linear('attention/out', 'proj'),
     *norm('norm', 'norm'),
     *each('mlp', 'mlp', _MLP),
   )
-  text = (*open_clip_text(), *linear('head', 'text_projection'))
+  return (*timm().rows, *below('map_pool', pool, 'attn_pool.'))
+
+
+def _open_clip_siglip_words() -> Rows:
+  return (*open_clip_text(), *linear('head', 'text_projection'))
+
+
+def open_clip_siglip() -> Layout:
+  """OpenCLIP's SigLIP: an image tower of timm's, and its own text tower."""
   rows = (
-    *below('image', timm().rows, 'visual.trunk.'),
-    *below('image/map_pool', pool, 'visual.trunk.attn_pool.'),
-    *below('text', text, 'text.'),
+    *below('image', _siglip_trunk(), 'visual.trunk.'),
+    *below('text', _open_clip_siglip_words(), 'text.'),
     Row('temperature', 'logit_scale'),
     Row('bias', 'logit_bias'),
   )
   return Layout(rows)
 
 
+def siglip_image_towers() -> tuple[tuple[str, Layout], ...]:
+  return (('transformers', Layout(_SIGLIP_IMAGE, ignored=_POSITIONS)), ('timm', Layout(_siglip_trunk())))
+
+
+def siglip_text_towers() -> tuple[tuple[str, Layout], ...]:
+  return (
+    ('transformers', Layout(_siglip_words(), ignored=_POSITIONS)),
+    ('open_clip', Layout(_open_clip_siglip_words())),
+  )
+
+
 def dual_encoder(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:
   """The network that has these parameters, as a config; `activation` is what shapes do not tell."""
-  image, text = part(shapes, 'image/'), part(shapes, 'text/')
-  eps = 1e-6 if sigmoid else 1e-5
-  shared = {'activation': activation, 'eps': eps}
-  words = {'name': 'text_transformer', **text_numbers(text), 'num_classes': text['head/kernel'][-1], **shared}
-  if sigmoid:
-    words |= {'causal': False, 'pool': 'last', 'head_bias': True}
-  network = {'name': 'dual_encoder', 'image': {**tower(image), **shared}, 'text': words}
+  image = image_tower(part(shapes, 'image/'), sigmoid=sigmoid, activation=activation)
+  own = part(shapes, 'text/')
+  text = text_tower(own, sigmoid=sigmoid, activation=activation) | {'num_classes': own['head/kernel'][-1]}
+  outputs = {} if sigmoid else {'num_classes': shapes['image/head/kernel'][-1]}
+  network = {'name': 'dual_encoder', 'image': image | outputs, 'text': text}
   return network | ({'initial_scale': 10.0, 'initial_bias': -10.0} if sigmoid else {})
+
+
+def image_tower(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:
+  """Of SigLIP (`sigmoid`) or CLIP; what every one of them has is there whether a file holds it or not."""
+  found = tower(shapes)
+  if sigmoid:
+    return found | {'pool': 'map', 'activation': activation, 'eps': 1e-6}
+  projected = {'head_bias': False} if 'num_classes' in found else {}
+  return found | {'pre_norm': True, 'patch_bias': False, 'activation': activation, 'eps': 1e-5} | projected
+
+
+def text_tower(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:
+  """Of SigLIP (`sigmoid`) or CLIP."""
+  outputs = {'num_classes': shapes['head/kernel'][-1]} if has(shapes, 'head/') else {}
+  shared = {'activation': activation, 'eps': 1e-6 if sigmoid else 1e-5}
+  own = {'causal': False, 'pool': 'last', 'head_bias': True} if sigmoid else {}
+  return {'name': 'text_transformer', **text_numbers(shapes), **outputs, **shared, **own}
 
 
 def text_numbers(text: Mapping[str, Shape]) -> dict[str, Any]:

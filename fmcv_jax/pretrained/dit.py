@@ -8,7 +8,8 @@ import numpy as np
 
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.generative.dit import SIZES
-from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, below, each, linear, part, patch
+from fmcv_jax.pretrained.layout import Fixed, Layout, Row, Rows, Shape, below, each, linear, patch
+from fmcv_jax.pretrained.outline import part
 from fmcv_jax.pretrained.vit import timm_block
 
 
@@ -21,7 +22,7 @@ def original() -> Layout:
     *linear('modulation', 'final_layer.adaLN_modulation.1'),
     *linear('head', 'final_layer.linear'),
   )
-  return Layout(below('network', rows), fixed=(('pos_embed', _positions),))
+  return Layout(below('network', rows), fixed=(Fixed('fixed/position', 'pos_embed', _positions),))
 
 
 def diffusers() -> Layout:
@@ -64,7 +65,7 @@ def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   network: dict[str, Any] = {'name': 'dit', 'variant': f'{size or "B"}/{cut}'}
   if size is None:
     network |= {'width': width, 'depth': depth, 'num_heads': max(1, width // 64)}
-  places = shapes.get('fixed/pos_embed', (1, (32 // cut) ** 2, width))[1]
+  places = shapes.get('fixed/position', (1, (32 // cut) ** 2, width))[1]
   outputs, side = own['head/bias'][0] // cut**2, math.isqrt(places) * cut
   network |= {'image_size': side, 'num_classes': own['classes/embedding'][0] - 1, 'out_channels': outputs}
   objective = {

@@ -11,6 +11,7 @@ from typing import Any
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.efficientnet import SIZES, STEM, TABLE, channels
 from fmcv_jax.pretrained.layout import POINT, SPATIAL, Layout, Row, Rows, Shape, linear, point
+from fmcv_jax.pretrained.outline import has, part
 
 _UNUSED = (r'.*\.num_batches_tracked',)
 # What a block's layers are called, and the norm after each, where a block widens first and where it does not.
@@ -88,6 +89,7 @@ def _repeats(variant: str) -> list[int]:
 
 
 def variant_of(stem: int, repeats: Sequence[int]) -> str:
+  """The size with this stem and so many blocks in each stage; UserError for none."""
   for variant, (width, *_) in SIZES.items():
     if channels(STEM, width) == stem and _repeats(variant) == list(repeats):
       return variant
@@ -95,9 +97,13 @@ def variant_of(stem: int, repeats: Sequence[int]) -> str:
 
 
 def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """The EfficientNet that has these parameters, as a config."""
-  stages = range(1, len(TABLE) + 1)
-  repeats = [1 + shapes.get(f'stage{stage}/blocks/project/kernel', (0,))[0] for stage in stages]
-  variant = variant_of(shapes['conv/kernel'][-1], repeats)
-  found = {'name': 'efficientnet', 'variant': variant, 'image_size': SIZES[variant][2], 'top': 'top/kernel' in shapes}
-  return found | ({'num_classes': shapes['head/kernel'][-1]} if 'head/kernel' in shapes else {})
+  """The EfficientNet that has these parameters, as a config: the smallest size that has room for all of them."""
+  stem, stages = shapes['conv/kernel'][-1], range(1, len(TABLE) + 1)
+  blocks = [part(shapes, f'stage{stage}/blocks/').values() for stage in stages]
+  repeats = [1 + max((shape[0] for shape in own), default=0) for own in blocks]
+  sizes = sorted((sum(_repeats(size)), size) for size, (width, *_) in SIZES.items() if channels(STEM, width) == stem)
+  fits = (size for _, size in sizes if all(a >= b for a, b in zip(_repeats(size), repeats)))
+  variant = next(fits, None) or variant_of(stem, repeats)
+  top = has(shapes, 'top/') or has(shapes, 'top_norm/')
+  found = {'name': 'efficientnet', 'variant': variant, 'image_size': SIZES[variant][2], 'top': top}
+  return found | ({'num_classes': shapes['head/kernel'][-1]} if has(shapes, 'head/') else {})

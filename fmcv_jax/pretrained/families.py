@@ -1,13 +1,14 @@
 """The families of published checkpoints: how their files look, and which objective and tokenizer go with them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.data.tokenizers import ClipBpe
 from fmcv_jax.pretrained import autoencoder, big_vision, clip, dit, efficientnet, inception, stable_diffusion, swin, vit
-from fmcv_jax.pretrained.layout import Layout, Shape, outline
+from fmcv_jax.pretrained.layout import Layout, Shape
+from fmcv_jax.pretrained.outline import has
 from fmcv_jax.pretrained.stable_diffusion import SD1, SD2
-from fmcv_jax.pretrained.tensors import Tensors
 
 HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
@@ -16,10 +17,16 @@ OPENAI = {'mean': (0.48145466, 0.4578275, 0.40821073), 'std': (0.26862954, 0.261
 
 
 class Family(NamedTuple):
-  """layouts: by the name of the format, the first of a format being the one that is written."""
+  """One kind of published checkpoint.
+
+  layouts   by the name of the format, the first of a format being the one that is written
+  config    shapes of our parameters by path -> the config of a run with this network
+  parts     paths begin so of what a checkpoint has to hold at least something of, for it to be one of this family
+  """
 
   layouts: tuple[tuple[str, Layout], ...]
   config: Callable[[Mapping[str, Shape]], dict[str, Any]]
+  parts: tuple[str, ...] = ()
 
 
 def _seen(size: int, crop: float | None) -> dict[str, Any]:
@@ -58,7 +65,28 @@ def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
     seen = {'data': _seen(network['image']['image_size'], None if sigmoid else 1.0)}
     if sigmoid:
       return {'objective': objective | {'loss_name': 'sigmoid'}, **seen}
-    return {'objective': objective, 'tokenizer': {'name': 'clip_bpe', 'length': network['text']['length']}, **seen}
+    return {'objective': objective, **seen, **_clip_words(network['text'])}
+
+  return config
+
+
+def _clip_words(text: Mapping[str, Any]) -> dict[str, Any]:
+  """CLIP's tokenizer, for a text tower with its vocabulary."""
+  if text['vocab_size'] != ClipBpe().vocab_size:
+    return {}
+  return {'tokenizer': {'name': 'clip_bpe', 'length': text['length']}}
+
+
+def _image_tower(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
+  network = functools.partial(clip.image_tower, sigmoid=sigmoid, activation=activation)
+  return _encoder(normalize, None if sigmoid else 1.0, network)
+
+
+def _text_tower(*, sigmoid: bool, activation: str):
+  def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    network = clip.text_tower(shapes, sigmoid=sigmoid, activation=activation)
+    words = {} if sigmoid else _clip_words(network)
+    return {'objective': {'name': 'text_encoder', 'network': network}, 'data': {'source': {'name': 'none'}}, **words}
 
   return config
 
@@ -100,6 +128,15 @@ _SIGLIP = (
   *(('big_vision', layout) for layout in big_vision.siglip()),
 )
 _CLIP = (('open_clip', clip.open_clip()), ('transformers', clip.transformers_clip()))
+_SIGLIP_IMAGE = (
+  *clip.siglip_image_towers(),
+  *(('big_vision', layout) for prefix in ('params/', 'params/img/') for layout in big_vision.big_vision(prefix)),
+)
+_SIGLIP_TEXT = (*clip.siglip_text_towers(), *(('big_vision', layout) for layout in big_vision.siglip_text()))
+_PAIR = ('image/', 'text/')
+_OPENAI = {'sigmoid': False, 'activation': 'quick_gelu'}
+_OPEN = {'sigmoid': False, 'activation': 'gelu'}
+_SIGMOID = {'sigmoid': True, 'activation': 'gelu_tanh'}
 
 # In the order in which they are tried where none is named. Files do not tell how images were normalized, nor which
 # GELU was meant: that is what the names of one layout differ by.
@@ -111,79 +148,29 @@ FAMILIES: dict[str, Family] = {
   'mae_pretrain': Family(
     (('timm', vit.mae()), ('transformers', vit.mae(hub=True)), ('transformers', vit.mae(hub=False))), _masked
   ),
-  'dinov2': Family((*_TIMM, *_DINOV2), _encoder(IMAGENET, 0.875)),
+  'dinov2': Family((*_TIMM, *_DINOV2), _encoder(IMAGENET, 0.875, vit.dinov2)),
   'swin': Family(_SWIN, _encoder(IMAGENET, 0.875, swin.network)),
-  'clip': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='gelu')),
-  'clip_openai': Family(_CLIP, _dual(OPENAI, sigmoid=False, activation='quick_gelu')),
-  'siglip': Family(_SIGLIP, _dual(HALF, sigmoid=True, activation='gelu_tanh')),
+  'clip': Family(_CLIP, _dual(OPENAI, **_OPEN), _PAIR),
+  'clip_openai': Family(_CLIP, _dual(OPENAI, **_OPENAI), _PAIR),
+  'siglip': Family(_SIGLIP, _dual(HALF, **_SIGMOID), _PAIR),
+  # One tower alone.
+  'clip_image': Family(clip.image_towers(), _image_tower(OPENAI, **_OPEN)),
+  'clip_text': Family(clip.text_towers(), _text_tower(**_OPEN)),
+  'clip_openai_image': Family(clip.image_towers(), _image_tower(OPENAI, **_OPENAI)),
+  'clip_openai_text': Family(clip.text_towers(), _text_tower(**_OPENAI)),
+  'siglip_image': Family(_SIGLIP_IMAGE, _image_tower(HALF, **_SIGMOID)),
+  'siglip_text': Family(_SIGLIP_TEXT, _text_tower(**_SIGMOID)),
   'efficientnet': Family(_EFFICIENTNET, _encoder(IMAGENET, 0.875, efficientnet.network)),
   'inception': Family((('torch_fidelity', inception.published()),), _inception),
   'dit': Family((('dit', dit.original()), ('diffusers', dit.diffusers())), dit.config),
   'sd_vae': Family(autoencoder.layouts(), autoencoder.config),
-  'controlnet_sd1': Family(stable_diffusion.controlnets(SD1), stable_diffusion.config_of(SD1)),
-  'controlnet_sd2': Family(stable_diffusion.controlnets(SD2), stable_diffusion.config_of(SD2)),
-  'sd1': Family(stable_diffusion.pipelines(SD1), stable_diffusion.config_of(SD1)),
-  'sd2': Family(stable_diffusion.pipelines(SD2), stable_diffusion.config_of(SD2)),
+  'controlnet_sd1': Family(stable_diffusion.controlnets(SD1), stable_diffusion.config_of(SD1), ('control/',)),
+  'controlnet_sd2': Family(stable_diffusion.controlnets(SD2), stable_diffusion.config_of(SD2), ('control/',)),
+  'sd1': Family(stable_diffusion.pipelines(SD1), stable_diffusion.config_of(SD1), ('network/',)),
+  'sd2': Family(stable_diffusion.pipelines(SD2), stable_diffusion.config_of(SD2), ('network/',)),
   # The larger model of 2 predicts velocities.
-  'sd2_velocity': Family(stable_diffusion.pipelines(SD2), stable_diffusion.config_of(SD2, 'velocity')),
+  'sd2_velocity': Family(stable_diffusion.pipelines(SD2), stable_diffusion.config_of(SD2, 'velocity'), ('network/',)),
 }
-
-
-class Recognized(NamedTuple):
-  name: str
-  layout: Layout
-  shapes: dict[str, Shape]
-
-
-def recognize(tensors: Tensors, name: str | None, what: str) -> Recognized:
-  """The family, layout and shapes of our parameters of a checkpoint; `name` None tries all families.
-
-  UserError for an unknown name and for names of arrays that fit no layout, with the nearest layout's complaint.
-  """
-  family, size = (None, ()) if name is None else _named(name)
-  complaints = []
-  for candidate in [family] if family else FAMILIES:
-    for _, layout in FAMILIES[candidate].layouts:
-      shapes, unknown = outline(layout, tensors)
-      if not unknown and shapes and _mlps_agree(shapes):
-        found = candidate if family else _by_signs(candidate, shapes)
-        _check_size(size, FAMILIES[found].config(shapes), f'--as {name}: {what}')
-        return Recognized(found, layout, shapes)
-      complaints.append((len(unknown), unknown))
-  unknown = min(complaints, default=(0, ['nothing']))[1]
-  more = f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''
-  whose = f'family {family!r}' if family else 'any family'
-  raise UserError(f'{what}: no layout of {whose} knows {unknown[0] if unknown else "an empty file"}{more}')
-
-
-def _named(name: str) -> tuple[str, tuple[str, ...]]:
-  """The family of 'dinov2', or of 'dinov2_l14' with what its shapes then have to be."""
-  if name in FAMILIES:
-    return name, ()
-  spellings = {family: family for family in FAMILIES} | {'sd15': 'sd1', 'controlnet_sd15': 'controlnet_sd1'}
-  for spelling in sorted(spellings, key=len, reverse=True):
-    if f'{name}_'.startswith(f'{spelling}_'):
-      return spellings[spelling], tuple(name[len(spelling) + 1 :].split('_')) if name != spelling else ()
-  raise UserError(f'--as {name}: unknown family; {did_you_mean(name, FAMILIES)}')
-
-
-def _check_size(words: tuple[str, ...], config: Mapping[str, Any], what: str) -> None:
-  """UserError unless a network is of the size that was named: its variant's letters, and whether it is distilled."""
-  network = config['objective']['network']
-  network = network.get('image') or network.get('encoder') or network
-  size = network.get('variant', '').lower().replace('/', '').replace('-', '')
-  is_named = 'width' not in network and 'block_out_channels' not in network
-  for word in words:
-    if not (word == size and is_named if word != 'distilled' else network.get('distilled')):
-      found = f'of the size {network["variant"]}' if is_named else 'of no named size'
-      raise UserError(f'{what} is {found}, not {word}')
-
-
-def _mlps_agree(shapes: Mapping[str, Shape]) -> bool:
-  """Whether MLPs give back as much as they take in: timm calls a gated one as it does one without."""
-  ups = (path for path in shapes if path.endswith('mlp/up/kernel'))
-  downs = ((shapes[path], shapes.get(path.replace('mlp/up', 'mlp/down'))) for path in ups)
-  return all(down is None or up[-1] == down[-2] for up, down in downs)
 
 
 def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
@@ -202,15 +189,22 @@ def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
     return 'sd2' if variant == 'sd2' else 'sd1'
   if 'top_norm/scale' in shapes or 'stage1/first/depthwise/kernel' in shapes:
     return 'efficientnet'
-  if 'tokens/embedding' in {path.removeprefix('text/') for path in shapes}:
+  if 'text/tokens/embedding' in shapes:
     return 'siglip' if 'image/map_pool/probe' in shapes else 'clip'
-  return 'swin' if 'patch_norm/scale' in shapes else _by_signs('deit', shapes)
+  if 'tokens/embedding' in shapes:
+    return 'siglip_text' if 'head/bias' in shapes else 'clip_text'
+  if 'map_pool/probe' in shapes:
+    return 'siglip_image'
+  if 'pre_norm/scale' in shapes and 'patch/bias' not in shapes and not has(shapes, 'head/bias'):
+    return 'clip_image'
+  return 'swin' if 'patch_norm/scale' in shapes else by_signs('deit', shapes)
 
 
-def _by_signs(candidate: str, shapes: Mapping[str, Shape]) -> str:
+def by_signs(candidate: str, shapes: Mapping[str, Shape]) -> str:
   """The likeliest of the families of one layout."""
-  if candidate != 'deit' or 'distillation_token' in shapes:
+  if candidate != 'deit' or has(shapes, 'distillation_'):
     return candidate
-  if 'mask_token' in shapes or 'registers' in shapes:
+  scaled = has(shapes, 'blocks/scale')
+  if 'mask_token' in shapes or ('registers' in shapes and 'class_token' in shapes and scaled):
     return 'dinov2'
-  return 'deit' if 'blocks/scale1' in shapes else 'vit' if 'head/kernel' in shapes else 'dino'
+  return 'deit' if scaled else 'vit' if has(shapes, 'head/') else 'dino'

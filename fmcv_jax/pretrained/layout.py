@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmcv_jax.errors import UserError, did_you_mean
-from fmcv_jax.pretrained.tensors import Late, Tensors
+from fmcv_jax.pretrained.arrays import Tensors
+from fmcv_jax.pretrained.tensors import Late
 
 Shape = tuple[int, ...]
 
-_LAYER = re.compile(r'\{(2?)i(\+1)?\}|\{(\d+)\.\.(\d+)\}')
-_EVERY = '{*}'
+LAYER = re.compile(r'\{(2?)i(\+1)?\}|\{(\d+)\.\.(\d+)\}')
+EVERY = '{*}'
 
 
 class Form(NamedTuple):
@@ -125,6 +126,14 @@ Project = Callable[[str, str], Rows]  # our path and their name of a layer -> it
 QKV = ('query', 'key', 'value')
 
 
+class Fixed(NamedTuple):
+  """An array of theirs that nobody learns: how a config finds it among the shapes, its name, and how it is made."""
+
+  ours: str
+  theirs: str
+  make: Callable[[Any], np.ndarray]
+
+
 class Layout(NamedTuple):
   """All rows of a format, optional ones among them.
 
@@ -135,7 +144,7 @@ class Layout(NamedTuple):
 
   rows: Rows
   ignored: tuple[str, ...] = ()
-  fixed: tuple[tuple[str, Callable[[Any], np.ndarray]], ...] = ()
+  fixed: tuple[Fixed, ...] = ()
   files: tuple[tuple[str, str], ...] = ()
 
 
@@ -193,19 +202,19 @@ def _joined(layout: Layout, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, 
 
 def _layers(layout: Layout, theirs: str, shapes: Mapping[str, Shape], row: Row) -> list[tuple[str, int | None]]:
   """Their names of a row, layer by layer."""
-  if _EVERY in theirs:
+  if EVERY in theirs:
     depth = max(shapes[other.ours][0] for other in layout.rows if '{i}' in other.theirs and other.ours in shapes)
-    return [(theirs.replace(_EVERY, str(i)), None) for i in range(depth)]
-  place = _LAYER.search(theirs)
+    return [(theirs.replace(EVERY, str(i)), None) for i in range(depth)]
+  place = LAYER.search(theirs)
   if place is None:
     return [(theirs, None)]
-  step, offset, last = _counted(place)
+  step, offset, last = counted(place)
   if place[3] and shapes[row.ours][0] != last - offset + 1:
     raise UserError(f'this format has no place for {shapes[row.ours][0]} layers of {row.ours}')
   return [(theirs.replace(place[0], str(step * i + offset)), i) for i in range(shapes[row.ours][0])]
 
 
-def _counted(place: re.Match[str]) -> tuple[int, int, float]:
+def counted(place: re.Match[str]) -> tuple[int, int, float]:
   """(step, offset, last): their layers are step * i + offset, up to the last."""
   if place[3]:
     return 1, int(place[3]), int(place[4])
@@ -214,7 +223,7 @@ def _counted(place: re.Match[str]) -> tuple[int, int, float]:
 
 def _one(row: Row, shapes: Mapping[str, Shape]) -> Shape:
   """Our shape of one layer."""
-  return shapes[row.ours][1:] if _LAYER.search(row.theirs) else shapes[row.ours]
+  return shapes[row.ours][1:] if LAYER.search(row.theirs) else shapes[row.ours]
 
 
 def write(layout: Layout, params: Mapping[str, np.ndarray], network: Any) -> dict[str, Late]:
@@ -226,7 +235,7 @@ def write(layout: Layout, params: Mapping[str, np.ndarray], network: Any) -> dic
     for theirs, rows in _joined(layout, shapes)
     for name, layer in _layers(layout, theirs, shapes, rows[0])
   }
-  return found | {name: Late(functools.partial(make, network)) for name, make in layout.fixed}
+  return found | {row.theirs: Late(functools.partial(row.make, network)) for row in layout.fixed}
 
 
 def _theirs(rows: Sequence[Row], layer: int | None, params: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -236,7 +245,7 @@ def _theirs(rows: Sequence[Row], layer: int | None, params: Mapping[str, np.ndar
 
 def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str) -> None:
   """UserError that names what is missing, left over or of another shape; nothing is read."""
-  expected: dict[str, Shape] = {name: make(network).shape for name, make in layout.fixed}
+  expected: dict[str, Shape] = {row.theirs: row.make(network).shape for row in layout.fixed}
   for theirs, rows in _joined(layout, shapes):
     parts = [_shape(row.form, _one(row, shapes)) for row in rows]
     joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
@@ -244,7 +253,7 @@ def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network
   found = tensors.shapes
   if missing := sorted(set(expected) - set(found)):
     raise UserError(f'{what}: {missing[0]} is missing{_more(missing)}; {did_you_mean(missing[0], list(found))}')
-  extra = [name for name in found if name not in expected and not _ignored(layout, name)]
+  extra = [name for name in found if name not in expected and not is_ignored(layout, name)]
   if extra:
     raise UserError(f'{what}: nothing is known of {sorted(extra)[0]}{_more(extra)}; is it of another family?')
   for name, shape in expected.items():
@@ -256,13 +265,13 @@ def read(
   layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str
 ) -> Iterator[tuple[str, np.ndarray]]:
   """(our path, array) one after the other, float32; UserError for a number that is none. Call `check` before."""
-  for name, make in layout.fixed:
-    if not np.allclose(tensors[name], make(network), atol=1e-3):
-      raise UserError(f'{what}: {name} is not the table that this network computes; it cannot be used')
+  for row in layout.fixed:
+    if not np.allclose(tensors[row.theirs], row.make(network), atol=1e-3):
+      raise UserError(f'{what}: {row.theirs} is not the table that this network computes; it cannot be used')
   for theirs, rows in _joined(layout, shapes):
     layers = _layers(layout, theirs, shapes, rows[0])
     results = [_empty(shapes[row.ours]) for row in rows]
-    for name, layer in layers[:1] if _EVERY in theirs else layers:
+    for name, layer in layers[:1] if EVERY in theirs else layers:
       x = tensors[name]
       if not np.isfinite(x).all():
         raise UserError(f'{what}: {name} holds numbers that are not finite')
@@ -286,68 +295,7 @@ def _empty(shape: Shape) -> np.ndarray:
   return data[begin : begin + size].view(np.float32).reshape(shape)
 
 
-def outline(layout: Layout, tensors: Tensors) -> tuple[dict[str, Shape], list[str]]:
-  """The shapes of our parameters that a checkpoint holds, by path, and the names in it that the layout knows not.
-
-  Those of its fixed arrays are there as 'fixed/NAME'.
-  """
-  rows: dict[str, list[Row]] = {}
-  for row in layout.rows:
-    rows.setdefault(row.theirs, []).append(row)
-  places = {place[0]: _counted(place) for theirs in rows if (place := _LAYER.search(theirs))}
-  fixed = dict(layout.fixed)
-  found: dict[str, Shape] = {}
-  layers: dict[str, int] = {}
-  unknown: list[str] = []
-  for name, shape in tensors.shapes.items():
-    if _ignored(layout, name):
-      continue
-    if name in fixed:
-      found[f'fixed/{name}'] = tuple(shape)
-      continue
-    theirs, layer = next(_places(name, rows, places), (None, None))
-    if theirs is None:
-      unknown.append(name)
-      continue
-    for row in rows[theirs]:
-      part = (shape[0] // len(rows[theirs]), *shape[1:]) if len(rows[theirs]) > 1 else tuple(shape)
-      try:
-        found[row.ours] = row.form.shape(part)
-      except ValueError:
-        unknown.append(name)
-        break
-      if layer is not None:
-        layers[row.ours] = max(layers.get(row.ours, 0), layer + 1)
-  return {path: (layers[path], *shape) if path in layers else shape for path, shape in found.items()}, unknown
-
-
-def part(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
-  """Those of one part of a network, without its prefix."""
-  return {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
-
-
-def count(shapes: Mapping[str, Shape], pattern: str, first: int = 0) -> int:
-  """How many in a row are there, from `first` on, of the paths that `pattern` makes of a number."""
-  return next(number for number in range(1 + len(shapes)) if pattern.format(first + number) not in shapes)
-
-
-def _places(
-  name: str, rows: Mapping[str, Any], places: Mapping[str, tuple[int, int, float]]
-) -> Iterator[tuple[str, int | None]]:
-  """(the name in the table, the layer) for each of `rows` that a name of theirs is of."""
-  if name in rows:
-    yield name, None
-  for number in re.finditer(r'\d+', name):
-    before, after = name[: number.start()], name[number.end() :]
-    if (theirs := before + _EVERY + after) in rows:
-      yield theirs, None
-    for place, (step, offset, last) in places.items():
-      layer, rest = divmod(int(number[0]) - offset, step)
-      if not rest and offset <= int(number[0]) <= last and (theirs := before + place + after) in rows:
-        yield theirs, layer
-
-
-def _ignored(layout: Layout, name: str) -> bool:
+def is_ignored(layout: Layout, name: str) -> bool:
   return any(re.fullmatch(pattern, name) for pattern in layout.ignored)
 
 

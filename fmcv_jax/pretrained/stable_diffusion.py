@@ -4,6 +4,7 @@ CompVis counts the blocks of a UNet through, and diffusers its way up from the l
 so a layout is of one number of levels.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,16 +19,15 @@ from fmcv_jax.pretrained.layout import (
   Rows,
   Shape,
   below,
-  count,
   each,
   fused,
   linear,
   matrix,
   norm,
-  part,
   point,
   spatial,
 )
+from fmcv_jax.pretrained.outline import count, part
 
 LEVELS = range(2, 5)  # how many the layouts are made for
 _COMPVIS = ('in_layers.0', 'in_layers.2', 'emb_layers.1', 'out_layers.0', 'out_layers.3', 'skip_connection')
@@ -214,11 +214,10 @@ def _control(hint: Sequence[str], zero: str, middle: str, count: int) -> Rows:
 
 def denoiser(shapes: Mapping[str, Shape], like: str) -> dict[str, Any]:
   """The UNet with words that has these parameters, as a config; heads are those of the size `like`."""
-  levels = count(shapes, 'encoder/down{}_block0/norm1/scale')
+  levels = count(shapes, r'(?:encoder/down|decoder/up)(\d+)_')
   widths = tuple(shapes[f'encoder/down{level}_block0/conv1/kernel'][-1] for level in range(levels))
-  norms = (f'encoder/down{level}_attention0/blocks/norm1/scale' for level in range(levels))
-  depths = tuple(shapes[path][0] if path in shapes else 0 for path in norms)
-  layers = count(shapes, 'encoder/down0_block{}/norm1/scale')
+  depths = tuple(_depth(shapes, level) for level in range(levels))
+  layers = count(shapes, r'encoder/down\d+_block(\d+)/')
   context = shapes['encoder/middle_attention0/blocks/cross_attention/key/kernel'][-2]
   inputs = shapes['encoder/conv_in/kernel'][-2]
   outputs = shapes.get('decoder/conv_out/kernel', (inputs,))[-1]
@@ -233,6 +232,20 @@ def denoiser(shapes: Mapping[str, Shape], like: str) -> dict[str, Any]:
   return network | ({'extra_in_channels': inputs - outputs} if inputs != outputs else {})
 
 
+def _depth(shapes: Mapping[str, Shape], level: int) -> int:
+  """How many blocks the transformers of a level have, 0 for one without any."""
+  blocks = rf'encoder/down{level}_attention\d+/blocks/'
+  return max((shape[0] for path, shape in shapes.items() if re.match(blocks, path)), default=0)
+
+
+def _unsaid_text(version: Version, network: Mapping[str, Any]) -> dict[str, int]:
+  """The numbers of the text tower of a UNet that comes alone: its version's, but as wide as the words that it reads."""
+  width = network.get('cross_attention_dim', unet.SIZES[network['variant']].cross_attention_dim)
+  if width == version.text['width']:
+    return version.text
+  return version.text | {'width': width, 'mlp_dim': 4 * width, 'num_heads': max(1, width // 64)}
+
+
 def config_of(version: Version, prediction: str = 'noise') -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
   """Stable Diffusion's numbers beside the shapes: pictures of 8 times the latent's side, latents scaled to variance 1.
 
@@ -243,7 +256,7 @@ def config_of(version: Version, prediction: str = 'noise') -> Callable[[Mapping[
     control = part(shapes, 'control/')
     network = denoiser(part(shapes, 'network/') or control, version.size)
     coder, text = part(shapes, 'extra/autoencoder/'), part(shapes, 'extra/text/')
-    numbers = clip.text_numbers(text) if text else version.text
+    numbers = clip.text_numbers(text) if text else _unsaid_text(version, network)
     decoder = autoencoder.network(coder) if coder else {'name': 'autoencoder', 'variant': 'kl-f8'}
     channels = decoder.get('channels', CODERS[decoder['variant']][0])
     side = unet.SIZES[network['variant']].image_size * 2 ** (len(channels) - 1)

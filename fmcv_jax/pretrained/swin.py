@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fmcv_jax.models.backbones.swin import SIZES
-from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, count, linear, matrix, norm, patch
+from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, linear, matrix, norm, patch
+from fmcv_jax.pretrained.outline import count, has, part
 from fmcv_jax.pretrained.vit import hub_block, timm_block
 
 STAGES = 4
@@ -65,9 +66,9 @@ def transformers(*, hub: bool) -> Layout:
 
 def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   """The Swin that has these parameters, as a config; windows are 1/32 of the image's side, as in all published ones."""
-  stages = count(shapes, 'stage{}/blocks/plain/attention/relative', first=1)
-  tables = [shapes[f'stage{stage}/blocks/plain/attention/relative'] for stage in range(1, stages + 1)]
-  depths = tuple(2 * table[0] for table in tables)
+  stages = range(1, max(2, count(shapes, r'stage(\d+)/')))
+  tables = [shapes[f'stage{stage}/blocks/plain/attention/relative'] for stage in stages]
+  depths = tuple(2 * max(shape[0] for shape in part(shapes, f'stage{stage}/blocks/').values()) for stage in stages)
   heads = tuple(table[-1] for table in tables)
   rows, width = shapes['patch/kernel']
   side, window = math.isqrt(rows // 3), (math.isqrt(tables[0][1]) + 1) // 2
@@ -76,4 +77,4 @@ def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   if size is None:
     config |= {'width': width, 'depths': depths, 'num_heads': heads}
   config['image_size'] = window * side * 2 ** (len(depths) - 1)
-  return config | ({'num_classes': shapes['head/kernel'][-1]} if 'head/kernel' in shapes else {})
+  return config | ({'num_classes': shapes['head/kernel'][-1]} if has(shapes, 'head/') else {})

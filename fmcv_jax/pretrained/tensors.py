@@ -1,64 +1,141 @@
-"""Files of named arrays that others published, read one array at a time; nothing in them is ever executed."""
+"""Files and folders of named arrays that others published, read one array at a time, and files that others read."""
 
-import abc
 import contextlib
 import json
 import math
 import os
 import pathlib
 import re
-import zipfile
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from fmcv_jax.errors import UserError
+from fmcv_jax.pretrained.arrays import Tensors, first_line
+from fmcv_jax.pretrained.npz_file import NpzFile
+from fmcv_jax.pretrained.safetensors_file import SafetensorsFile
+from fmcv_jax.pretrained.torch_file import TorchFile
+from fmcv_jax.pretrained.unread import kind_of, refuse_others
 
-# What a training script wraps around the weights, the moving average before the rest.
-WRAPPERS = ('ema', 'model_ema', 'teacher', 'model', 'state_dict', 'module')
-PREFIXES = ('module.', 'backbone.', '_orig_mod.')
-
-INDEX = '*.safetensors.index.json'
-TORCH = ('.pth', '.pt', '.bin', '.ckpt', '.pyth')
-INFLATION = 100  # no weights are packed as tightly as this; what is would fill the memory
-DTYPES = {'<f4': 'F32', '<i8': 'I64'}  # of what we write, as safetensors call them
+TORCH = ('.pth', '.pt', '.bin', '.ckpt', '.pyth', '.tar', '.th')
 PARTS = ('unet', 'transformer', 'vae', 'text_encoder')  # of a pipeline of diffusers: folders of networks that learn
+# What the libraries call the weights in a folder, where there are several files.
+STEMS = ('diffusion_pytorch_model', 'model', 'open_clip_model', 'pytorch_model', 'open_clip_pytorch_model')
+DTYPES = {'<f4': 'F32', '<i8': 'I64'}  # of what we write, as safetensors call them
 
-
-class Tensors(abc.ABC):
-  """Arrays by name, of which none is read before it is asked for."""
-
-  @property
-  @abc.abstractmethod
-  def shapes(self) -> Mapping[str, tuple[int, ...]]:
-    """The name and shape of each."""
-
-  @abc.abstractmethod
-  def __getitem__(self, name: str) -> np.ndarray:
-    """One of them, in float32 if it was stored in fewer bits."""
+_READERS: dict[str, Callable[[pathlib.Path], Tensors]] = {
+  'safetensors': SafetensorsFile,
+  'npz': NpzFile,
+  'torch': TorchFile,
+}
+_KINDS = {'.safetensors': 'safetensors', '.npz': 'npz', **dict.fromkeys(TORCH, 'torch')}
 
 
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
-  """A file, or a folder of safetensors (one, or shards with their index); UserError for anything else.
+  """A file, or a folder as transformers, diffusers, timm and OpenCLIP have it; UserError for anything else.
 
-  In a folder of diffusers, of several networks, names begin with the network's: 'unet.conv_in.weight'.
-  .safetensors, .npz without objects, and .pth, .pt, .bin or .ckpt by torch's weights-only loading.
+  Files are told by their content: .safetensors, .npz without objects, and what torch.save wrote (.pth, .pth.tar, .pt,
+  .bin, .ckpt), by torch's weights-only loading. In a folder there is one file of weights, or shards with their index;
+  .safetensors go before .bin, and full precision before a variant such as fp16. In a folder of diffusers, of several
+  networks, names begin with the network's: 'unet.conv_in.weight'.
   """
   file = pathlib.Path(path)
   if file.is_dir():
     return _folder(file)
   if not file.exists():
     raise UserError(f'{file}: no such file or folder')
-  kinds: dict[str, Callable[[pathlib.Path], Tensors]] = {
-    '.safetensors': _Safetensors,
-    '.npz': _Npz,
-    **dict.fromkeys(TORCH, _Torch),
-  }
-  if file.suffix not in kinds:
-    raise UserError(f'{file}: unknown kind of file; known are {", ".join(kinds)} and folders of .safetensors')
-  return kinds[file.suffix](file)
+  try:
+    kind = kind_of(file) or _KINDS.get(file.suffix)
+  except OSError as error:
+    raise UserError(f'{file}: cannot be read ({first_line(error)})') from error
+  if kind is None:
+    raise UserError(f'{file}: unknown kind of file; known are {", ".join(_KINDS)} and folders of .safetensors')
+  return _READERS[kind](file)
+
+
+class _Several(Tensors):
+  """Shards of one set, or the networks of a pipeline, whose names then have a prefix each."""
+
+  def __init__(self, parts: Iterable[tuple[str, Tensors]]):
+    self._owner = {prefix + name: (part, name) for prefix, part in parts for name in part.shapes}
+    self.notes = tuple(dict.fromkeys(note for part, _ in self._owner.values() for note in part.notes))
+
+  @property
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    return {name: part.shapes[own] for name, (part, own) in self._owner.items()}
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    part, own = self._owner[name]
+    return part[own]
+
+
+class _Set(NamedTuple):
+  """One file of weights in a folder, or an index of shards; `variant` is 'fp16' of model.fp16.safetensors."""
+
+  file: pathlib.Path
+  stem: str
+  variant: str
+  is_torch: bool
+
+
+# model.safetensors, model.fp16.safetensors, and indexes: model.safetensors.index.json,
+# model.safetensors.index.fp16.json, model.fp16.safetensors.index.json.
+_SET = re.compile(
+  r'(?P<stem>[^.]+)(\.(?P<before>\w+))?\.(?P<kind>safetensors|bin)(?P<index>\.index(\.(?P<after>\w+))?\.json)?'
+)
+_SHARD = re.compile(r'.*-\d{5}-of-\d{5}\..*')
+
+
+def _sets(folder: pathlib.Path) -> list[_Set]:
+  """What of a folder is weights, those that are to be read first in front."""
+  sets = []
+  for file in sorted(folder.iterdir()):
+    found = _SET.fullmatch(file.name)
+    if found is None or _SHARD.fullmatch(file.name):
+      continue
+    if found['kind'] == 'bin' and found['stem'] not in STEMS:
+      continue  # optimizer.bin, training_args.bin
+    variant = found['before'] or found['after'] or ''
+    sets.append(_Set(file, found['stem'], variant, found['kind'] == 'bin'))
+  return sorted(sets, key=lambda one: (bool(one.variant), one.variant == 'non_ema', one.is_torch))
+
+
+def _folder(folder: pathlib.Path) -> Tensors:
+  parts = [part for part in PARTS if (folder / part).is_dir()]
+  if parts:
+    return _Several((f'{part}.', _folder(folder / part)) for part in parts)
+  sets = _sets(folder)
+  first = [one for one in sets if one[2:] == sets[0][2:]]
+  if len(first) > 1:  # as adapters are, or the consolidated weights of the authors
+    first = [one for stem in STEMS for one in first if one.stem == stem][:1] or first
+  indices = [one for one in first if one.file.suffix == '.json']
+  if len(first) != 1 and not indices:
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (*TORCH, '.npz'))
+    advice = f'; to read {others[0]}, give it by its own name' if others else ''
+    raise UserError(f'{folder}: expected one .safetensors file or an index of shards, found {len(first)} files{advice}')
+  chosen = (indices or first)[0]
+  tensors = _shards(chosen) if indices else open_tensors(chosen.file)
+  if chosen.variant:
+    tensors.notes = (*tensors.notes, f'{chosen.file}: the variant {chosen.variant!r} was read, for want of another')
+  return tensors
+
+
+def _shards(index: _Set) -> Tensors:
+  refuse_others(index.file)
+  try:
+    names = json.loads(index.file.read_text(encoding='utf-8'))['weight_map']
+    files = sorted(set(names.values()))
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise UserError(f'{index.file}: is no index of shards ({first_line(error)})') from error
+  folder = index.file.parent
+  for name in files:
+    if '/' in name or not (folder / name).exists():
+      raise UserError(f'{index.file}: names the shard {name}, which is not in {folder}')
+  whole = _Several([('', open_tensors(folder / name)) for name in files])
+  if missing := sorted(set(names) - set(whole.shapes)):
+    raise UserError(f'{index.file}: names {missing[0]}, which is in none of its shards')
+  return whole
 
 
 class Late:
@@ -108,177 +185,3 @@ def _write_safetensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | La
     out.write(len(head).to_bytes(8, 'little') + head)
     for name in names:
       out.write(np.asarray(tensors[name], order='C').data)
-
-
-def _wide(x: np.ndarray) -> np.ndarray:
-  return x.astype(np.float32) if x.dtype.kind in 'fV' and x.dtype.itemsize < 4 else x
-
-
-class _Safetensors(Tensors):
-  def __init__(self, file: pathlib.Path):
-    self._file = file
-    try:
-      self._open = safe_open(file, 'np', backend='pread')  # pages of a mapped file would stay in memory
-      names = list(self._open.keys())
-      self._shapes = {name: tuple(self._open.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-      raise UserError(f'{file}: is no whole safetensors file ({_line(error)})') from error
-
-  @property
-  def shapes(self):
-    return self._shapes
-
-  def __getitem__(self, name):
-    try:
-      return _wide(self._open.get_tensor(name))
-    except (SafetensorError, TypeError) as error:
-      raise UserError(f'{self._file}: {name} cannot be read ({_line(error)})') from error
-
-
-class _Several(Tensors):
-  """Shards of one set."""
-
-  def __init__(self, parts: list[Tensors]):
-    self._owner = {name: part for part in parts for name in part.shapes}
-
-  @property
-  def shapes(self):
-    return {name: part.shapes[name] for name, part in self._owner.items()}
-
-  def __getitem__(self, name):
-    return self._owner[name][name]
-
-
-class _Prefixed(Tensors):
-  """One network of several."""
-
-  def __init__(self, prefix: str, part: Tensors):
-    self._prefix, self._part = prefix, part
-
-  @property
-  def shapes(self):
-    return {self._prefix + name: shape for name, shape in self._part.shapes.items()}
-
-  def __getitem__(self, name):
-    return self._part[name.removeprefix(self._prefix)]
-
-
-def _folder(folder: pathlib.Path) -> Tensors:
-  parts = [part for part in PARTS if (folder / part).is_dir()]
-  if parts:
-    return _Several([_Prefixed(f'{part}.', _folder(folder / part)) for part in parts])
-  indices = sorted(folder.glob(INDEX))
-  if indices:
-    try:
-      names = json.loads(indices[0].read_text())['weight_map']
-      files = sorted(set(names.values()))
-    except (ValueError, KeyError, AttributeError) as error:
-      raise UserError(f'{indices[0]}: is no index of safetensors ({_line(error)})') from error
-    for name in files:
-      if '/' in name or not (folder / name).exists():
-        raise UserError(f'{indices[0]}: names the shard {name}, which is not in {folder}')
-    whole = _Several([_Safetensors(folder / name) for name in files])
-    if missing := sorted(set(names) - set(whole.shapes)):
-      raise UserError(f'{indices[0]}: names {missing[0]}, which is in none of its shards')
-    return whole
-  # Beside a file of full precision there may be its twin in half.
-  files = sorted(file for file in folder.glob('*.safetensors') if not file.stem.endswith(('.fp16', '.non_ema')))
-  if len(files) != 1:
-    others = sorted(file.name for file in folder.iterdir() if file.suffix in (*TORCH, '.npz'))
-    advice = f'; to read {others[0]}, give it by its own name' if others else ''
-    raise UserError(f'{folder}: expected one .safetensors file or an index of shards, found {len(files)} files{advice}')
-  return _Safetensors(files[0])
-
-
-class _Npz(Tensors):
-  def __init__(self, file: pathlib.Path):
-    self._file = file
-    try:
-      self._open = np.load(file, allow_pickle=False)
-      _check_inflation(file, self._open.zip)
-      self._shapes = {name: self._header(name) for name in self._open.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-      raise UserError(f'{file}: is no whole npz file of plain arrays ({_line(error)})') from error
-
-  def _header(self, name: str) -> tuple[int, ...]:
-    """The shape, without reading what may claim to be far larger than the file is."""
-    with self._open.zip.open(f'{name}.npy') as data:
-      version = np.lib.format.read_magic(data)
-      read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-      shape, _, dtype = read(data)
-      start = data.tell()
-    if dtype.hasobject:
-      raise ValueError(f'{name} holds objects, which only pickle could read')
-    if start + math.prod(shape) * dtype.itemsize != self._open.zip.getinfo(f'{name}.npy').file_size:
-      raise ValueError(f'{name} says it is {shape}, but is not as long')
-    return shape
-
-  @property
-  def shapes(self):
-    return self._shapes
-
-  def __getitem__(self, name):
-    try:
-      x = self._open[name]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-      raise UserError(f'{self._file}: {name} cannot be read ({_line(error)})') from error
-    # big_vision stores bfloat16 as two bytes of no type.
-    return x.view('<u2').astype('<u4').__lshift__(16).view('<f4') if x.dtype.str == '|V2' else _wide(x)
-
-
-class _Torch(Tensors):
-  def __init__(self, file: pathlib.Path):
-    is_mapped = False  # read when asked for, which only arrays can be that lie in the file as they are
-    if zipfile.is_zipfile(file):
-      with zipfile.ZipFile(file) as archive:
-        _check_inflation(file, archive)
-        if any('/code/' in name for name in archive.namelist()):
-          raise UserError(f'{file}: is a TorchScript program, which is not run here; save its state_dict instead')
-        is_mapped = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
-    try:
-      import torch
-    except ImportError as error:
-      raise UserError(f'{file}: to read it, pip install torch (or convert it to .safetensors)') from error
-    try:
-      loaded = torch.load(file, map_location='cpu', weights_only=True, mmap=is_mapped)
-    except Exception as error:  # torch raises of every kind: pickle, zip, runtime, EOF, OS
-      if code := re.search(r'GLOBAL (\S+)', str(error)):
-        raise UserError(
-          f'{file}: holds more than tensors, which only running {code[1]} could read; save its state_dict instead'
-        ) from error
-      raise UserError(f'{file}: is no whole file of plain tensors ({_line(error)})') from error
-    self._tensors = {name: x for name, x in unwrapped(loaded).items() if isinstance(x, torch.Tensor)}
-    if not self._tensors:
-      raise UserError(f'{file}: holds no tensors')
-
-  @property
-  def shapes(self):
-    return {name: tuple(x.shape) for name, x in self._tensors.items()}
-
-  def __getitem__(self, name):
-    x = self._tensors[name]
-    return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).numpy()
-
-
-def _check_inflation(file: pathlib.Path, archive: zipfile.ZipFile) -> None:
-  held, size = sum(info.file_size for info in archive.infolist()), file.stat().st_size
-  if held > INFLATION * size:
-    raise UserError(f'{file}: would grow from {size:,} to {held:,} bytes; such a file holds no weights')
-
-
-def unwrapped(tree: Any) -> dict[str, Any]:
-  """The weights in what a training script saved, without the names that its wrappers put before theirs."""
-  while isinstance(tree, dict) and (inner := next((tree[key] for key in WRAPPERS if key in tree), None)) is not None:
-    if not isinstance(inner, dict):
-      break
-    tree = inner
-  tree = tree if isinstance(tree, dict) else {}
-  for prefix in PREFIXES:
-    if any(str(name).startswith(prefix) for name in tree):
-      tree = {str(name).removeprefix(prefix): x for name, x in tree.items()}
-  return tree
-
-
-def _line(error: BaseException) -> str:
-  lines = str(error).strip().splitlines()
-  return (lines[0] if lines else type(error).__name__)[:160]

@@ -12,6 +12,7 @@ from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.pretrained.layout import (
   BATCHED,
   QKV,
+  Fixed,
   Layout,
   Row,
   Rows,
@@ -21,9 +22,9 @@ from fmcv_jax.pretrained.layout import (
   fused,
   linear,
   norm,
-  part,
   patch,
 )
+from fmcv_jax.pretrained.outline import has, part
 
 HEAD_WIDTH = 64  # of nearly all that is published; a size with others is named in models/vit.py
 
@@ -173,8 +174,12 @@ def mae(*, hub: bool | None = None) -> Layout:
   return Layout(
     (*below('encoder', encoder), *below('decoder', decoder)),
     fixed=(
-      (places, lambda network: _sines(network.encoder, network.encoder.width)),
-      (f'{prefix}decoder_pos_embed', lambda network: _sines(network.encoder, network.decoder.width)),
+      Fixed('fixed/position', places, lambda network: _sines(network.encoder, network.encoder.width)),
+      Fixed(
+        'fixed/decoder_position',
+        f'{prefix}decoder_pos_embed',
+        lambda network: _sines(network.encoder, network.decoder.width),
+      ),
     ),
   )
 
@@ -194,56 +199,68 @@ def heads_of(width: int, depth: int, hidden: int) -> int:
   return SIZES[name][2] if name else max(1, width // HEAD_WIDTH)
 
 
-def tower(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """The network that has these parameters, as a config: what shapes tell, which is all but activations and eps."""
-  try:
-    rows, width = shapes['patch/kernel']
-    depth = shapes['blocks/norm1/scale'][0]
-    hidden = shapes['blocks/mlp/up/kernel'][-1]
-    places = shapes['position'][0]
-  except KeyError as error:
-    raise UserError(f'no {error.args[0]} among its parameters: is it a vision transformer?') from error
+def tower(shapes: Mapping[str, Shape], *, class_token: bool = False) -> dict[str, Any]:
+  """The network that has these parameters, as a config: what shapes tell, which is all but activations and eps.
+
+  class_token   it has one, whether that is among the shapes or not
+  """
+  rows, width = shapes['patch/kernel']
+  depth = shapes['blocks/norm1/scale'][0]
+  hidden = shapes['blocks/mlp/up/kernel'][-1]
   side_of_patch = math.isqrt(rows // 3)
   size = _size(width, depth, hidden)
   network: dict[str, Any] = {'name': 'vit', 'variant': f'{size or "B"}/{side_of_patch}'}
   if size is None:
     network |= {'width': width, 'depth': depth, 'mlp_dim': hidden, 'num_heads': heads_of(width, depth, hidden)}
-  if 'pooled_norm/scale' in shapes:
-    network |= {'pool': 'gap', 'fc_norm': True, 'class_token': 'class_token' in shapes}
-  elif 'class_token' not in shapes:
-    network['pool'] = 'map' if 'map_pool/probe' in shapes else 'gap'
-  distilled = 'distillation_token' in shapes
-  special = int('class_token' in shapes) + int(distilled)
-  placed = special if math.isqrt(places - special) ** 2 == places - special else 0
-  side = math.isqrt(places - placed)
-  if side**2 != places - placed:
-    raise UserError(f'{places} positions are no square of patches')
-  if special and not placed:
+  distilled = has(shapes, 'distillation_')
+  side, placed, expected = _places(shapes['position'][0], class_token or 'class_token' in shapes, distilled)
+  if has(shapes, 'pooled_norm/'):
+    network |= {'pool': 'gap', 'fc_norm': True, 'class_token': expected}
+  elif not expected:
+    network['pool'] = 'map' if has(shapes, 'map_pool/') else 'gap'
+  if expected and not placed:
     network['class_token_has_position'] = False
   network['image_size'] = side * side_of_patch
+  gated = has(shapes, 'blocks/mlp/gate/')
+  classifies = has(shapes, 'head/') or has(shapes, 'distillation_head/')
   network |= {
     field: value
     for field, value, there in (
       ('distilled', True, distilled),
       ('registers', shapes.get('registers', (0,))[0], 'registers' in shapes),
       ('mask_token', True, 'mask_token' in shapes),
-      ('pre_norm', True, 'pre_norm/scale' in shapes),
-      ('patch_bias', False, 'patch/bias' not in shapes),
-      ('layer_scale', 1.0, 'blocks/scale1' in shapes),
-      ('gated_mlp', True, 'blocks/mlp/gate/kernel' in shapes),
-      ('activation', 'silu', 'blocks/mlp/gate/kernel' in shapes),
-      ('num_classes', shapes.get('head/kernel', (0, 0))[-1], 'head/kernel' in shapes),
-      ('head_bias', False, 'head/kernel' in shapes and 'head/bias' not in shapes),
+      ('pre_norm', True, has(shapes, 'pre_norm/')),
+      ('patch_bias', False, 'patch/bias' not in shapes and has(shapes, 'pre_norm/')),  # as in CLIP
+      ('layer_scale', 1.0, has(shapes, 'blocks/scale')),
+      ('gated_mlp', True, gated),
+      ('activation', 'silu', gated),
+      ('num_classes', shapes['head/kernel'][-1] if classifies else 0, classifies),
     )
     if there
   }
   return network
 
 
+def dinov2(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  """A ViT of DINOv2, all of which have a class token and layer scales."""
+  return tower(shapes, class_token=True) | {'layer_scale': 1.0}
+
+
+def _places(places: int, class_token: bool, distilled: bool) -> tuple[int, bool, bool]:
+  """(patches in a row, whether the class token is placed, whether there is one), for so many positions."""
+  for special in (int(class_token) + int(distilled), 0, 1 + int(distilled)):
+    side = math.isqrt(max(places - special, 0))
+    if side**2 == places - special:
+      return side, special > 0, class_token or special > 0
+  raise UserError(f'{places} positions are no square of patches')
+
+
 def masked_autoencoder(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   """The masked autoencoder that has these parameters, as a config; its decoder has 16 heads as all published ones."""
-  table = next(shape for path, shape in shapes.items() if path.startswith('fixed/') and 'decoder' not in path)
-  encoder = tower(part(shapes, 'encoder/') | {'position': table[1:]})
+  table = shapes.get('fixed/position') or shapes['fixed/decoder_position']
+  own = part(shapes, 'encoder/')
+  own['position'] = table[1:]
+  encoder = tower(own)
   depth, width = shapes['decoder/blocks/norm1/scale']
   network = {'name': 'mae', 'encoder': encoder | {'pos_embed': 'sincos2d'}}
   return network | {'width': width, 'depth': depth, 'num_heads': 16}

@@ -1,0 +1,40 @@
+"""A text network that was trained elsewhere: what it offers, and nothing to learn."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.models.common.layers import l2_normalize
+from fmcv_jax.objectives.base import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder(Objective):
+  """A text tower as it was imported alone: its embeddings, and where a diffusion model takes it from.
+
+  Embeddings are the network's outputs, of a tower without a projection the pooled features, of unit length.
+  """
+
+  network: nn.Module
+
+  @property
+  def example_batch(self):
+    return {'tokens': jax.ShapeDtypeStruct((self.network.length,), jnp.int32)}
+
+  def init(self, rng):
+    return self.network.init(rng, jnp.zeros((1, self.network.length), jnp.int32))['params'], {}
+
+  def loss(self, params, batch, rng, extra):
+    raise UserError(
+      "config.objective: 'text_encoder' is a network as it was imported, which is not trained; choose another one, "
+      'and begin with its weights by --config.init_from.params/text.workdir=...'
+    )
+
+  def functions(self):
+    def encode_text(params, extra, batch):
+      return l2_normalize(self.network.apply({'params': params}, batch['tokens']).output.astype(jnp.float32))
+
+    return {'embed_text': encode_text}
