@@ -58,10 +58,10 @@ def test_gradients_of_low_rank_matrices_follow_from_the_kernels():
 
 def test_what_matches_nothing_is_named():
   for options, message in [
-    ({'trained': ('heda/.*',)}, r'config.objective.trainable: no parameter matches'),
+    ({'trainable': ('heda/.*',)}, r'config.objective.trainable: no parameter matches'),
     ({'lora': Lora(targets=('q',))}, r'config.objective.lora.targets: no parameter matches'),
     ({'lora': Lora(targets=('head/bias',))}, r'head/bias of shape \(10,\) is no matrix'),
-    ({'trained': ()}, 'nothing is trained'),
+    ({'trainable': ()}, 'nothing is trained'),
   ]:
     with pytest.raises(UserError, match=message):
       jax.eval_shape(PartialFineTuning(PLAIN, **options).init, jax.random.key(0))

@@ -33,7 +33,7 @@ def test_temperature_is_learned_and_clipped_at_one_hundred():
 
 
 def test_patch_dropping_looks_at_fewer_tokens_in_training_only():
-  whole, half = contrastive(), contrastive(keep=0.5)
+  whole, half = contrastive(), contrastive(patch_keep_ratio=0.5)
   params, extra = whole.init(jax.random.key(0))
   batch = batch_of(whole)
   losses = [float(o.loss(params, batch, jax.random.key(1), extra)[0]) for o in (whole, half)]
