@@ -131,7 +131,7 @@ class Run:
     objective = objective.with_total_steps(self.experiment.train.steps)
     return float(
       matmul_flops(
-        jax.grad(lambda params, batch, extra: objective.loss(params, batch, jax.random.key(0), extra)[0]),
+        jax.grad(lambda params, batch, extra: objective.loss(params, batch, jax.random.key(0), extra).value),
         self.abstract_state.params,
         self.batch_shapes,
         self.abstract_state.extra,
