@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.interpret.attention_maps import available_outputs
+from fmcv_jax.parallel.parameter_axes import Row
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -106,6 +107,11 @@ class Objective(abc.ABC):
   @property
   def frozen_networks(self) -> tuple[str, ...]:
     """Subtrees of `extra` that are parameters of a network, such as a teacher, and placed on the mesh as such."""
+    return ()
+
+  @property
+  def logical_axes(self) -> tuple[Row, ...]:
+    """Rows for parameters that no module makes (see parallel/parameter_axes.py); those of modules stand with them."""
     return ()
 
   @property

@@ -22,7 +22,7 @@ MOVING = (Affine, Flip, RandAugment, ThreeAugment)
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Objective):
-  """Mean cross-entropy over the known pixels of the batch; uint8 `segments` [B, H, W] hold their classes, 255 for unknown.
+  """Mean cross-entropy over the known pixels of the batch; uint8 `segments` [B, H, W] hold classes, 255 for unknown.
 
   flip      mirrors each image and its segments, or not, with equal chance
   augment   of colours only: what moves pixels would not move their classes

@@ -1,6 +1,7 @@
 """Losses whose examples weigh differently are the same in any number of microbatches and on any number of devices."""
 
 import dataclasses
+import itertools
 
 import chex
 import flax.linen as nn
@@ -123,7 +124,7 @@ def test_the_captioners_loss_is_the_mean_over_its_tokens():
   table = np.asarray(params['table'], np.float64)
   losses = []
   for text, length in zip(batch['tokens'], batch['length'], strict=True):
-    losses += [np.log(np.exp(table[a]).sum()) - table[a, b] for a, b in zip(text[:length], text[1 : length + 1])]
+    losses += [np.log(np.exp(table[a]).sum()) - table[a, b] for a, b in itertools.pairwise(text[: length + 1])]
   for microbatches in (1, 4):
     loss = jax.jit(lambda n=microbatches: gradients(objective, params, batch, jax.random.key(1), {}, n)[0])()
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
