@@ -1,4 +1,4 @@
-"""Parameters keep the axes of the one table that there was before rows stood with their modules (parameter_axes.json)."""
+"""Parameters keep the axes of the single table that modules' own rows replaced (parameter_axes.json)."""
 
 import json
 import pathlib
