@@ -23,7 +23,7 @@ from fmcv_jax.parallel.rules import AXIS_RULES, Placement
 from fmcv_jax.registry import KINDS
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.flops import matmul_flops
-from fmcv_jax.train.state import TrainState, init_state, state_shardings
+from fmcv_jax.train.state import TrainState, init_state, state_shardings, trace_state
 from fmcv_jax.train.step import StepFn, make_train_step
 
 
@@ -68,13 +68,19 @@ class Run:
     return init_state(e.objective, self.tx, e.seed, ema=e.train.ema_decay is not None)
 
   @functools.cached_property
+  def _traced(self):
+    e = self.experiment
+    return trace_state(e.objective, self.tx, e.seed, ema=e.train.ema_decay is not None)
+
+  @property
   def abstract_state(self) -> TrainState:
     """Shapes and dtypes of the state; nothing is allocated."""
-    return jax.eval_shape(self.init)
+    return self._traced[0]
 
   @functools.cached_property
   def shardings(self) -> TrainState:
-    return state_shardings(self.abstract_state, self.placement, self.experiment.objective.frozen_networks)
+    state, rows = self._traced
+    return state_shardings(state, self.placement, rows, self.experiment.objective.frozen_networks)
 
   @property
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -131,7 +137,7 @@ class Run:
     objective = objective.with_total_steps(self.experiment.train.steps)
     return float(
       matmul_flops(
-        jax.grad(lambda params, batch, extra: objective.loss(params, batch, jax.random.key(0), extra)[0]),
+        jax.grad(lambda params, batch, extra: objective.loss(params, batch, jax.random.key(0), extra).value),
         self.abstract_state.params,
         self.batch_shapes,
         self.abstract_state.extra,

@@ -86,6 +86,14 @@ class PartialFineTuning(Objective):
   def frozen_networks(self):
     return (FROZEN, *self.objective.frozen_networks)
 
+  @property
+  def logical_axes(self):
+    return (
+      (r'lora/.*/down', ('embed', None)),
+      (r'lora/.*/up', (None, None)),
+      *self.objective.logical_axes,
+    )
+
   def init(self, rng):
     whole, extra = self.objective.init(rng)
     flat = _flat(whole)

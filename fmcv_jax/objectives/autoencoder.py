@@ -15,7 +15,7 @@ from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.models.generative.autoencoder import Autoencoder
 from fmcv_jax.models.generative.discriminator import PatchDiscriminator
-from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.base import Objective, mean_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Autoencoding(Objective):
       opposed, more = self._adversarial(params, extra, x, picture, made, error)
       loss += opposed
       metrics.update(more)
-    return loss, (metrics, {})
+    return mean_loss(loss, metrics)
 
   def _adversarial(self, params, extra, x, picture, made, error):
     """What the discriminator adds to the loss, for the autoencoder and for itself."""

@@ -15,15 +15,73 @@ import jax.numpy as jnp
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.interpret.attention_maps import available_outputs
+from fmcv_jax.parallel.parameter_axes import Row
 
 Params = Any
 Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
-LossOutput = tuple[jax.Array, tuple[Metrics, Any]]
 
 # Flax's name for what batch norms keep from step to step. A loss applies its network with mutable=[BATCH_STATS] and
 # hands what came back to update_extra; of a network without batch norms that is nothing.
 BATCH_STATS = 'batch_stats'
+
+
+class Mean(NamedTuple):
+  """A weighted mean that has not been divided yet, so that the means of unequal parts add up to that of the whole.
+
+  total   float32 scalar, sum of the weighted values
+  weight  float32 scalar, sum of the weights: a number of examples, tokens, pixels or boxes, at least 0
+  """
+
+  total: jax.Array
+  weight: jax.Array
+
+  @property
+  def value(self) -> jax.Array:
+    """total / weight, and 0 where nothing has a weight."""
+    return weighted_mean(self.total, self.weight)
+
+
+class Loss(NamedTuple):
+  """The loss of a batch, or of a part of it. The train step adds parts and divides once, over all microbatches and
+  devices, so that a token counts as much as any other however the texts are distributed.
+
+  total    float32 scalar, sum of the weighted losses
+  weight   float32 scalar, sum of the weights, at least 0; no gradient flows through it
+  metrics  by name, each with a weight of its own
+  aux      tree of float arrays for update_extra, averaged over microbatches
+  """
+
+  total: jax.Array
+  weight: jax.Array
+  metrics: Mapping[str, Mean]
+  aux: Any
+
+  @property
+  def value(self) -> jax.Array:
+    """total / weight, and 0 where nothing has a weight: what the step logs and differentiates."""
+    return weighted_mean(self.total, self.weight)
+
+
+def weighted_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+  """total / weight, and 0 where the weight is 0; differentiable by the total only."""
+  return total / jax.lax.stop_gradient(jnp.where(weight == 0, 1.0, weight))
+
+
+def mean_loss(losses: jax.Array, metrics: Mapping[str, jax.Array] = {}, aux: Any = None) -> Loss:
+  """The Loss whose value is the mean of `losses`, bit for bit jnp.mean's.
+
+  losses   float [B], one per example; or a scalar, the loss of a batch that is not a sum over examples (microbatches
+           have equal numbers of examples, so each counts the same)
+  metrics  by name, float or bool [B] or scalar, averaged likewise
+  aux      see Loss; {} by default
+  """
+  means = {name: _mean(values) for name, values in metrics.items()}
+  return Loss(*_mean(losses), means, {} if aux is None else aux)
+
+
+def _mean(values: jax.Array) -> Mean:
+  values = jnp.asarray(values)
+  return Mean(jnp.sum(values, dtype=jnp.float32), jnp.float32(values.size))
 
 
 class ImageEncoder(NamedTuple):
@@ -52,6 +110,11 @@ class Objective(abc.ABC):
     return ()
 
   @property
+  def logical_axes(self) -> tuple[Row, ...]:
+    """Rows for parameters that no module makes (see parallel/parameter_axes.py); those of modules stand with them."""
+    return ()
+
+  @property
   @abc.abstractmethod
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, field by field, without the batch axis."""
@@ -67,8 +130,8 @@ class Objective(abc.ABC):
     """(params, extra), float32; traced under eval_shape and jit, so that arrays are born sharded."""
 
   @abc.abstractmethod
-  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> LossOutput:
-    """(loss, (metrics, aux)): means over the batch, float32 scalars in `metrics`; `aux` goes to update_extra."""
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
+    """The loss of a batch as a sum and its weight (`mean_loss` for a mean over examples); traced, so pure."""
 
   def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     """The next `extra`, from the already updated `params`."""
@@ -144,10 +207,10 @@ class CoupledObjective(Objective):
     """(a tree of float arrays [B, ...], aux); aux goes to update_extra, averaged over the pieces of a batch."""
 
   @abc.abstractmethod
-  def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> LossOutput:
+  def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:
     """The loss of the whole batch from its embeddings; `params` for scalars such as the temperature."""
 
   def loss(self, params, batch, rng, extra):
     embeddings, aux = self.embed(params, batch, rng, extra)
-    loss, (metrics, more) = self.couple(params, embeddings, batch, extra)
-    return loss, (metrics, {**aux, **more})
+    loss = self.couple(params, embeddings, batch, extra)
+    return loss._replace(aux={**aux, **loss.aux})

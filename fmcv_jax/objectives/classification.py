@@ -11,7 +11,7 @@ import optax
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.mixing import mix
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.objectives.base import BATCH_STATS, ImageEncoder, Objective, encoder_functions, flax_variables
+from fmcv_jax.objectives.base import BATCH_STATS, ImageEncoder, Objective, encoder_functions, flax_variables, mean_loss
 from fmcv_jax.objectives.distillation import Distillation
 
 
@@ -83,12 +83,11 @@ class Classification(Objective):
       losses = optax.softmax_cross_entropy(logits, smooth)
     else:
       losses = optax.sigmoid_binary_cross_entropy(logits, smooth).sum(-1)
-    loss = losses.mean()
-    metrics = {'accuracy': jnp.mean(logits.argmax(-1) == targets.argmax(-1), dtype=jnp.float32)}
+    metrics = {'accuracy': logits.argmax(-1) == targets.argmax(-1)}
     if self.distillation is not None:
       metrics['distillation'] = self.distillation.loss(second, extra, images)
-      loss = (1 - self.distillation.weight) * loss + self.distillation.weight * metrics['distillation']
-    return loss, (metrics, statistics)
+      losses = (1 - self.distillation.weight) * losses + self.distillation.weight * metrics['distillation']
+    return mean_loss(losses, metrics, statistics)
 
   def update_extra(self, extra, params, aux, step):
     return {**extra, **aux}

@@ -10,7 +10,7 @@ from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.patches import random_keep
-from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, ImageEncoder, flax_variables
+from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, ImageEncoder, flax_variables, mean_loss
 from fmcv_jax.objectives.ring_contrastive import LossName, pair_loss
 
 
@@ -76,7 +76,7 @@ class Contrastive(CoupledObjective):
     image, text = embeddings
     scale, bias = self.network.apply({'params': params}, method='logit_scale_and_bias')
     loss, accuracy = pair_loss(image, text, scale, bias, self.loss_name, self.label_smoothing)
-    return loss, ({'accuracy': accuracy, 'logit_scale': scale, 'logit_bias': bias}, {})
+    return mean_loss(loss, {'accuracy': accuracy, 'logit_scale': scale, 'logit_bias': bias})
 
   def functions(self):
     def encode_image(params, extra, batch):

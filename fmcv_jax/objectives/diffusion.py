@@ -22,7 +22,7 @@ from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.models.generative.autoencoder import Autoencoder, Gaussian
 from fmcv_jax.models.generative.controlnet import ControlNet, controlnet
 from fmcv_jax.models.generative.unet import UNet
-from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.base import Objective, mean_loss
 from fmcv_jax.objectives.repa import Alignment, Projector
 
 LEVELS = 8  # noise levels at which the validation error is told
@@ -213,7 +213,7 @@ class Diffusion(Objective):
     if self.repa is not None:
       metrics['alignment'] = self._alignment(params, extra, tokens, images)
       loss -= self.repa.weight * metrics['alignment']
-    return loss, (metrics, {})
+    return mean_loss(loss, metrics)
 
   def _towers(self, params, extra):
     """`extra` with the text tower in it, wherever it is kept."""

@@ -18,7 +18,7 @@ from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.self_supervised.dino import DinoNetwork
-from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions
+from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions, mean_loss
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
 
 GLOBALS = 2
@@ -137,7 +137,7 @@ class SelfDistillation(Objective):
       features = by_example(student_large.features, GLOBALS)
       metrics['koleo'] = koleo(features[:, 0]) + koleo(features[:, 1])
       loss = loss + self.koleo_weight * metrics['koleo']
-    return loss, (metrics, jax.lax.stop_gradient(aux))
+    return mean_loss(loss, metrics, jax.lax.stop_gradient(aux))
 
   def views(self, batch, global_rng, local_rng):
     """Augmented, normalized crops [B * G, H, W, 3] and [B * L, h, w, 3] (or None); an image's crops side by side."""

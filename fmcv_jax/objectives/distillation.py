@@ -45,7 +45,7 @@ class Distillation:
     return {'teacher': born.pop('params'), **{f'teacher_{name}': tree for name, tree in born.items()}}
 
   def loss(self, logits: jax.Array, extra: Mapping[str, Any], images: jax.Array) -> jax.Array:
-    """The disagreement of the student's logits [B, K] with the teacher of images [B, H, W, 3] in [0, 1]."""
+    """[B], the disagreement of the student's logits [B, K] with the teacher of images [B, H, W, 3] in [0, 1]."""
     features: Any = self.teacher.apply(flax_variables(extra['teacher'], extra, 'teacher_'), self.normalize(images))
     return disagreement(logits, jax.lax.stop_gradient(features.output), self.kind, self.temperature)
 
@@ -53,12 +53,12 @@ class Distillation:
 def disagreement(
   logits: jax.Array, teacher: jax.Array, kind: Literal['hard', 'soft'], temperature: float = 1.0
 ) -> jax.Array:
-  """Mean cross-entropy of logits [B, K] with the teacher's best class (eq. 3), or their divergence at a temperature.
+  """[B], cross-entropy of logits [B, K] with the teacher's best class (eq. 3), or their divergence at a temperature.
 
-  The soft one is T^2 KL(teacher || student) over B * K, as in DeiT's code: eq. 2 divides by B alone.
+  The soft one is T^2 KL(teacher || student) / K, as in DeiT's code: eq. 2 does not divide by K.
   """
   logits, teacher = logits.astype(jnp.float32), teacher.astype(jnp.float32)
   if kind == 'hard':
-    return optax.softmax_cross_entropy_with_integer_labels(logits, teacher.argmax(-1)).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, teacher.argmax(-1))
   student, target = (jax.nn.log_softmax(x / temperature) for x in (logits, teacher))
-  return temperature**2 * jnp.mean(jnp.exp(target) * (target - student))
+  return temperature**2 * jnp.mean(jnp.exp(target) * (target - student), axis=-1)

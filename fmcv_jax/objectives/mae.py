@@ -11,7 +11,7 @@ from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.self_supervised.mae import MaskedAutoencoder
-from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions
+from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions, mean_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class MaskedAutoencoding(Objective):
     )
     target, _ = patchify(images, self.network.encoder.patch_size)
     target = normalize_patches(target)[0] if self.norm_pix_loss else target
-    return masked_mse(predicted.pixels, target, order, self.visible), ({}, {})
+    return mean_loss(masked_mse(predicted.pixels, target, order, self.visible))
 
   def order(self, rng, images):
     """int32 [B, T]: for each image its patches in an order of which the first are seen."""

@@ -7,11 +7,16 @@ import jax
 
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import dense
+from fmcv_jax.models.common.layers import HEAD_AXES, HIDDEN_AXES, dense
 
 
 class Projector(nn.Module):
   """Tokens [B, T, D] -> [B, T, outputs], by three layers with SiLU (Yu et al. 2025)."""
+
+  logical_axes = (
+    *HIDDEN_AXES,
+    *HEAD_AXES,
+  )
 
   width: int
   out_channels: int

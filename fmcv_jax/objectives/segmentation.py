@@ -14,7 +14,7 @@ from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.augment.randaugment import RandAugment
 from fmcv_jax.augment.three_augment import ThreeAugment
 from fmcv_jax.models.dense.segmenter import Segmenter
-from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions
+from fmcv_jax.objectives.base import ImageEncoder, Loss, Mean, Objective, encoder_functions
 
 IGNORE_INDEX = 255  # of pixels that count nowhere: neither in the loss nor in a figure
 MOVING = (Affine, Flip, RandAugment, ThreeAugment)
@@ -22,7 +22,7 @@ MOVING = (Affine, Flip, RandAugment, ThreeAugment)
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Objective):
-  """Mean cross-entropy over the pixels of the batch; uint8 `segments` [B, H, W] hold their classes, 255 for unknown.
+  """Mean cross-entropy over the known pixels of the batch; uint8 `segments` [B, H, W] hold classes, 255 for unknown.
 
   flip      mirrors each image and its segments, or not, with equal chance
   augment   of colours only: what moves pixels would not move their classes
@@ -63,9 +63,9 @@ class Segmentation(Objective):
     )
     known = segments != IGNORE_INDEX
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, segments, 0))
-    count = jnp.maximum(known.sum(), 1)
-    right = jnp.sum(logits.argmax(-1) == segments, where=known)
-    return jnp.sum(losses, where=known) / count, ({'accuracy': right / count}, {})
+    count = known.sum(dtype=jnp.float32)
+    right = jnp.sum(logits.argmax(-1) == segments, where=known, dtype=jnp.float32)
+    return Loss(jnp.sum(losses, where=known), count, {'accuracy': Mean(right, count)}, {})
 
   def functions(self):
     def segments(params, extra, batch):

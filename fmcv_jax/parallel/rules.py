@@ -1,15 +1,14 @@
-"""Two tables that shard everything: parameter path -> logical axes, and logical axis -> mesh axes.
+"""Logical axes -> mesh axes: how every array is sharded.
 
-Networks share their blocks, so a dozen path patterns name the axes of every parameter of every model; which mesh axes
-they are split over is data of the config. Nothing falls back silently: a parameter that no pattern matches, a logical
-axis without a rule, one mesh axis used twice for one array, or a dimension that does not divide is a `UserError`.
+Modules name the logical axes of their parameters (`parameter_axes`); which mesh axes those are split over is data of
+the config. Nothing falls back silently: a parameter that no pattern matches, a logical axis without a rule, one mesh
+axis used twice for one array, or a dimension that does not divide is a `UserError`.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,53 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fmcv_jax.errors import UserError, did_you_mean
-
-LogicalAxes = tuple[str | None, ...]
-
-# The first pattern that matches the whole path wins. Parameters below a scope named `blocks` are stacked over depth:
-# their leading axis is `layers`, which the table leaves out.
-PARAM_LOGICAL_AXES: tuple[tuple[str, LogicalAxes], ...] = (
-  (r'lora/.*/down', ('embed', None)),
-  (r'lora/.*/up', (None, None)),
-  (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads')),
-  (r'(.*/)?(query|key|value)/bias', ('heads',)),
-  (r'(.*/)?(\w+_)?attention/out/kernel', ('heads', 'embed')),
-  (r'(.*/)?attention/relative', (None, 'heads')),
-  (r'(.*/)?merge/reduce/kernel', ('embed', None)),
-  (r'(.*/)?mlp/(up|gate)/kernel', ('embed', 'mlp')),
-  (r'(.*/)?mlp/(up|gate)/bias', ('mlp',)),
-  (r'(.*/)?mlp/down/kernel', ('mlp', 'embed')),
-  (r'(.*/)?(out|down)/bias', (None,)),
-  (r'(.*/)?\w*norm\w*/(scale|bias|mean|variance)', (None,)),
-  (r'(.*/)?scale[12]', (None,)),
-  (r'(.*/)?patch/kernel', (None, 'embed')),
-  (r'(.*/)?(head|distillation_head|embed)/kernel', ('embed', None)),
-  (r'(.*/)?(patch|head|distillation_head|embed)/bias', (None,)),
-  (r'(.*/)?tokens/embedding', ('vocab', 'embed')),
-  (r'(.*/)?(position|\w+_token|registers|probe)', (None, 'embed')),
-  (r'(.*/)?(hidden\d+|bottleneck)/kernel', ('embed', None)),
-  (r'(.*/)?(hidden\d+|bottleneck)/bias', (None,)),
-  (r'(.*/)?prototypes', ('embed', 'vocab')),
-  (r'(.*/)?lengths', ('vocab',)),
-  # Inverted bottlenecks: what is wide inside is split as an MLP's hidden units are.
-  (r'(.*/)?expand/kernel', ('embed', 'mlp')),
-  (r'(.*/)?depthwise/kernel', (None, None, None, 'mlp')),
-  (r'(.*/)?squeeze/kernel', ('mlp', None)),
-  (r'(.*/)?excite/kernel', (None, 'mlp')),
-  (r'(.*/)?excite/bias', ('mlp',)),
-  (r'(.*/)?project/kernel', ('mlp', 'embed')),
-  (r'(.*/)?top/kernel', ('embed', None)),
-  (r'(.*/)?squeeze/bias', (None,)),
-  # Diffusion and autoencoders: images and latents have few channels, which no mesh divides.
-  (r'(.*/)?hint/\w+/kernel', (None, None, None, None)),
-  (r'(.*/)?conv_(out|logit)/kernel', (None, None, 'embed', None)),
-  (r'(.*/)?conv\w*/kernel', (None, None, None, 'embed')),
-  (r'(.*/)?(conv\w*|shortcut|modulation|quantize|unquantize|enter|leave|zero_\w+)/bias', (None,)),
-  (r'(.*/)?(shortcut|modulation|enter|leave|zero_\w+)/kernel', ('embed', None)),
-  (r'(.*/)?(quantize|unquantize)/kernel', (None, None)),
-  (r'(.*/)?classes/embedding', (None, 'embed')),
-  (r'temperature|bias', ()),
-)
+from fmcv_jax.parallel.parameter_axes import LogicalAxes, Row, Rows, axes_of
 
 # Activations and parameters have separate names where the same dimension is split differently: under FSDP the batch
 # takes the `fsdp` axis, so the `width` of an activation is whole while the `embed` of a parameter is split.
@@ -82,26 +35,10 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """The two tables as config data; `axes` overrides single rows of AXIS_RULES, `parameters` precede
-  PARAM_LOGICAL_AXES.
-  """
+  """Sharding as config data: `axes` overrides single rows of AXIS_RULES, `parameters` precede the modules' own rows."""
 
   axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-  parameters: tuple[tuple[str, LogicalAxes], ...] = ()
-
-  def axes_of(self, path: str, shape: tuple[int, ...]) -> LogicalAxes:
-    """Logical axes of the parameter at `path`, such as 'image/blocks/mlp/up/kernel'."""
-    for pattern, axes in (*self.parameters, *PARAM_LOGICAL_AXES):
-      if re.fullmatch(pattern, path):
-        if 'blocks' in path.split('/'):
-          axes = ('layers', *axes)
-        if len(axes) != len(shape):
-          raise UserError(f'config.rules.parameters: {pattern!r} names {len(axes)} axes, but {path} has shape {shape}')
-        return axes
-    raise UserError(
-      f'config.rules.parameters: no pattern matches the parameter {path} of shape {shape}; '
-      f'add a row such as [{re.escape(path)!r}, [{", ".join(["null"] * len(shape))}]]'
-    )
+  parameters: tuple[Row, ...] = ()
 
   def spec(self, axes: LogicalAxes, shape: tuple[int, ...], mesh: Mesh, what: str) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes; `what` names it in errors."""
@@ -152,12 +89,12 @@ class Placement:
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
-  def parameters(self, tree: Any) -> Any:
-    """Shardings of a tree of parameters (arrays or ShapeDtypeStructs), leaf by leaf."""
+  def parameters(self, tree: Any, rows: Rows) -> Any:
+    """Shardings of a tree of parameters (arrays or ShapeDtypeStructs), leaf by leaf, by rows from `trace_init`."""
 
     def leaf(key_path, x):
       path = path_of(key_path)
-      return self.sharding(self.rules.axes_of(path, x.shape), x.shape, f'parameter {path}')
+      return self.sharding(axes_of(path, x.shape, self.rules.parameters, rows), x.shape, f'parameter {path}')
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 

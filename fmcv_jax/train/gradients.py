@@ -2,21 +2,24 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.objectives.base import Objective
+from fmcv_jax.errors import UserError
+from fmcv_jax.objectives.base import Loss, Objective
 
 
 def gradients(objective: Objective, params: Any, batch: Any, rng: jax.Array, extra: Any, microbatches: int):
-  """(loss, metrics, aux, gradient) of the mean loss over the batch, computed in `microbatches` equal pieces.
+  """(loss, metrics, aux, gradient) of a batch, computed in `microbatches` pieces with equal numbers of examples.
 
-  Objectives that treat examples alone are accumulated; coupled ones take two passes over cached embeddings, so that
-  their gradient is that of the whole batch too. `aux` and metrics are averaged over the pieces.
+  The loss is the sum of the weighted losses of all pieces over the sum of their weights, and so is each metric: exact
+  where the pieces weigh differently, as texts of unequal lengths do. Coupled objectives take two passes over cached
+  embeddings, so that their gradient is that of the whole batch too. `aux` is averaged over the pieces.
   """
   if microbatches == 1:
-    (loss, (metrics, aux)), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, batch, rng, extra)
-    return loss, metrics, aux, gradient
+    (value, loss), gradient = jax.value_and_grad(_value_of(objective.loss), has_aux=True)(params, batch, rng, extra)
+    return value, _values(loss.metrics), loss.aux, gradient
   pieces = jax.tree.map(lambda x: split_batch(x, microbatches), batch)
   if objective.coupled:
     return _coupled(objective, params, batch, pieces, rng, extra, microbatches)
@@ -39,22 +42,21 @@ def join_batch(x: jax.Array) -> jax.Array:
 
 
 def _accumulated(objective, params, pieces, rng, extra, count):
-  def one(total, indexed):
-    index, piece = indexed
-    key = jax.random.fold_in(rng, index)
-    (loss, (metrics, aux)), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, piece, key, extra)
-    return jax.tree.map(lambda t, x: t + x / count, total, (loss, metrics, aux, gradient)), None
+  def total_of(params, piece, key):
+    loss = _checked(objective.loss(params, piece, key, extra))
+    return loss.total, loss
 
-  first = jax.tree.map(lambda x: x[0], pieces)
-  shapes = jax.eval_shape(lambda: _flat(jax.value_and_grad(objective.loss, has_aux=True)(params, first, rng, extra)))
+  def of_piece(index, piece):
+    return jax.grad(total_of, has_aux=True)(params, piece, jax.random.fold_in(rng, index))
+
+  def add(sums, indexed):
+    return jax.tree.map(jnp.add, sums, of_piece(*indexed)), None
+
+  shapes = jax.eval_shape(of_piece, 0, jax.tree.map(lambda x: x[0], pieces))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  total, _ = jax.lax.scan(one, zeros, (jnp.arange(count), pieces))
-  return total
-
-
-def _flat(result):
-  (loss, (metrics, aux)), gradient = result
-  return loss, metrics, aux, gradient
+  (gradient, loss), _ = jax.lax.scan(add, zeros, (jnp.arange(count), pieces))
+  gradient = jax.tree.map(lambda x: loss._replace(total=x).value, gradient)
+  return loss.value, _values(loss.metrics), jax.tree.map(lambda x: x / count, loss.aux), gradient
 
 
 def _coupled(objective, params, batch, pieces, rng, extra, count):
@@ -65,7 +67,7 @@ def _coupled(objective, params, batch, pieces, rng, extra, count):
   def couple(params, embeddings):
     return objective.couple(params, jax.tree.map(join_batch, embeddings), batch, extra)
 
-  (loss, (metrics, aux)), (direct, cotangents) = jax.value_and_grad(couple, argnums=(0, 1), has_aux=True)(
+  (value, loss), (direct, cotangents) = jax.value_and_grad(_value_of(couple), argnums=(0, 1), has_aux=True)(
     params, embeddings
   )
 
@@ -75,4 +77,28 @@ def _coupled(objective, params, batch, pieces, rng, extra, count):
     return jax.tree.map(jnp.add, total, pull_back(cotangent)[0]), None
 
   gradient, _ = jax.lax.scan(one, direct, (pieces, keys, cotangents))
-  return loss, metrics, {**jax.tree.map(lambda x: x.mean(0), kept), **aux}, gradient
+  return value, _values(loss.metrics), {**jax.tree.map(lambda x: x.mean(0), kept), **loss.aux}, gradient
+
+
+def _value_of(loss_of):
+  """The loss to differentiate, and all that came with it."""
+
+  def call(*args):
+    loss = _checked(loss_of(*args))
+    return loss.value, loss
+
+  return call
+
+
+def _values(metrics):
+  return {name: mean.value for name, mean in metrics.items()}
+
+
+def _checked(loss: Any) -> Loss:
+  """The loss of an objective, from this package or not, whose sums and weights are float32 scalars."""
+  if not isinstance(loss, Loss):
+    raise UserError(f'objective.loss: expected a Loss (total, weight, metrics, aux), got a {type(loss).__name__}')
+  scalars = [loss.total, loss.weight, *jax.tree.leaves(loss.metrics)]
+  chex.assert_shape(scalars, (), custom_message='objective.loss: totals and weights are scalars')
+  chex.assert_type(scalars, jnp.float32, custom_message='objective.loss: totals and weights are float32')
+  return loss

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fmcv_jax.objectives.base import Objective
+from fmcv_jax.parallel.parameter_axes import Rows, class_name, trace_init
 from fmcv_jax.parallel.rules import Placement, path_of
 
 
@@ -52,14 +53,22 @@ def init_state(objective: Objective, tx: optax.GradientTransformation, seed: int
   )
 
 
-def state_shardings(state: TrainState, placement: Placement, frozen: tuple[str, ...] = ()) -> TrainState:
-  """Shardings of an abstract state (ShapeDtypeStructs), leaf by leaf.
+def trace_state(
+  objective: Objective, tx: optax.GradientTransformation, seed: int, *, ema: bool
+) -> tuple[TrainState, Rows]:
+  """(shapes and dtypes of the state before the first step, rows of axes of its parameters); nothing is allocated."""
+  state, rows = trace_init(lambda: init_state(objective, tx, seed, ema=ema))
+  return state, {**rows, class_name(type(objective)): objective.logical_axes}
+
+
+def state_shardings(state: TrainState, placement: Placement, rows: Rows, frozen: tuple[str, ...] = ()) -> TrainState:
+  """Shardings of an abstract state, leaf by leaf; it and the rows are those of `trace_state`.
 
   The parameter rules place `params`, `ema`, the subtrees `frozen` of `extra`, and every leaf of the optimizer's or of
   `extra` that mirrors a parameter: same path at its end, same shape. What mirrors none (counters, factored moments,
   centres) is small and replicated.
   """
-  params = placement.parameters(state.params)
+  params = placement.parameters(state.params, rows)
   flat, _ = jax.tree_util.tree_flatten_with_path(state.params)
   mirrors = {
     (path_of(key_path), leaf.shape): sharding
@@ -84,7 +93,7 @@ def state_shardings(state: TrainState, placement: Placement, frozen: tuple[str, 
     opt_state=jax.tree_util.tree_map_with_path(mirrored, state.opt_state),
     extra={
       **jax.tree_util.tree_map_with_path(mirrored, state.extra),
-      **{name: placement.parameters(state.extra[name]) for name in frozen},
+      **{name: placement.parameters(state.extra[name], rows) for name in frozen},
     },
     ema=None if state.ema is None else params,
   )

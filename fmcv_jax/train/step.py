@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -61,6 +62,8 @@ def make_train_step(
         extra=choose(extra, state.extra),
         ema=choose(average, state.ema),
       )
+      # A state of another form than the last would be compiled anew at each step.
+      chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
       metrics = {
         **metrics,
         'loss': loss,

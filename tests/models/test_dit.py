@@ -14,6 +14,7 @@ from fmcv_jax.models.generative.conditioning import timestep_embedding
 from fmcv_jax.models.generative.dit import dit
 from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.parameter_axes import trace_init
 from fmcv_jax.parallel.rules import Placement
 
 RNG = np.random.default_rng(0)
@@ -95,7 +96,8 @@ def assert_same_on_a_mesh(network, variables, *inputs):
     with placement.active():
       return network.apply(variables, *inputs)
 
-  shardings = {'params': placement.parameters(variables['params'])}
+  _, rows = trace_init(lambda: network.init(jax.random.key(0), *inputs))
+  shardings = {'params': placement.parameters(variables['params'], rows)}
   split = jax.jit(call, in_shardings=(shardings, *(placement.batch(x) for x in inputs)))(variables, *inputs)
   for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

@@ -5,6 +5,7 @@ import pytest
 
 from fmcv_jax.models.backbones.efficientnet import Depthwise, EfficientNet, Row, efficientnet
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.parameter_axes import trace_init
 from fmcv_jax.parallel.rules import Placement
 
 NET = EfficientNet((Row(1, 16, 3, 1, 1), Row(3, 24, 5, 2, 6)), stem=8, top=32, image_size=16, drop_path=0.5)
@@ -44,7 +45,8 @@ def test_statistics_on_a_mesh_are_those_of_the_whole_batch():
       return train(variables, images)
 
   features, statistics = jax.jit(train)(variables, images)
-  params = jax.device_put(variables['params'], placement.parameters(variables['params']))
+  _, rows = trace_init(lambda: network.init(jax.random.key(0), images))
+  params = jax.device_put(variables['params'], placement.parameters(variables['params'], rows))
   spread = jax.device_put(images, placement.batch({'image': images})['image'])
   on_eight, theirs = jax.jit(on_mesh)({**variables, 'params': params}, spread)
   np.testing.assert_allclose(on_eight.pooled, features.pooled, rtol=1e-4, atol=1e-5)

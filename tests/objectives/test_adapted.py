@@ -48,8 +48,8 @@ def test_gradients_of_low_rank_matrices_follow_from_the_kernels():
   draw = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + 0.3 * draw.normal(size=x.shape).astype(np.float32), params)
   batch, rng = batch_of(objective), jax.random.key(1)
-  ours = jax.jit(jax.grad(lambda p: objective.loss(p, batch, rng, extra)[0]))(params)
-  plain = jax.jit(jax.grad(lambda p: PLAIN.loss(p, batch, rng, {})[0]))(objective.full_params(params, extra))
+  ours = jax.jit(jax.grad(lambda p: objective.loss(p, batch, rng, extra).value))(params)
+  plain = jax.jit(jax.grad(lambda p: PLAIN.loss(p, batch, rng, {}).value))(objective.full_params(params, extra))
   low, gradient = params['lora']['patch']['kernel'], plain['patch']['kernel']
   np.testing.assert_allclose(ours['lora']['patch']['kernel']['down'], 2 * gradient @ low['up'].T, atol=1e-6)
   np.testing.assert_allclose(ours['lora']['patch']['kernel']['up'], 2 * low['down'].T @ gradient, atol=1e-6)

@@ -36,7 +36,7 @@ def test_the_discriminator_moves_the_last_layer_by_its_share_and_learns_to_tell_
   batch = {name: jnp.asarray(x) for name, x in batch_of(objective).items()}
 
   def gradient(objective):
-    return jax.jit(jax.grad(lambda p: objective.loss(p, batch, jax.random.key(1), extra)[0]))(params)
+    return jax.jit(jax.grad(lambda p: objective.loss(p, batch, jax.random.key(1), extra).value))(params)
 
   both, alone = gradient(objective), gradient(coder(adversarial=1e-12, kl=0.0))
   pull = alone['autoencoder']['conv_out']['kernel']
@@ -62,9 +62,11 @@ def test_the_discriminator_waits_for_its_start():
   params, extra = jax.jit(objective.init)(jax.random.key(0))
   batch = {name: jnp.asarray(x) for name, x in batch_of(objective).items()}
   loss = jax.jit(lambda steps: objective.loss(params, batch, jax.random.key(1), {**extra, 'steps': steps}))
-  (early, (metrics, _)), (late, _) = loss(4), loss(5)
-  assert float(early) == pytest.approx(float(metrics['reconstruction'] + 1e-6 * metrics['kl']), rel=1e-6)
-  assert float(late) != pytest.approx(float(early), rel=1e-3)
+  early, late = loss(4), loss(5)
+  assert float(early.value) == pytest.approx(
+    float(early.metrics['reconstruction'].value + 1e-6 * early.metrics['kl'].value), rel=1e-6
+  )
+  assert float(late.value) != pytest.approx(float(early.value), rel=1e-3)
 
 
 def test_a_weight_without_features_is_refused():

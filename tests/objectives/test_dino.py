@@ -181,7 +181,7 @@ def test_teacher_gets_warmer_and_prototypes_thaw():
   )
   batch = {k: v[:2] for k, v in batch_of(learner).items()}
   gradient = jax.jit(
-    lambda step: jax.grad(learner.loss, has_aux=True)(params, batch, jax.random.key(1), {**extra, 'step': step})[0]
+    lambda step: jax.grad(lambda p: learner.loss(p, batch, jax.random.key(1), {**extra, 'step': step}).value)(params)
   )
   early, late = gradient(4)['head'], gradient(5)['head']
   assert float(jnp.abs(early['prototypes']).max()) == 0

@@ -16,27 +16,27 @@ def test_sigmoid_starts_near_the_papers_value():
   """With t = 10 and b = -10 and random embeddings nearly every negative is free and each positive costs about 10."""
   objective = contrastive('sigmoid')
   params, extra = objective.init(jax.random.key(0))
-  loss, (metrics, _) = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
-  assert 5 < float(loss) < 15
-  assert float(metrics['logit_scale']) == pytest.approx(10, rel=1e-6)
-  assert float(metrics['logit_bias']) == -10
+  loss = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
+  assert 5 < float(loss.value) < 15
+  assert float(loss.metrics['logit_scale'].value) == pytest.approx(10, rel=1e-6)
+  assert float(loss.metrics['logit_bias'].value) == -10
 
 
 def test_temperature_is_learned_and_clipped_at_one_hundred():
   objective = contrastive()
   params, extra = objective.init(jax.random.key(0))
-  gradient = jax.grad(lambda p: objective.loss(p, batch_of(objective), jax.random.key(1), extra)[0])(params)
+  gradient = jax.grad(lambda p: objective.loss(p, batch_of(objective), jax.random.key(1), extra).value)(params)
   assert abs(float(gradient['temperature'])) > 1e-4
   params['temperature'] = jnp.float32(50.0)
-  _, (metrics, _) = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
-  assert float(metrics['logit_scale']) == pytest.approx(100, rel=1e-5)
+  loss = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
+  assert float(loss.metrics['logit_scale'].value) == pytest.approx(100, rel=1e-5)
 
 
 def test_patch_dropping_looks_at_fewer_tokens_in_training_only():
   whole, half = contrastive(), contrastive(patch_keep_ratio=0.5)
   params, extra = whole.init(jax.random.key(0))
   batch = batch_of(whole)
-  losses = [float(o.loss(params, batch, jax.random.key(1), extra)[0]) for o in (whole, half)]
+  losses = [float(o.loss(params, batch, jax.random.key(1), extra).value) for o in (whole, half)]
   assert losses[0] != losses[1]
   embeddings = [o.functions()['embed_image'](params, extra, batch) for o in (whole, half)]
   np.testing.assert_array_equal(*embeddings)
@@ -45,10 +45,12 @@ def test_patch_dropping_looks_at_fewer_tokens_in_training_only():
 def test_classifier_that_is_born_zero_starts_at_log_classes():
   objective = classification(label_smoothing=0.1)
   params, extra = objective.init(jax.random.key(0))
-  loss, _ = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
-  assert float(loss) == pytest.approx(np.log(10), rel=1e-6)
+  loss = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
+  assert float(loss.value) == pytest.approx(np.log(10), rel=1e-6)
   sigmoid = classification(loss_name='sigmoid')
-  assert float(sigmoid.loss(params, batch_of(objective), jax.random.key(1), extra)[0]) == pytest.approx(10 * np.log(2))
+  assert float(sigmoid.loss(params, batch_of(objective), jax.random.key(1), extra).value) == pytest.approx(
+    10 * np.log(2)
+  )
 
 
 @pytest.mark.parametrize(('mixup', 'cutmix'), [(0.4, 0.0), (0.0, 1.0), (0.8, 1.0)])

@@ -7,23 +7,25 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.multimodal.dual_encoder import clip, siglip
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
+from fmcv_jax.parallel.parameter_axes import trace_init
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement, Rules, with_logical_constraint
 
 MESH = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
 
 
-def shapes_of(module, *inputs):
-  return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))['params']
+def traced(module, *inputs):
+  variables, rows = trace_init(lambda: module.init(jax.random.key(0), *inputs))
+  return variables['params'], rows
 
 
 def test_every_parameter_of_every_family_has_axes_and_fsdp_and_tensor_split_its_matrices():
   image, tokens = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 8), jnp.int32)
-  for tree in (
-    shapes_of(vit('mu/8', image_size=32, num_classes=10, registers=4, layer_scale=0.1, gated_mlp=True), image),
-    shapes_of(clip('B/32', length=8), jnp.zeros((1, 224, 224, 3)), tokens),
-    shapes_of(siglip('B/32', length=8), jnp.zeros((1, 224, 224, 3)), tokens),
+  for tree, rows in (
+    traced(vit('mu/8', image_size=32, num_classes=10, registers=4, layer_scale=0.1, gated_mlp=True), image),
+    traced(clip('B/32', length=8), jnp.zeros((1, 224, 224, 3)), tokens),
+    traced(siglip('B/32', length=8), jnp.zeros((1, 224, 224, 3)), tokens),
   ):
-    shardings = Placement(MESH).parameters(tree)
+    shardings = Placement(MESH).parameters(tree, rows)
     specs = {
       jax.tree_util.keystr(k, simple=True, separator='/'): s.spec for k, s in jax.tree.leaves_with_path(shardings)
     }
@@ -34,12 +36,12 @@ def test_every_parameter_of_every_family_has_axes_and_fsdp_and_tensor_split_its_
 
 def test_unmatched_parameter_is_an_error_that_names_it():
   with pytest.raises(UserError, match=r'no pattern matches the parameter adapter/weight of shape \(4, 4\)'):
-    Placement(MESH).parameters({'adapter': {'weight': jnp.zeros((4, 4))}})
+    Placement(MESH).parameters({'adapter': {'weight': jnp.zeros((4, 4))}}, {})
 
 
 def test_rows_of_the_config_come_first():
   rules = Rules(parameters=((r'adapter/weight', ('embed', None)),), axes={'embed': ('data',)})
-  sharding = Placement(MESH, rules).parameters({'adapter': {'weight': jnp.zeros((4, 4))}})['adapter']['weight']
+  sharding = Placement(MESH, rules).parameters({'adapter': {'weight': jnp.zeros((4, 4))}}, {})['adapter']['weight']
   assert sharding.spec == P(('data',))
 
 

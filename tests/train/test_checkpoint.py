@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from fmcv_jax.errors import UserError
+from fmcv_jax.models.common.layers import HEAD_AXES
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.train.checkpoint import Checkpointer, Checkpointing
 from fmcv_jax.train.state import TrainState, state_shardings
+
+ROWS = {'a head': HEAD_AXES}
 
 
 def state_at(step, *, ema=True, extra=None, width=16):
@@ -31,7 +34,7 @@ def state_at(step, *, ema=True, extra=None, width=16):
 
 def restore(store, like, step=None, mesh=MeshShape()):
   abstract = jax.eval_shape(lambda: like)
-  return store.restore(abstract, state_shardings(abstract, Placement(make_mesh(mesh))), step)
+  return store.restore(abstract, state_shardings(abstract, Placement(make_mesh(mesh)), ROWS), step)
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_state_comes_back_bitwise_on_another_mesh_with_its_run(tmp_path, ema, ex
 
 def test_parameters_alone_come_from_the_average(store):
   abstract = jax.eval_shape(lambda: state_at(0))
-  shardings = state_shardings(abstract, Placement(make_mesh(MeshShape()))).params
+  shardings = state_shardings(abstract, Placement(make_mesh(MeshShape())), ROWS).params
   target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract.params, shardings)
   params, _ = store.restore_params(target, 4)
   np.testing.assert_array_equal(params['head']['kernel'], state_at(4).ema['head']['kernel'])
@@ -136,7 +139,7 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_is_taken(store, ki
   with pytest.raises(UserError, match=rf'checkpoints/5: damaged: params/.*{name} {message}'):
     restore(store, state_at(0), step=5)
   abstract, reports = jax.eval_shape(lambda: state_at(0)), []
-  shardings = state_shardings(abstract, Placement(make_mesh(MeshShape())))
+  shardings = state_shardings(abstract, Placement(make_mesh(MeshShape())), ROWS)
   state, run = store.restore_newest(abstract, shardings, reports.append)
   assert (int(state.step), run['data']) == (4, {'examples': 40})
   assert len(reports) == 1
@@ -155,5 +158,5 @@ def test_a_workdir_with_damaged_steps_only_says_so(tmp_path):
   damage(pathlib.Path(store.directory / '1'), 'flipped')
   abstract = jax.eval_shape(lambda: state_at(0))
   with pytest.raises(UserError, match='no whole checkpoint is left'):
-    store.restore_newest(abstract, state_shardings(abstract, Placement(make_mesh(MeshShape()))), lambda _: None)
+    store.restore_newest(abstract, state_shardings(abstract, Placement(make_mesh(MeshShape())), ROWS), lambda _: None)
   store.close()

@@ -12,7 +12,7 @@ from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.train.optim import AdamW, Optimizer
 from fmcv_jax.train.schedules import Cosine
-from fmcv_jax.train.state import init_state, state_shardings
+from fmcv_jax.train.state import init_state, state_shardings, trace_state
 from fmcv_jax.train.step import make_train_step
 
 BATCH = 16
@@ -69,7 +69,8 @@ class Trainer:
     tx = optimizer.make(steps)
     self.placement = Placement(make_mesh(mesh, jax.devices()[:devices]))
     init = lambda: init_state(objective, tx, 0, ema=ema is not None)  # noqa: E731
-    self.shardings = state_shardings(jax.eval_shape(init), self.placement, objective.frozen_networks)
+    abstract, rows = trace_state(objective, tx, 0, ema=ema is not None)
+    self.shardings = state_shardings(abstract, self.placement, rows, objective.frozen_networks)
     self.state = jax.jit(init, out_shardings=self.shardings)()
     self.batch_shardings = self.placement.batch(batch_of(objective))
     self.step = make_train_step(

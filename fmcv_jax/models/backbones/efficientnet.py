@@ -18,7 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.errors import did_you_mean
-from fmcv_jax.models.common.layers import Dtype, Remat, dense, rematerialize, scan_layers, stochastic_depth
+from fmcv_jax.models.common.layers import (
+  HEAD_AXES,
+  NORM_AXES,
+  Dtype,
+  Remat,
+  dense,
+  rematerialize,
+  scan_layers,
+  stochastic_depth,
+)
 from fmcv_jax.models.common.outputs import Features, linear_head
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -102,6 +111,18 @@ class Bottleneck(nn.Module):
   In the form of a scan. drop_path: share of examples that skip the block; needs the rng 'dropout'.
   """
 
+  # What is wide inside is split as an MLP's hidden units are.
+  logical_axes = (
+    (r'(.*/)?expand/kernel', ('embed', 'mlp')),
+    (r'(.*/)?depthwise/kernel', (None, None, None, 'mlp')),
+    (r'(.*/)?squeeze/kernel', ('mlp', None)),
+    (r'(.*/)?squeeze/bias', (None,)),
+    (r'(.*/)?excite/kernel', (None, 'mlp')),
+    (r'(.*/)?excite/bias', ('mlp',)),
+    (r'(.*/)?project/kernel', ('mlp', 'embed')),
+    NORM_AXES,
+  )
+
   features: int
   size: int
   stride: int
@@ -166,6 +187,13 @@ class EfficientNet(nn.Module):
             the mean as it is
   momentum  what running statistics keep of themselves at each step
   """
+
+  logical_axes = (
+    (r'(.*/)?conv/kernel', (None, None, None, 'embed')),
+    (r'(.*/)?top/kernel', ('embed', None)),
+    *HEAD_AXES,
+    NORM_AXES,
+  )
 
   stages: tuple[Row, ...]
   stem: int

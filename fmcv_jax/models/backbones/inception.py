@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.models.common.layers import dense
+from fmcv_jax.models.common.layers import HEAD_AXES, dense
 from fmcv_jax.models.common.outputs import Features
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -111,6 +111,8 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
 class FrozenNorm(nn.Module):
   """Batch norm with the statistics that it was trained with, as parameters."""
 
+  logical_axes = ((r'(.*/)?norm/(scale|bias|mean|variance)', (None,)),)
+
   @nn.compact
   def __call__(self, x):
     shape = (x.shape[-1],)
@@ -120,6 +122,8 @@ class FrozenNorm(nn.Module):
 
 
 class Unit(nn.Module):
+  logical_axes = ((r'(.*/)?conv/kernel', (None, None, None, 'embed')),)
+
   conv: Conv
 
   @nn.compact
@@ -158,6 +162,8 @@ class Inception(nn.Module):
 
   They are resized to 299 x 299 as that graph does, which takes one pixel of many where it shrinks.
   """
+
+  logical_axes = (*HEAD_AXES,)
 
   image_size: int = SIZE
   any_size: bool = True

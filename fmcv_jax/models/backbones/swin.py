@@ -15,6 +15,9 @@ import numpy as np
 
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.layers import (
+  ATTENTION_AXES,
+  HEAD_AXES,
+  NORM_AXES,
   BlockConfig,
   Dtype,
   Mlp,
@@ -26,7 +29,7 @@ from fmcv_jax.models.common.layers import (
   stochastic_depth,
 )
 from fmcv_jax.models.common.outputs import Features, linear_head
-from fmcv_jax.models.common.patches import patchify
+from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 Grid = tuple[int, int]
@@ -69,6 +72,11 @@ def shift_mask(grid: Grid, window: int, shift: int) -> np.ndarray:
 class WindowAttention(nn.Module):
   """Multi-head attention within windows x [B, W, M, D] -> the same; each head learns a bias by relative position."""
 
+  logical_axes = (
+    *ATTENTION_AXES,
+    (r'(.*/)?attention/relative', (None, 'heads')),
+  )
+
   config: BlockConfig
   window: int
 
@@ -97,6 +105,8 @@ class WindowAttention(nn.Module):
 
 class WindowBlock(nn.Module):
   """Pre-norm transformer block on a grid of tokens x [B, T, D], whose attention stays within (shifted) windows."""
+
+  logical_axes = (NORM_AXES,)
 
   config: BlockConfig
   grid: Grid
@@ -142,6 +152,11 @@ class WindowPair(nn.Module):
 
 class Merge(nn.Module):
   """Joins 2 x 2 neighbours and doubles the width: x [B, T, D] on a grid -> ([B, T / 4, 2 D], the new grid)."""
+
+  logical_axes = (
+    (r'(.*/)?merge/reduce/kernel', ('embed', None)),
+    NORM_AXES,
+  )
 
   eps: float
   dtype: Dtype
@@ -195,6 +210,12 @@ class Swin(nn.Module):
   `image_size` tells the largest window that a stage has use for; images of other sizes fill up their last windows.
   `outputs` units of a linear head act on the mean of the last tokens; 0 leaves it as it is.
   """
+
+  logical_axes = (
+    *PATCH_AXES,
+    *HEAD_AXES,
+    NORM_AXES,
+  )
 
   smallest_patch: int
   width: int

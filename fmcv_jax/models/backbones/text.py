@@ -9,7 +9,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fmcv_jax.models.common.attention.dispatch import Backend
-from fmcv_jax.models.common.layers import Activation, BlockConfig, Dtype, Remat, Stack, Unroll, dense, layer_norm
+from fmcv_jax.models.common.layers import (
+  HEAD_AXES,
+  NORM_AXES,
+  Activation,
+  BlockConfig,
+  Dtype,
+  Remat,
+  Stack,
+  Unroll,
+  dense,
+  layer_norm,
+)
 from fmcv_jax.models.common.outputs import Features
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -38,6 +49,13 @@ class TextTransformer(nn.Module):
   length); 'mean' averages what is not padding (id 0). Post-norm blocks (BERT) have a norm before the first instead of
   one after the last.
   """
+
+  logical_axes = (
+    (r'(.*/)?tokens/embedding', ('vocab', 'embed')),
+    (r'(.*/)?position', (None, 'embed')),
+    *HEAD_AXES,
+    NORM_AXES,
+  )
 
   vocab_size: int
   length: int

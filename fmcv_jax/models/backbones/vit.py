@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
+  HEAD_AXES,
+  NORM_AXES,
   Activation,
   Attention,
   BlockConfig,
@@ -20,7 +22,7 @@ from fmcv_jax.models.common.layers import (
   layer_norm,
 )
 from fmcv_jax.models.common.outputs import Features, linear_head
-from fmcv_jax.models.common.patches import patchify
+from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import resize_grid, rope_2d, sincos_2d
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -30,6 +32,11 @@ Positions = Literal['learned', 'sincos2d', 'rope2d']
 
 class AttentionPool(nn.Module):
   """One learned query gathers the tokens x [B, T, D] -> [B, D] (MAP head: Lee et al. 2019; Zhai et al. 2022)."""
+
+  logical_axes = (
+    (r'(.*/)?probe', (None, 'embed')),
+    NORM_AXES,
+  )
 
   config: BlockConfig
 
@@ -53,6 +60,13 @@ class ViT(nn.Module):
   the means of both tokens' and of both heads'. With the pool 'gap' there may be a `class_token` that is not read, and
   the last norm may act on the mean (`norm_pooled`): MAE's fine-tuning (He et al. 2022) does both.
   """
+
+  logical_axes = (
+    *PATCH_AXES,
+    (r'(.*/)?(position|class_token|distillation_token|mask_token|registers)', (None, 'embed')),
+    *HEAD_AXES,
+    NORM_AXES,
+  )
 
   patch_size: int
   width: int

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.models.common.layers import Attention, BlockConfig, dense
+from fmcv_jax.models.common.layers import NORM_AXES, Attention, BlockConfig, dense
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 # Of every group norm; narrow networks have fewer, of four channels: groups of one would lose a picture's colours.
@@ -48,6 +48,13 @@ class ResidualBlock(nn.Module):
   needs the rng 'dropout'.
   """
 
+  logical_axes = (
+    (r'(.*/)?\w*block\d+/conv[12]/kernel', (None, None, None, 'embed')),
+    (r'(.*/)?\w*block\d+/(modulation|shortcut)/kernel', ('embed', None)),
+    (r'(.*/)?\w*block\d+/(conv[12]|modulation|shortcut)/bias', (None,)),
+    NORM_AXES,
+  )
+
   features: int
   eps: float = 1e-6
   dropout: float = 0.0
@@ -73,6 +80,8 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
   """Every pixel looks at all pixels, around a skip: [B, H, W, C] -> [B, H, W, C]."""
 
+  logical_axes = (NORM_AXES,)
+
   num_heads: int = 1
   eps: float = 1e-6
   dtype: str = 'float32'
@@ -88,6 +97,11 @@ class SpatialAttention(nn.Module):
 class Downsample(nn.Module):
   """Halves both sides; `centred` pads on all sides, else below and to the right only."""
 
+  logical_axes = (
+    (r'(.*/)?\w+_down/conv/kernel', (None, None, None, 'embed')),
+    (r'(.*/)?\w+_down/conv/bias', (None,)),
+  )
+
   centred: bool = False
   dtype: str = 'float32'
 
@@ -99,6 +113,11 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
   """Doubles both sides: every pixel four times, then a convolution."""
+
+  logical_axes = (
+    (r'(.*/)?\w+_up/conv/kernel', (None, None, None, 'embed')),
+    (r'(.*/)?\w+_up/conv/bias', (None,)),
+  )
 
   dtype: str = 'float32'
 

@@ -44,6 +44,25 @@ def _saves_matmuls(primitive, *args, **params) -> bool:
 REMAT_POLICIES = {'dots': _saves_matmuls, 'full': jax.checkpoint_policies.nothing_saveable}
 
 
+# Axes of what several modules make, for their `logical_axes` (see parallel/parameter_axes.py).
+NORM_AXES = (r'(.*/)?\w*norm\w*/(scale|bias)', (None,))
+ATTENTION_AXES = (
+  (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads')),
+  (r'(.*/)?(query|key|value)/bias', ('heads',)),
+  (r'(.*/)?(\w+_)?attention/out/kernel', ('heads', 'embed')),
+  (r'(.*/)?(\w+_)?attention/out/bias', (None,)),
+  NORM_AXES,
+)
+HEAD_AXES = (
+  (r'(.*/)?(head|distillation_head)/kernel', ('embed', None)),
+  (r'(.*/)?(head|distillation_head)/bias', (None,)),
+)
+HIDDEN_AXES = (
+  (r'(.*/)?hidden\d+/kernel', ('embed', None)),
+  (r'(.*/)?hidden\d+/bias', (None,)),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
   """What the blocks of one stack have in common.
@@ -130,6 +149,8 @@ def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> j
 class Attention(nn.Module):
   """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D]."""
 
+  logical_axes = (*ATTENTION_AXES,)
+
   config: BlockConfig
 
   @nn.compact
@@ -167,6 +188,13 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
   """Two-layer perceptron on the last axis of x [B, T, D] -> [B, T, D]."""
 
+  logical_axes = (
+    (r'(.*/)?mlp/(up|gate)/kernel', ('embed', 'mlp')),
+    (r'(.*/)?mlp/(up|gate)/bias', ('mlp',)),
+    (r'(.*/)?mlp/down/kernel', ('mlp', 'embed')),
+    (r'(.*/)?mlp/down/bias', (None,)),
+  )
+
   config: BlockConfig
 
   @nn.compact
@@ -181,6 +209,11 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
   """Transformer block, x [B, T, D] -> [B, T, D], in the (carry, input) -> (carry, output) form of a scan."""
+
+  logical_axes = (
+    NORM_AXES,
+    (r'(.*/)?scale[12]', (None,)),
+  )
 
   config: BlockConfig
   train: bool = False

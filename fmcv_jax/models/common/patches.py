@@ -5,6 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Axes of the linear layer `patch` that embeds patches, for the `logical_axes` of networks.
+PATCH_AXES = (
+  (r'(.*/)?patch/kernel', (None, 'embed')),
+  (r'(.*/)?patch/bias', (None,)),
+)
+
 
 def patchify(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:
   """Cuts images [B, H, W, C] into patches [B, rows * columns, patch * patch * C]; also returns (rows, columns)."""

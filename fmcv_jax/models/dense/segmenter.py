@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.models.common.layers import dense
+from fmcv_jax.models.common.layers import HEAD_AXES, dense
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
@@ -18,6 +18,8 @@ class Segmenter(nn.Module):
 
   The logits of the patches, row by row, are interpolated bilinearly to the size of the image.
   """
+
+  logical_axes = (*HEAD_AXES,)
 
   encoder: nn.Module
   num_classes: int

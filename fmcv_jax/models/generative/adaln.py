@@ -7,6 +7,11 @@ import jax.numpy as jnp
 from fmcv_jax.models.common.layers import BlockConfig, dense
 from fmcv_jax.models.common.patches import unpatchify
 
+MODULATION_AXES = (
+  (r'(.*/)?modulation/kernel', ('embed', None)),
+  (r'(.*/)?modulation/bias', (None,)),
+)
+
 
 def modulation(c: jax.Array, parts: int, width: int, dtype: str) -> list[jax.Array]:
   """`parts` vectors [B, 1, D] from the condition c [B, D]; born zero."""

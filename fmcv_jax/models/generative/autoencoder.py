@@ -19,7 +19,7 @@ from fmcv_jax.models.common.conv_blocks import (
   group_norm,
   groups_of,
 )
-from fmcv_jax.models.common.layers import Dtype, Remat, dense, rematerialize
+from fmcv_jax.models.common.layers import NORM_AXES, Dtype, Remat, dense, rematerialize
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
@@ -57,6 +57,15 @@ class MidBlock(nn.Module):
 class Encoder(nn.Module):
   """Images [B, H, W, C] -> [B, h, w, outputs], halving both sides between levels."""
 
+  logical_axes = (
+    # Images and latents have few channels, which no mesh divides.
+    (r'(.*/)?encoder/conv_in/kernel', (None, None, None, 'embed')),
+    (r'(.*/)?encoder/conv_in/bias', (None,)),
+    (r'(.*/)?encoder/conv_out/kernel', (None, None, 'embed', None)),
+    (r'(.*/)?encoder/conv_out/bias', (None,)),
+    NORM_AXES,
+  )
+
   channels: tuple[int, ...]
   layers: int
   attention: tuple[bool, ...]
@@ -84,6 +93,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
   """Latents [B, h, w, z] -> what the last convolution reads, [B, H, W, channels[0]]; levels count from the highest
   resolution, as in the encoder."""
+
+  logical_axes = (
+    (r'(.*/)?decoder/conv_in/kernel', (None, None, None, 'embed')),
+    (r'(.*/)?decoder/conv_in/bias', (None,)),
+    NORM_AXES,
+  )
 
   channels: tuple[int, ...]
   layers: int
@@ -113,6 +128,13 @@ class Autoencoder(nn.Module):
 
   `quantize` is the pair of one-pixel convolutions next to the latent that the published autoencoders of LDM have.
   """
+
+  logical_axes = (
+    (r'(autoencoder/)?conv_out/kernel', (None, None, 'embed', None)),
+    (r'(autoencoder/)?conv_out/bias', (None,)),
+    (r'(.*/)?(quantize|unquantize)/kernel', (None, None)),
+    (r'(.*/)?(quantize|unquantize)/bias', (None,)),
+  )
 
   channels: tuple[int, ...]
   layers: int

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.models.common.layers import dense
+from fmcv_jax.models.common.layers import HIDDEN_AXES, dense
 
 
 def timestep_embedding(time: jax.Array, dim: int, *, include_last: bool = False) -> jax.Array:
@@ -23,6 +23,8 @@ def timestep_embedding(time: jax.Array, dim: int, *, include_last: bool = False)
 class MLPEmbedder(nn.Module):
   """[B, D] -> [B, width], through one hidden layer with SiLU."""
 
+  logical_axes = (*HIDDEN_AXES,)
+
   width: int
   dtype: str
 
@@ -35,6 +37,8 @@ class MLPEmbedder(nn.Module):
 
 class ClassEmbedding(nn.Module):
   """int32 [B] -> [B, width]; row `num_classes` stands for 'no class'."""
+
+  logical_axes = ((r'(.*/)?classes/embedding', (None, 'embed')),)
 
   num_classes: int
   width: int

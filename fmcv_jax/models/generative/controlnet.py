@@ -17,6 +17,11 @@ WIDTHS = (16, 32, 96, 256)  # of the hint's levels, as released
 class Hint(nn.Module):
   """A picture [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides between its widths; zero at first."""
 
+  logical_axes = (
+    (r'(.*/)?hint/conv\w+/kernel', (None, None, None, None)),
+    (r'(.*/)?hint/conv\w+/bias', (None,)),
+  )
+
   widths: tuple[int, ...]
   out_channels: int
   dtype: str
@@ -36,6 +41,11 @@ class ControlNet(nn.Module):
 
   Its 'encoder' has the parameters of the UNet's, and begins with a copy of them.
   """
+
+  logical_axes = (
+    (r'(.*/)?zero_\w+/kernel', ('embed', None)),
+    (r'(.*/)?zero_\w+/bias', (None,)),
+  )
 
   config: UNetConfig
   widths: tuple[int, ...]

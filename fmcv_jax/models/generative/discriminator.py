@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from fmcv_jax.models.common.conv_blocks import conv, group_norm
+from fmcv_jax.models.common.layers import NORM_AXES
 
 
 class PatchDiscriminator(nn.Module):
@@ -12,6 +13,13 @@ class PatchDiscriminator(nn.Module):
   Each logit sees 70 x 70 pixels with three layers. Group norm stands where the original has batch norm, so that a
   picture is judged by itself, on any mesh.
   """
+
+  logical_axes = (
+    (r'(.*/)?conv\d+/kernel', (None, None, None, 'embed')),
+    (r'(.*/)?conv_logit/kernel', (None, None, 'embed', None)),
+    (r'(.*/)?conv(\d+|_logit)/bias', (None,)),
+    NORM_AXES,
+  )
 
   width: int = 64
   layers: int = 3

@@ -12,6 +12,8 @@ from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
+  HEAD_AXES,
+  NORM_AXES,
   Activation,
   Attention,
   BlockConfig,
@@ -23,15 +25,20 @@ from fmcv_jax.models.common.layers import (
   layer_norm,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import patchify
+from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import sincos_2d
-from fmcv_jax.models.generative.adaln import final_layer, modulated_layer_norm, modulation
+from fmcv_jax.models.generative.adaln import MODULATION_AXES, final_layer, modulated_layer_norm, modulation
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class DiTBlock(nn.Module):
   """adaLN-Zero block, x [B, T, D] told c [B, D], and text [B, L, E] by cross-attention (Chen et al. 2024, PixArt)."""
+
+  logical_axes = (
+    *MODULATION_AXES,
+    NORM_AXES,
+  )
 
   config: BlockConfig
 
@@ -56,6 +63,12 @@ class DiT(nn.Module):
   `num_classes` is their number, 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
   `pooled_text` adds its `pooled_text` to the time.
   """
+
+  logical_axes = (
+    *PATCH_AXES,
+    *MODULATION_AXES,
+    *HEAD_AXES,
+  )
 
   patch_size: int
   width: int

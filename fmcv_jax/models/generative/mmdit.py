@@ -13,6 +13,8 @@ from fmcv_jax.diffusion.condition import Condition
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.attention.dispatch import Backend, attention
 from fmcv_jax.models.common.layers import (
+  ATTENTION_AXES,
+  HEAD_AXES,
   Activation,
   BlockConfig,
   Dtype,
@@ -23,9 +25,9 @@ from fmcv_jax.models.common.layers import (
   rematerialize,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import patchify
+from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import sincos_2d
-from fmcv_jax.models.generative.adaln import final_layer, layer_norm_no_affine
+from fmcv_jax.models.generative.adaln import MODULATION_AXES, final_layer, layer_norm_no_affine
 from fmcv_jax.models.generative.conditioning import MLPEmbedder, timestep_embedding
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -35,6 +37,8 @@ class Projections(nn.Module):
 
   `pre_only` for a stream of which nothing is read afterwards.
   """
+
+  logical_axes = (*ATTENTION_AXES,)
 
   config: BlockConfig
   width: int
@@ -64,6 +68,8 @@ class Projections(nn.Module):
 
 class Stream(nn.Module):
   """One stream's half of a block: `enter` x [B, T, D], told c [B, D], the attention; `leave` it with what came back."""
+
+  logical_axes = (*MODULATION_AXES,)
 
   config: BlockConfig
   width: int
@@ -126,6 +132,14 @@ class MMDiT(nn.Module):
   laid out for side x side patches, reach / side apart, and smaller pictures are its middle, so that one network sees
   several sizes (their section 5.3.2); None for a table of each picture's own size, one apart.
   """
+
+  logical_axes = (
+    *PATCH_AXES,
+    (r'(.*/)?enter/kernel', ('embed', None)),
+    (r'(.*/)?enter/bias', (None,)),
+    *MODULATION_AXES,
+    *HEAD_AXES,
+  )
 
   patch_size: int
   width: int

@@ -23,6 +23,7 @@ from fmcv_jax.models.common.conv_blocks import (
   groups_of,
 )
 from fmcv_jax.models.common.layers import (
+  NORM_AXES,
   Attention,
   BlockConfig,
   Dtype,
@@ -40,6 +41,8 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 class TransformerBlock(nn.Module):
   """Pixels [B, T, D] look at each other, then at the words [B, L, E]; in the form of a scan."""
 
+  logical_axes = (NORM_AXES,)
+
   config: BlockConfig
 
   @nn.compact
@@ -55,6 +58,12 @@ class TransformerBlock(nn.Module):
 
 class Transformer(nn.Module):
   """`depth` blocks over the pixels of [B, H, W, C], around a skip; born without a say."""
+
+  logical_axes = (
+    (r'(.*/)?(enter|leave)/kernel', ('embed', None)),
+    (r'(.*/)?(enter|leave)/bias', (None,)),
+    NORM_AXES,
+  )
 
   config: BlockConfig
   depth: int
@@ -142,6 +151,12 @@ class Encoder(nn.Module):
   `hint` [B, H, W, block_out_channels[0]] is added to what the first convolution makes of x.
   """
 
+  logical_axes = (
+    # Images and latents have few channels, which no mesh divides.
+    (r'(.*/)?encoder/conv_in/kernel', (None, None, None, 'embed')),
+    (r'(.*/)?encoder/conv_in/bias', (None,)),
+  )
+
   config: UNetConfig
   num_classes: int = 0
   pooled_text: bool = False
@@ -190,6 +205,12 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
   """What an Encoder made -> [B, H, W, outputs]; levels count from the highest resolution, as there."""
+
+  logical_axes = (
+    (r'(.*/)?decoder/conv_out/kernel', (None, None, 'embed', None)),
+    (r'(.*/)?decoder/conv_out/bias', (None,)),
+    NORM_AXES,
+  )
 
   config: UNetConfig
   out_channels: int

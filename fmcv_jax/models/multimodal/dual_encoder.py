@@ -31,6 +31,8 @@ class Pairs(NamedTuple):
 class DualEncoder(nn.Module):
   """Two towers whose outputs have the same width, a learned inverse temperature, and a learned bias (None for none)."""
 
+  logical_axes = ((r'temperature|bias', ()),)
+
   image: nn.Module
   text: nn.Module
   initial_scale: float = 1 / 0.07

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import ACTIVATIONS, Dtype, dense, l2_normalize
+from fmcv_jax.models.common.layers import ACTIVATIONS, HIDDEN_AXES, Dtype, dense, l2_normalize
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
@@ -28,6 +28,14 @@ class PrototypeHead(nn.Module):
   learn_prototype_norms: each prototype has a length of its own that multiplies its cosines, as in the published S/16
   and in DINOv2.
   """
+
+  logical_axes = (
+    *HIDDEN_AXES,
+    (r'(.*/)?bottleneck/kernel', ('embed', None)),
+    (r'(.*/)?bottleneck/bias', (None,)),
+    (r'(.*/)?prototypes', ('embed', 'vocab')),
+    (r'(.*/)?lengths', ('vocab',)),
+  )
 
   prototypes: int
   hidden: int

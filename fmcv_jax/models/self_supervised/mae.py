@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import BlockConfig, Stack, dense, layer_norm
+from fmcv_jax.models.common.layers import HEAD_AXES, NORM_AXES, BlockConfig, Stack, dense, layer_norm
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -25,6 +25,14 @@ class Reconstruction(NamedTuple):
 
 class Decoder(nn.Module):
   """Puts the tokens that were seen back in their places, a mask token in the others, and predicts every patch."""
+
+  logical_axes = (
+    (r'(.*/)?embed/kernel', ('embed', None)),
+    (r'(.*/)?embed/bias', (None,)),
+    (r'(.*/)?mask_token', (None, 'embed')),
+    *HEAD_AXES,
+    NORM_AXES,
+  )
 
   width: int
   stack: Stack
