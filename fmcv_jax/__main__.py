@@ -135,6 +135,7 @@ def precompute(args: argparse.Namespace, overrides: list[str]) -> None:
     batch=args.batch,
     shards=args.shards,
     images=args.images,
+    dtype=args.dtype,
   )
 
 
@@ -314,6 +315,9 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--batch', type=int, help='global batch size (default: as in training)')
   sub.add_argument('--shards', type=int, metavar='N', help='number of files (default: 8192 records each)')
   sub.add_argument('--images', action='store_true', help='also store the images')
+  sub.add_argument(
+    '--dtype', choices=['float16', 'float32'], help='dtype of stored floats (default: the dtype of each output)'
+  )
   sub = add(
     plan,
     'Compile a config for a remote TPU topology and report memory, communication and cost.',
@@ -361,9 +365,12 @@ def _suppress_tensorstore_shutdown_errors() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status: 0 done, 2 a user's error, 75 stopped and saved."""
-  args, rest = parser().parse_known_args(argv)
-  overrides = [item.removeprefix('--config.') for item in rest if item.startswith('--config.')]
-  unknown = [item for item in rest if not (args.fields and item.startswith('--config.'))]
+  argv = list(sys.argv[1:] if argv is None else argv)
+  # Taken out first: argparse takes an argument with a space in it, such as a dict, for a value of the option before it.
+  fields = [item for item in argv if item.startswith('--config.')]
+  args, unknown = parser().parse_known_args([item for item in argv if not item.startswith('--config.')])
+  overrides = [item.removeprefix('--config.') for item in fields]
+  unknown += [] if args.fields else fields
   if unknown:
     print(f'fmcv {args.command}: unknown argument {unknown[0]!r}; see fmcv {args.command} --help', file=sys.stderr)
     return EXIT_USER_ERROR

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.flops import matmul_flops
 from fmcv_jax.train.state import TrainState, init_state, state_shardings, trace_state
 from fmcv_jax.train.step import StepFn, make_train_step
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -107,13 +110,24 @@ class Run:
   def subject(self) -> EvaluatedModel:
     e = self.experiment
     return EvaluatedModel(
-      e.objective.functions(),
+      e.objective.outputs(),
       self.placement,
       e.tokenizer,
-      make_generator=e.objective.generator,
       reopen=lambda workdir: Run.reopen(workdir).restored_model()[0],
       image_size=e.objective.input_size,
+      class_names=self._class_names,
     )
+
+  def _class_names(self) -> Sequence[str]:
+    """The names of the training classes by label; empty where the training data has none, or is not here."""
+    source = self.experiment.data.source
+    try:
+      return source.names
+    except (UserError, OSError) as error:
+      logger.warning(
+        'labels are taken as they are: the training data, which has the class names, is not here: %s', error
+      )
+      return ()
 
   def restored_model(self, step: int | None = None) -> tuple[EvaluatedModel, int]:
     """The trained model of this run's workdir at `step` (default: the newest), and that step."""

@@ -19,6 +19,7 @@ from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import resolve
 from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.objectives.encoder import PretrainedEncoder
+from fmcv_jax.objectives.outputs import encoder_of
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_config
 from fmcv_jax.pretrained.arrays import Tensors
@@ -240,8 +241,8 @@ def _exported(run: Run, subject: EvaluatedModel) -> tuple[Any, dict[str, np.ndar
   params = _arrays(outer.full_params(subject.params, subject.extra))
   params = {path: x for path, x in params.items() if path.split('/')[0] not in FOR_TRAINING}
   if 'head/prototypes' in params:
-    tower: Any = outer.image_encoder(subject.params, subject.extra)
-    return PretrainedEncoder(tower.network, tower.normalize), _arrays(tower.params)
+    encoder = encoder_of(outer.outputs())(subject.params, subject.extra)
+    return PretrainedEncoder(encoder.network, encoder.normalize), _arrays(encoder.params)
   return objective, params
 
 

@@ -328,6 +328,13 @@ def _check_length(length: int) -> None:
     raise ValueError(f'length: expected at least 3 (start, one id, end), got {length}')
 
 
+def truncated_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, str]:
+  """The texts that are too long for the tokenizer, with what is left of each."""
+  longer: Any = dataclasses.replace(tokenizer, length=8 * tokenizer.length)  # type: ignore[type-var]
+  left, whole = (t.decode(t(texts)) for t in (tokenizer, longer))
+  return {text: a for text, a, b in zip(texts, left, whole, strict=True) if a != b}
+
+
 TOKENIZERS: dict[str, type[Tokenizer]] = {
   'bpe': Bpe,
   'clip_bpe': ClipBpe,

@@ -41,7 +41,7 @@ class ShardedSampler:
   batch       pictures at once, rounded up to a multiple of the devices
   """
 
-  def __init__(self, generator: Callable[[Any, Any], Generator | None], placement: Placement, batch: int):
+  def __init__(self, generator: Callable[[Any, Any], Generator], placement: Placement, batch: int):
     self._generator, self._placement = generator, placement
     ways = placement.mesh.size
     self._batch = -(-batch // ways) * ways
@@ -79,15 +79,15 @@ class ShardedSampler:
   def _program(self, config: SamplerConfig):
     def program(params, extra, batch, seed):
       with self._placement.active():
-        generator = self._generator(params, extra)
-        assert generator is not None
-        return _sample_batch(generator, batch, seed, config)
+        return sample_batch(self._generator(params, extra), batch, seed, config)
 
     return jax.jit(program, out_shardings=self._placement.replicated())
 
 
-def _sample_batch(g: Generator, batch: Mapping[str, jax.Array], seed: jax.Array, config: SamplerConfig) -> jax.Array:
-  """One batch of pictures, uint8 [B, H, W, 3]."""
+def sample_batch(
+  g: Generator, batch: Mapping[str, jax.Array], seed: jax.Array | int, config: SamplerConfig
+) -> jax.Array:
+  """Images uint8 [B, H, W, 3] of one batch, whose fields are those of `ShardedSampler.sample`."""
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
   image = batch['image'].astype(jnp.float32) / 255 if 'image' in batch else None
 

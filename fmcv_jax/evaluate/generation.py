@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
-from fmcv_jax.data.sources.subset import EvenSubset
+from fmcv_jax.data.sources.subset import evenly_spaced
 from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, sampling_timesteps
 from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, ShardedSampler
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
+from fmcv_jax.objectives.outputs import generator_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,11 @@ class Generation(Evaluator):
     FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
   def __call__(self, subject):
-    generator = subject.make_generator(subject.params, subject.extra) if subject.make_generator else None
-    if generator is None:
-      raise UserError('config.evaluators: generation needs a model that makes pictures, as of objective.name=diffusion')
+    make_generator = generator_of(subject.outputs)
+    generator = make_generator(subject.params, subject.extra)
     judge = FeatureExtractor(subject, self.feature_extractor, self.batch_size)
     sampler = subject.cached(
-      ('sampler', self.batch_size), lambda: ShardedSampler(subject.make_generator, subject.placement, self.batch_size)
+      ('sampler', self.batch_size), lambda: ShardedSampler(make_generator, subject.placement, self.batch_size)
     )
     guided = bool(generator.told) and self.guidance != 1
     try:
@@ -65,7 +65,7 @@ class Generation(Evaluator):
       raise UserError(f'config.evaluators: {error}') from error
     sampler_config = SamplerConfig(self.solver, tuple(times), guided)
     made, real, scores, first = [], [], [], 0
-    data = dataclasses.replace(self.data, source=EvenSubset(self.data.source, self.count))
+    data = dataclasses.replace(self.data, source=evenly_spaced(self.data.source, self.count))
     fields = ('image', *generator.told)
     for batch in evaluation_batches(data, batch=self.batch_size, fields=fields, tokenizer=subject.tokenizer):
       batch = {name: batch[name][batch['mask']] for name in fields}

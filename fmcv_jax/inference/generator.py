@@ -1,19 +1,46 @@
 """Generates and edits images with a trained diffusion model."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, sampling_timesteps
 from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, ShardedSampler
 from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.objectives.outputs import generator_of
 from fmcv_jax.run import Run
 
 STRENGTH = 0.6  # of an edit
+
+
+class SamplingOptions(TypedDict, total=False):
+  """Keywords that every way to sample takes; see `ImageGenerator.generate`."""
+
+  steps: int
+  guidance: float | Sequence[float]
+  solver: str
+  spacing: Spacing
+  negative: str
+  interval: tuple[float, float] | None
+  rescale: float
+  control: np.ndarray | None
+  drawn: bool
+  control_scale: float
+  first: int
+  progress: Callable[[int], Any]
+
+
+def _checked(function: str, options: SamplingOptions) -> dict[str, Any]:
+  """The options; TypeError in the name of the public function for one that does not exist."""
+  for name in options:
+    if name not in SamplingOptions.__annotations__:
+      near = did_you_mean(name, SamplingOptions.__annotations__)
+      raise TypeError(f'{function}() got an unexpected keyword argument {name!r}; {near}')
+  return dict(options)
 
 
 class ImageGenerator:
@@ -39,20 +66,22 @@ class ImageGenerator:
     self.workdir, self._run = workdir, Run.reopen(workdir, overrides)
     self._objective = self._run.experiment.objective
     abstract = self._run.abstract_state
-    generator = self._objective.generator(abstract.params, abstract.extra)
-    if generator is None:
-      raise UserError(f'{workdir}: its objective makes no pictures; give the workdir of a diffusion model')
+    try:
+      make_generator = generator_of(self._objective.outputs())
+    except UserError as error:
+      raise UserError(f'{workdir}: {error}') from error
+    generator = make_generator(abstract.params, abstract.extra)
     self.process, self.told, self.steered = generator.process, generator.told, generator.control is not None
     self._subject, self.step = self._run.restored_model(step)
     self.size = generator.size
-    self._canvas = ShardedSampler(self._objective.generator, self._run.placement, batch)
+    self._canvas = ShardedSampler(make_generator, self._run.placement, batch)
 
   @property
   def source(self) -> Source:
     """What the model was trained on."""
     return self._run.experiment.data.source
 
-  def generate(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Any) -> np.ndarray:
+  def generate(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Unpack[SamplingOptions]) -> np.ndarray:
     """One picture for each prompt: uint8 [N, H, W, 3].
 
     prompts    texts, or classes by name or number, as the model was told; only their count for one told nothing
@@ -65,37 +94,51 @@ class ImageGenerator:
     first      number of the first picture, for a request that is made in pieces
     progress   called with the number of pictures that are ready
     """
-    return self._sample(prompts, seed, **options)
+    return self._sample(prompts, seed, **_checked('generate', options))
 
   def edit(
-    self, images: np.ndarray, prompts: Sequence[str | int], *, strength: float = STRENGTH, seed: int = 0, **options: Any
+    self,
+    images: np.ndarray,
+    prompts: Sequence[str | int],
+    *,
+    strength: float = STRENGTH,
+    seed: int = 0,
+    **options: Unpack[SamplingOptions],
   ) -> np.ndarray:
     """Images uint8 [N, H, W, 3] painted over from a share `strength` of the noise on (Meng et al. 2022,
     SDEdit).
     """
     if not 0 < strength <= 1:
       raise UserError(f'--strength: {strength} is not above 0 and at most 1')
-    return self._sample(prompts, seed, images=images, strength=strength, **options)
+    return self._sample(prompts, seed, images=images, strength=strength, **_checked('edit', options))
 
   def fill(
-    self, images: np.ndarray, masks: np.ndarray, prompts: Sequence[str | int], *, seed: int = 0, **options: Any
+    self,
+    images: np.ndarray,
+    masks: np.ndarray,
+    prompts: Sequence[str | int],
+    *,
+    seed: int = 0,
+    **options: Unpack[SamplingOptions],
   ) -> np.ndarray:
     """Images uint8 [N, H, W, 3] painted anew where masks bool [N, H, W] are true; the rest stays as it is."""
     if masks.shape != images.shape[:3] or masks.dtype != bool:
       raise UserError(
         f'--mask: {_kind(masks)} for images of {list(images.shape[:3])}; true where they are painted anew'
       )
-    return self._sample(prompts, seed, images=images, masks=masks, **options)
+    return self._sample(prompts, seed, images=images, masks=masks, **_checked('fill', options))
 
-  def interpolate(self, first: str, last: str, count: int, *, seed: int = 0, **options: Any) -> np.ndarray:
+  def interpolate(
+    self, first: str, last: str, count: int, *, seed: int = 0, **options: Unpack[SamplingOptions]
+  ) -> np.ndarray:
     """`count` pictures from the same noise, from one text to another: uint8 [count, H, W, 3]."""
     if self.told != ('tokens',):
       raise UserError('--interpolate: needs a model that is told texts')
-    return self._sample([first] * count, seed, other=last, **options)
+    return self._sample([first] * count, seed, other=last, **_checked('interpolate', options))
 
-  def check(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Any) -> None:
+  def check(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Unpack[SamplingOptions]) -> None:
     """Raises the UserError of `generate`, before anything is painted."""
-    self._request(prompts, seed, **options)
+    self._request(prompts, seed, **_checked('generate', options))
 
   def _sample(
     self,
@@ -206,15 +249,8 @@ class ImageGenerator:
     tokenizer = self._subject.tokenizer
     if 'tokens' not in self.told or tokenizer is None:
       return None
-    row = tokenizer([prompt])
-    if not row[0, -1] or tokenizer.decode(row) == _longer(tokenizer).decode(_longer(tokenizer)([prompt])):
-      return None
-    return tokenizer.decode(row)[0]
+    return truncated_texts(tokenizer, [prompt]).get(prompt)
 
 
 def _kind(array: np.ndarray) -> str:
   return f'{list(array.shape)} of {array.dtype}'
-
-
-def _longer(tokenizer: Any) -> Any:
-  return dataclasses.replace(tokenizer, length=8 * tokenizer.length)

@@ -16,6 +16,8 @@ from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.diffusion.condition import Condition, make_condition
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.diffusion.process import Process, TimesName, WeightName, alphas_cumprod
+from fmcv_jax.diffusion.samplers import sampling_timesteps
+from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, sample_batch
 from fmcv_jax.models.backbones.text import TextTransformer
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.patches import patch_features
@@ -23,9 +25,11 @@ from fmcv_jax.models.generative.autoencoder import Autoencoder, Gaussian
 from fmcv_jax.models.generative.controlnet import ControlNet, controlnet
 from fmcv_jax.models.generative.unet import UNet
 from fmcv_jax.objectives.base import Objective, mean_loss
+from fmcv_jax.objectives.outputs import Output
 from fmcv_jax.objectives.repa import Alignment, Projector
 
 LEVELS = 8  # noise levels at which the validation error is told
+SAMPLER_STEPS = 20  # of the output 'samples'; `fmcv generate` has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,28 +267,44 @@ class Diffusion(Objective):
     mask = masks[:, ::factor, ::factor, None].astype(jnp.float32)
     return jnp.concatenate([mask, self._encode(extra, known)], axis=-1)
 
-  def functions(self):
-    offered = {'denoising_errors': self.denoising_errors}
+  def outputs(self):
+    """'latents', 'words' and 'whole_text' are float16, as the batch fields of these names that they are stored for."""
+    steered = ('image',) if self.control is not None else ()
+    offered = {
+      'denoising_errors': Output(self.denoising_errors, 'array', ('image', *self.told)),
+      'samples': Output(self.samples, 'image', (*steered, *self.told), generator=self.generator),
+    }
     if self.autoencoder is not None:
-      offered['latents'] = self.latents_of
+      offered['latents'] = Output(self.latents_of, 'map')
     if self.text_encoder is not None:
-      offered |= {'words': self.words_of, 'whole_text': self.whole_text_of}
+      offered['words'] = Output(self.words_of, 'array', ('tokens',))
+      offered['whole_text'] = Output(self.whole_text_of, 'embedding', ('tokens',))
     return offered
 
+  def samples(self, params, extra, batch):
+    """uint8 [B, H, W, 3]: an image for each record's label, first text and control image, by its own noise, without
+    guidance."""
+    fields = {name: batch[name] for name in self.told} | {'number': batch['index']}
+    if self.control is not None:
+      fields |= {'control': batch['image'], 'control_scale': jnp.ones(len(batch['image']))}
+    times = sampling_timesteps(self.process, SAMPLER_STEPS, 'trailing')
+    config = SamplerConfig('dpm++', tuple(times), guided=False)
+    return sample_batch(self.generator(params, extra), fields, 0, config)
+
   def latents_of(self, params, extra, batch):
-    """[B, h, w, 2 z]: means and logarithms of the variances of the autoencoder's latents, for `latents` to read."""
+    """float16 [B, h, w, 2 z]: means and log variances of the autoencoder's latents, for `precomputed_latents`."""
     images = self.normalize(batch['image'].astype(jnp.float32) / 255)
     latent: Any = self.autoencoder.apply({'params': extra['autoencoder']}, images, method='encode')  # type: ignore[union-attr]
-    return jnp.concatenate([latent.mean, latent.log_variance], axis=-1)
+    return jnp.concatenate([latent.mean, latent.log_variance], axis=-1).astype(jnp.float16)
 
   def words_of(self, params, extra, batch):
-    """[B, L, E]: what the text tower says of each word, and zeros where the network sees none."""
+    """float16 [B, L, E]: the text encoder's embedding of each token, and zeros where the network sees none."""
     text, mask, _ = self._read(self._towers(params, extra), batch['tokens'])
-    return text if mask is None else jnp.where(mask[..., None], text, 0)
+    return (text if mask is None else jnp.where(mask[..., None], text, 0)).astype(jnp.float16)
 
   def whole_text_of(self, params, extra, batch):
-    """[B, P]: what the text tower says of the whole."""
-    return self._read(self._towers(params, extra), batch['tokens'])[2]
+    """float16 [B, P]: the text encoder's embedding of the whole text."""
+    return self._read(self._towers(params, extra), batch['tokens'])[2].astype(jnp.float16)
 
   def denoising_errors(self, params, extra, batch):
     """float32 [B, LEVELS]: the squared error at as many times from none to all of the noise, drawn for each record."""

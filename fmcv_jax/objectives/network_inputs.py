@@ -45,13 +45,32 @@ def seen(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
   @jax.jit
   def traced(batch, rng):
     record: list[jax.Array] = []
-    params, extra = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, jax.random.key(0))
-    )
+    params, extra = _zero_state(objective)
     _recorded(objective, record).loss(params, batch, rng, extra)
     return [images.reshape(count, -1, *images.shape[1:]) for images in record]
 
   return traced(batch, rng)
+
+
+def masked_patches(objective: Objective, batch: Any, rng: jax.Array) -> jax.Array | None:
+  """The patches that the loss of a batch hides from the network, with this rng: bool [B, views, rows, columns].
+
+  The views are the first of those in `seen`. None for an objective that hides none.
+  """
+  output = objective.outputs().get('masked_patches')
+  if output is None:
+    return None
+
+  @jax.jit
+  def traced(batch, rng):
+    return output.call(*_zero_state(objective), {**{name: batch[name] for name in output.reads}, 'rng': rng})
+
+  return traced(batch, rng)
+
+
+def _zero_state(objective: Objective) -> Any:
+  """(params, extra) of zeros, for a traced function that does not read their values: they are then never made."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, jax.random.key(0)))
 
 
 def _recorded(objective: Any, record: list[jax.Array]) -> Any:

@@ -302,4 +302,4 @@ def test_the_same_seed_paints_the_same_pictures_on_any_mesh(folder, tmp_path, mo
 def test_a_model_of_another_kind_is_refused(folder, tmp_path, capsys):
   model = runs.untrained(runs.classification(folder), tmp_path)
   assert door.main(['generate', 'red', '--model', str(model)]) == 2
-  assert 'its objective makes no pictures' in capsys.readouterr().err
+  assert 'does not generate images' in capsys.readouterr().err

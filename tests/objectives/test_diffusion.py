@@ -185,7 +185,7 @@ def test_validation_errors_by_noise_are_the_same_every_time_and_for_every_batch(
   objective = painter(repa=None)
   params, extra = jax.jit(objective.init)(jax.random.key(0))
   batch = {name: jnp.asarray(x[:4]) for name, x in batch_of(objective).items()} | {'index': jnp.arange(4)}
-  function = jax.jit(objective.functions()['denoising_errors'])
+  function = jax.jit(objective.outputs()['denoising_errors'].call)
   errors = function(params, extra, batch)
   assert errors.shape == (4, 8)
   part = function(params, extra, {name: x[2:3] for name, x in batch.items()})
