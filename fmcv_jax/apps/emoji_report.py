@@ -35,11 +35,11 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
   reopened = Run.reopen(judge)
   subject, _ = reopened.restored_model()
   seen, held_out = (reopened.experiment.evaluators.get(name) for name in ('seen', 'held_out'))
-  if not isinstance(seen, ZeroShot) or not isinstance(held_out, ZeroShot) or painter.told != ('tokens',):
+  if not isinstance(seen, ZeroShot) or not isinstance(held_out, ZeroShot) or painter.condition_fields != ('tokens',):
     raise UserError(
       f'--feature-extractor {judge}: needs zero_shot evaluators named seen and held_out, and a text-conditional model'
     )
-  things = re.compile(getattr(painter.source, 'only', ''))
+  things = re.compile(getattr(painter.source, 'name_filter', ''))
   folder = pathlib.Path(model) / 'gallery'
   folder.mkdir(exist_ok=True)
   table = Table(title=f'{model}: what {judge} sees in {steps}-step pictures of its prompts')
@@ -81,10 +81,10 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
     real_features = _embedded(subject, real, evaluator.batch_size)
     for rival, images in rivals.items():
       features = _embedded(subject, images, evaluator.batch_size)
-      scores = features @ texts.T
+      similarity = features @ texts.T
       values = {
-        'top1': topk_accuracy(scores, truth[: len(images)], 1),
-        'top5': topk_accuracy(scores, truth[: len(images)], 5),
+        'top1': topk_accuracy(similarity, truth[: len(images)], 1),
+        'top5': topk_accuracy(similarity, truth[: len(images)], 5),
         'cmmd': cmmd(features, real_features),
         'fid': fid(features, real_features),
       }

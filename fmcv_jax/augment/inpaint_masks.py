@@ -26,14 +26,19 @@ class RandomInpaintMask:
     if self.boxes < 0 or self.strokes < 0 or not self.boxes + self.strokes:
       raise ValueError(f'boxes, strokes: expected at least 0, and one of them above; got {self.boxes}, {self.strokes}')
 
-  def __call__(self, keys: jax.Array, size: int) -> jax.Array:
-    """A mask for each key [B]: bool [B, size, size], true where there is nothing yet."""
+  def __call__(self, keys: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """A mask for each key [B]: bool [B, height, width] for size (height, width), true where pixels are missing.
+
+    Lengths are fractions of each side, so that in an image that is not square boxes and strokes are stretched.
+    """
+    if len(size) != 2:
+      raise ValueError(f'inpainting: masks are of images, but these have {len(size)} axes before the channels')
     return jax.vmap(lambda key: self._one(key, size))(keys)
 
   def _one(self, key, size):
     keys = jax.random.split(key, 9)
-    places = (np.arange(size) + 0.5) / size
-    y, x = places[:, None, None], places[None, :, None]
+    y, x = ((np.arange(side) + 0.5) / side for side in size)
+    y, x = y[:, None, None], x[None, :, None]
 
     sides = jax.random.uniform(keys[0], (self.boxes, 2), minval=0.1, maxval=0.5)
     starts = jax.random.uniform(keys[1], (self.boxes, 2)) * (1 - sides)

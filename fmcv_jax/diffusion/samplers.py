@@ -138,7 +138,7 @@ class Ddpm(Solver):
 
   def rows(self, process, path):
     if self.variance == 'learned' and not process.learned_variance:
-      raise ValueError('solver.variance: this network has not learned any')
+      raise ValueError('solver: this network has no learned variance')
     small = _posterior_variance(path)
     large = path.sigma[:-1] ** 2 - (path.alpha[:-1] / path.alpha[1:] * path.sigma[1:]) ** 2
     last = path.sigma[1:] == 0  # the picture is the mean: noise would only be seen

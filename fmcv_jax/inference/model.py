@@ -11,6 +11,7 @@ from fmcv_jax.config import paths_of
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
+from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.zero_shot import class_embeddings
 from fmcv_jax.inference.generator import ImageGenerator
@@ -30,7 +31,7 @@ class Model:
     self._workdir = workdir
     self._run = Run.reopen(workdir, () if dtype is None else tuple(f'{path}={dtype}' for path in dtypes_of(workdir)))
     self._step = step
-    self._painter: ImageGenerator | None = None
+    self._generator: ImageGenerator | None = None
     ways = self._run.placement.mesh.size
     self._batch = -(-batch // ways) * ways
     self._subject, _ = self._run.restored_model(step)
@@ -66,11 +67,13 @@ class Model:
     scale = np.exp(np.asarray(self._subject.params['temperature']))
     return _softmax(scale * self.encode_image(images) @ texts.T)
 
-  def generate(self, prompts: Sequence[str | int], **options: Any) -> np.ndarray:
-    """Images uint8 [N, H, W, 3], one for each prompt; options as those of `ImageGenerator.generate`."""
-    if self._painter is None:
-      self._painter = ImageGenerator(self._workdir, step=self._step, batch=self._batch)
-    return self._painter.generate(prompts, **options)
+  def generate(
+    self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
+  ) -> np.ndarray:
+    """Images uint8 [N, H, W, 3], one for each prompt; arguments as those of `ImageGenerator.generate`."""
+    if self._generator is None:
+      self._generator = ImageGenerator(self._workdir, step=self._step, batch=self._batch)
+    return self._generator.generate(prompts, options, **changes)
 
   def _over(self, name: str, images: Sequence[ImageLike]) -> np.ndarray:
     if len(images) == 0 or (isinstance(images, np.ndarray) and images.ndim == 3):

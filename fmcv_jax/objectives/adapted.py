@@ -123,6 +123,9 @@ class PartialFineTuning(Objective):
   def with_total_steps(self, steps):
     return dataclasses.replace(self, objective=self.objective.with_total_steps(steps))
 
+  def with_tokenizer(self, tokenizer):
+    return dataclasses.replace(self, objective=self.objective.with_tokenizer(tokenizer))
+
   def masked_patches(self, rng, images):
     return self.objective.masked_patches(rng, images)
 

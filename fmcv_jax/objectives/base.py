@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.interpret.attention_maps import available_outputs
 
@@ -80,6 +81,10 @@ class Objective(abc.ABC):
 
   def with_total_steps(self, steps: int) -> 'Objective':
     """This objective in a run of so many steps, for schedules of its own that last as long as the run."""
+    return self
+
+  def with_tokenizer(self, tokenizer: Tokenizer) -> 'Objective':
+    """This objective in a run with this tokenizer, for the ids of padding, start and end."""
     return self
 
   def masked_patches(self, rng: jax.Array, images: int) -> jax.Array | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fmcv_jax.augment.control_maps import Control
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.image_condition import ImageCondition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,6 @@ def _recorded(objective: Any, record: list[jax.Array]) -> Any:
       changed['normalize'] = _Recording(value.mean, value.std, record)
     elif isinstance(value, Control):
       changed[field.name] = _RecordingControl(value, record)
-    elif isinstance(value, Objective):
+    elif isinstance(value, Objective | ImageCondition):
       changed[field.name] = _recorded(value, record)
   return dataclasses.replace(objective, **changed)

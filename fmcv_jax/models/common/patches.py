@@ -5,6 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+ImageSize = int | tuple[int, int]
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+  """(height, width) of an image size, of which one number stands for a square."""
+  return (size, size) if isinstance(size, int) else (size[0], size[1])
+
 
 def patchify(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:
   """Cuts images [B, H, W, C] into patches [B, rows * columns, patch * patch * C]; also returns (rows, columns)."""

@@ -20,11 +20,12 @@ from fmcv_jax.models.common.conv_blocks import (
   groups_of,
 )
 from fmcv_jax.models.common.layers import Dtype, Remat, dense, rematerialize
+from fmcv_jax.models.common.patches import ImageSize, height_width
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Gaussian(NamedTuple):
-  """A diagonal Gaussian: mean and logarithm of the variance, float32 [B, h, w, z]."""
+  """A diagonal Gaussian: mean and logarithm of the variance, float32 [B, ..., z]."""
 
   mean: jax.Array
   log_variance: jax.Array
@@ -35,7 +36,7 @@ class Gaussian(NamedTuple):
   def kl(self) -> jax.Array:
     """Divergence from the standard normal, [B], summed over the latent."""
     terms = jnp.square(self.mean) + jnp.exp(self.log_variance) - 1 - self.log_variance
-    return 0.5 * terms.sum(axis=(1, 2, 3))
+    return 0.5 * terms.sum(axis=tuple(range(1, terms.ndim)))
 
 
 class MidBlock(nn.Module):
@@ -120,7 +121,7 @@ class Autoencoder(nn.Module):
   attention: tuple[bool, ...]
   middle_attention: bool = True
   quantize: bool = True
-  image_size: int = 256
+  image_size: ImageSize = 256
   dtype: str = 'float32'
   remat: Remat = 'none'
 
@@ -137,6 +138,16 @@ class Autoencoder(nn.Module):
   def factor(self) -> int:
     """By how much the latent is smaller than the picture, a side."""
     return 2 ** (len(self.channels) - 1)
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """Shape of one image."""
+    return (*height_width(self.image_size), 3)
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int]:
+    height, width = height_width(self.image_size)
+    return (height // self.factor, width // self.factor, self.latent_channels)
 
   def encode(self, images) -> Gaussian:
     if images.shape[1] % self.factor or images.shape[2] % self.factor:
@@ -178,7 +189,7 @@ SIZES: dict[str, tuple[tuple[int, ...], int, int, tuple[int, ...], bool]] = {
 def autoencoder(
   variant: str = 'kl-f8',
   *,
-  image_size: int = 256,
+  image_size: ImageSize = 256,
   channels: tuple[int, ...] | None = None,
   layers: int | None = None,
   latent_channels: int | None = None,
@@ -191,8 +202,8 @@ def autoencoder(
     raise ValueError(f'unknown autoencoder {variant!r}; {did_you_mean(variant, SIZES)}')
   own_channels, own_layers, own_latent, attention, quantize = SIZES[variant]
   channels = channels or own_channels
-  if image_size % 2 ** (len(channels) - 1):
-    raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(channels) - 1)}')
+  if any(side % 2 ** (len(channels) - 1) for side in height_width(image_size)):
+    raise ValueError(f'image_size: {image_size} is not divisible by {2 ** (len(channels) - 1)}')
   if any(c % groups_of(c) for c in channels):
     raise ValueError(f'channels: {channels} have to be multiples of 32, or below 128 of 4')
   return Autoencoder(

@@ -23,7 +23,7 @@ from fmcv_jax.models.common.layers import (
   layer_norm,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import patchify
+from fmcv_jax.models.common.patches import ImageSize, height_width, patchify
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.generative.adaln import final_layer, modulated_layer_norm, modulation
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
@@ -63,12 +63,22 @@ class DiT(nn.Module):
   block: BlockConfig
   channels: int = 4
   out_channels: int = 4
-  image_size: int = 32
+  image_size: ImageSize = 32
   num_classes: int = 0
   cross_attention: bool = False
   pooled_text: bool = False
   remat: Remat = 'none'
   unroll: Unroll = 1
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """Shape of one x."""
+    return (*height_width(self.image_size), self.channels)
+
+  @property
+  def condition_keys(self) -> tuple[str, ...]:
+    text = ('text', 'text_mask') * self.cross_attention + ('pooled_text',) * self.pooled_text
+    return ('label',) * bool(self.num_classes) + text
 
   @nn.compact
   def __call__(
@@ -111,7 +121,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 def dit(
   variant: str = 'XL/2',
   *,
-  image_size: int = 32,
+  image_size: ImageSize = 32,
   channels: int = 4,
   out_channels: int | None = None,
   num_classes: int = 0,
@@ -126,7 +136,8 @@ def dit(
   unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> DiT:
-  """A named DiT, 'size/patch' as in 'XL/2'. image_size is a side of what it denoises: 32 for 256 pixels in kl-f8.
+  """A named DiT, 'size/patch' as in 'XL/2'. image_size is the side, or the (height, width), of x: 32 for 256 pixels in
+  kl-f8.
 
   out_channels: channels of what it predicts, the input's by default; twice as many for a learned variance.
   """
@@ -134,8 +145,8 @@ def dit(
   if size not in SIZES or not patch.isdigit():
     known = [f'{name}/{p}' for name in SIZES for p in (2, 4, 8)]
     raise ValueError(f'unknown DiT variant {variant!r}; {did_you_mean(variant, known)}')
-  if image_size % int(patch):
-    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  if any(side % int(patch) for side in height_width(image_size)):
+    raise ValueError(f'image_size: {image_size} is not divisible by the patch size {patch}')
   defaults = SIZES[size]
   width = width or defaults[0]
   return DiT(

@@ -3,7 +3,7 @@
 Letters in shapes: B batch, T patches, L words, D width, H heads, K head dimension, E width of a word.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ from fmcv_jax.models.common.layers import (
   rematerialize,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import patchify
+from fmcv_jax.models.common.patches import ImageSize, height_width, patchify
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.generative.adaln import final_layer, layer_norm_no_affine
 from fmcv_jax.models.generative.conditioning import MLPEmbedder, timestep_embedding
@@ -133,14 +133,18 @@ class MMDiT(nn.Module):
   block: BlockConfig
   channels: int = 16
   out_channels: int = 16
-  image_size: int = 128
+  image_size: ImageSize = 128
   qk_norm: bool = False
   positions: tuple[int, int] | None = None
   remat: Remat = 'none'
   unroll: Unroll = 1
-  num_classes: int = 0
-  cross_attention: bool = True
-  pooled_text: bool = True
+
+  condition_keys: ClassVar[tuple[str, ...]] = ('text', 'text_mask', 'pooled_text')
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """Shape of one x."""
+    return (*height_width(self.image_size), self.channels)
 
   @nn.compact
   def __call__(self, x, time, condition: Condition, *, train: bool = False, tap: int | None = None) -> Any:
@@ -187,7 +191,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 def mmdit(
   variant: str = 'd24/2',
   *,
-  image_size: int = 128,
+  image_size: ImageSize = 128,
   channels: int = 16,
   out_channels: int | None = None,
   width: int | None = None,
@@ -201,7 +205,8 @@ def mmdit(
   unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> MMDiT:
-  """A named MMDiT, 'depth/patch' as in 'd24/2'. image_size is a side of what it denoises: 128 for 1024 pixels in f8.
+  """A named MMDiT, 'depth/patch' as in 'd24/2'. image_size is the side, or the (height, width), of x: 128 for 1024
+  pixels in f8.
 
   qk_norm    queries and keys at unit scale before they meet (RMSNorm), which bfloat16 needs at high resolution
   positions  as in `MMDiT`; (64, 192) in Stable Diffusion 3
@@ -209,10 +214,11 @@ def mmdit(
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
     raise ValueError(f'unknown MMDiT variant {variant!r}; {did_you_mean(variant, [f"{name}/2" for name in SIZES])}')
-  if image_size % int(patch):
-    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
-  if positions is not None and positions[1] < image_size // int(patch):
-    raise ValueError(f'positions: {positions[1]} is less than the {image_size // int(patch)} patches of a side')
+  if any(side % int(patch) for side in height_width(image_size)):
+    raise ValueError(f'image_size: {image_size} is not divisible by the patch size {patch}')
+  longest = max(height_width(image_size)) // int(patch)
+  if positions is not None and positions[1] < longest:
+    raise ValueError(f'positions: {positions[1]} is less than the {longest} patches of a side')
   defaults = SIZES[size]
   width, depth = width or defaults[0], depth or defaults[1]
   if depth < 2:

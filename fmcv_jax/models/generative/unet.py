@@ -33,6 +33,7 @@ from fmcv_jax.models.common.layers import (
   rematerialize,
   scan_layers,
 )
+from fmcv_jax.models.common.patches import ImageSize, height_width
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -221,15 +222,21 @@ class UNet(nn.Module):
   config: UNetConfig
   channels: int
   out_channels: int
-  image_size: int
+  image_size: ImageSize
   num_classes: int = 0
   pooled_text: bool = False
   extra_in_channels: int = 0
 
   @property
-  def cross_attention(self) -> bool:
-    """Whether it reads texts."""
-    return bool(self.config.cross_attention_dim) and not self.num_classes
+  def input_shape(self) -> tuple[int, int, int]:
+    """Shape of one x."""
+    return (*height_width(self.image_size), self.channels)
+
+  @property
+  def condition_keys(self) -> tuple[str, ...]:
+    text = ('text', 'text_mask') if self.config.cross_attention_dim and not self.num_classes else ()
+    label, image = ('label',) * bool(self.num_classes), ('image',) * bool(self.extra_in_channels)
+    return label + text + ('pooled_text',) * self.pooled_text + image
 
   @nn.compact
   def __call__(
@@ -285,7 +292,7 @@ SIZES: dict[str, Size] = {
 def unet(
   variant: str = 'sd1',
   *,
-  image_size: int | None = None,
+  image_size: ImageSize | None = None,
   channels: int | None = None,
   out_channels: int | None = None,
   num_classes: int = 0,
@@ -300,7 +307,7 @@ def unet(
   remat: Remat = 'none',
   dtype: Dtype = 'float32',
 ) -> UNet:
-  """A named UNet; image_size is a side of what it denoises: 64 for 512 pixels in kl-f8.
+  """A named UNet; image_size is the side, or the (height, width), of x: 64 for 512 pixels in kl-f8.
 
   outputs  channels of what it predicts, the input's by default; twice as many for a learned variance
   context  width of the text tower's words
@@ -313,8 +320,8 @@ def unet(
   image_size, channels = image_size or size.image_size, channels or size.channels
   if len(block_out_channels) != len(depths):
     raise ValueError(f'depths: {depths} has not as many levels as block_out_channels, {block_out_channels}')
-  if image_size % 2 ** (len(block_out_channels) - 1):
-    raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(block_out_channels) - 1)}')
+  if any(side % 2 ** (len(block_out_channels) - 1) for side in height_width(image_size)):
+    raise ValueError(f'image_size: {image_size} is not divisible by {2 ** (len(block_out_channels) - 1)}')
   if any(w % groups_of(w) for w in block_out_channels):
     raise ValueError(f'block_out_channels: {block_out_channels} have to be multiples of 32, or below 128 of 4')
   heads = tuple(size.num_heads or w // size.head_dim for w in block_out_channels)
