@@ -72,6 +72,8 @@ class SamplingOptions:
     """
     names = [field.name for field in dataclasses.fields(self)]
     for name in changes:
+      if name == 'strength' and function != 'edit':
+        raise TypeError(f'{function}: unexpected option {name!r}; it is one of edit')
       if name not in names:
         raise TypeError(f'{function}: unexpected option {name!r}; {did_you_mean(name, [*names, *others])}')
     return dataclasses.replace(self, **changes)
