@@ -50,7 +50,7 @@ def test_flat_fields_of_a_diffusion_open_as_its_parts_with_a_warning(config, ver
 
 def test_a_field_in_its_old_and_its_new_place_is_refused(config):
   both = override(config, ['objective.latent_scale=0.3'])
-  with pytest.raises(UserError, match='latent_scale is the earlier name of latent_space.scale, and both are given'):
+  with pytest.raises(UserError, match=r'latent_scale is the earlier name of latent_space.scale, and both are given'):
     experiment.resolve(both)
 
 
