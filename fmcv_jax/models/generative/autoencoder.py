@@ -109,7 +109,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-  """encode: pictures [B, H, W, 3] -> Gaussian [B, h, w, z]; decode: latents -> pictures; both sides 2^(levels - 1)
+  """encode: images [B, H, W, 3] -> Gaussian [B, h, w, z]; decode: latents -> images; both sides 2^(levels - 1)
   times smaller.
 
   `quantize` is the pair of one-pixel convolutions next to the latent that the published autoencoders of LDM have.
@@ -136,7 +136,7 @@ class Autoencoder(nn.Module):
 
   @property
   def factor(self) -> int:
-    """By how much the latent is smaller than the picture, a side."""
+    """Side of an image over the side of its latent."""
     return 2 ** (len(self.channels) - 1)
 
   @property
@@ -151,7 +151,7 @@ class Autoencoder(nn.Module):
 
   def encode(self, images) -> Gaussian:
     if images.shape[1] % self.factor or images.shape[2] % self.factor:
-      raise ValueError(f'images of {images.shape[1]} x {images.shape[2]} pixels do not divide by {self.factor}')
+      raise ValueError(f'images: {images.shape[1]} x {images.shape[2]} pixels are not divisible by {self.factor}')
     x = self.encoder(with_logical_constraint(images, 'batch', None, None, None))
     x = (self.into_latent(x) if self.quantize else x).astype(jnp.float32)
     mean, log_variance = jnp.split(x, 2, axis=-1)
@@ -169,7 +169,7 @@ class Autoencoder(nn.Module):
     return self.pixels(self.features(z))
 
   def __call__(self, images, rng=None):
-    """The picture from the latent's mean or, with an rng, from a sample; and the Gaussian."""
+    """The image from the latent's mean or, with an rng, from a sample; and the Gaussian."""
     latent = self.encode(images)
     return self.decode(latent.mean if rng is None else latent.sample(rng)), latent
 

@@ -1,6 +1,6 @@
-"""Diffusion transformer (Peebles & Xie 2023), told classes or texts, and its table of sizes.
+"""Diffusion transformer (Peebles & Xie 2023), conditioned on classes or texts, and its table of sizes.
 
-Letters in shapes: B batch, T patches, D width, L words, E width of a word, C channels of the picture or latent.
+Letters in shapes: B batch, T patches, D width, L text tokens, E their width, C channels of the image or latent.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class DiTBlock(nn.Module):
-  """adaLN-Zero block, x [B, T, D] told c [B, D], and text [B, L, E] by cross-attention (Chen et al. 2024, PixArt)."""
+  """adaLN-Zero block of x [B, T, D] with c [B, D], and cross-attention to text [B, L, E] (Chen et al. 2024, PixArt)."""
 
   config: BlockConfig
 
@@ -51,9 +51,9 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-  """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
+  """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
-  `num_classes` is their number, 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
+  `num_classes` is 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
   `pooled_text` adds its `pooled_text` to the time.
   """
 
@@ -139,7 +139,7 @@ def dit(
   """A named DiT, 'size/patch' as in 'XL/2'. image_size is the side, or the (height, width), of x: 32 for 256 pixels in
   kl-f8.
 
-  out_channels: channels of what it predicts, the input's by default; twice as many for a learned variance.
+  out_channels: channels of the prediction, the input's by default; twice as many for a learned variance.
   """
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():

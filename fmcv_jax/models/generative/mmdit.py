@@ -1,6 +1,6 @@
-"""MMDiT (Esser et al. 2024, section 4): pictures and words as two streams with weights of their own and one attention.
+"""MMDiT (Esser et al. 2024, section 4): image and text as two streams with weights of their own and joint attention.
 
-Letters in shapes: B batch, T patches, L words, D width, H heads, K head dimension, E width of a word.
+Letters in shapes: B batch, T patches, L text tokens, D width, H heads, K head dimension, E width of a text embedding.
 """
 
 from typing import Any, ClassVar
@@ -63,7 +63,7 @@ class Projections(nn.Module):
 
 
 class Stream(nn.Module):
-  """One stream's half of a block: `enter` x [B, T, D], told c [B, D], the attention; `leave` it with what came back."""
+  """One stream's half of a block: x [B, T, D], modulated by c [B, D], before and after the joint attention."""
 
   config: BlockConfig
   width: int
@@ -90,9 +90,9 @@ class Stream(nn.Module):
 
 
 class JointBlock(nn.Module):
-  """Patches x [B, T, D] and words [B, L, D], told c [B, D], in the form of a scan; after the `last` words are dropped.
+  """Patches x [B, T, D] and text [B, L, D], modulated by c [B, D], in the form of a scan; the `last` drops the text.
 
-  mask: bool [B, 1, 1, T + L], what may be looked at; None for all.
+  mask: bool [B, 1, 1, T + L], the tokens that are attended to; None for all.
   """
 
   config: BlockConfig
@@ -109,22 +109,22 @@ class JointBlock(nn.Module):
     (mine, parts), (others, text_parts) = image.pre_attention(x, c), text.pre_attention(words, c)
     both = (jnp.concatenate(pair, axis=1) for pair in zip(mine, others, strict=True))
     y = attention(*both, mask=mask, backend=self.config.attention)
-    y, told = y[:, : x.shape[1]], y[:, x.shape[1] :]
+    y, text_y = y[:, : x.shape[1]], y[:, x.shape[1] :]
     x = with_logical_constraint(image.post_attention(x, y, parts), 'batch', 'tokens', 'width')
     words = (
       None
       if self.last
-      else with_logical_constraint(text.post_attention(words, told, text_parts), 'batch', None, 'width')
+      else with_logical_constraint(text.post_attention(words, text_y, text_parts), 'batch', None, 'width')
     )
     return (x, words, None if tapped is None else jnp.where(index == tap, x, tapped)), None
 
 
 class MMDiT(nn.Module):
-  """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
+  """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
   Reads `text` [B, L, E] and adds its `pooled_text` to the time. `positions` (reach, side): the table of them is
-  laid out for side x side patches, reach / side apart, and smaller pictures are its middle, so that one network sees
-  several sizes (their section 5.3.2); None for a table of each picture's own size, one apart.
+  laid out for side x side patches, reach / side apart, and smaller images are its middle, so that one network serves
+  several sizes (their section 5.3.2); None for a table of each image's own size, one apart.
   """
 
   patch_size: int
