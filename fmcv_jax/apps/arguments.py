@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
 
-# Arguments of `ImageGenerator` and its methods -> options of `fmcv generate`.
+# Arguments of sampling and of its image files -> options of `fmcv generate`.
 _OPTIONS = {
   **{field.name: f'--{field.name.replace("_", "-")}' for field in dataclasses.fields(SamplingOptions)},
-  **{'batch': '--batch', 'control': '--control', 'interpolate': '--interpolate', 'masks': '--mask'},
+  **{name: f'--{name}' for name in ('batch', 'control', 'interpolate', 'mask')},
+  'margin': '--expand',
 }
 
 

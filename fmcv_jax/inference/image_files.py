@@ -25,13 +25,13 @@ def read_mask(file: str, image: str, size: int) -> np.ndarray:
   """bool [size, size], true where the file is white, cut as `read_image` cuts the image that it belongs to."""
   path = pathlib.Path(file)
   if not path.is_file():
-    raise UserError(f'--mask {file}: no such file')
+    raise UserError(f'mask: {file}: no such file')
   try:
     pixels, whole = decode(path.read_bytes()), decode(pathlib.Path(image).read_bytes())
   except BadRecord as error:
-    raise UserError(f'--mask {file}: {error}') from error
+    raise UserError(f'mask: {file}: {error}') from error
   if pixels.shape != whole.shape:
-    raise UserError(f'--mask {file}: {_sides(pixels)} pixels, but the image has {_sides(whole)}')
+    raise UserError(f'mask: {file}: {_sides(pixels)} pixels, but the image has {_sides(whole)}')
   return ResizeCrop(size, crop=1.0)(pixels, np.random.default_rng(0)).mean(-1) > 127
 
 
@@ -43,7 +43,7 @@ def _sides(pixels: np.ndarray) -> str:
 def pad_for_outpainting(image: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
   """uint8 [H, W, 3] shrunk into the middle, with a margin of that fraction on every side, and the margin's mask."""
   if not 0 < margin < 0.5:
-    raise UserError(f'--expand: {margin} is not between 0 and 0.5')
+    raise UserError(f'margin: {margin} is not between 0 and 0.5')
   size = len(image)
   inner = max(1, round(size * (1 - 2 * margin)))
   start = (size - inner) // 2
