@@ -125,6 +125,8 @@ def coder(network: Autoencoder, scale: float) -> dict[str, Any]:
 
 
 def transformer(network: DiT) -> dict[str, Any]:
+  if not isinstance(network.image_size, int):
+    raise UserError(f'diffusers has DiTs of square images only, not of {network.image_size}')
   return {
     '_class_name': 'DiTTransformer2DModel',
     **_VERSION,

@@ -7,6 +7,7 @@ import pytest
 from fmcv_jax import experiment
 from fmcv_jax.__main__ import main
 from fmcv_jax.apps import precompute
+from fmcv_jax.config import override
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.loader import Pipeline, TrainLoader
 from fmcv_jax.data.packing import ShardWriter
@@ -101,10 +102,12 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
 @pytest.mark.parametrize('padding', ['masked', 'end'])
 def test_training_on_words_is_training_on_the_texts(tmp_path, padding):
   runs.image_folder(tmp_path / 'images')
-  config = runs.painter(tmp_path / 'images', objective__padding=padding, objective__drop=0.5)
+  config = runs.painter(
+    tmp_path / 'images', objective__text_condition__padding=padding, objective__condition_dropout=0.5
+  )
   model = runs.untrained(config, tmp_path / 'model', changed=shaken)
   precompute.run(['words', 'whole_text'], str(tmp_path / 'told'), model=str(model), images=True)
-  cached = Run(experiment.resolve({**config, 'objective': {**config['objective'], 'words': True}}))
+  cached = Run(experiment.resolve(override(config, ['objective.text_condition.precomputed=True'])))
   batch = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
   run, state = Run(config), load_trained_params(str(model))
   told = first_batch(run, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
