@@ -1,6 +1,7 @@
 """Denoising diffusion (Ho et al. 2020) of images or of an autoencoder's latents (Rombach et al. 2022)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -222,7 +223,7 @@ class Diffusion(Objective):
     condition = self.condition(extra, batch, keep)
     if not self.image_condition.active:
       return condition
-    encode = lambda images: self.encode(extra, images)  # noqa: E731
+    encode = functools.partial(self.encode, extra)
     return {**condition, **self.image_condition(images, keys, encode, self.normalize.mean)}
 
   def encode(self, extra, images, rng=None) -> jax.Array:
@@ -272,14 +273,10 @@ class Diffusion(Objective):
   def generator(self, params, extra):
     extra = self.text_condition.parameters(params, extra)
 
-    def encode(images):
-      return self.encode(extra, images)
+    encode = functools.partial(self.encode, extra)
 
     def decode(x):
       return jnp.clip(self.normalize.undo(self.latent_space.decode(extra, x)), 0, 1)
-
-    def denoise(x, time, condition):
-      return self._apply(params, extra, x, time, condition)
 
     def condition(batch, conditional=True):
       count = len(next(iter(batch.values())))
@@ -292,7 +289,7 @@ class Diffusion(Objective):
       self.process,
       self.image_shape,
       self.input_shape,
-      denoise,
+      functools.partial(self._apply, params, extra),
       condition,
       self.condition_fields,
       encode,
