@@ -1,5 +1,6 @@
 """What a text-to-image model can paint: a sheet of prompts, and figures by another model's eyes."""
 
+import functools
 import pathlib
 import re
 
@@ -57,7 +58,7 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
         steps=steps,
         guidance=guidance,
         seed=seed,
-        progress=lambda ready, bar=bar, task=task: bar.advance(task, ready),
+        progress=functools.partial(bar.advance, task),
       )
     chosen = np.random.default_rng(seed).permutation(len(prompts))[:ROWS]
     grouped = pictures.reshape(len(prompts), COLUMNS, *pictures.shape[1:])

@@ -85,7 +85,7 @@ def run(
       raise UserError(f'{file}: no such image file')
   console = Console(quiet=not is_main())
   with command_line_errors():
-    given = {'strength': strength, 'control_scale': control_scale}
+    given: dict[str, Any] = {'strength': strength, 'control_scale': control_scale}
     options = dataclasses.replace(options, **{name: value for name, value in given.items() if value is not None})
     generator = ImageGenerator(model, step=step, batch=batch, overrides=overrides)
   if generator.takes_prompts != bool(prompts):
@@ -140,8 +140,8 @@ def run(
 
 def _relevant(options: SamplingOptions, control: str | None, edited: bool) -> dict[str, Any]:
   """The options that this request depends on."""
-  unused = () if edited else ('strength',)
-  unused += () if control else ('control_scale', 'control_preprocessed')
+  unused = [] if edited else ['strength']
+  unused += [] if control else ['control_scale', 'control_preprocessed']
   return {name: value for name, value in dataclasses.asdict(options).items() if name not in unused}
 
 

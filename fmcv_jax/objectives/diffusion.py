@@ -198,6 +198,7 @@ class Diffusion(Objective):
       metrics['variance_bits'] = variance_bits(self.process, output, x, x0, time)
       loss += metrics['variance_bits']
     if self.repa is not None:
+      assert images is not None  # repa refuses precomputed latents
       metrics['alignment'] = self.repa.alignment(params, extra, self.network, tokens, images)
       loss -= self.repa.weight * metrics['alignment']
     return loss, (metrics, {})
@@ -272,7 +273,6 @@ class Diffusion(Objective):
 
   def generator(self, params, extra):
     extra = self.text_condition.parameters(params, extra)
-
     encode = functools.partial(self.encode, extra)
 
     def decode(x):

@@ -61,7 +61,7 @@ class REPA:
     tokens = jnp.zeros((1, 1, network.width))
     return {'projector': self._projector.init(next(keys), tokens)['params']}, extra
 
-  def alignment(self, params: Any, extra: Any, network: Any, tokens: jax.Array, images: jax.Array) -> jax.Array:
+  def alignment(self, params: Any, extra: Any, network: Any, tokens: Any, images: jax.Array) -> jax.Array:
     """Mean cosine of the projected tokens [B, T, D] and the teacher's patches, which are resized to their grid.
 
     images [B, H, W, 3] in [0, 1]
