@@ -106,7 +106,7 @@ def test_a_denoiser_of_clips_trains_and_samples_unchanged():
   assert first == pytest.approx(1, abs=1e-6)
   assert second < first
   params, _ = objective.init(jax.random.key(0))
-  params['network']['Conv_0']['bias'] = np.full(3, 0.5, np.float32)  # x0 = 0.5, which is 0.75 in [0, 1]
+  params['network']['head']['bias'] = np.full(3, 0.5, np.float32)  # x0 = 0.5, which is 0.75 in [0, 1]
   np.testing.assert_array_equal(sampled(objective, params, {}), np.full((2, 3, 4, 6, 3), 191))
 
 

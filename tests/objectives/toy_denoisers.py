@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 
 class ClipDenoiser(nn.Module):
-  """One 3-D convolution over clips x [B, T, H, W, 3], zero at first."""
+  """One linear layer over the channels of clips x [B, T, H, W, 3], zero at first."""
 
   input_shape: ClassVar[tuple[int, ...]] = (3, 4, 6, 3)
   condition_keys: ClassVar[tuple[str, ...]] = ()
 
   @nn.compact
   def __call__(self, x, time, condition, *, train=False):
-    return nn.Conv(3, (3, 3, 3), kernel_init=nn.initializers.zeros)(x)
+    return nn.Dense(3, kernel_init=nn.initializers.zeros, name='head')(x)
 
 
 def clip_denoiser() -> ClipDenoiser:
