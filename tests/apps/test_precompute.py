@@ -46,7 +46,7 @@ def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_
   coder = jax.jit(objective.latent_space.autoencoder.init)(jax.random.key(7), np.zeros((1, 16, 16, 3), np.float32))[
     'params'
   ]
-  monkeypatch.setattr(experiment, 'load_trained_params', {'runs/coder': {'extra': {'autoencoder': coder}}}.get)
+  monkeypatch.setattr(precompute, 'load_trained_params', {'runs/coder': {'extra': {'autoencoder': coder}}}.get)
   write, to, written = ShardWriter.write, tmp_path / 'latents', []
 
   def interrupted(self, shard, examples, skipped=None):

@@ -64,7 +64,7 @@ def makes(params, extra):
     return make_condition(label=label if conditional else jnp.full_like(label, 3))
 
   same = lambda x: x  # noqa: E731
-  return Generator(PROCESS, 4, (4, 4, 3), denoise, condition, ('tokens',), same, lambda x: jnp.clip(x, 0, 1))
+  return Generator(PROCESS, (4, 4, 3), (4, 4, 3), denoise, condition, ('tokens',), same, lambda x: jnp.clip(x, 0, 1))
 
 
 def colour_of(params, extra, batch):
@@ -87,7 +87,7 @@ def subject(offered, **options):
 
 def evaluator(**options):
   return Generation(
-    data=Pipeline(Colours(broken=5), max_bad=0.1), feature_extractor='runs/clip', batch=16, steps=3, **options
+    data=Pipeline(Colours(broken=5), max_bad=0.1), feature_extractor='runs/clip', batch_size=16, steps=3, **options
   )
 
 
