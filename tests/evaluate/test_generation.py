@@ -108,7 +108,7 @@ def test_a_judge_that_knows_no_texts_compares_features_and_one_without_is_refuse
   assert set(evaluator(count=9)(subject({'features': colour_of}))) == {'fid', 'kid', 'precision', 'recall'}
   with pytest.raises(UserError, match='the judge runs/clip has no features; it offers logits'):
     evaluator().prepare(subject({'logits': colour_of}))
-  with pytest.raises(UserError, match='generation needs a model that makes pictures'):
+  with pytest.raises(UserError, match=r'generation needs a diffusion model, objective\.name=diffusion'):
     evaluator()(dataclasses.replace(subject({'features': colour_of}), make_generator=lambda params, extra: None))
   with pytest.raises(ValueError, match='count, steps'):
     evaluator(count=1)
