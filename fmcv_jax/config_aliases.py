@@ -44,7 +44,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
   'norm_pooled': ('fc_norm',),
   'normalized': ('norm_pix_loss',),
   'only': ('name_filter',),
-  'outputs': ('num_classes', 'out_channels'),
+  'outputs': ('out_channels', 'num_classes'),  # a denoiser has both, and its `outputs` were channels
   'outputs_bias': ('head_bias',),
   'padding': ('text_condition.padding',),
   'patch': ('patch_size',),

@@ -3,13 +3,15 @@
 import json
 import logging
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from fmcv_jax import experiment
-from fmcv_jax.config import override
+from fmcv_jax.config import build, override
 from fmcv_jax.errors import UserError
+from fmcv_jax.registry import KINDS
 from fmcv_jax.run import Run
 from tests import runs
 
@@ -65,3 +67,10 @@ def test_a_workdir_of_an_earlier_version_reopens_bitwise_and_takes_todays_names(
   assert run.experiment.objective.text_condition.encoder.block.dtype == 'bfloat16'
   state = jax.eval_shape(run.init)
   assert sorted(state.extra) == ['autoencoder', 'text']
+
+
+def test_the_outputs_of_a_denoiser_were_its_channels_and_those_of_a_classifier_its_classes():
+  denoiser = {'name': 'dit', 'variant': 'mu/2', 'outputs': 8, 'classes': 10}
+  network = build(nn.Module, denoiser, KINDS)
+  assert (network.out_channels, network.num_classes) == (8, 10)
+  assert build(nn.Module, {'name': 'vit', 'variant': 'mu/8', 'outputs': 7}, KINDS).num_classes == 7
