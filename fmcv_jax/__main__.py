@@ -45,7 +45,9 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
     args.prompt,
     args.model,
     args.output,
+    _sampling(args, negative=args.negative, control_preprocessed=args.control_preprocessed),
     step=args.step,
+    batch=args.batch,
     overrides=overrides,
     count=args.n,
     image=args.image,
@@ -54,10 +56,7 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
     strength=args.strength,
     interpolate=args.interpolate,
     control=args.control,
-    drawn=args.control_preprocessed,
     control_scale=args.control_scale,
-    negative=args.negative,
-    **_sampling(args),
   )
 
 
@@ -67,11 +66,12 @@ def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
   synthesize_app.run(
     args.model,
     args.to,
+    _sampling(args),
     per_prompt=args.n,
     prompts=args.prompts,
     step=args.step,
+    batch=args.batch,
     overrides=overrides,
-    **_sampling(args),
   )
 
 
@@ -154,17 +154,14 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   )
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-  return {
-    'steps': args.steps,
-    'guidance': args.guidance,
-    'seed': args.seed,
-    'batch': args.batch,
-    'solver': args.solver,
-    'spacing': args.spacing,
-    'interval': args.interval and tuple(args.interval),
-    'rescale': args.rescale,
-  }
+def _sampling(args: argparse.Namespace, **more: Any) -> Any:
+  """The SamplingOptions of the arguments."""
+  from fmcv_jax.apps.arguments import command_line_errors
+  from fmcv_jax.diffusion.options import SamplingOptions
+
+  names = ('steps', 'guidance', 'seed', 'solver', 'spacing', 'interval', 'rescale')
+  with command_line_errors():
+    return SamplingOptions(**{name: getattr(args, name) for name in names}, **more)
 
 
 def parser() -> argparse.ArgumentParser:

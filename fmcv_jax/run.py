@@ -43,7 +43,10 @@ class Run:
     self._workdir = epath.Path(workdir) if workdir is not None else None
     e: Experiment = config_lib.build(Experiment, use_saved_tokenizer(config, self._workdir), KINDS)
     with config_lib.config_path_context('config.objective'):
-      self.experiment = e = dataclasses.replace(e, objective=e.objective.with_total_steps(e.train.steps))
+      objective = e.objective.with_total_steps(e.train.steps)
+      if e.tokenizer is not None:
+        objective = objective.with_tokenizer(e.tokenizer)
+      self.experiment = e = dataclasses.replace(e, objective=objective)
     self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
     with config_lib.config_path_context('config.optimizer.schedule'):
       self.tx = e.optimizer.make(e.train.steps) if e.train.steps else optax.identity()
@@ -57,7 +60,8 @@ class Run:
       raise UserError(f'{workdir}: no run here (no config.json); give the --workdir of a training run')
     saved = json.loads(path.read_text())
     saved['mesh'] = {}
-    return cls(resolve(config_lib.override(config_lib.to_plain_dict(saved), overrides)), workdir)
+    # Resolved before the overrides, whose names are those of today, even where the file has earlier ones.
+    return cls(resolve(config_lib.override(resolve(config_lib.to_plain_dict(saved)), overrides)), workdir)
 
   @property
   def workdir(self) -> epath.Path:

@@ -15,8 +15,8 @@ from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Evaluator):
   """Means over the images of PSNR (dB) and SSIM; latent_std is the standard deviation of all latents' values, whose
-  inverse is the `latent_scale` for a diffusion on them. With the workdir of a `judge`, also 'rfid', the FID of what is
-  given back, by its features."""
+  inverse is the `latent_space.scale` for a diffusion on them. With the workdir of a `judge`, also 'rfid', the FID of
+  what is given back, by its features."""
 
   data: Pipeline
   judge: str | None = None

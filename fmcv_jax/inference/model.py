@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,9 +18,10 @@ from fmcv_jax.data.sources.base import NoData
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
+from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
-from fmcv_jax.inference.generator import ImageGenerator, SamplingOptions
+from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
 from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.run import Run
@@ -116,9 +117,11 @@ class Model:
     log_scale = objective.full_params(self._subject.params, self._subject.extra)['temperature']
     return _softmax(math.exp(min(float(log_scale), MAX_LOG_SCALE)) * self.encode_image(images) @ texts.T)
 
-  def generate(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Unpack[SamplingOptions]) -> np.ndarray:
-    """Images uint8 [N, H, W, 3], one for each prompt; options as those of `ImageGenerator.generate`."""
-    return self._generator.generate(prompts, seed=seed, **options)
+  def generate(
+    self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
+  ) -> np.ndarray:
+    """Images uint8 [N, H, W, 3], one for each prompt; arguments as those of `ImageGenerator.generate`."""
+    return self._generator.generate(prompts, options, **changes)
 
   @functools.cached_property
   def _generator(self) -> ImageGenerator:

@@ -132,6 +132,9 @@ class PartialFineTuning(Objective):
   def with_total_steps(self, steps):
     return dataclasses.replace(self, objective=self.objective.with_total_steps(steps))
 
+  def with_tokenizer(self, tokenizer):
+    return dataclasses.replace(self, objective=self.objective.with_tokenizer(tokenizer))
+
   def outputs(self):
     def with_full_params(function):
       if function is None:

@@ -63,13 +63,13 @@ class Autoencoding(Objective):
 
   @property
   def example_batch(self):
-    size = self.network.image_size
-    return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+    network: Any = self.network
+    return {'image': jax.ShapeDtypeStruct(network.input_shape, jnp.uint8)}
 
   def init(self, rng):
     keys = jax.random.split(rng, 3)
-    size = self.network.image_size
-    images = jnp.zeros((1, size, size, 3))
+    network: Any = self.network
+    images = jnp.zeros((1, *network.input_shape))
     params = {'autoencoder': self.network.init(keys[0], images)['params']}
     extra: dict[str, Any] = {'steps': jnp.zeros((), jnp.int32)}
     if self.adversarial:

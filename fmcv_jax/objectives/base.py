@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.objectives.outputs import Batch, Output, Params
 from fmcv_jax.parallel.parameter_axes import Row
 
@@ -125,6 +126,10 @@ class Objective(abc.ABC):
 
   def with_total_steps(self, steps: int) -> 'Objective':
     """This objective in a run of so many steps, for schedules of its own that last as long as the run."""
+    return self
+
+  def with_tokenizer(self, tokenizer: Tokenizer) -> 'Objective':
+    """This objective in a run with this tokenizer, for the ids of padding, start and end."""
     return self
 
   def outputs(self) -> Mapping[str, Output]:

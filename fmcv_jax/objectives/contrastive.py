@@ -1,6 +1,7 @@
 """Image-text contrast: CLIP's softmax (Radford et al. 2021) and SigLIP's sigmoid (Zhai et al. 2023)."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -75,7 +76,8 @@ class Contrastive(CoupledObjective):
 
   def couple(self, params, embeddings, batch, extra):
     image, text = embeddings
-    scale, bias = self.network.apply({'params': params}, method='logit_scale_and_bias')
+    scale_and_bias: Any = self.network.apply({'params': params}, method='logit_scale_and_bias')
+    scale, bias = scale_and_bias
     loss, accuracy = pair_loss(image, text, scale, bias, self.loss_name, self.label_smoothing)
     return mean_loss(loss, {'accuracy': accuracy, 'logit_scale': scale, 'logit_bias': bias})
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fmcv_jax.augment.control_maps import Control
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.image_condition import ImageCondition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,8 @@ def masked_patches(objective: Objective, batch: Any, rng: jax.Array) -> jax.Arra
 
   @jax.jit
   def traced(batch, rng):
-    return output.call(*_zero_state(objective), {**{name: batch[name] for name in output.reads}, 'rng': rng})
+    params, extra = _zero_state(objective)
+    return output.call(params, extra, {**{name: batch[name] for name in output.reads}, 'rng': rng})
 
   return traced(batch, rng)
 
@@ -81,6 +83,6 @@ def _recorded(objective: Any, record: list[jax.Array]) -> Any:
       changed['normalize'] = _Recording(value.mean, value.std, record)
     elif isinstance(value, Control):
       changed[field.name] = _RecordingControl(value, record)
-    elif isinstance(value, Objective):
+    elif isinstance(value, Objective | ImageCondition):
       changed[field.name] = _recorded(value, record)
   return dataclasses.replace(objective, **changed)

@@ -50,16 +50,18 @@ def fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
 def _of_diffusion(folder: Path, objective: Mapping[str, Any]) -> list[str]:
   """Sides of pictures and latents, the scale of latents, what is predicted: of a pipeline, or of a network alone."""
   found: list[str] = []
-  network, coder = objective['network'], objective.get('autoencoder')
+  network, latent_space = objective['network'], objective.get('latent_space', {})
+  coder = latent_space.get('autoencoder')
   side = (_json(folder / 'unet' / 'config.json') or _json(folder / 'config.json')).get('sample_size')
   if isinstance(side, int) and network['name'] == 'unet' and coder is not None:
     factor = coder['image_size'] // SIZES[network['variant']].image_size
-    found += [f'objective.network.image_size={side}', f'objective.autoencoder.image_size={side * factor}']
+    coder_size = f'objective.latent_space.autoencoder.image_size={side * factor}'
+    found += [f'objective.network.image_size={side}', coder_size]
   elif isinstance(side, int) and network['name'] == 'autoencoder':
     found.append(f'objective.network.image_size={side}')
   scale = _json(folder / 'vae' / 'config.json').get('scaling_factor')
-  if scale and 'latent_scale' in objective:
-    found.append(f'objective.latent_scale={scale}')
+  if scale and 'scale' in latent_space:
+    found.append(f'objective.latent_space.scale={scale}')
   prediction = _json(folder / 'scheduler' / 'scheduler_config.json').get('prediction_type')
   named = {theirs: ours for ours, theirs in PREDICTIONS.items()}
   if prediction in named:

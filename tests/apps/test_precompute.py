@@ -9,6 +9,7 @@ import pytest
 from fmcv_jax import experiment
 from fmcv_jax.__main__ import main
 from fmcv_jax.apps import precompute
+from fmcv_jax.config import override
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.loader import Pipeline, TrainLoader, evaluation_batches
 from fmcv_jax.data.packing import ShardWriter
@@ -49,7 +50,9 @@ def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_
   runs.image_folder(tmp_path / 'images')
   config = with_coder(tmp_path, 'runs/coder')
   objective = Run(experiment.load_config(config)).experiment.objective
-  coder = jax.jit(objective.autoencoder.init)(jax.random.key(7), np.zeros((1, 16, 16, 3), np.float32))['params']
+  coder = jax.jit(objective.latent_space.autoencoder.init)(jax.random.key(7), np.zeros((1, 16, 16, 3), np.float32))[
+    'params'
+  ]
   monkeypatch.setattr(precompute, 'load_trained_params', {'runs/coder': {'extra': {'autoencoder': coder}}}.get)
   write, to, written = ShardWriter.write, tmp_path / 'latents', []
 
@@ -73,7 +76,7 @@ def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_
   assert [source[index]['texts'] for index in range(24)] == [images.texts_of(index) for index in range(24)]
   pixels = np.stack([decode(images[index]['image']) for index in range(24)])
   small = np.stack([Resize(16)(image, np.random.default_rng()) for image in pixels]).astype(np.float32) / 127.5 - 1
-  latent = jax.jit(lambda x: objective.autoencoder.apply({'params': coder}, x, method='encode'))(small)
+  latent = jax.jit(lambda x: objective.latent_space.autoencoder.apply({'params': coder}, x, method='encode'))(small)
   expected = np.concatenate([latent.mean, latent.log_variance], axis=-1)
   loader = TrainLoader(Pipeline(source, shuffle=False), batch=24, seed=0, fields=('latents',))
   given = next(loader)['latents']
@@ -89,7 +92,7 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
   config = with_coder(tmp_path, runs.untrained(runs.painter(tmp_path / 'images'), tmp_path / 'coder'))
   precompute.run(['latents'], str(tmp_path / 'latents'), config=config)
   run = Run(experiment.load_config(config))
-  cached = Run(experiment.load_config(config, ['objective.precomputed_latents=True']))
+  cached = Run(experiment.load_config(config, ['objective.latent_space.precomputed=True']))
   of_images = first_batch(run, run.experiment.data)
   of_latents = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'latents'))))
   np.testing.assert_array_equal(of_latents['tokens'], of_images['tokens'])
@@ -106,10 +109,12 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
 @pytest.mark.parametrize('padding', ['masked', 'end'])
 def test_training_on_words_is_training_on_the_texts(tmp_path, padding):
   runs.image_folder(tmp_path / 'images')
-  config = runs.painter(tmp_path / 'images', objective__padding=padding, objective__drop=0.5)
+  config = runs.painter(
+    tmp_path / 'images', objective__text_condition__padding=padding, objective__condition_dropout=0.5
+  )
   model = runs.untrained(config, tmp_path / 'model', changed=shaken)
   precompute.run(['words', 'whole_text'], str(tmp_path / 'told'), model=str(model), images=True)
-  cached = Run(experiment.resolve({**config, 'objective': {**config['objective'], 'words': True}}))
+  cached = Run(experiment.resolve(override(config, ['objective.text_condition.precomputed=True'])))
   batch = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
   run, state = Run(config), load_trained_params(str(model))
   told = first_batch(run, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
@@ -166,13 +171,22 @@ def test_arrays_of_records_survive_encoding_and_are_given_by_their_names():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'objective__augment': ({'name': 'flip'},)}, 'latents: augment, repa, control and inpainting need the images'),
-    ({'objective__autoencoder': None, 'objective__network__image_size': 16}, 'latents: they are those of an autoenc'),
-    ({'objective__words': True, 'objective__train_text': True}, 'words: they are those of a frozen text tower'),
+    (
+      {'objective__augment': ({'name': 'flip'},)},
+      'latent_space.precomputed: augment, repa and image_condition need the images',
+    ),
+    (
+      {'objective__latent_space__autoencoder': None, 'objective__network__image_size': 16},
+      'latent_space: precomputed: latents are those of an autoenc',
+    ),
+    (
+      {'objective__text_condition__precomputed': True, 'objective__text_condition__train': True},
+      'text_condition: precomputed: needs a frozen text encoder',
+    ),
   ],
 )
 def test_latents_leave_no_images_to_change(tmp_path, changes, message):
-  config = runs.painter(tmp_path, objective__latents=True, **changes)
+  config = runs.painter(tmp_path, objective__latent_space__precomputed=True, **changes)
   with pytest.raises(UserError, match=message):
     Run(config)
 

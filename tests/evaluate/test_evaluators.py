@@ -1,6 +1,7 @@
 """Evaluators over the mesh: padding, order, labels and names come out right."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,9 @@ class Words(Tokenizer):
 
   length: int = 2
   vocab_size: int = 4
+  pad_id: ClassVar = 0
+  start_id: ClassVar = None
+  end_id: ClassVar = 3
 
   def __call__(self, texts):
     return np.array([[NAMES.index((text.split() or NAMES)[-1]), 3] for text in texts], np.int32)

@@ -1,6 +1,7 @@
 """Made pictures beside real ones: a model without a network, whose pictures are known, and a judge of colours."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ class Words(Tokenizer):
 
   length: int = 2
   vocab_size: int = 4
+  pad_id: ClassVar = 0
+  start_id: ClassVar = None
+  end_id: ClassVar = 3
 
   def __call__(self, texts):
     return np.array([[(*NAMES, text).index(text), 3] for text in texts], np.int32)
@@ -56,12 +60,12 @@ def makes(params, extra):
     picture = jnp.where((condition['label'] < 3)[:, None, None, None], told, 0.3)
     return (x - picture) * 1000 / time.reshape(-1, 1, 1, 1)
 
-  def condition(batch, told=True):
+  def condition(batch, conditional=True):
     label = batch['tokens'][:, 0]
-    return make_condition(label=label if told else jnp.full_like(label, 3))
+    return make_condition(label=label if conditional else jnp.full_like(label, 3))
 
   same = lambda x: x  # noqa: E731
-  return Generator(PROCESS, 4, (4, 4, 3), denoise, condition, ('tokens',), same, lambda x: jnp.clip(x, 0, 1))
+  return Generator(PROCESS, (4, 4, 3), (4, 4, 3), denoise, condition, ('tokens',), same, lambda x: jnp.clip(x, 0, 1))
 
 
 def colour_of(params, extra, batch):

@@ -14,6 +14,7 @@ from fmcv_jax.models.self_supervised.dino import dino
 from fmcv_jax.models.self_supervised.mae import mae
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
+from fmcv_jax.objectives.image_condition import ImageCondition
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.network_inputs import masked_patches, seen
 
@@ -90,10 +91,10 @@ def test_self_distillation_is_seen_as_its_student_is_given_it():
 
 def test_what_steers_and_what_is_around_a_hole_are_seen_beside_the_image():
   small = dict(image_size=16, channels=3, block_out_channels=(16,), depths=(0,), layers=1, cross_attention_dim=0)
-  steered = Diffusion(unet('mu', **small), control=Edges(), normalize=NORMALIZE)
+  steered = Diffusion(unet('mu', **small), image_condition=ImageCondition(control=Edges()), normalize=NORMALIZE)
   filled = Diffusion(
     unet('mu', **small, extra_in_channels=4),
-    inpainting=RandomInpaintMask(full_mask_probability=0.0),
+    image_condition=ImageCondition(inpainting=RandomInpaintMask(full_mask_probability=0.0)),
     normalize=NORMALIZE,
   )
   for objective in (steered, filled):

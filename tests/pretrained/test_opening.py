@@ -192,7 +192,7 @@ def test_open_clip_opens_a_folder(tmp_path, name):
 def test_diffusers_opens_a_pipeline_and_paints(tmp_path, name, channels):
   diffusers = pytest.importorskip('diffusers', reason='pip install fmcv-jax[parity]')
   unet, _, _ = sd_parts(tmp_path / 'theirs', name, channels)
-  sizes = ['objective.network.image_size=8', 'objective.autoencoder.image_size=16']
+  sizes = ['objective.network.image_size=8', 'objective.latent_space.autoencoder.image_size=16']
   import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), name, sizes)
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'diffusers')
   pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'out')

@@ -73,7 +73,7 @@ def test_a_text_tower_alone_gives_the_librarys_features(tmp_path, name):
     theirs = model(torch.from_numpy(TOKENS).long())
   expected = theirs.text_embeds if 'projected' in name else theirs.pooler_output
   near(objective.network.apply({'params': params}, TOKENS).output, expected)
-  offered = objective.functions()['embed_text'](params, {}, {'tokens': TOKENS})
+  offered = objective.outputs()['embed_text'].call(params, {}, {'tokens': TOKENS})
   near(offered, torch.nn.functional.normalize(expected, dim=-1))
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'back.safetensors'), 'transformers')
   with pytest.raises(UserError, match='is written as a file'):
