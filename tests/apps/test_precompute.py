@@ -168,7 +168,7 @@ def test_arrays_of_records_survive_encoding_and_are_given_by_their_names():
   [
     ({'objective__augment': ({'name': 'flip'},)}, 'latents: augment, repa, control and inpainting need the images'),
     ({'objective__autoencoder': None, 'objective__network__image_size': 16}, 'latents: they are those of an autoenc'),
-    ({'objective__words': True, 'objective__train_text': True}, 'words: they are those of a frozen text tower'),
+    ({'objective__words': True, 'objective__train_text': True}, 'precomputed_text: they are those of a frozen text tower'),
   ],
 )
 def test_latents_leave_no_images_to_change(tmp_path, changes, message):
