@@ -129,6 +129,10 @@ class PartialFineTuning(Objective):
     new = self.objective.update_extra(_rest(extra), self.full_params(params, extra), aux, step)
     return {**new, FROZEN: extra[FROZEN]}
 
+  @property
+  def class_counts(self):
+    return self.objective.class_counts
+
   def with_total_steps(self, steps):
     return dataclasses.replace(self, objective=self.objective.with_total_steps(steps))
 

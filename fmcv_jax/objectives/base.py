@@ -108,6 +108,11 @@ class Objective(abc.ABC):
     image = self.example_batch.get('image')
     return None if image is None else image.shape[0]
 
+  @property
+  def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
+    """Batch fields that hold classes: field -> (number of classes, the number for 'not labeled' or None)."""
+    return {}
+
   @abc.abstractmethod
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     """(params, extra), float32; traced under eval_shape and jit, so that arrays are born sharded."""

@@ -57,6 +57,10 @@ class Classification(Objective):
       'label': jax.ShapeDtypeStruct((), jnp.int32),
     }
 
+  @property
+  def class_counts(self):
+    return {'label': (self.network.num_classes, None)}
+
   def init(self, rng):
     size = self.network.image_size
     extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))

@@ -154,6 +154,10 @@ class Diffusion(Objective):
     shapes |= self.text_condition.example_fields()
     return shapes | {key: network.condition_shapes[key] for key in self._batch_keys}
 
+  @property
+  def class_counts(self):
+    return {'label': (self.network.num_classes, None)} if 'label' in self.condition_fields else {}
+
   def init(self, rng):
     keys = iter(jax.random.split(rng, 7))
     images = jnp.zeros((1, *self.image_shape))

@@ -48,6 +48,10 @@ class Segmentation(Objective):
       'segments': jax.ShapeDtypeStruct((size, size), jnp.uint8),
     }
 
+  @property
+  def class_counts(self):
+    return {'segments': (self.network.num_classes, IGNORE_INDEX)}
+
   def init(self, rng):
     size = self.network.image_size
     return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
