@@ -112,7 +112,7 @@ def test_a_judge_that_knows_no_texts_compares_features_and_one_without_is_refuse
     evaluator().prepare(subject({'logits': (colour_of,)}))
   with pytest.raises(UserError, match='does not generate images; its outputs are features'):
     evaluator()(dataclasses.replace(subject({}), outputs={'features': Output(colour_of)}))
-  with pytest.raises(ValueError, match='count, steps'):
+  with pytest.raises(ValueError, match='count: expected at least 4'):
     evaluator(count=1)
 
 
