@@ -4,33 +4,31 @@ from collections.abc import Iterable, Iterator
 
 from fmcv_jax.pretrained.layout import (
   BATCHED,
+  INTO_HEADS,
   ONE,
+  OUT_OF_HEADS,
   Form,
   Layout,
   Row,
   Rows,
   below,
-  into_heads,
-  out_of_heads,
   patches,
 )
-
-HEAD_WIDTHS = (64, 72, 80, 88, 104)  # those of S to L, So400m, H, g, G
 
 
 def _plain(ours: str, theirs: str, *leaves: str) -> Rows:
   return tuple(Row(f'{ours}/{leaf}', f'{theirs}/{leaf}') for leaf in leaves)
 
 
-def _attention(ours: str, theirs: str, width: int) -> Rows:
+def _attention(ours: str, theirs: str) -> Rows:
   into = tuple(
-    Row(f'{ours}/{part}/{leaf}', f'{theirs}/{part}/{leaf}', into_heads(width))
+    Row(f'{ours}/{part}/{leaf}', f'{theirs}/{part}/{leaf}', INTO_HEADS)
     for part in ('query', 'key', 'value')
     for leaf in ('kernel', 'bias')
   )
   return (
     *into,
-    Row(f'{ours}/out/kernel', f'{theirs}/out/kernel', out_of_heads(width)),
+    Row(f'{ours}/out/kernel', f'{theirs}/out/kernel', OUT_OF_HEADS),
     Row(f'{ours}/out/bias', f'{theirs}/out/bias'),
   )
 
@@ -42,12 +40,12 @@ def _mlp(ours: str, theirs: str) -> Rows:
   )
 
 
-def _blocks(theirs: str, width: int, numbers: tuple[int, int, int, int] = (0, 0, 1, 0)) -> Rows:
+def _blocks(theirs: str, numbers: tuple[int, int, int, int] = (0, 0, 1, 0)) -> Rows:
   """`numbers` as flax counted the parts of a block: of its first norm, attention, second norm and MLP."""
   first, attention, second, mlp = numbers
   return (
     *_plain('blocks/norm1', f'{theirs}/LayerNorm_{first}', 'scale', 'bias'),
-    *_attention('blocks/attention', f'{theirs}/MultiHeadDotProductAttention_{attention}', width),
+    *_attention('blocks/attention', f'{theirs}/MultiHeadDotProductAttention_{attention}'),
     *_plain('blocks/norm2', f'{theirs}/LayerNorm_{second}', 'scale', 'bias'),
     *_mlp('blocks/mlp', f'{theirs}/MlpBlock_{mlp}'),
   )
@@ -65,20 +63,19 @@ def _tower(position: str, blocks: Iterable[Row], position_form: Form = BATCHED) 
   )
 
 
-def augreg() -> Iterator[Layout]:
-  """The .npz files of Dosovitskiy et al. 2021 and Steiner et al. 2022, one layout for each width of a head."""
-  for width in HEAD_WIDTHS:
-    blocks = _blocks('Transformer/encoderblock_{i}', width, (0, 1, 2, 3))
-    yield Layout(_tower('Transformer/posembed_input/pos_embedding', blocks))
+def augreg() -> Layout:
+  """The .npz files of Dosovitskiy et al. 2021 and Steiner et al. 2022."""
+  blocks = _blocks('Transformer/encoderblock_{i}', (0, 1, 2, 3))
+  return Layout(_tower('Transformer/posembed_input/pos_embedding', blocks))
 
 
-def _image(width: int, *, stacked: bool) -> Rows:
+def _image(*, stacked: bool) -> Rows:
   block = 'Transformer/encoderblock' if stacked else 'Transformer/encoderblock_{i}'
   pool = 'MAPHead_0'
   return (
-    *_tower('pos_embedding', _blocks(block, width)),
+    *_tower('pos_embedding', _blocks(block)),
     Row('map_pool/probe', f'{pool}/probe', BATCHED),
-    *_attention('map_pool/attention', f'{pool}/MultiHeadDotProductAttention_0', width),
+    *_attention('map_pool/attention', f'{pool}/MultiHeadDotProductAttention_0'),
     *_plain('map_pool/norm', f'{pool}/LayerNorm_0', 'scale', 'bias'),
     *_mlp('map_pool/mlp', f'{pool}/MlpBlock_0'),
   )
@@ -86,27 +83,25 @@ def _image(width: int, *, stacked: bool) -> Rows:
 
 def big_vision() -> Iterator[Layout]:
   """ViTs of big_vision, layers apart or stacked."""
-  for width in HEAD_WIDTHS:
-    for stacked in (False, True):
-      yield Layout(below('', _image(width, stacked=stacked), 'params/'))
+  for stacked in (False, True):
+    yield Layout(below('', _image(stacked=stacked), 'params/'))
 
 
 def siglip() -> Iterator[Layout]:
   """SigLIP (Zhai et al. 2023) and, stacked, SigLIP 2 (Tschannen et al. 2025)."""
-  for width in HEAD_WIDTHS:
-    for stacked in (False, True):
-      block = 'Encoder_0/encoderblock' if stacked else 'Encoder_0/encoderblock_{i}'
-      text = (
-        Row('tokens/embedding', 'Embed_0/embedding'),
-        Row('position', 'pos_embedding', BATCHED),
-        *_blocks(block, width),
-        *_plain('norm', 'Encoder_0/encoder_norm', 'scale', 'bias'),
-        *_plain('head', 'head', 'kernel', 'bias'),
-      )
-      rows = (
-        *below('image', _image(width, stacked=stacked), 'params/img/'),
-        *below('text', text, 'params/txt/'),
-        Row('temperature', 'params/t', ONE),
-        Row('bias', 'params/b', ONE),
-      )
-      yield Layout(rows)
+  for stacked in (False, True):
+    block = 'Encoder_0/encoderblock' if stacked else 'Encoder_0/encoderblock_{i}'
+    text = (
+      Row('tokens/embedding', 'Embed_0/embedding'),
+      Row('position', 'pos_embedding', BATCHED),
+      *_blocks(block),
+      *_plain('norm', 'Encoder_0/encoder_norm', 'scale', 'bias'),
+      *_plain('head', 'head', 'kernel', 'bias'),
+    )
+    rows = (
+      *below('image', _image(stacked=stacked), 'params/img/'),
+      *below('text', text, 'params/txt/'),
+      Row('temperature', 'params/t', ONE),
+      Row('bias', 'params/b', ONE),
+    )
+    yield Layout(rows)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fmcv_jax.models.backbones.vit import SIZES
 from fmcv_jax.pretrained.layout import (
   BATCHED,
   ONE,
@@ -20,8 +21,10 @@ from fmcv_jax.pretrained.layout import (
   part,
   patch,
 )
-from fmcv_jax.pretrained.vit import heads_of, timm, tower
+from fmcv_jax.pretrained.vit import HEAD_WIDTH, timm, tower
 
+# Width, depth and hidden width of the one text tower whose heads are not 64 wide.
+SO400M = tuple(SIZES['So400m'][i] for i in (0, 1, 3))
 _MLP = {'up': 'fc1', 'down': 'fc2'}
 
 
@@ -45,8 +48,8 @@ def open_clip_text() -> Rows:
   )
 
 
-def open_clip() -> Layout:
-  """OpenAI's names, which OpenCLIP kept."""
+def open_clip(text: str = '') -> Layout:
+  """OpenAI's names, which OpenCLIP kept; `text`: the prefix of the text tower's, 'text.' where it is apart."""
   image = (
     Row('class_token', 'class_embedding', ROW),
     Row('position', 'positional_embedding'),
@@ -56,8 +59,8 @@ def open_clip() -> Layout:
     *norm('norm', 'ln_post'),
     Row('head/kernel', 'proj'),  # a bare matrix, not transposed
   )
-  text = (*open_clip_text(), Row('head/kernel', 'text_projection'))
-  rows = (*below('image', image, 'visual.'), *below('text', text), Row('temperature', 'logit_scale'))
+  words = (*open_clip_text(), Row('head/kernel', 'text_projection'))
+  rows = (*below('image', image, 'visual.'), *below('text', words, text), Row('temperature', 'logit_scale'))
   return Layout(rows, ignored=('input_resolution', 'context_length', 'vocab_size', 'attn_mask'))
 
 
@@ -127,7 +130,7 @@ def transformers_siglip() -> Layout:
 def open_clip_siglip() -> Layout:
   """OpenCLIP's SigLIP: an image tower of timm's, and its own text tower."""
   pool = (
-    Row('probe', 'latent_channels', BATCHED),
+    Row('probe', 'latent', BATCHED),
     *linear('attention/query', 'q'),
     *fused('attention', 'kv.', ('key', 'value')),
     *linear('attention/out', 'proj'),
@@ -167,5 +170,5 @@ def text_numbers(text: Mapping[str, Shape]) -> dict[str, Any]:
     'width': width,
     'depth': depth,
     'mlp_dim': hidden,
-    'num_heads': heads_of(width, depth, hidden),
+    'num_heads': SIZES['So400m'][2] if (width, depth, hidden) == SO400M else max(1, width // HEAD_WIDTH),
   }

@@ -23,8 +23,9 @@ class Family(NamedTuple):
 
 
 def _seen(size: int, crop: float | None) -> dict[str, Any]:
-  """How images are shown: the centre, after their short side was made size / crop; None: the whole, made a square."""
-  image = {'name': 'resize', 'size': size} if crop is None else {'name': 'resize_crop', 'size': size, 'crop': crop}
+  """How images are shown: the center, after their short side was made size / crop; None: the whole, made a square."""
+  mode = {'mode': 'squash'} if crop is None else {'mode': 'shortest', 'crop': crop}
+  image = {'name': 'pillow_resize', 'size': size, **mode}
   return {'source': {'name': 'none'}, 'image': image}
 
 
@@ -91,7 +92,7 @@ _DINOV2 = tuple(
   for gated in (False, True)
 )
 _GOOGLE = (
-  *(('augreg', layout) for layout in big_vision.augreg()),
+  ('augreg', big_vision.augreg()),
   *(('big_vision', layout) for layout in big_vision.big_vision()),
 )
 _SIGLIP = (
@@ -99,7 +100,11 @@ _SIGLIP = (
   ('open_clip', clip.open_clip_siglip()),
   *(('big_vision', layout) for layout in big_vision.siglip()),
 )
-_CLIP = (('open_clip', clip.open_clip()), ('transformers', clip.transformers_clip()))
+_CLIP = (
+  ('open_clip', clip.open_clip()),
+  ('transformers', clip.transformers_clip()),
+  ('open_clip', clip.open_clip(text='text.')),
+)
 
 # In the order in which they are tried where none is named. Files do not tell how images were normalized, nor which
 # GELU was meant: that is what the names of one layout differ by.
