@@ -24,7 +24,7 @@ ACTIVATIONS = {
   'silu': 'silu',
   'relu': 'relu',
 }
-_FILTERS = ('did_you_mean', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming')  # in the order of Pillow's numbers
+_FILTERS = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming')  # in the order of Pillow's numbers
 
 
 def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: Tokenizer | None) -> Files:

@@ -14,9 +14,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
-_FILTERS = one_of(
-  dict(enumerate(('did_you_mean', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming')))
-)  # Pillow's numbers
+_FILTERS = one_of(dict(enumerate(('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming'))))  # Pillow's numbers
 _IGNORED = (
   r'.*processor.*|feature_extractor_type|use_fast|data_format|input_data_format|return_tensors|device|_.*',
   r'disable_grouping|auto_map|default_to_square|use_square_size|size_divisor|pad_size|do_reduce_labels|num_channels',
@@ -130,11 +128,12 @@ def _normalize(file: HubFile, name: str, usual: _Defaults) -> None:
   """(x * factor - offset - mean) / deviation of bytes x, as a mean and deviation of x / 255."""
   factor = file.get('rescale_factor', 1 / 255) if file.get('do_rescale', True) else 1.0
   offset = 1.0 if file.get('rescale_offset', False) and file.get('do_rescale', True) else 0.0
-  mean, std = [0.0] * 3, [1.0] * 3
+  mean: tuple[float, ...] = (0.0,) * 3
+  std: tuple[float, ...] = (1.0,) * 3
   given = _three(file.get('image_mean', tuple(usual.mean))), _three(file.get('image_std', tuple(usual.std)))
   if file.get('do_normalize', True):
     mean, std = given
-  again = given[1] if name == 'EfficientNet' and file.get('include_top', True) else [1.0] * 3
+  again = given[1] if name == 'EfficientNet' and file.get('include_top', True) else (1.0,) * 3
   file.set('objective.normalize.mean', tuple(_clean((m + offset) / (255 * factor)) for m in mean))
   file.set('objective.normalize.std', tuple(_clean(s * t / (255 * factor)) for s, t in zip(std, again, strict=True)))
 
@@ -150,7 +149,7 @@ def timm(file: HubFile, side: int) -> None:
     raise file.refusal('crop_mode', mode, f'one of {", ".join(modes)}')
   if share > 1:
     raise file.refusal('crop_pct', share, 'at most 1')
-  filters = {'bilinear', 'bicubic', 'did_you_mean', 'lanczos', 'box', 'hamming'}
+  filters = {'bilinear', 'bicubic', 'nearest', 'lanczos', 'box', 'hamming'}
   interpolation = file.get('interpolation', 'bicubic')
   if interpolation not in filters:
     raise file.refusal('interpolation', interpolation, f'one of {", ".join(sorted(filters))}')
