@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from fmcv_jax.errors import BadRecord
 from fmcv_jax.data.images.decode import decode_pil
-from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 
 PillowFilter = Literal['nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming']

@@ -151,8 +151,8 @@ def _swin(arguments: HubFile, path: str, own: Swin) -> None:
     if key in arguments:
       arguments.agree(key, arguments.get(key), ours)
   side(arguments, 'img_size', path, own)
-  for key, ours in (('act_layer', 'gelu'), ('global_pool', 'avg')):
-    arguments.agree(key, arguments.get(key, ours), ours)
+  for key, usual in (('act_layer', 'gelu'), ('global_pool', 'avg')):
+    arguments.agree(key, arguments.get(key, usual), usual)
 
 
 def _efficientnet(file: HubFile, size: str, own: EfficientNet) -> None:

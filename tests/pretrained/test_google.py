@@ -151,7 +151,7 @@ def test_heads_of_the_published_sizes_are_as_wide_as_published(tmp_path, variant
     shape = expected[leaf] if part != 'out' else {'kernel': (heads, each, width), 'bias': (width,)}[leaf]
     assert arrays[name].shape == shape, name
   again = import_checkpoint(str(tmp_path / 'out.npz'), str(tmp_path / 'again'), 'vit')
-  assert again.experiment.objective.network.stack.block.heads == heads
+  assert again.experiment.objective.network.stack.block.num_heads == heads
 
 
 def test_each_tower_of_google_has_the_heads_of_its_arrays(tmp_path):

@@ -45,7 +45,7 @@ def test_a_pipeline_computes_what_its_configs_say(tmp_path):
   time, tokens = np.array([7, 900]), rng.integers(1, 49_000, (2, 77))
   params = {'params': subject.params['network']}
   ours = jax.jit(objective.network.apply)(params, x, jnp.asarray(time), make_condition(text=jnp.asarray(words)))
-  read = objective.text.apply({'params': subject.extra['text']}, tokens.astype(np.int32)).tokens
+  read = objective.text_encoder.apply({'params': subject.extra['text']}, tokens.astype(np.int32)).tokens
   with torch.no_grad():
     equal(ours, unet(to_torch(x), torch.from_numpy(time), torch.from_numpy(words)).sample)
     theirs = tower(torch.from_numpy(tokens)).last_hidden_state.numpy()

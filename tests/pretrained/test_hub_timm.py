@@ -117,11 +117,11 @@ def test_every_architecture_is_what_timm_builds_or_is_refused(monkeypatch):
     ours = vit(
       'B/16',
       width=width,
-      heads=1,
-      gated=gated,
+      num_heads=1,
+      gated_mlp=gated,
       pool={'token': 'cls', 'avg': 'gap', 'map': 'map'}[pool],
       class_token=has_class_token and pool == 'avg',
-      norm_pooled=fc_norm and pool == 'avg',
+      fc_norm=fc_norm and pool == 'avg',
     )
     findings = Findings()
     empty = HubFile({}, 'config.json: model_args', findings)
@@ -135,7 +135,7 @@ def test_every_architecture_is_what_timm_builds_or_is_refused(monkeypatch):
     found = {path.removeprefix('network.'): value for path, value in findings.overrides.items()}
     activation = arguments.get('act_layer') or 'gelu'
     activation = activation if isinstance(activation, str) else activation.__name__.lower()
-    assert found['heads'] == arguments.get('num_heads', 12), name
+    assert found['num_heads'] == arguments.get('num_heads', 12), name
     assert found['activation'] == activation, name
     assert found['eps'] == eps, name
     assert found['qkv_bias'] == arguments.get('qkv_bias', True), name

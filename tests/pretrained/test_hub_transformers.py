@@ -169,7 +169,7 @@ def test_heads_of_a_bare_file_are_said_to_be_assumed(tmp_path, capsys):
   import_checkpoint(str(tmp_path / 'bare.safetensors'), str(tmp_path / 'ours'), 'vit')
   said = capsys.readouterr().err
   assert 'assumed: no file says:' in said
-  for field in ('heads=2', 'activation=', 'eps=', 'normalize', 'data.image'):
+  for field in ('num_heads=2', 'activation=', 'eps=', 'normalize', 'data.image'):
     assert field in said
 
 

@@ -181,4 +181,4 @@ def test_heads_of_the_published_sizes_are_those_of_the_config_beside_them(tmp_pa
   tensors = Names(model)
   network = matched(tensors, str(tmp_path)).run.experiment.objective.network
   towers = (network.image, network.text) if len(expected) == 2 else (network,)
-  assert tuple(tower.stack.block.heads for tower in towers) == expected
+  assert tuple(tower.stack.block.num_heads for tower in towers) == expected
