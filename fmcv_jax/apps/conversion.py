@@ -108,12 +108,14 @@ def matched(
   findings = hub_config.read(folder, form, own, _objective(own))
   for prefix, heads in heads_in(layout, tensors).items():
     findings.overrides[f'objective.network.{prefix.replace("/", ".")}num_heads'] = heads
+    findings.said.append(f'arrays of attention: {prefix}num_heads={heads}')
   layout = renamed(layout, findings.renamed)
   run = Run(resolve(hub_config.configured(own, folder, findings, overrides)), to)
   if assumed := hub_config.unsaid(run.config, run.experiment.objective, findings, overrides):
     findings.assumed.append(f'no file says: {", ".join(assumed)}')
   layout = with_heads(layout, lambda path: _heads(run.experiment.objective, path))
-  leaves, sources = _leaves(run), run.experiment.init_from
+  with config_lib.config_path_context(f'{file}: config.objective'):
+    leaves, sources = _leaves(run), run.experiment.init_from
   shapes = {path.removeprefix('params/'): leaf.shape for path, leaf in leaves.items() if _is_held(path, sources)}
   _check_parts(file, name, shapes, found)
   match = Match(name, layout, run, leaves, shapes, findings)

@@ -111,7 +111,7 @@ _CLIP = (
 FAMILIES: dict[str, Family] = {
   'deit': Family((*_TIMM, *_transformers('deit.')), _encoder(IMAGENET, 0.875)),
   'vit': Family((*_TIMM, *_transformers('vit.', ''), *_GOOGLE), _encoder(HALF, 0.9)),
-  'dino': Family((*_TIMM, *_transformers('', 'vit.')), _encoder(IMAGENET, 0.875)),
+  'dino': Family((*_TIMM, *_transformers('', 'vit.'), *_GOOGLE), _encoder(IMAGENET, 0.875)),
   'mae': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET, 0.875)),
   'mae_pretrain': Family(
     (('timm', vit.mae()), ('transformers', vit.mae(hub=True)), ('transformers', vit.mae(hub=False))), _masked

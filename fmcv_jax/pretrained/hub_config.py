@@ -68,6 +68,9 @@ def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Fin
 
 def _transformers_images(folder: Path, config: dict[str, Any], findings: Findings) -> None:
   file = opened(folder / 'preprocessor_config.json', 'preprocessor_config.json', findings)
+  whole = opened(folder / 'processor_config.json', 'processor_config.json', findings)
+  if file is None and whole is not None and 'image_processor' in whole:  # where version 5 writes it, with the texts'
+    file = whole.part('image_processor')
   if file is not None and 'normalize' in config['objective']:
     hub_images.transformers(file, config)
 

@@ -10,7 +10,7 @@ from fmcv_jax.pretrained.hub_vit import side
 # What changes nothing that a network computes when it is not trained, or shows in the names of its arrays.
 IGNORED = (
   r'init_logit_scale|init_logit_bias|nonscalar_logit_scale|custom_text|ls_init_value|patch_dropout|output_tokens',
-  r'timm_model_pretrained|timm_drop|timm_drop_path|timm_proj.*|pretrained_(image|hf)|hf_tokenizer_name|tokenizer_.*',
+  r'timm_model_pretrained|timm_drop|timm_drop_path|timm_proj.*|pretrained_(image|hf)|hf_tokenizer_name|tokenizer_mode',
   r'attn_pooler_.*|proj_bias|proj_type|pad_id|embed_cls|hf_model_pretrained|block_type|no_ln_pre|timm_pool|text_mask',
 )
 # Blocks that none of ours computes.

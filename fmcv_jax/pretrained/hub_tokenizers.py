@@ -55,8 +55,11 @@ def padding(folder: Path, findings: Findings) -> str | None:
 
 def _is_clips(folder: Path) -> bool:
   """Whether the folder's vocabulary, if it has one, is CLIP's."""
-  file = opened(folder / 'vocab.json', 'vocab.json', Findings())
-  return file is None or file.values == clip_vocabulary.tables()[0]
+  if (file := opened(folder / 'vocab.json', 'vocab.json', Findings())) is not None:
+    return file.values == clip_vocabulary.tables()[0]
+  if (file := opened(folder / 'tokenizer.json', 'tokenizer.json', Findings())) is not None:
+    return dict(file.values.get('model', {})).get('vocab') == clip_vocabulary.tables()[0]
+  return True
 
 
 def _of_folder(folder: Path, length: int, *, siglip: bool, findings: Findings) -> tuple[dict[str, Any], int] | None:

@@ -87,7 +87,7 @@ def test_siglip_is_the_same_from_google_and_from_transformers(tmp_path):
   model = published(
     transformers.SiglipModel(transformers.SiglipConfig(vision_config=IMAGE, text_config=TEXT)), tmp_path / 'hub'
   )
-  arrays = flax_of({name: x.detach().numpy() for name, x in model.state_dict().items()}, num_heads=2)
+  arrays = flax_of({name: x.detach().numpy() for name, x in model.state_dict().items()}, heads=2)
   np.savez(tmp_path / 'apart.npz', **arrays)
   np.savez(tmp_path / 'stacked.npz', **stacked(arrays))
   import_checkpoint(str(tmp_path / 'hub'), str(tmp_path / 'a'), 'siglip')

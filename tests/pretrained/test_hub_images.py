@@ -187,7 +187,7 @@ def test_an_evaluation_transform_of_timm(tmp_path, name):
 
 @pytest.mark.parametrize('mode', ['shortest', 'squash', 'longest'])
 def test_a_preprocess_of_open_clip(tmp_path, mode):
-  open_clip = pytest.importorskip('open_clip', reason='pip install fmcv-jax[parity]')
+  transforms = pytest.importorskip('open_clip.transform', reason='pip install fmcv-jax[parity]')
   from tests.pretrained import test_hub_open_clip as small
 
   network = small.published(
@@ -197,9 +197,8 @@ def test_a_preprocess_of_open_clip(tmp_path, mode):
   said = json.loads(path.read_text())
   said['preprocess_cfg']['fill_color'] = 77
   path.write_text(json.dumps(said))
-  cfg = open_clip.transform.PreprocessCfg(**open_clip.transform.merge_preprocess_dict({}, said['preprocess_cfg']))
-  cfg.size = 32
-  transform = open_clip.image_transform_v2(cfg, is_train=False)
+  cfg = transforms.PreprocessCfg(**transforms.merge_preprocess_dict({}, said['preprocess_cfg']), size=32)
+  transform = transforms.image_transform_v2(cfg, is_train=False)
   import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
 
   def expected(image):

@@ -72,7 +72,7 @@ def embedded(model, pixels=PIXELS):
 def test_a_folder_computes_what_open_clip_computes(tmp_path, name):
   model = published(tmp_path / 'theirs', CONFIGS[name])
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
-  params = {'params': run.restored_subject()[0].params}
+  params = {'params': run.restored_model()[0].params}
   ours = run.experiment.objective.network.apply(params, PIXELS, WORDS)
   image, text = embedded(model)
   np.testing.assert_allclose(ours.image, image, atol=1e-5)

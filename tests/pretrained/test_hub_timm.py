@@ -31,7 +31,7 @@ def published(folder, name, **more):
 
 
 def says(run):
-  params = {'params': jax.device_get(run.restored_subject()[0].params)}
+  params = {'params': jax.device_get(run.restored_model()[0].params)}
   return run.experiment.objective.network.apply(params, PIXELS).output
 
 

@@ -46,7 +46,7 @@ ENCODERS = {
 
 
 def features(run, pixels):
-  params = {'params': jax.device_get(run.restored_subject()[0].params)}
+  params = {'params': jax.device_get(run.restored_model()[0].params)}
   return run.experiment.objective.network.apply(params, pixels)
 
 
@@ -85,7 +85,7 @@ def test_both_towers_compute_what_their_config_says(tmp_path, name):
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
   with torch.no_grad():
     theirs = model(pixel_values=to_torch(PIXELS), input_ids=torch.from_numpy(WORDS).long())
-  params = {'params': run.restored_subject()[0].params}
+  params = {'params': run.restored_model()[0].params}
   ours = run.experiment.objective.network.apply(params, PIXELS, WORDS)
   np.testing.assert_allclose(ours.image, theirs.image_embeds, atol=1e-5)
   np.testing.assert_allclose(ours.text, theirs.text_embeds, atol=1e-5)
