@@ -120,7 +120,7 @@ def open_clip(family: str, objective: Any, image: ImageTransform | None) -> File
     'context_length': text.length,
     'vocab_size': text.vocab_size,
     'width': text.width,
-    'num_heads': block.num_heads,
+    'heads': block.num_heads,
     'layers': text.stack.depth,
     'mlp_ratio': block.mlp_dim / text.width,
     'no_causal_mask': not block.causal,
