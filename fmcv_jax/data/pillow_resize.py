@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from fmcv_jax.errors import BadRecord
 from fmcv_jax.data.images.decode import decode_pil
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
+from fmcv_jax.errors import BadRecord
 
 PillowFilter = Literal['nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming']
 FILTERS = {
