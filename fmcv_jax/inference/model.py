@@ -9,6 +9,7 @@ import numpy as np
 
 from fmcv_jax.config import paths_of
 from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.errors import UserError
@@ -87,6 +88,8 @@ def evaluated_as(run: Run) -> ImageTransform | None:
 
   None for a model that is shown none.
   """
+  if isinstance(run.experiment.data.image, PillowResize):
+    return run.experiment.data.image
   objective: Any = run.experiment.objective
   image, given = objective.example_batch.get('image'), run.experiment.data.image
   size = image.shape[0] if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)

@@ -265,12 +265,12 @@ def config_of(version: Version, prediction: str = 'noise') -> Callable[[Mapping[
       'network': network,
       'autoencoder': decoder | {'image_size': side},
       'latent_scale': 0.18215,
-      'text': {'name': 'text_transformer', 'activation': version.activation, **numbers},
+      'text_encoder': {'name': 'text_transformer', 'activation': version.activation, **numbers},
       'padding': version.padding,
       'process': {'schedule': 'scaled_linear', 'prediction': prediction},
     }
     if 'extra_in_channels' in network:
-      objective['holes'] = {}
+      objective['inpainting'] = {}
     if control:
       objective['control'] = {'name': 'edges'}
     return {'objective': objective, 'tokenizer': {'name': 'clip_bpe', 'length': numbers['length']}}

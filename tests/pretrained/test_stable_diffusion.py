@@ -96,7 +96,7 @@ def test_a_unet_alone_gets_the_text_tower_of_its_version():
     widths = zip(range(4), (320, 640, 1280, 1280), strict=True)
     levels |= {f'network/encoder/down{i}_block0/conv1/kernel': (3, 3, 320, width) for i, width in widths}
     layers = {'network/encoder/down0_block1/norm1/scale': (320,), 'network/encoder/conv_in/kernel': (3, 3, 4, 320)}
-    text = known.FAMILIES[family].config({**context, **levels, **layers})['objective']['text']
+    text = known.FAMILIES[family].config({**context, **levels, **layers})['objective']['text_encoder']
     assert (text['width'], text['depth'], text['num_heads']) == (width, depth, heads)
 
 
