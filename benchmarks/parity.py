@@ -229,7 +229,7 @@ def class_denoiser(size: str, heads: int, layers: int) -> Case:
     told = make_condition(label=jnp.asarray(label))
     return [apply(run.experiment.objective.network, params['network'], x, jnp.asarray(time), told)]
 
-  return Case('dit', size, build, theirs, ours, ('objective.autoencoder=None',))
+  return Case('dit', size, build, theirs, ours, ('objective.latent_space.autoencoder=None',))
 
 
 def cases() -> list[Case]:

@@ -17,7 +17,7 @@ from fmcv_jax.config import load_file
 
 def get_config():
   c = ml_collections.ConfigDict(load_file(f'{pathlib.Path(__file__).with_name("text_to_image.py")}:512'))
-  c.objective.control = dict(name='edges')
+  c.objective.image_condition = dict(control=dict(name='edges'))
   c.objective.condition_dropout = 0.5
   base = 'runs/t2i_512'
   c.init_from = {

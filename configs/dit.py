@@ -2,7 +2,7 @@
 
 Published after 400,000 steps, FID-50K of 250-step ancestral sampling without guidance: 68.40 (S/2), 43.47 (B/2), 68.38
 (B/4), 23.33 (L/2), 19.47 (XL/2); XL/2 after 7 M steps 9.62, with guidance 1.5 2.27. They used Stable Diffusion's
-autoencoder; this config takes one trained by `configs/autoencoder.py:kl-f8` (set latent_scale to one over its
+autoencoder; this config takes one trained by `configs/autoencoder.py:kl-f8` (set latent_space.scale to one over its
 `latent_std`). Not measured here.
 
     fmcv train --config configs/dit.py:XL/2 --workdir gs://BUCKET/dit_xl2
@@ -30,8 +30,9 @@ def get_config(variant='XL/2'):
       unroll=True,  # side by side all layers read and write half of what they do in a loop (docs/plan.md)
     ),
     process=dict(schedule='linear', prediction='noise', learned_variance=True),
-    autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'),
-    latent_scale=0.18215,
+    latent_space=dict(
+      autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'), scale=0.18215
+    ),
     condition_dropout=0.1,
     augment=(dict(name='flip'),),
   )

@@ -19,7 +19,7 @@ from fmcv_jax.config import load_file
 def get_config():
   c = ml_collections.ConfigDict(load_file(f'{pathlib.Path(__file__).with_name("text_to_image.py")}:512'))
   c.objective.network.extra_in_channels = 5
-  c.objective.inpainting = dict(full_mask_probability=0.25)
+  c.objective.image_condition = dict(inpainting=dict(full_mask_probability=0.25))
   c.init_from['params'] = dict(workdir='runs/t2i_512', widen=('network/encoder/conv_in/kernel',))
   c.train.steps = 440_000
   return c

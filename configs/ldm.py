@@ -1,8 +1,9 @@
 """Latent diffusion of ImageNet-1k's classes at 256 px: LDM-8's UNet of 395 M parameters (Rombach et al. 2022).
 
 Published (their repository) for LDM-8 on a VQ autoencoder: FID 15.82, with a classifier's guidance 7.77. This config
-takes the kl-f8 latents of `configs/autoencoder.py` (set latent_scale to one over its `latent_std`) and reads a text of
-one word for each class, as theirs does. For a transformer on the same latents: `configs/dit.py:B/4`. Not measured here.
+takes the kl-f8 latents of `configs/autoencoder.py` (set latent_space.scale to one over its `latent_std`) and reads a
+text of one word for each class, as theirs does. For a transformer on the same latents: `configs/dit.py:B/4`. Not
+measured here.
 
     fmcv train --config configs/ldm.py --workdir gs://BUCKET/ldm
     fmcv generate 'golden retriever' --model gs://BUCKET/ldm --steps 50 --guidance 3
@@ -20,8 +21,9 @@ def get_config():
     name='diffusion',
     network=dict(name='unet', variant='ldm8-classes', num_classes=1000, dtype='bfloat16', remat='dots'),
     process=dict(schedule='scaled_linear', prediction='noise'),
-    autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'),
-    latent_scale=0.18215,
+    latent_space=dict(
+      autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'), scale=0.18215
+    ),
     condition_dropout=0.1,
     augment=(dict(name='flip'),),
   )

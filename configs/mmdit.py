@@ -2,8 +2,8 @@
 
 Published is a figure of the 8 B form (`d38/2`) at 1024 px, told by two CLIP towers and T5: GenEval 0.74 after DPO. Here
 one tower tells, that of `configs/clip.py:L/14`, and the latents have 16 channels (`configs/autoencoder.py:f8-16ch`; set
-latent_scale to one over its `latent_std`, latent_shift to its mean). Times are drawn as in their section 3.1 and, at
-512 px, moved towards noise as in their section 5.3.2. Not measured here.
+latent_space.scale to one over its `latent_std`, latent_space.shift to its mean). Times are drawn as in their section
+3.1 and, at 512 px, moved towards noise as in their section 5.3.2. Not measured here.
 
     fmcv train --config configs/mmdit.py:256 --workdir gs://BUCKET/mmdit_256
     fmcv train --config configs/mmdit.py:512 --workdir gs://BUCKET/mmdit_512 \\
@@ -32,9 +32,9 @@ def get_config(size='256'):
   )
   c.objective.process = dict(schedule='flow', prediction='flow', shift=1.0 if size == 256 else 2.0)
   c.objective.timestep_sampling = 'logit_normal'
-  c.objective.autoencoder.variant = 'f8-16ch'
-  c.objective.latent_scale = 1.5305
-  c.objective.latent_shift = 0.0609
+  c.objective.latent_space.autoencoder.variant = 'f8-16ch'
+  c.objective.latent_space.scale = 1.5305
+  c.objective.latent_space.shift = 0.0609
   c.init_from['extra/autoencoder'].workdir = 'runs/f8-16ch'
   if size > 256:
     c.init_from['params'].workdir = 'runs/mmdit_256'

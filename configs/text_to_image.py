@@ -24,17 +24,20 @@ def get_config(size='256'):
     name='diffusion',
     network=dict(name='unet', variant='sd1', image_size=size // 8, dtype='bfloat16', remat='dots'),
     process=dict(schedule='scaled_linear', prediction='noise'),
-    autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'),
-    latent_scale=0.18215,
-    text_encoder=dict(
-      name='text_transformer',
-      vocab_size=49_408,
-      length=77,
-      width=768,
-      depth=12,
-      num_heads=12,
-      num_classes=768,
-      dtype='bfloat16',
+    latent_space=dict(
+      autoencoder=dict(name='autoencoder', variant='kl-f8', image_size=size, dtype='bfloat16'), scale=0.18215
+    ),
+    text_condition=dict(
+      encoder=dict(
+        name='text_transformer',
+        vocab_size=49_408,
+        length=77,
+        width=768,
+        depth=12,
+        num_heads=12,
+        num_classes=768,
+        dtype='bfloat16',
+      )
     ),
     condition_dropout=0.1,
     augment=(dict(name='flip'),),

@@ -45,7 +45,9 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
     args.prompt,
     args.model,
     args.output,
+    _sampling(args, negative=args.negative, control_preprocessed=args.control_preprocessed),
     step=args.step,
+    batch=args.batch,
     overrides=overrides,
     count=args.n,
     image=args.image,
@@ -54,10 +56,7 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
     strength=args.strength,
     interpolate=args.interpolate,
     control=args.control,
-    drawn=args.control_preprocessed,
     control_scale=args.control_scale,
-    negative=args.negative,
-    **_sampling(args),
   )
 
 
@@ -67,11 +66,12 @@ def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
   synthesize_app.run(
     args.model,
     args.to,
+    _sampling(args),
     per_prompt=args.n,
     prompts=args.prompts,
     step=args.step,
+    batch=args.batch,
     overrides=overrides,
-    **_sampling(args),
   )
 
 
@@ -135,6 +135,7 @@ def precompute(args: argparse.Namespace, overrides: list[str]) -> None:
     batch=args.batch,
     shards=args.shards,
     images=args.images,
+    dtype=args.dtype,
   )
 
 
@@ -153,17 +154,14 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   )
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-  return {
-    'steps': args.steps,
-    'guidance': args.guidance,
-    'seed': args.seed,
-    'batch': args.batch,
-    'solver': args.solver,
-    'spacing': args.spacing,
-    'interval': args.interval and tuple(args.interval),
-    'rescale': args.rescale,
-  }
+def _sampling(args: argparse.Namespace, **more: Any) -> Any:
+  """The SamplingOptions of the arguments."""
+  from fmcv_jax.apps.arguments import command_line_errors
+  from fmcv_jax.diffusion.options import SamplingOptions
+
+  names = ('steps', 'guidance', 'seed', 'solver', 'spacing', 'interval', 'rescale')
+  with command_line_errors():
+    return SamplingOptions(**{name: getattr(args, name) for name in names}, **more)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -314,6 +312,9 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--batch', type=int, help='global batch size (default: as in training)')
   sub.add_argument('--shards', type=int, metavar='N', help='number of files (default: 8192 records each)')
   sub.add_argument('--images', action='store_true', help='also store the images')
+  sub.add_argument(
+    '--dtype', choices=['float16', 'float32'], help='dtype of stored floats (default: the dtype of each output)'
+  )
   sub = add(
     plan,
     'Compile a config for a remote TPU topology and report memory, communication and cost.',
@@ -361,9 +362,12 @@ def _suppress_tensorstore_shutdown_errors() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status: 0 done, 2 a user's error, 75 stopped and saved."""
-  args, rest = parser().parse_known_args(argv)
-  overrides = [item.removeprefix('--config.') for item in rest if item.startswith('--config.')]
-  unknown = [item for item in rest if not (args.fields and item.startswith('--config.'))]
+  argv = list(sys.argv[1:] if argv is None else argv)
+  # Taken out first: argparse takes an argument with a space in it, such as a dict, for a value of the option before it.
+  fields = [item for item in argv if item.startswith('--config.')]
+  args, unknown = parser().parse_known_args([item for item in argv if not item.startswith('--config.')])
+  overrides = [item.removeprefix('--config.') for item in fields]
+  unknown += [] if args.fields else fields
   if unknown:
     print(f'fmcv {args.command}: unknown argument {unknown[0]!r}; see fmcv {args.command} --help', file=sys.stderr)
     return EXIT_USER_ERROR

@@ -240,18 +240,23 @@ def _visit_call(name, constructor, fields, kinds, path, make):
 
 def _in_present_names(fields: Mapping[str, Any], parameters: Mapping[str, Any], path: str) -> dict[str, Any]:
   """`fields` with the names and values of earlier versions replaced by those of today, each with a warning."""
-  present = {}
-  for key, value in fields.items():
-    name = config_aliases.renamed_field(key, parameters)
-    if name is not None:
-      if name in fields:
-        raise UserError(f'{path}: {key} is the earlier name of {name}, and both are given; leave {key} out')
-      logger.warning('%s.%s is now called %s', path, key, name)
-      key = name
+  present = to_plain_dict(fields)
+  for old in fields:
+    name = config_aliases.renamed_field(old, parameters)
+    if name is None:
+      continue
+    logger.warning('%s.%s is now called %s', path, old, name)
+    *parents, last = name.split('.')
+    place = present
+    for parent in parents:
+      place = place.setdefault(parent, {}) if isinstance(place, dict) else place
+    if not isinstance(place, dict) or last in place:
+      raise UserError(f'{path}: {old} is the earlier name of {name}, and both are given; leave {old} out')
+    place[last] = present.pop(old)
+  for key, value in present.items():
     if isinstance(value, str) and value in (renamed := config_aliases.VALUES.get(key, {})):
       logger.warning('%s.%s: %r is now called %r', path, key, value, renamed[value])
-      value = renamed[value]
-    present[key] = value
+      present[key] = renamed[value]
   return present
 
 

@@ -1,19 +1,22 @@
 """Names that configs used before 0.2, and what they are called now.
 
 An old name is taken only where the constructor that the config describes has no field of that name and has the new one,
-so a name may have meant different things in different places. Workdirs and config files of earlier versions open with a
-warning that names the new word.
+so a name may have meant different things in different places. A name with dots is the new place of a field that moved
+into a part of what it belonged to. Workdirs and config files of earlier versions open with a warning that names the new
+word or place.
 """
 
 from collections.abc import Mapping
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
   'align': ('repa',),
+  'autoencoder': ('latent_space.autoencoder',),
   'bank': ('train_data',),
   'batch': ('batch_size',),
   'beside': ('extra_in_channels',),
   'canonical': ('first_caption_only',),
   'classes': ('num_classes',),
+  'control': ('image_condition.control',),
   'context': ('cross_attention_dim',),
   'damaged': ('on_truncated',),
   'decayed': ('weight_decay_mask',),
@@ -25,11 +28,14 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
   'heads': ('num_heads',),
   'hidden': ('mask_ratio', 'mask_ratio_min_max'),
   'hidden_images': ('mask_sample_probability',),
-  'holes': ('inpainting',),
+  'holes': ('image_condition.inpainting',),
+  'inpainting': ('image_condition.inpainting',),
   'judge': ('feature_extractor',),
   'keep': ('patch_keep_ratio',),
   'latent': ('latent_channels',),
-  'latents': ('precomputed_latents',),
+  'latent_scale': ('latent_space.scale',),
+  'latent_shift': ('latent_space.shift',),
+  'latents': ('latent_space.precomputed',),
   'lengths': ('learn_prototype_norms',),
   'local_views': ('local_crops_number',),
   'max_streak': ('max_nonfinite_steps',),
@@ -38,24 +44,29 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
   'norm_pooled': ('fc_norm',),
   'normalized': ('norm_pix_loss',),
   'only': ('name_filter',),
-  'outputs': ('num_classes', 'out_channels'),
+  'outputs': ('out_channels', 'num_classes'),  # a denoiser has both, and its `outputs` were channels
   'outputs_bias': ('head_bias',),
+  'padding': ('text_condition.padding',),
   'patch': ('patch_size',),
   'patch_weight': ('ibot_loss_weight',),
   'peak': ('peak_lr',),
   'place_class_token': ('class_token_has_position',),
   'positions': ('pos_embed',),
+  'precomputed_latents': ('latent_space.precomputed',),
+  'precomputed_text': ('text_condition.precomputed',),
   'prompts': ('caption_templates',),
   'strength': ('weighting_gamma',),
   'targets': ('centering',),
-  'text': ('text_encoder',),
+  'text': ('text_condition.encoder',),
+  'text_encoder': ('text_condition.encoder',),
   'times': ('timestep_sampling',),
   'times_mean': ('timestep_mean',),
   'times_std': ('timestep_std',),
+  'train_text': ('text_condition.train',),
   'trained': ('trainable',),
   'whole': ('full_mask_probability',),
   'widths': ('block_out_channels',),
-  'words': ('precomputed_text',),
+  'words': ('text_condition.precomputed',),
 }
 
 # Names of constructors, by the name that a config gave them.
@@ -69,7 +80,10 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 
 
 def renamed_field(name: str, parameters: Mapping[str, object]) -> str | None:
-  """The present name of a field that a constructor with these parameters once called `name`; None if it never did."""
+  """The present name of a field that a constructor with these parameters once called `name`; None if it never did.
+
+  It may be a path, such as 'latent_space.scale', into the field of its first word.
+  """
   if name in parameters:
     return None
-  return next((new for new in FIELDS.get(name, ()) if new in parameters), None)
+  return next((new for new in FIELDS.get(name, ()) if new.split('.')[0] in parameters), None)

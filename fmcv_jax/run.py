@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from fmcv_jax.train.flops import matmul_flops
 from fmcv_jax.train.state import TrainState, init_state, state_shardings, trace_state
 from fmcv_jax.train.step import StepFn, make_train_step
 
+logger = logging.getLogger(__name__)
+
 
 class Run:
   """A config made real on the devices of this process group: what train, evaluate and the apps all begin with."""
@@ -40,7 +43,10 @@ class Run:
     self._workdir = epath.Path(workdir) if workdir is not None else None
     e: Experiment = config_lib.build(Experiment, use_saved_tokenizer(config, self._workdir), KINDS)
     with config_lib.config_path_context('config.objective'):
-      self.experiment = e = dataclasses.replace(e, objective=e.objective.with_total_steps(e.train.steps))
+      objective = e.objective.with_total_steps(e.train.steps)
+      if e.tokenizer is not None:
+        objective = objective.with_tokenizer(e.tokenizer)
+      self.experiment = e = dataclasses.replace(e, objective=objective)
     self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
     with config_lib.config_path_context('config.optimizer.schedule'):
       self.tx = e.optimizer.make(e.train.steps) if e.train.steps else optax.identity()
@@ -54,7 +60,8 @@ class Run:
       raise UserError(f'{workdir}: no run here (no config.json); give the --workdir of a training run')
     saved = json.loads(path.read_text())
     saved['mesh'] = {}
-    return cls(resolve(config_lib.override(config_lib.to_plain_dict(saved), overrides)), workdir)
+    # Resolved before the overrides, whose names are those of today, even where the file has earlier ones.
+    return cls(resolve(config_lib.override(resolve(config_lib.to_plain_dict(saved)), overrides)), workdir)
 
   @property
   def workdir(self) -> epath.Path:
@@ -107,13 +114,24 @@ class Run:
   def subject(self) -> EvaluatedModel:
     e = self.experiment
     return EvaluatedModel(
-      e.objective.functions(),
+      e.objective.outputs(),
       self.placement,
       e.tokenizer,
-      make_generator=e.objective.generator,
       reopen=lambda workdir: Run.reopen(workdir).restored_model()[0],
       image_size=e.objective.input_size,
+      class_names=self._class_names,
     )
+
+  def _class_names(self) -> Sequence[str]:
+    """The names of the training classes by label; empty where the training data has none, or is not here."""
+    source = self.experiment.data.source
+    try:
+      return source.names
+    except (UserError, OSError) as error:
+      logger.warning(
+        'labels are taken as they are: the training data, which has the class names, is not here: %s', error
+      )
+      return ()
 
   def restored_model(self, step: int | None = None) -> tuple[EvaluatedModel, int]:
     """The trained model of this run's workdir at `step` (default: the newest), and that step."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,8 @@ from etils import epath
 from rich.console import Console
 
 from fmcv_jax import config as config_lib
-from fmcv_jax.data.loader import TrainLoader, resume
+from fmcv_jax import startup
+from fmcv_jax.data.loader import TrainLoader, record_keys, resume
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import Evaluator, evaluate
 from fmcv_jax.experiment import Experiment, resolve
@@ -134,6 +136,11 @@ def _train(run: Run, console: Console) -> TrainState:
     return evaluate(subject, {name: e.evaluators[name] for name in names})
 
   _check_best(e)
+  lines = startup.account(run)
+  if main:
+    startup.write(run.workdir, lines)
+    for line in lines:
+      console.print(line, highlight=False, soft_wrap=True, markup=False)
   with config_lib.config_path_context('config.optimizer'):
     e.optimizer.check(run.abstract_state.params)
   for evaluator in e.evaluators.values():
@@ -145,7 +152,7 @@ def _train(run: Run, console: Console) -> TrainState:
     return loop.run(
       run.train_step(),
       state,
-      _device_batches(loader, run),
+      _device_batches(loader, run, start or 0),
       loop.LoopConfig(
         steps=last,
         log_every=e.log.every,
@@ -191,9 +198,20 @@ def _evaluated(workdir: epath.Path, step: int) -> bool:
   return any('/' in name and not name.startswith('train/') for row in rows for name in row)
 
 
-def _device_batches(loader: TrainLoader, run: Run) -> Iterator[Any]:
-  """The loader's batches on the devices; the first is compared with what the objective expects."""
-  expected = run.experiment.objective.example_batch
+def _device_batches(loader: TrainLoader, run: Run, start: int) -> Iterator[Any]:
+  """The loader's batches on the devices, from step `start` on.
+
+  The shapes of the first are compared with what the objective expects, the labels of every one with the network's
+  classes.
+  """
+  e = run.experiment
+  expected, counts = e.objective.example_batch, e.objective.class_counts
+  rows = e.train.batch_size // jax.process_count()
+
+  def keys(count: int) -> list[str]:
+    first = (start + count) * e.train.batch_size + jax.process_index() * rows
+    return record_keys(e.data, e.seed, first, rows)
+
   for count, local in enumerate(loader):
     if count == 0:
       for name, want in expected.items():
@@ -202,6 +220,7 @@ def _device_batches(loader: TrainLoader, run: Run) -> Iterator[Any]:
             f'config.data gives {name} of shape {local[name].shape[1:]}, but the objective expects {want.shape}; '
             f'make the size of config.data.image and image_size of the network (or the token lengths) agree'
           )
+    startup.check_labels(local, counts, functools.partial(keys, count))
     yield to_devices(local, run.placement)
 
 

@@ -129,8 +129,8 @@ def painter(folder, **changes):
         'name': 'diffusion',
         'network': {'name': 'dit', **network},
         'process': {'schedule': 'flow', 'prediction': 'flow'},
-        'autoencoder': {'name': 'autoencoder', **coder},
-        'text_encoder': {'name': 'text_transformer', **text},
+        'latent_space': {'autoencoder': {'name': 'autoencoder', **coder}},
+        'text_condition': {'encoder': {'name': 'text_transformer', **text}},
       },
       'tokenizer': {'name': 'bpe', 'vocab_size': 300, 'length': 8, 'corpus': source},
       'data': {'source': source, 'image': {'name': 'resize', 'size': 16}},
@@ -172,13 +172,21 @@ def class_painter(folder, **changes):
 
 def follower(folder, **changes):
   """A diffusion of pixels, told classes, that a ControlNet steers by edges."""
-  objective = {'name': 'diffusion', 'network': {**UNET, 'num_classes': 3}, 'control': {'name': 'edges'}}
+  objective = {
+    'name': 'diffusion',
+    'network': {**UNET, 'num_classes': 3},
+    'image_condition': {'control': {'name': 'edges'}},
+  }
   return _resolved({**class_painter(folder), 'objective': objective}, changes)
 
 
 def filler(folder, **changes):
   """A diffusion of pixels, told what is around a hole."""
-  objective = {'name': 'diffusion', 'network': {**UNET, 'extra_in_channels': 4}, 'holes': {'whole': 0.5}}
+  objective = {
+    'name': 'diffusion',
+    'network': {**UNET, 'extra_in_channels': 4},
+    'image_condition': {'inpainting': {'full_mask_probability': 0.5}},
+  }
   return _resolved({**class_painter(folder), 'objective': objective}, changes)
 
 

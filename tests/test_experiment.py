@@ -189,8 +189,8 @@ def test_model_flops_are_of_what_is_learnt_and_once_of_what_is_frozen(folder):
   assert flops(classifier) == 2 * 16 * (2 * patches + 3 * (depth * block + head))
   painter = runs.painter(folder)
   assert flops(painter, objective__network__remat='full') == flops(painter)
-  coder = Run(painter).experiment.objective.autoencoder
+  coder = Run(painter).experiment.objective.latent_space.autoencoder
   images = jax.ShapeDtypeStruct((16, 16, 16, 3), np.float32)
   encode = functools.partial(coder.apply, method='encode')
   once = matmul_flops(encode, jax.eval_shape(coder.init, jax.random.key(0), images), images)
-  assert flops(painter) - flops(painter, objective__latents=True) == once
+  assert flops(painter) - flops(painter, objective__latent_space__precomputed=True) == once

@@ -20,7 +20,10 @@ from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.diffusion import Diffusion
-from fmcv_jax.objectives.repa import Alignment
+from fmcv_jax.objectives.image_condition import ImageCondition
+from fmcv_jax.objectives.latent_space import LatentSpace
+from fmcv_jax.objectives.repa import REPA
+from fmcv_jax.objectives.text_condition import TextCondition
 from fmcv_jax.parallel.mesh import MeshShape
 from tests import runs
 from tests.train.tiny import MESHES, Trainer, batch_of, shaken
@@ -31,7 +34,7 @@ NETWORKS = ('autoencoder', 'text', 'teacher', 'features', 'network')  # that sta
 FLOW = Process('flow', 'flow')
 CODER = autoencoder(channels=(8, 8), layers=1, latent_channels=4, image_size=16, middle_attention=False)
 TEXT = text_transformer(64, 8, 16, 1, 2, causal=False, attend_padding=False, num_classes=16)
-LATENT = functools.partial(Diffusion, autoencoder=CODER, latent_scale=0.5)
+LATENT = functools.partial(Diffusion, latent_space=LatentSpace(CODER, 0.5))
 # One level, with words; 'pixels by a unet' has two.
 UNET = functools.partial(unet, 'mu', channels=4, image_size=8, layers=1, block_out_channels=(16,), depths=(1,))
 FAMILIES = {
@@ -45,16 +48,22 @@ FAMILIES = {
   'text to image by dit': lambda: LATENT(
     dit('mu/2', image_size=8, cross_attention=True, pooled_text=True),
     FLOW,
-    text=TEXT,
-    repa=Alignment(vit('mu/8', image_size=16), layer=1, hidden=16),
+    text_condition=TextCondition(TEXT),
+    repa=REPA(vit('mu/8', image_size=16), layer=1, hidden=16),
   ),
   'text to image by mmdit': lambda: LATENT(
-    mmdit('mu/2', image_size=8, channels=4), FLOW, text=TEXT, timestep_sampling='logit_normal'
+    mmdit('mu/2', image_size=8, channels=4), FLOW, text_condition=TextCondition(TEXT), timestep_sampling='logit_normal'
   ),
-  'text to image by a unet': lambda: LATENT(UNET(), text=TEXT, weighting='min_snr'),
-  'a text tower of its own': lambda: LATENT(UNET(), text=TEXT, train_text=True),
-  'controlnet': lambda: LATENT(UNET(), text=TEXT, control=Edges()),
-  'inpainting': lambda: LATENT(UNET(extra_in_channels=5), text=TEXT, inpainting=RandomInpaintMask()),
+  'text to image by a unet': lambda: LATENT(UNET(), text_condition=TextCondition(TEXT), weighting='min_snr'),
+  'a text tower of its own': lambda: LATENT(UNET(), text_condition=TextCondition(TEXT, train=True)),
+  'controlnet': lambda: LATENT(
+    UNET(), text_condition=TextCondition(TEXT), image_condition=ImageCondition(control=Edges())
+  ),
+  'inpainting': lambda: LATENT(
+    UNET(extra_in_channels=5),
+    text_condition=TextCondition(TEXT),
+    image_condition=ImageCondition(inpainting=RandomInpaintMask()),
+  ),
 }
 
 

@@ -101,3 +101,27 @@ def test_workdir_that_cannot_be_written_is_one_line(capsys, tmp_path):
 
 def test_evaluate_of_a_folder_without_a_run_is_one_line(capsys, tmp_path):
   assert 'no run here (no config.json)' in fails(capsys, 'evaluate', '--workdir', str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'argv',
+  [
+    ['evaluate', '--workdir', 'DIR', '--config.evaluators={"val": {"name": "accuracy", "stepz": 1}}'],
+    ['precompute', 'features', '--model', 'DIR', '--to', 'OUT', '--config.data={"source": {"name": "x y"}}'],
+    ['precompute', '--model', 'DIR', '--to', 'OUT', 'features', '--config.data={"source": {"name": "x y"}}'],
+  ],
+)
+def test_an_override_with_spaces_is_not_a_value_of_the_option_before_it(argv, monkeypatch):
+  from fmcv_jax.apps import evaluation, precompute
+
+  calls = []
+  monkeypatch.setattr(evaluation, 'evaluate_workdirs', lambda *args, **options: calls.append(args))
+  monkeypatch.setattr(precompute, 'run', lambda *args, **options: calls.append((args[0], args[2])))
+  assert main(argv) == 0
+  values, overrides = calls[0]
+  assert list(values) == (['DIR'] if argv[0] == 'evaluate' else ['features'])
+  assert overrides == [argv[-1].removeprefix('--config.')]
+
+
+def test_an_override_of_a_command_without_a_config_is_refused(capsys):
+  assert '--config.train.steps=3' in fails(capsys, 'report', '--workdir', 'x', '--config.train.steps=3')

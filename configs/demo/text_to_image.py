@@ -38,9 +38,11 @@ def get_config(kind=''):
     ),
     process=dict(schedule='flow', prediction='flow'),
     timestep_sampling='logit_normal',
-    autoencoder=coder.objective.network,
-    latent_scale=0.42,  # one over the standard deviation of the latents
-    text_encoder=clip.objective.network.text,
+    latent_space=dict(
+      autoencoder=coder.objective.network,
+      scale=0.42,  # one over the standard deviation of the latents
+    ),
+    text_condition=dict(encoder=clip.objective.network.text),
   )
   c.init_from = {
     'extra/autoencoder': dict(workdir='runs/autoencoder', part='params/autoencoder'),

@@ -20,6 +20,7 @@ from fmcv_jax.experiment import resolve
 from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.encoder import PretrainedEncoder
+from fmcv_jax.objectives.outputs import encoder_of
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_config
 from fmcv_jax.pretrained.arrays import Tensors
@@ -138,7 +139,8 @@ def _check_vocabulary(file: str, run: Run) -> None:
   """UserError for a tokenizer some of whose ids have no row in the text tower's table."""
   objective, tokenizer = run.experiment.objective, run.experiment.tokenizer
   network = getattr(objective, 'network', None)
-  text = getattr(objective, 'text_encoder', None) or getattr(network, 'text', network)
+  condition = getattr(objective, 'text_condition', None)
+  text = condition.encoder if condition is not None else getattr(network, 'text', network)
   rows = getattr(text, 'vocab_size', None)
   if tokenizer is not None and rows is not None and tokenizer.vocab_size > rows:
     raise UserError(
@@ -269,8 +271,8 @@ def _exported(run: Run, subject: EvaluatedModel) -> tuple[Any, dict[str, np.ndar
   params = _arrays(outer.full_params(subject.params, subject.extra))
   params = {path: x for path, x in params.items() if path.split('/')[0] not in FOR_TRAINING}
   if 'head/prototypes' in params:
-    tower: Any = outer.image_encoder(subject.params, subject.extra)
-    return PretrainedEncoder(tower.network, tower.normalize), _arrays(tower.params)
+    encoder = encoder_of(outer.outputs())(subject.params, subject.extra)
+    return PretrainedEncoder(encoder.network, encoder.normalize), _arrays(encoder.params)
   return objective, params
 
 

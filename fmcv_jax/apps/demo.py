@@ -59,15 +59,15 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
 
 def _zero_shot(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.Path, text: str) -> list[float]:
   """Top-1 and top-5 among the evaluator's names; draws a sheet of 24 images drawn at random."""
-  outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch_size)
-  names = evaluator.data.source.names
+  outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch_size, truth=('label',))
+  labels, names = outputs.truth['label'], evaluator.data.source.names
   scores = outputs.values @ class_embeddings(subject, names, evaluator.templates, evaluator.batch_size).T
-  accuracies = [topk_accuracy(scores, outputs.labels, k) for k in (1, 5)]
+  accuracies = [topk_accuracy(scores, labels, k) for k in (1, 5)]
   chosen = np.random.default_rng(0).choice(len(scores), size=24, replace=False)
   figures.zero_shot_sheet(
     _pictures(evaluator.data, outputs.indices[chosen]),
     names,
-    outputs.labels[chosen],
+    labels[chosen],
     scores[chosen],
     path,
     title=f'{text}, drawn by an artist never seen: the five likeliest of {len(names)} names (right: green)\n'

@@ -1,5 +1,6 @@
 """What a text-to-image model can paint: a sheet of prompts, and figures by another model's eyes."""
 
+import functools
 import pathlib
 import re
 
@@ -35,11 +36,11 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
   reopened = Run.reopen(judge)
   subject, _ = reopened.restored_model()
   seen, held_out = (reopened.experiment.evaluators.get(name) for name in ('seen', 'held_out'))
-  if not isinstance(seen, ZeroShot) or not isinstance(held_out, ZeroShot) or painter.told != ('tokens',):
+  if not isinstance(seen, ZeroShot) or not isinstance(held_out, ZeroShot) or painter.condition_fields != ('tokens',):
     raise UserError(
       f'--feature-extractor {judge}: needs zero_shot evaluators named seen and held_out, and a text-conditional model'
     )
-  things = re.compile(getattr(painter.source, 'only', ''))
+  things = re.compile(getattr(painter.source, 'name_filter', ''))
   folder = pathlib.Path(model) / 'gallery'
   folder.mkdir(exist_ok=True)
   table = Table(title=f'{model}: what {judge} sees in {steps}-step pictures of its prompts')
@@ -57,7 +58,7 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
         steps=steps,
         guidance=guidance,
         seed=seed,
-        progress=lambda ready, bar=bar, task=task: bar.advance(task, ready),
+        progress=functools.partial(bar.advance, task),
       )
     chosen = np.random.default_rng(seed).permutation(len(prompts))[:ROWS]
     grouped = pictures.reshape(len(prompts), COLUMNS, *pictures.shape[1:])
@@ -81,10 +82,10 @@ def run(model: str, judge: str, *, steps: int = 20, guidance: float = 4.0, seed:
     real_features = _embedded(subject, real, evaluator.batch_size)
     for rival, images in rivals.items():
       features = _embedded(subject, images, evaluator.batch_size)
-      scores = features @ texts.T
+      similarity = features @ texts.T
       values = {
-        'top1': topk_accuracy(scores, truth[: len(images)], 1),
-        'top5': topk_accuracy(scores, truth[: len(images)], 5),
+        'top1': topk_accuracy(similarity, truth[: len(images)], 1),
+        'top5': topk_accuracy(similarity, truth[: len(images)], 5),
         'cmmd': cmmd(features, real_features),
         'fid': fid(features, real_features),
       }

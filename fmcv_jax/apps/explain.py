@@ -15,12 +15,13 @@ from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.interpret import activation_maps, attention_maps
+from fmcv_jax.interpret.attention_maps import available_outputs
 from fmcv_jax.models.backbones.efficientnet import EfficientNet
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.outputs import Features
 from fmcv_jax.models.common.patches import patch_features
-from fmcv_jax.objectives.base import BATCH_STATS, ImageEncoder
+from fmcv_jax.objectives.outputs import ImageEncoder, encoder_of
 from fmcv_jax.run import Run
 
 
@@ -48,10 +49,14 @@ def run(
   """
   console, reopened = Console(), Run.reopen(model)
   subject, step = reopened.restored_model(step)
-  tower = reopened.experiment.objective.image_encoder(subject.params, subject.extra)
-  if tower is None or not (isinstance(tower.network, ViT) or activation_maps.is_global_average_pooled(tower.network)):
+  try:
+    tower = encoder_of(subject.outputs)(subject.params, subject.extra)
+  except UserError as error:
+    raise UserError(f'{model}: {error}') from error
+  transformer = 'attention' in available_outputs(tower.network)
+  if not transformer and not activation_maps.is_global_average_pooled(tower.network):
     raise UserError(f'{model}: explain looks into vit, swin and efficientnet; this model has none of them')
-  if texts and 'embed_text' not in subject.functions:
+  if texts and 'embed_text' not in subject.outputs:
     raise UserError(f'--text: {model} knows no texts; give a model trained on pairs of images and texts')
   network, params = tower.network, tower.params
   size, patch = size or network.image_size, getattr(network, 'smallest_patch', network.patch_size)
@@ -66,8 +71,7 @@ def run(
     written.append(folder / f'{name}.png')
     figures.overlay_sheet(pictures, maps, written[-1], title=f'{title}\n{model}, step {step}', **options)
 
-  images = tower.normalize(jnp.asarray(pictures, jnp.float32) / 255)
-  transformer = isinstance(network, ViT)
+  images = tower.normalized(jnp.asarray(pictures))
   if transformer:
     attention, rolled, features = jax.device_get(jax.jit(_looks, static_argnums=0)(network, params, images))
     heads = {f'head {head}': attention[:, head] for head in range(attention.shape[1])}
@@ -84,14 +88,14 @@ def run(
     for text, row in zip(texts, scores, strict=True):
       for file, score in zip(files, row, strict=True):
         console.print(f'{file}: similarity {score:.3f} to {text!r}', highlight=False)
-  elif 'logits' in subject.functions:
+  elif 'logits' in subject.outputs:
     relevant, best = (_of_classes if transformer else _places_of_classes)(tower, images)
     names = reopened.experiment.data.source.names
     draw('relevance', {'relevance': relevant}, 'What the likeliest class comes from')
     for file, index in zip(files, best, strict=True):
       console.print(f'{file}: likeliest class {names[index] if names else index}', highlight=False)
-  if 'reconstruct' in subject.functions and size == network.image_size:
-    pairs = jax.jit(subject.functions['reconstruct'])(subject.params, subject.extra, {'image': pictures})
+  if 'reconstruct' in subject.outputs and size == network.image_size:
+    pairs = jax.jit(subject.outputs['reconstruct'].call)(subject.params, subject.extra, {'image': pictures})
     seen, filled = np.moveaxis(np.asarray(pairs), 1, 0)
     draw('reconstruction', {'seen': seen, 'filled in': filled}, 'What is seen, and what is made of it')
   console.print('\n'.join(map(str, written)), highlight=False)
@@ -158,9 +162,8 @@ def _of_classes(tower: ImageEncoder, images: jax.Array):
 
 def _places(tower: ImageEncoder, images: jax.Array):
   """The last map of a network that averages it, and what its places give to the outputs: [B, rows, columns, D or E]."""
-  of_tower = {} if tower.statistics is None else {BATCH_STATS: tower.statistics}
   maps = jax.jit(activation_maps.class_activation_maps, static_argnums=0)
-  return maps(tower.network, {'params': tower.params, **of_tower}, images)
+  return maps(tower.network, tower.variables, images)
 
 
 def _places_of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]):

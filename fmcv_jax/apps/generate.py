@@ -1,12 +1,13 @@
-"""Images from a trained diffusion model: painted anew, from another picture, into a hole, between two texts.
+"""Images from a trained diffusion model: text-to-image, img2img, inpainting, outpainting, prompt interpolation.
 
-    painter = ImageGenerator('runs/painter')
-    pictures = painter.generate(['a red heart'] * 4, steps=20, guidance=4.0, seed=0)  # uint8 [4, H, W, 3]
+    generator = ImageGenerator('runs/text_to_image')
+    images = generator.generate(['a red heart'] * 4, steps=20, guidance=4.0, seed=0)  # uint8 [4, H, W, 3]
 
-A picture depends on the seed, its place in the request and what it is to show; not on the mesh or on its neighbours.
+An image depends on the seed, its place in the request and its condition; not on the mesh or on the other images.
 """
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -16,15 +17,17 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from fmcv_jax.apps.arguments import command_line_errors
+from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
-from fmcv_jax.inference.generator import STRENGTH, ImageGenerator
+from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.inference.image_files import make_grid, pad_for_outpainting, read_image, read_mask, save_png
 from fmcv_jax.parallel.distributed import is_main
 
 
 @contextlib.contextmanager
 def _folder(path: pathlib.Path) -> Iterator[None]:
-  """Makes a folder for pictures before they are painted; UserError where none can be. It goes if they are refused."""
+  """Makes a folder before images are sampled; UserError if it cannot. It is removed if the request is refused."""
   if not is_main():
     yield
     return
@@ -44,28 +47,26 @@ def run(
   prompts: Sequence[str],
   model: str,
   output: str | pathlib.Path = 'generated',
+  options: SamplingOptions = SamplingOptions(),
   *,
   step: int | None = None,
   batch: int = 64,
   overrides: Sequence[str] = (),
   count: int = 4,
-  seed: int = 0,
   image: str | None = None,
   mask: str | None = None,
   expand: float | None = None,
   strength: float | None = None,
   interpolate: bool = False,
   control: str | None = None,
-  drawn: bool = False,
   control_scale: float | None = None,
-  **options: Any,
 ) -> pathlib.Path:
-  """`count` pictures for each prompt; writes them and a grid (a row a prompt, of one prompt a square) to `output`.
+  """`count` images for each prompt; writes them and a grid (a row a prompt, of one prompt a square) to `output`.
 
   Returns the grid's path.
   """
   if count < 1:
-    raise UserError(f'-n: {count} pictures; give at least 1')
+    raise UserError(f'-n: {count} images; give at least 1')
   if interpolate and (len(prompts) != 2 or image):
     raise UserError('--interpolate: goes from one prompt to a second; give two, and no image')
   if (mask is not None or expand is not None) and not image:
@@ -73,8 +74,8 @@ def run(
   if mask is not None and expand is not None:
     raise UserError('--mask and --expand: give one of them')
   if strength is not None and (not image or mask is not None or expand is not None):
-    raise UserError('--strength: is for an --image that is painted over as a whole')
-  if not control and (drawn or control_scale is not None):
+    raise UserError('--strength: needs an --image, and no --mask or --expand')
+  if not control and (options.control_preprocessed or control_scale is not None):
     raise UserError('--control-preprocessed and --control-scale: need a --control')
   folder, grid = pathlib.Path(output), pathlib.Path(output) / 'grid.png'
   if folder.exists() and not folder.is_dir():
@@ -82,48 +83,71 @@ def run(
   for file in (image, control):
     if file and not pathlib.Path(file).is_file():
       raise UserError(f'{file}: no such image file')
-  console, painter = Console(quiet=not is_main()), ImageGenerator(model, step=step, batch=batch, overrides=overrides)
-  if bool(painter.told) != bool(prompts):
-    raise UserError('give at least one prompt' if painter.told else f'{model}: is told nothing; give it no prompt')
+  console = Console(quiet=not is_main())
+  with command_line_errors():
+    given: dict[str, Any] = {'strength': strength, 'control_scale': control_scale}
+    options = dataclasses.replace(options, **{name: value for name, value in given.items() if value is not None})
+    generator = ImageGenerator(model, step=step, batch=batch, overrides=overrides)
+  if generator.takes_prompts != bool(prompts):
+    unconditional = f'{model}: is not conditioned on prompts; give none'
+    raise UserError('give at least one prompt' if generator.takes_prompts else unconditional)
   prompts = prompts or ['']
-  for prompt in (*prompts, options.get('negative', '')):
-    if (left := painter.truncated_prompt(prompt)) is not None:
+  for prompt in (*prompts, options.negative):
+    if (left := generator.truncated_prompt(prompt)) is not None:
       console.print(f'prompt too long, cut to: {left}', highlight=False, markup=False)
   rows = [prompts[0]] * count if interpolate else [prompt for prompt in prompts for _ in range(count)]
 
   def repeated(x):
     return np.repeat(x[None], len(rows), axis=0)
 
-  about = {'model': str(model), 'step': painter.step, 'seed': seed, **options}
-  if control:
-    followed = {'drawn': drawn, 'control_scale': 1.0 if control_scale is None else control_scale}
-    options |= {'control': repeated(read_image(control, painter.size)), **followed}
-    about |= {'control': control, **followed}
-  with _folder(folder), Progress(console=console, transient=True) as bar:
-    task = bar.add_task('painting', total=len(rows))
-    options['progress'] = lambda ready: bar.advance(task, ready)
+  edited = image is not None and mask is None and expand is None
+  about = {'model': str(model), 'step': generator.step, **_relevant(options, control, edited)}
+  with (
+    command_line_errors(),
+    _folder(folder),
+    Progress(console=console, transient=True) as bar,
+  ):
+    task = bar.add_task('sampling', total=len(rows))
+    keywords: dict[str, Any] = {'progress': lambda ready: bar.advance(task, ready)}
+    if control:
+      keywords['control'] = repeated(read_image(control, _side(generator)))
     if interpolate:
-      pictures = painter.interpolate(prompts[0], prompts[1], count, seed=seed, **options)
+      images = generator.interpolate(prompts[0], prompts[1], count, options, **keywords)
     elif image is None:
-      pictures = painter.generate(rows, seed=seed, **options)
+      images = generator.generate(rows, options, **keywords)
     else:
-      given, hole = read_image(image, painter.size), None
+      original, missing = read_image(image, _side(generator)), None
       if mask is not None:
-        hole = read_mask(mask, image, painter.size)
+        missing = read_mask(mask, image, _side(generator))
       elif expand is not None:
-        given, hole = pad_for_outpainting(given, expand)
-      if hole is not None:
-        pictures = painter.fill(repeated(given), repeated(hole), rows, seed=seed, **options)
+        original, missing = pad_for_outpainting(original, expand)
+      if missing is not None:
+        images = generator.fill(repeated(original), repeated(missing), rows, options, **keywords)
       else:
-        about['strength'] = STRENGTH if strength is None else strength
-        pictures = painter.edit(repeated(given), rows, strength=about['strength'], seed=seed, **options)
+        images = generator.edit(repeated(original), rows, options, **keywords)
   if not is_main():
     return grid
+  about |= {'control': control} if control else {}
   about |= {'image': image, 'mask': mask, 'expand': expand} if image else {}
-  for index, (prompt, picture) in enumerate(zip(rows, pictures, strict=True)):
-    said = list(prompts) if interpolate else prompt
-    save_png(picture, folder / f'{index:04d}.png', {'prompt': said, 'number': index, **about})
+  for index, (prompt, pixels) in enumerate(zip(rows, images, strict=True)):
+    shown = list(prompts) if interpolate else prompt
+    save_png(pixels, folder / f'{index:04d}.png', {'prompt': shown, 'number': index, **about})
   columns = count if interpolate or len(prompts) > 1 else math.ceil(math.sqrt(count))
-  save_png(make_grid(pictures, columns), grid, {'prompts': list(prompts), **about})
-  console.print(f'{len(pictures)} pictures and {grid}', highlight=False)
+  save_png(make_grid(images, columns), grid, {'prompts': list(prompts), **about})
+  console.print(f'{len(images)} images and {grid}', highlight=False)
   return grid
+
+
+def _relevant(options: SamplingOptions, control: str | None, edited: bool) -> dict[str, Any]:
+  """The options that this request depends on."""
+  unused = [] if edited else ['strength']
+  unused += [] if control else ['control_scale', 'control_preprocessed']
+  return {name: value for name, value in dataclasses.asdict(options).items() if name not in unused}
+
+
+def _side(generator: ImageGenerator) -> int:
+  """The side of the model's images, to which image files are scaled and cut."""
+  height, width, *rest = generator.image_shape
+  if height != width or len(rest) != 1:
+    raise UserError(f'--image and --control: need a model of square images, not of shape {list(generator.image_shape)}')
+  return height

@@ -1,28 +1,29 @@
-"""`fmcv precompute`: what networks make of every record of a source, as ArrayRecord shards for others to train on."""
+"""`fmcv precompute`: a model's outputs for every record of a source, as ArrayRecord shards for others to train on."""
 
 import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from fmcv_jax import experiment
-from fmcv_jax.data.loader import evaluation_batches
 from fmcv_jax.data.packing import PackingPlan, ShardWriter, open_on_all_processes
 from fmcv_jax.data.sources.base import Example, Source
+from fmcv_jax.data.sources.subset import Subset
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
-from fmcv_jax.parallel.batches import to_devices
+from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.run import Run, load_trained_params
 from fmcv_jax.train.warm_start import load_partial_state
 
 _SHARD_RECORDS = 8192
-_OF_TEXTS = {'embed_text', 'words', 'whole_text'}
+FloatDtype = Literal['float16', 'float32']
 
 
 def run(
@@ -36,40 +37,48 @@ def run(
   batch: int | None = None,
   shards: int | None = None,
   images: bool = False,
+  dtype: FloatDtype | None = None,
 ) -> None:
-  """Writes for each record of config.data its label, texts and key, and the functions `names` of its image, as float16.
-  Of texts ('embed_text', 'words', 'whole_text') the first is taken, by the first prompt.
+  """Writes for each record of config.data its label, texts and key, and the outputs `names` of a model.
 
-  config   a training config, whose frozen networks (config.init_from) suffice for the functions
+  An output that is a tree of arrays becomes one field for each array, 'name/key'. Where an output reads texts, the
+  first text by the first template is taken.
+
+  config   training config, whose frozen networks (config.init_from) suffice for the outputs
   model    or the workdir of a trained model, at its checkpoint `step`
-  batch    images at a time, over the mesh (default: as in training)
+  batch    global batch size, default that of training
   images   whether a record keeps its image too
+  dtype    stores arrays of floats as 'float16' or 'float32', and raises UserError for values that float16 cannot hold.
+           By default each array keeps its own dtype (bfloat16, which numpy lacks, becomes float32): integers are exact,
+           embeddings and features float32. A diffusion's 'latents', 'words' and 'whole_text' are float16 by
+           themselves, as the batch fields of these names that training reads: 2 bytes a value
 
   All processes compute and the first one writes. Run again, it goes on with the shards that are missing.
   """
   if (config is None) == (model is None):
     raise UserError('give --config FILE, whose frozen networks compute, or --model DIR, a trained model')
   job = Run(experiment.load_config(config, overrides)) if config else Run.reopen(str(model), overrides)
-  functions = job.experiment.objective.functions()
-  if unknown := [name for name in names if name not in functions]:
-    raise UserError(f'{unknown[0]!r} is not offered by this objective; {did_you_mean(unknown[0], functions)}')
+  outputs = job.experiment.objective.outputs()
+  if unknown := [name for name in names if name not in outputs]:
+    raise UserError(f'{unknown[0]!r} is not an output of this objective; {did_you_mean(unknown[0], outputs)}')
   source, batch = job.experiment.data.source, batch or job.experiment.train.batch_size
   if not batch:
     raise UserError('--batch: this config has no train.batch_size; give one')
   subject = _frozen(job) if config else job.restored_model(step)[0]
   origin = {
-    'functions': list(names),
+    'outputs': list(names),
     **{name: job.config['data'][name] for name in ('source', 'image')},
     'objective': job.config['objective'],
     'from': {'init_from': job.config['init_from']} if config else {'model': str(model), 'step': step},
     'images': images,
+    'dtype': dtype,
   }
   plan = PackingPlan(len(source), shards or -(-len(source) // _SHARD_RECORDS), source.names, origin)
   with contextlib.ExitStack() as stack:
     begun, total, missing = open_on_all_processes(to, plan, stack)
     plan = dataclasses.replace(plan, shards=total)
     rows = np.concatenate([np.arange(0), *(np.array(plan.rows(shard)) for shard in missing)]).astype(int)
-    computed = _computed(job, subject, names, batch, rows)
+    computed = _computed(job, subject, names, batch, rows, dtype)
     if begun is None:
       for _ in computed:
         pass
@@ -81,23 +90,6 @@ def run(
     highlight=False,
     soft_wrap=True,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset(Source):
-  """Some records of a source: `rows` int [N]."""
-
-  source: Source
-  rows: np.ndarray
-
-  def __len__(self):
-    return len(self.rows)
-
-  def __getitem__(self, index):
-    return self.source[int(self.rows[index])]
-
-  def key_of(self, index):
-    return self.source.key_of(int(self.rows[index]))
 
 
 def _frozen(job: Run) -> EvaluatedModel:
@@ -117,30 +109,16 @@ def _frozen(job: Run) -> EvaluatedModel:
 
 
 def _computed(
-  job: Run, subject: EvaluatedModel, names: Sequence[str], batch: int, rows: np.ndarray
+  job: Run, subject: EvaluatedModel, names: Sequence[str], batch: int, rows: np.ndarray, dtype: FloatDtype | None
 ) -> Iterator[tuple[int, dict[str, np.ndarray] | None]]:
-  """(record, what the functions make of it or None where it cannot be read) for all `rows`, in their order."""
+  """(record, its fields or None where it cannot be read) for all `rows`, in their order."""
   if not len(rows):
     return
-  pipeline = dataclasses.replace(job.experiment.data, source=Subset(job.experiment.data.source, rows), views={})
-
-  def call(params, extra, batch):
-    with job.placement.active():
-      return {name: subject.functions[name](params, extra, batch) for name in names}, batch['mask']
-
-  over_mesh = jax.jit(call, out_shardings=job.placement.replicated())
-  done = 0
-  for local in evaluation_batches(
-    pipeline,
-    batch=batch,
-    fields=('image', 'tokens') if _OF_TEXTS.intersection(names) else ('image',),
-    tokenizer=job.experiment.tokenizer,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  ):
-    placed = to_devices(local, job.placement)
+  pipeline = dataclasses.replace(job.experiment.data, source=Subset(job.experiment.data.source, rows))
+  batches, done = subject.map_batches(names, pipeline, batch), 0
+  while done < len(rows):
     try:
-      values, readable = jax.device_get(over_mesh(subject.params, subject.extra, placed))
+      values, given = next(batches)
     except (KeyError, TypeError) as error:
       if subject.params is not None:
         raise
@@ -148,10 +126,28 @@ def _computed(
         f'{", ".join(names)}: needs more than the frozen networks that config.init_from fills ({error}); give --model, '
         f'a trained run, or fill them'
       ) from error
-    half = {name: np.asarray(value, np.float16) for name, value in values.items()}
+    fields = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(values)[0]}
     for row in range(min(batch, len(rows) - done)):  # the last batch is filled up
-      yield int(rows[done + row]), {name: value[row] for name, value in half.items()} if readable[row] else None
+      record = int(rows[done + row])
+      readable = (
+        {name: _stored(name, record, x[row], dtype) for name, x in fields.items()} if given['mask'][row] else None
+      )
+      yield record, readable
     done += batch
+
+
+def _stored(name: str, record: int, value: np.ndarray, dtype: FloatDtype | None) -> np.ndarray:
+  """An array as it is written: numpy has no bfloat16, and only what is asked for becomes shorter."""
+  value = np.asarray(value)
+  if not jnp.issubdtype(value.dtype, jnp.floating):
+    return value
+  stored = value.astype(dtype or (value.dtype if value.dtype != jnp.bfloat16 else np.float32))
+  if np.isfinite(value).all() and not np.isfinite(stored).all():
+    raise UserError(
+      f'--dtype {dtype}: {name} of record {record} has values up to {np.abs(value).max():g}, and float16 ends at '
+      f'65504; leave --dtype out'
+    )
+  return stored
 
 
 def _write(
@@ -175,6 +171,11 @@ def _write(
             skipped[source.key_of(record)] = 'cannot be read' if values is None else 'its values are not finite'
             continue
           kept = {name: value for name, value in source[record].items() if images or name != 'image'}
+          if taken := kept.keys() & values.keys():
+            raise UserError(
+              f'precompute: the records have a field {min(taken)!r} already, which the output would replace; take them '
+              f'from a source without it'
+            )
           yield {**kept, **values}
 
       begun.write(shard, examples(), skipped)

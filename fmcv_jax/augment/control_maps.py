@@ -1,4 +1,4 @@
-"""Images that steer a diffusion, made from images on the device: edges, grey, or what is left of few pixels."""
+"""Control maps computed from images on the device: Canny edges, grayscale, pixelation."""
 
 import abc
 import dataclasses
@@ -11,7 +11,7 @@ from fmcv_jax.augment.color import LUMA, blurred
 
 
 class Control(abc.ABC):
-  """What a ControlNet is shown of an image."""
+  """A control map, the condition of a ControlNet."""
 
   @abc.abstractmethod
   def __call__(self, images: jax.Array) -> jax.Array:

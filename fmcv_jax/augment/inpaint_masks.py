@@ -1,4 +1,4 @@
-"""Which parts of a picture a model learns to fill: boxes and strokes, drawn at random on the device."""
+"""Inpainting masks: random boxes and strokes, drawn on the device."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RandomInpaintMask:
-  """Up to so many boxes and one brush stroke of so many straight pieces (LaMa's wide masks, Suvorov et al. 2022).
+  """Boxes and one brush stroke of straight pieces (LaMa's wide masks, Suvorov et al. 2022).
 
-  whole    share of the pictures that are to be painted altogether, so that the model can do that as well
-  boxes    each of a tenth to half of the side, in both directions
-  strokes  each up to a third of the side long, and a twentieth to a seventh wide
+  full_mask_probability  fraction of the images that are missing altogether, so that the model generates as well
+  boxes    at most; each of a tenth to half of the side, in both directions
+  strokes  at most; each up to a third of the side long, and a twentieth to a seventh wide
   """
 
   full_mask_probability: float = 0.25
@@ -22,22 +22,27 @@ class RandomInpaintMask:
 
   def __post_init__(self):
     if not 0 <= self.full_mask_probability <= 1:
-      raise ValueError(f'whole: expected a share from 0 to 1, got {self.full_mask_probability}')
+      raise ValueError(f'full_mask_probability: expected a number from 0 to 1, got {self.full_mask_probability}')
     if self.boxes < 0 or self.strokes < 0 or not self.boxes + self.strokes:
       raise ValueError(f'boxes, strokes: expected at least 0, and one of them above; got {self.boxes}, {self.strokes}')
 
-  def __call__(self, keys: jax.Array, size: int) -> jax.Array:
-    """A mask for each key [B]: bool [B, size, size], true where there is nothing yet."""
+  def __call__(self, keys: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """A mask for each key [B]: bool [B, height, width] for size (height, width), true where pixels are missing.
+
+    Lengths are fractions of each side, so that in an image that is not square boxes and strokes are stretched.
+    """
+    if len(size) != 2:
+      raise ValueError(f'inpainting: masks are of images, but these have {len(size)} axes before the channels')
     return jax.vmap(lambda key: self._one(key, size))(keys)
 
   def _one(self, key, size):
     keys = jax.random.split(key, 9)
-    places = (np.arange(size) + 0.5) / size
-    y, x = places[:, None, None], places[None, :, None]
+    y, x = ((np.arange(side) + 0.5) / side for side in size)
+    y, x = y[:, None, None], x[None, :, None]
 
     sides = jax.random.uniform(keys[0], (self.boxes, 2), minval=0.1, maxval=0.5)
     starts = jax.random.uniform(keys[1], (self.boxes, 2)) * (1 - sides)
-    # At least one of something: a picture without a hole teaches nothing.
+    # At least one of something: an image without a mask teaches nothing.
     boxes = jax.random.randint(keys[2], (), 0 if self.strokes else 1, self.boxes + 1)
     (top, left), (bottom, right) = starts.T, (starts + sides).T
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
@@ -63,6 +68,6 @@ class RandomInpaintMask:
 def _distance(y, x, start, end):
   """From the points (y, x) to the lines between two others each, start and end [2, N]: [..., N]."""
   along = end - start
-  share = ((y - start[0]) * along[0] + (x - start[1]) * along[1]) / jnp.maximum(jnp.square(along).sum(0), 1e-6)
-  share = jnp.clip(share, 0, 1)
-  return jnp.hypot(y - start[0] - share * along[0], x - start[1] - share * along[1])
+  fraction = ((y - start[0]) * along[0] + (x - start[1]) * along[1]) / jnp.maximum(jnp.square(along).sum(0), 1e-6)
+  fraction = jnp.clip(fraction, 0, 1)
+  return jnp.hypot(y - start[0] - fraction * along[0], x - start[1] - fraction * along[1])

@@ -328,7 +328,7 @@ class _Batches:
     if field not in record:
       name, given = type(self.pipeline.source).__name__, ', '.join(sorted(set(record) - {'key'}))
       raise UserError(
-        f'data: the objective wants {", ".join(self.fields)}, but {name} gives no {field} (only: {given})'
+        f'data: {field} is needed ({", ".join(self.fields)} are read), but {name} has none; its records hold {given}'
       )
     return record[field]
 

@@ -30,6 +30,21 @@ class Tokenizer(abc.ABC):
   length: int
   vocab_size: int
 
+  @property
+  @abc.abstractmethod
+  def pad_id(self) -> int:
+    """The id after the end of a text that is shorter than a row."""
+
+  @property
+  @abc.abstractmethod
+  def start_id(self) -> int | None:
+    """The id before every text, if there is one."""
+
+  @property
+  @abc.abstractmethod
+  def end_id(self) -> int | None:
+    """The id after every text, if there is one; it may be the padding id."""
+
   @abc.abstractmethod
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """N texts -> int32 [N, length]: start, ids, end, padding. A long text is cut; its end id stays last."""
@@ -55,6 +70,18 @@ class ClipBpe(Tokenizer):
   def vocab_size(self) -> int:  # type: ignore[override]
     return 49_408
 
+  @property
+  def pad_id(self) -> int:
+    return 0
+
+  @property
+  def start_id(self) -> int:
+    return self.vocab_size - 2
+
+  @property
+  def end_id(self) -> int:
+    return self.vocab_size - 1
+
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     cleaned = [_encodable(html.unescape(html.unescape(_repaired(text)))) for text in texts]
     if not cleaned:
@@ -62,7 +89,7 @@ class ClipBpe(Tokenizer):
     return _clip().tokenize_batch(cleaned, context_length=self.length).astype(np.int32)
 
   def decode(self, tokens: np.ndarray) -> list[str]:
-    return [_clip().decode(row).strip() for row in _bodies(tokens, self.vocab_size - 1)]
+    return [_clip().decode(row).strip() for row in _bodies(tokens, self.end_id)]
 
 
 def _repaired(text: str) -> str:
@@ -109,16 +136,28 @@ class Bpe(Tokenizer):
     if (self.corpus is None) == (self.file is None):
       raise ValueError('give exactly one of corpus and file')
 
+  @property
+  def pad_id(self) -> int:
+    return 0
+
+  @property
+  def start_id(self) -> int:
+    return 1
+
+  @property
+  def end_id(self) -> int:
+    return self.vocab_size - 1
+
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    rows = np.zeros((len(texts), self.length), np.int32)
+    rows = np.full((len(texts), self.length), self.pad_id, np.int32)
     encoded = self._bpe.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
     for row, encoding in zip(rows, encoded):
-      ids = [1, *encoding.ids[: self.length - 2], self.vocab_size - 1]
+      ids = [self.start_id, *encoding.ids[: self.length - 2], self.end_id]
       row[: len(ids)] = ids
     return rows
 
   def decode(self, tokens: np.ndarray) -> list[str]:
-    return [self._bpe.decode(row).strip() for row in _bodies(tokens, self.vocab_size - 1)]
+    return [self._bpe.decode(row).strip() for row in _bodies(tokens, self.end_id)]
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes a file (local or gs://) for `file=`, in the format of Hugging Face's `tokenizers`."""
@@ -179,15 +218,26 @@ class SentencePiece(Tokenizer):
   def vocab_size(self) -> int:  # type: ignore[override]
     return self._model.vocab_size()
 
+  @property
+  def pad_id(self) -> int:
+    return self.end_id
+
+  @property
+  def start_id(self) -> None:
+    return None
+
+  @property
+  def end_id(self) -> int:
+    return self._model.eos_id()
+
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    end = self._model.eos_id()
-    rows = np.full((len(texts), self.length), end, np.int32)
+    rows = np.full((len(texts), self.length), self.pad_id, np.int32)
     for row, ids in zip(rows, self._model.encode([_canonical(_encodable(text)) for text in texts])):
       row[: len(ids[: self.length - 1])] = ids[: self.length - 1]
     return rows
 
   def decode(self, tokens: np.ndarray) -> list[str]:
-    end = self._model.eos_id()
+    end = self.end_id
     rows = (row[: int(np.argmax(np.append(row, end) == end))] for row in np.asarray(tokens))
     return [self._model.decode([int(i) for i in row]) for row in rows]
 
@@ -237,9 +287,30 @@ class TokenizerJson(Tokenizer):
   def vocab_size(self) -> int:  # type: ignore[override]
     return self._model.get_vocab_size()
 
+  @property
+  def pad_id(self) -> int:
+    return self._id(self.padding)
+
+  @property
+  def start_id(self) -> int | None:
+    return self._wrapping[0]
+
+  @property
+  def end_id(self) -> int | None:
+    return self._wrapping[1] if self.end is None else self._id(self.end)
+
+  @property
+  def _wrapping(self) -> tuple[int | None, int | None]:
+    """The ids that the file's own rules put before and after a text."""
+    text = self._model.encode('a', add_special_tokens=False).ids
+    ids = self._model.encode('a').ids
+    first = next(i for i in range(len(ids)) if ids[i : i + len(text)] == text)
+    after = ids[first + len(text) :]
+    return ids[0] if first else None, after[-1] if after else None
+
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     end = () if self.end is None else (self._id(self.end),)
-    rows = np.full((len(texts), self.length), self._id(self.padding), np.int32)
+    rows = np.full((len(texts), self.length), self.pad_id, np.int32)
     cleaned = [_encodable(text.lower() if self.lowercase else text) for text in texts]
     for row, encoding in zip(rows, self._model.encode_batch(cleaned)):
       ids = encoding.ids[:-1] if end and encoding.ids[-1:] == list(end) else encoding.ids
@@ -326,6 +397,13 @@ def _encodable(text: str) -> str:
 def _check_length(length: int) -> None:
   if length < 3:
     raise ValueError(f'length: expected at least 3 (start, one id, end), got {length}')
+
+
+def truncated_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, str]:
+  """The texts that are too long for the tokenizer, with what is left of each."""
+  longer: Any = dataclasses.replace(tokenizer, length=8 * tokenizer.length)  # type: ignore[type-var]
+  left, whole = (t.decode(t(texts)) for t in (tokenizer, longer))
+  return {text: a for text, a, b in zip(texts, left, whole, strict=True) if a != b}
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {

@@ -10,6 +10,10 @@ The names that the package uses; a network outside of it may read others:
                  masked image
   control        the control image of a ControlNet, float [B, rows, columns, 3] in [0, 1]
   control_scale  float [B], its conditioning scale; absent for 1
+  second_time    float [B], a second time next to the first, for networks of a step between two times
+
+A network names its keys in `condition_keys`, and in `condition_shapes` (key -> jax.ShapeDtypeStruct of one example)
+those that are batch fields of the same name, such as `action` of a world model.
 """
 
 from collections.abc import Mapping
@@ -19,6 +23,9 @@ import jax
 Condition = Mapping[str, jax.Array]
 
 UNCONDITIONAL: Condition = {}
+
+# Keys that classifier-free guidance does not drop: without them the network's task is another one.
+NEVER_DROPPED = frozenset({'image', 'control', 'control_scale', 'second_time'})
 
 
 def make_condition(**arrays: jax.Array | None) -> dict[str, jax.Array]:

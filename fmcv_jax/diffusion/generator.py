@@ -10,26 +10,27 @@ from fmcv_jax.diffusion.process import Process
 
 
 class Generator(NamedTuple):
-  """The part of a trained model that makes pictures; x is a picture in the network's range, or a latent.
+  """A denoiser with its parameters; x is an image (or clip, or volume) in the network's range, or a latent.
 
-  size        sides of a picture, in pixels
-  shape       of one x
-  denoise     (x [B, *shape], time [B], Condition) -> the network's output
-  condition   (batch with what is in `told`, told=True) -> Condition; told=False is that of nothing
-  told        'tokens', 'label', both or neither
-  encode      images [B, H, W, 3] in [0, 1] -> x
-  decode      x -> images in [0, 1]
-  control     images -> the pictures that steer (Condition.control); None for a model that is not steered
-  around      (images, masks bool [B, H, W]) -> Condition.beside, for a model that fills holes; None for others
+  image_shape        of one decoded image: (H, W, 3), or (T, H, W, 3) for a network of clips
+  input_shape        of one x
+  denoise            (x [B, *input_shape], time [B], Condition) -> the network's output
+  condition          (batch with the `condition_fields`, conditional=True) -> Condition; conditional=False gives the
+                     unconditional one of as many examples
+  condition_fields   batch fields that `condition` reads: 'tokens', 'label', fields of the network's own, or none
+  encode             images [B, *image_shape] in [0, 1] -> x
+  decode             x -> images in [0, 1]
+  control            images -> their control images (condition['control']); None for a model without ControlNet
+  inpaint_condition  (images, masks bool [B, H, W]) -> condition['image'], for an inpainting model; None for others
   """
 
   process: Process
-  size: int
-  shape: tuple[int, ...]
+  image_shape: tuple[int, ...]
+  input_shape: tuple[int, ...]
   denoise: Callable[[jax.Array, jax.Array, Condition], jax.Array]
   condition: Callable[..., Condition]
-  told: tuple[str, ...]
+  condition_fields: tuple[str, ...]
   encode: Callable[[jax.Array], jax.Array]
   decode: Callable[[jax.Array], jax.Array]
   control: Callable[[jax.Array], jax.Array] | None = None
-  around: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  inpaint_condition: Callable[[jax.Array, jax.Array], jax.Array] | None = None

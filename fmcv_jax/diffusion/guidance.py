@@ -1,4 +1,4 @@
-"""Wrappers of a denoiser: stronger conditions."""
+"""Classifier-free guidance (Ho & Salimans 2022)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +24,8 @@ def guided(
   without    the empty condition, or that of a negative prompt
   scale      1 is no guidance; a number, or one for each example [B]
   interval   times (low, high) outside of which there is none (Kynkaanniemi et al. 2024)
-  rescale    share in which the result is brought back to the standard deviation of the conditioned output (Lin et al.
-             2024, eq. 15 and 16)
+  rescale    fraction by which the result is brought back to the standard deviation of the conditioned output (Lin et
+             al. 2024, eq. 15 and 16)
   """
 
   def run(x, time):

@@ -1,6 +1,6 @@
-"""From a picture to noise: x_t = alpha_t x_0 + sigma_t eps, what a network predicts of it, and how errors are weighed.
+"""The forward process x_t = alpha_t x_0 + sigma_t eps, parameterizations of the prediction, and loss weights.
 
-Time is on the scale on which networks are told it: it rises with the noise, and from 0 to STEPS but for 'edm'.
+Time is on the scale that networks read: it rises with the noise, from 0 to STEPS (but for 'edm').
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def alphas_cumprod(schedule: ScheduleName) -> np.ndarray:
   table = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, STEPS) ** 2)  # Rombach et al. 2022, released models
   if schedule == 'scaled_linear':
     return table
-  # Lin et al. 2024, algorithm 1: shifted so that nothing of the picture is left at the end, scaled to the same start.
+  # Lin et al. 2024, algorithm 1: shifted so that the signal is zero at the end, scaled to the same start.
   alpha = np.sqrt(table)
   return np.square((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]))
 
@@ -56,7 +56,7 @@ class Process:
                     eps - x_0. 'edm': F of Karras et al. 2022, eq. 7.
   learned_variance  the network's second half of channels places the variance of a step of ancestral sampling between
                     its bounds (Nichol & Dhariwal 2021, eq. 15); for tabulated schedules
-  shift             moves the times of 'flow' towards noise, for larger pictures (Esser et al. 2024, eq. 23)
+  shift             moves the times of 'flow' towards noise, for larger images (Esser et al. 2024, eq. 23)
   """
 
   schedule: ScheduleName = 'scaled_linear'
@@ -67,7 +67,7 @@ class Process:
 
   def __post_init__(self):
     if self.schedule == 'zero_snr' and self.prediction == 'noise':
-      raise ValueError('prediction: the noise says nothing of a picture that is all noise; use velocity with zero_snr')
+      raise ValueError('prediction: noise is undefined at zero SNR; use velocity with zero_snr')
     if self.shift != 1 and self.schedule != 'flow':
       raise ValueError('shift is for the schedule flow')
     if self.learned_variance and not self.tabulated:
@@ -99,12 +99,12 @@ class Process:
     return xp.sqrt(_sigmoid(-2 * log_ratio)), xp.sqrt(_sigmoid(2 * log_ratio))
 
   def add_noise(self, image: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-    """x_t of pictures [B, ...] at times [B]."""
+    """x_t of x_0 [B, ...] at times [B]."""
     alpha, sigma = self._at(time, image)
     return alpha * image + sigma * noise
 
   def target(self, image: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-    """What the network ought to say of x_t."""
+    """The target of the network's output for x_t."""
     alpha, sigma = self._at(time, image)
     if self.prediction == 'noise':
       return noise

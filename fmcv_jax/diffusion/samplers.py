@@ -1,6 +1,6 @@
-"""From noise to a picture: the reverse process, solved in few steps by one scan.
+"""Solvers of the reverse process: from noise to images in few steps, by one scan.
 
-All solvers see a network through its prediction of the picture and of the noise at each time, so each works with every
+All solvers use a network through its prediction of x_0 and of the noise at each time, so each works with every
 schedule and parameterization. Their coefficients are computed beforehand, in float64.
 """
 
@@ -22,20 +22,20 @@ Rows = Mapping[str, np.ndarray]
 
 
 def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> np.ndarray:
-  """The times at which a sampler of so many steps asks the network, float64 [steps], falling; the picture follows.
+  """The times of a sampler's network evaluations, float64 [steps], decreasing; x_0 follows the last.
 
-  'trailing' begins with pure noise, 'leading' ends next to the picture (Lin et al. 2024, table 2), 'uniform' does both;
-  'quadratic' has more steps near the picture (Song et al. 2021), 'karras' equal steps of (sigma / alpha)^(1/7) (Karras
+  'trailing' begins with pure noise, 'leading' ends next to x_0 (Lin et al. 2024, table 2), 'uniform' does both;
+  'quadratic' has more steps near x_0 (Song et al. 2021), 'karras' equal steps of (sigma / alpha)^(1/7) (Karras
   et al. 2022). Raises ValueError for steps < 1, and for more than a tabulated schedule has.
   """
   if steps < 1 or (process.tabulated and steps > STEPS):
     raise ValueError(f'steps: {steps} is not between 1 and {STEPS}')
-  # 'flow' and 'edm' end where nobody sees the noise.
+  # 'flow' and 'edm' end where the noise is invisible.
   first = 0.0 if process.tabulated else 1.0 if process.schedule == 'flow' else STEPS / 4 * np.log(0.002)
   if spacing == 'karras':
     alpha, sigma = process.alpha_sigma(np.array([process.last, first]))
     if alpha[0] < 1e-6:
-      raise ValueError('spacing: karras needs a schedule that keeps something of the picture; use trailing')
+      raise ValueError('spacing: karras needs a schedule whose last SNR is not zero; use trailing')
     high, low = (sigma / alpha) ** (1 / 7)
     times = _time_of(process, np.log(np.linspace(high, low, steps)) * 7)
   elif spacing in ('uniform', 'quadratic'):
@@ -64,7 +64,7 @@ def _time_of(process: Process, log_ratio: np.ndarray) -> np.ndarray:
 
 
 class Trajectory(NamedTuple):
-  """The times [n], and alpha and sigma [n + 1] with those of the picture at the end; float64."""
+  """The times [n], and alpha and sigma [n + 1] with those of x_0 at the end; float64."""
 
   times: np.ndarray
   alpha: np.ndarray
@@ -78,7 +78,7 @@ class Trajectory(NamedTuple):
 
 
 class ModelPrediction(NamedTuple):
-  """What the network says at a time: the picture, the noise and its raw output [B, ...]."""
+  """The prediction at a time: x_0, the noise and the raw output [B, ...]."""
 
   image: jax.Array
   noise: jax.Array
@@ -100,7 +100,7 @@ class Solver(abc.ABC):
 
   @abc.abstractmethod
   def step(
-    self, x: jax.Array, seen: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
+    self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
   ) -> tuple[jax.Array, Any]:
     """(next x, next memory); draw() is standard normal noise."""
 
@@ -123,8 +123,8 @@ class Ddim(Solver):
     kept = np.sqrt(sigma**2 - self.eta**2 * variance)
     return {'time': path.times, 'alpha': alpha, 'sigma': sigma, 'noise': kept, 'fresh': self.eta * np.sqrt(variance)}
 
-  def step(self, x, seen, memory, row, draw):
-    x = row['alpha'] * seen.image + row['noise'] * seen.noise
+  def step(self, x, prediction, memory, row, draw):
+    x = row['alpha'] * prediction.image + row['noise'] * prediction.noise
     return (x + row['fresh'] * draw() if self.stochastic else x), memory
 
 
@@ -138,10 +138,10 @@ class Ddpm(Solver):
 
   def rows(self, process, path):
     if self.variance == 'learned' and not process.learned_variance:
-      raise ValueError('solver.variance: this network has not learned any')
+      raise ValueError('solver: this network has no learned variance')
     small = _posterior_variance(path)
     large = path.sigma[:-1] ** 2 - (path.alpha[:-1] / path.alpha[1:] * path.sigma[1:]) ** 2
-    last = path.sigma[1:] == 0  # the picture is the mean: noise would only be seen
+    last = path.sigma[1:] == 0  # x_0 is the mean: noise would be visible
     return {
       'time': path.times,
       'alpha': path.alpha[1:],
@@ -151,12 +151,12 @@ class Ddpm(Solver):
       'more': 0.5 * np.log(large / np.where(last, large, small)),
     }
 
-  def step(self, x, seen, memory, row, draw):
+  def step(self, x, prediction, memory, row, draw):
     fresh = row['fresh'] * draw()
     if self.variance == 'learned':
-      between = (seen.output[..., seen.image.shape[-1] :] + 1) / 2
+      between = (prediction.output[..., prediction.image.shape[-1] :] + 1) / 2
       fresh = fresh * jnp.exp(between * row['more'])
-    return row['alpha'] * seen.image + row['noise'] * seen.noise + fresh, memory
+    return row['alpha'] * prediction.image + row['noise'] * prediction.noise + fresh, memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +189,10 @@ class Heun(Solver):
   def start(self, x):
     return x, jnp.zeros_like(x)
 
-  def step(self, x, seen, memory, row, draw):
+  def step(self, x, prediction, memory, row, draw):
     before, slope = memory
     second = row['second']
-    now = seen.noise - row['image'] * seen.image
+    now = prediction.noise - row['image'] * prediction.image
     before = jnp.where(second == 1, before, x)
     mean = jnp.where(second == 1, (slope + now) / 2, now)
     return row['keep'] * before + row['move'] * mean, (before, now)
@@ -226,16 +226,16 @@ class DpmPlusPlus(Solver):
   def start(self, x):
     return jnp.zeros_like(x)
 
-  def step(self, x, seen, memory, row, draw):
-    x = row['x'] * x + row['now'] * seen.image + row['before'] * memory
-    return (x + row['fresh'] * draw() if self.sde else x), seen.image
+  def step(self, x, prediction, memory, row, draw):
+    x = row['x'] * x + row['now'] * prediction.image + row['before'] * memory
+    return (x + row['fresh'] * draw() if self.sde else x), prediction.image
 
 
 @dataclasses.dataclass(frozen=True)
 class UniPC(Solver):
   """Unified predictor-corrector of order two with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 5 and 6).
 
-  What the network says of a predicted x also corrects that x, at no further call.
+  The prediction at a predicted x also corrects that x, without another evaluation.
   """
 
   def rows(self, process, path):
@@ -244,7 +244,7 @@ class UniPC(Solver):
     change = np.expm1(-step)  # B(h), and phi_1
     keep = path.sigma[1:] / path.sigma[:-1]
     alpha = path.alpha[1:]
-    # Predictor, eq. 9: one half of the difference quotient of the last two pictures.
+    # Predictor, eq. 9: one half of the difference quotient of the last two predictions.
     predict = {'x': keep, 'now': -alpha * change * (1 + 0.5 * ratio), 'before': alpha * change * 0.5 * ratio}
     # Corrector of the step that came before each call, from the x before it: none at the first.
     correct: dict[str, np.ndarray] = {name: np.zeros(count) for name in ('kept', 'old', 'older', 'newest')}
@@ -268,10 +268,16 @@ class UniPC(Solver):
   def start(self, x):
     return (jnp.zeros_like(x),) * 3
 
-  def step(self, x, seen, memory, row, draw):
+  def step(self, x, prediction, memory, row, draw):
     before, old, older = memory
-    x = row['as_is'] * x + row['kept'] * before + row['old'] * old + row['older'] * older + row['newest'] * seen.image
-    return row['x'] * x + row['now'] * seen.image + row['before'] * old, (x, seen.image, old)
+    x = (
+      row['as_is'] * x
+      + row['kept'] * before
+      + row['old'] * old
+      + row['older'] * older
+      + row['newest'] * prediction.image
+    )
+    return row['x'] * x + row['now'] * prediction.image + row['before'] * old, (x, prediction.image, old)
 
 
 SOLVERS: dict[str, Solver] = {
@@ -302,11 +308,11 @@ def sample(
   """Images [B, ...] from x [B, ...] at times[0] (see `add_noise`), by one scan over the calls of the network.
 
   denoise   (x, time [B]) -> the network's raw output
-  times     falling, from `sampling_timesteps`, or its end for a picture that was noised only so far
-  keys      one for each example, for the noise of stochastic solvers: a picture does not depend on its neighbours
-  clip      predicted pictures are held within +-clip
-  adjust    (x, alpha, sigma, call) -> x, after each step: what is known of the result is put in its place
-  trace     also returns what the network thought the picture was at each call, [calls, B, ...]
+  times     falling, from `sampling_timesteps`, or the last of them for images that were noised only so far
+  keys      one for each example, for the noise of stochastic solvers: an image does not depend on the others
+  clip      predictions of x_0 are clipped to +-clip
+  adjust    (x, alpha, sigma, call) -> x, after each step: the known part is put in its place
+  trace     also returns the prediction of x_0 at each evaluation, [calls, B, ...]
   """
   rows = {name: jnp.asarray(values, jnp.float32) for name, values in coefficients(process, solver, times).items()}
   calls = len(rows['time'])
@@ -319,14 +325,14 @@ def sample(
     image = process.image(output[..., : x.shape[-1]], x, time)
     if clip is not None:
       image = jnp.clip(image, -clip, clip)
-    seen = ModelPrediction(image, process.noise(image, x, time), output)
+    prediction = ModelPrediction(image, process.noise(image, x, time), output)
 
     def draw():
       if keys is None:
         raise ValueError('keys: this solver draws noise')
       return normal(keys, x.shape[1:], call)
 
-    x, memory = solver.step(x, seen, memory, row, draw)
+    x, memory = solver.step(x, prediction, memory, row, draw)
     if adjust is not None:
       x = adjust(x, row['alpha'], row['sigma'], call)
     return (x, memory), image if trace else None
@@ -346,7 +352,7 @@ def coefficients(process: Process, solver: Solver, times: np.ndarray) -> Rows:
 def add_noise(
   process: Process, image: jax.Array | float, keys: jax.Array, shape: tuple[int, ...], time: float
 ) -> jax.Array:
-  """x [B, *shape] at `time`, of pictures or of 0: where sampling begins. Noise comes from each example's own key."""
+  """x [B, *shape] at `time`, of x_0 or of 0: where sampling begins. Noise comes from each example's own key."""
   alpha, sigma = process.alpha_sigma(np.asarray(time))
   return jnp.float32(alpha) * image + jnp.float32(sigma) * normal(keys, shape, -1)
 
@@ -357,7 +363,7 @@ def normal(keys: jax.Array, shape: tuple[int, ...], number: Any) -> jax.Array:
 
 
 def _posterior_variance(path: Trajectory) -> np.ndarray:
-  """Variance of each next x given this one and the picture [n]."""
+  """Variance of each next x given this one and x_0 [n]."""
   # Products, not ratios: alpha may be zero at the end of noise.
   kept = path.sigma[1:] * path.alpha[:-1] / (path.sigma[:-1] * path.alpha[1:])
   return path.sigma[1:] ** 2 * (1 - kept**2)

@@ -1,4 +1,4 @@
-"""Painting with a trained diffusion model on all devices: any number of pictures, by one program for each config."""
+"""Sampling from a trained diffusion model on all devices: any number of images, by one program for each config."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,15 +15,17 @@ from fmcv_jax.diffusion.samplers import SOLVERS, add_noise, normal, sample
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.rules import Placement
 
-INPAINT_NOISE_OFFSET = 1 << 20  # the draws with which what is known of a picture is noised
+INPAINT_NOISE_OFFSET = 1 << 20  # the draws that noise the known part of an image
+NEGATIVE = 'negative_'  # prefix of the fields of the negative condition
 
 
 class SamplerConfig(NamedTuple):
-  """How pictures are painted, as far as the program depends on it.
+  """What of the sampling options is compiled into the program.
 
-  solver     one of SOLVERS; times: as from `sampling_timesteps`, or their end for pictures that are painted over
-  guided     whether there is guidance; interval and rescale: as in `guided`
-  drawn      whether `control` is what the network is shown itself
+  solver                one of SOLVERS
+  times                 as from `sampling_timesteps`, or the last of them for images that are edited
+  guided                whether there is guidance; interval and rescale: as in `guided`
+  control_preprocessed  whether `control` holds control maps, not images to make them from
   """
 
   solver: str
@@ -31,17 +33,17 @@ class SamplerConfig(NamedTuple):
   guided: bool
   interval: tuple[float, float] | None = None
   rescale: float = 0.0
-  drawn: bool = False
+  control_preprocessed: bool = False
 
 
 class ShardedSampler:
   """The generator of a model, jitted over the mesh once for each config.
 
   generator   (params, extra) -> Generator
-  batch       pictures at once, rounded up to a multiple of the devices
+  batch       images at once, rounded up to a multiple of the devices
   """
 
-  def __init__(self, generator: Callable[[Any, Any], Generator | None], placement: Placement, batch: int):
+  def __init__(self, generator: Callable[[Any, Any], Generator], placement: Placement, batch: int):
     self._generator, self._placement = generator, placement
     ways = placement.mesh.size
     self._batch = -(-batch // ways) * ways
@@ -56,11 +58,15 @@ class ShardedSampler:
     seed: int,
     progress: Callable[[int], Any] = lambda ready: None,
   ) -> np.ndarray:
-    """Images uint8 [N, H, W, 3], whole on every process.
+    """Images uint8 [N, H, W, 3], complete on every process.
 
-    fields [N, ...], the same on every process: 'number', which tells a picture's noise; what the model is told; of what
-    it is told less, 'without_NAME', and how much less, 'guidance'; 'other_tokens' and 'share', the way to another text;
-    'image' to paint over, 'mask' where it is to be painted anew, 'control' to follow with its 'control_scale'
+    fields [N, ...], the same on every process:
+      number                   int32, from which the noise of each image is drawn
+      the `condition_fields`   of the generator
+      negative_NAME, guidance  the fields of the negative condition (none: the unconditional one), and the scale
+      other_tokens, fraction   a second text, and how far the condition is on the way to it
+      image, mask              an image to edit, and where it is to be replaced (without mask: everywhere)
+      control, control_scale   of a model with ControlNet
     """
     program, made = self._program(config), []
     for start in range(0, len(fields['number']), self._batch):
@@ -70,8 +76,8 @@ class ShardedSampler:
       padded = {name: np.concatenate([v, np.repeat(v[-1:], rows - real, axis=0)]) for name, v in piece.items()}
       local = rows // jax.process_count()
       mine = {name: v[jax.process_index() * local : (jax.process_index() + 1) * local] for name, v in padded.items()}
-      pictures = program(params, extra, to_devices(mine, self._placement), jnp.int32(seed))
-      made.append(np.asarray(pictures)[:real])
+      images = program(params, extra, to_devices(mine, self._placement), jnp.int32(seed))
+      made.append(np.asarray(images)[:real])
       progress(real)
     return np.concatenate(made)
 
@@ -79,68 +85,67 @@ class ShardedSampler:
   def _program(self, config: SamplerConfig):
     def program(params, extra, batch, seed):
       with self._placement.active():
-        generator = self._generator(params, extra)
-        assert generator is not None
-        return _sample_batch(generator, batch, seed, config)
+        return sample_batch(self._generator(params, extra), batch, seed, config)
 
     return jax.jit(program, out_shardings=self._placement.replicated())
 
 
-def _sample_batch(g: Generator, batch: Mapping[str, jax.Array], seed: jax.Array, config: SamplerConfig) -> jax.Array:
-  """One batch of pictures, uint8 [B, H, W, 3]."""
+def sample_batch(
+  g: Generator, batch: Mapping[str, jax.Array], seed: jax.Array | int, config: SamplerConfig
+) -> jax.Array:
+  """Images uint8 [B, *image_shape] of one batch, whose fields are those of `ShardedSampler.sample`."""
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
   image = batch['image'].astype(jnp.float32) / 255 if 'image' in batch else None
 
-  def shown(condition):
+  def with_images(condition):
     if g.control is not None:
-      pictures = batch['control'].astype(jnp.float32) / 255
-      pictures = pictures if config.drawn else g.control(pictures)
-      condition = {**condition, 'control': pictures, 'control_scale': batch['control_scale']}
-    if g.around is not None:  # without a mask, all is to be painted
-      nothing = jnp.zeros((len(keys), g.size, g.size))
-      masks = batch.get('mask', jnp.ones_like(nothing, bool))
-      condition = {**condition, 'image': g.around(nothing[..., None] if image is None else image, masks)}
+      control = batch['control'].astype(jnp.float32) / 255
+      control = control if config.control_preprocessed else g.control(control)
+      condition = {**condition, 'control': control, 'control_scale': batch['control_scale']}
+    if g.inpaint_condition is not None:  # without a mask, all of the image is missing
+      blank = jnp.zeros((len(keys), *g.image_shape))
+      masks = batch.get('mask', jnp.ones(blank.shape[:-1], bool))
+      condition = {**condition, 'image': g.inpaint_condition(blank if image is None else image, masks)}
     return condition
 
   condition = g.condition(batch)
-  if 'share' in batch:
-    condition = interpolate_conditions(
-      condition, g.condition({**batch, 'tokens': batch['other_tokens']}), batch['share']
-    )
-  condition = shown(condition)
+  if 'fraction' in batch:
+    other = g.condition({**batch, 'tokens': batch['other_tokens']})
+    condition = interpolate_conditions(condition, other, batch['fraction'])
+  condition = with_images(condition)
 
   def denoise(x, time):
     return g.denoise(x, time, condition)
 
   if config.guided:
-    told = {name.removeprefix('without_'): v for name, v in batch.items() if name.startswith('without_')}
-    without = shown(g.condition({**batch, **told}, told=bool(told)))
+    negative = {name.removeprefix(NEGATIVE): v for name, v in batch.items() if name.startswith(NEGATIVE)}
+    without = with_images(g.condition({**batch, **negative}, conditional=bool(negative)))
     denoise = guided(g.denoise, condition, without, batch['guidance'], interval=config.interval, rescale=config.rescale)
-  told_around = 'mask' in batch and g.around is not None
-  known = jnp.zeros((len(keys), *g.shape)) if image is None or told_around else g.encode(image)
+  inpainting_model = 'mask' in batch and g.inpaint_condition is not None
+  known = jnp.zeros((len(keys), *g.input_shape)) if image is None or inpainting_model else g.encode(image)
   start, adjust = known, None
-  if 'mask' in batch and not told_around:
+  if 'mask' in batch and not inpainting_model:
     start = jnp.zeros_like(known)
-    new = jax.image.resize(batch['mask'].astype(jnp.float32), (*known.shape[:3],), 'linear')[..., None] > 0
+    missing = jax.image.resize(batch['mask'].astype(jnp.float32), known.shape[:-1], 'linear')[..., None] > 0
     fixed = jax.vmap(lambda key: jax.random.fold_in(key, INPAINT_NOISE_OFFSET))(keys)
 
     def adjust(x, alpha, sigma, call):
-      return jnp.where(new, x, alpha * known + sigma * normal(fixed, g.shape, call))
+      return jnp.where(missing, x, alpha * known + sigma * normal(fixed, g.input_shape, call))
 
   times = np.array(config.times)
-  x = add_noise(g.process, start, keys, g.shape, times[0])
+  x = add_noise(g.process, start, keys, g.input_shape, times[0])
   x = sample(denoise, g.process, x, times, solver=SOLVERS[config.solver], keys=keys, adjust=adjust)
-  pictures = jnp.round(255 * g.decode(x)).astype(jnp.uint8)
-  return jnp.where(batch['mask'][..., None], pictures, batch['image']) if 'mask' in batch else pictures
+  images = jnp.round(255 * g.decode(x)).astype(jnp.uint8)
+  return jnp.where(batch['mask'][..., None], images, batch['image']) if 'mask' in batch else images
 
 
-def interpolate_conditions(first: Condition, last: Condition, share: jax.Array) -> Condition:
-  """The conditions [B, ...] at a share [B] of the way."""
+def interpolate_conditions(first: Condition, last: Condition, fraction: jax.Array) -> Condition:
+  """The conditions [B, ...] at a fraction [B] of the way."""
 
   def mix(a, b):
     if a.dtype == bool:
       return a | b
-    weight = share.reshape(-1, *(1,) * (a.ndim - 1))
+    weight = fraction.reshape(-1, *(1,) * (a.ndim - 1))
     return (1 - weight) * a + weight * b
 
   return jax.tree.map(mix, first, last)

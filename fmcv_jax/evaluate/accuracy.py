@@ -4,16 +4,22 @@ import dataclasses
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
+from fmcv_jax.evaluate.labels import align_labels, check_labels
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy(Evaluator):
-  """Share of images whose label is the best, or among the five best, logits."""
+  """Fraction of images whose label has the largest logit, or one of the five largest.
+
+  The labels are matched with the training classes by name, where both have names.
+  """
 
   data: Pipeline
   batch_size: int = 256
   every: int = 0
 
   def __call__(self, subject):
-    logits, _, labels = subject.map_dataset('logits', self.data, self.batch_size)
+    logits, _, truth = subject.map_dataset('logits', self.data, self.batch_size, truth=('label',))
+    labels = align_labels(truth['label'], self.data.source.names, subject.class_names(), 'the training data')
+    check_labels(labels, logits.shape[1])
     return {'top1': topk_accuracy(logits, labels, 1), 'top5': topk_accuracy(logits, labels, 5)}

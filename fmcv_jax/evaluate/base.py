@@ -1,4 +1,4 @@
-"""What an evaluator is given and what it gives back."""
+"""A model under evaluation, and the contract of an evaluator."""
 
 import abc
 import dataclasses
@@ -11,106 +11,135 @@ import numpy as np
 
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
 from fmcv_jax.data.tokenizers import Tokenizer
-from fmcv_jax.diffusion.generator import Generator
-from fmcv_jax.errors import UserError
+from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.objectives.outputs import Output
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.rules import Placement
 
 Metrics = dict[str, float]
 
 
-class Outputs(NamedTuple):
-  """What a function made of images: values [N, ...], their record indices int [N], labels int [N] (-1 without)."""
+class DatasetOutputs(NamedTuple):
+  """An output over the readable records of a data set, in the source's order.
 
-  values: np.ndarray
+  values   tree of arrays [N, ...], in the dtypes of the output
+  indices  int [N], the number of each record
+  truth    the batch fields that were asked for, [N, ...]
+  """
+
+  values: Any
   indices: np.ndarray
-  labels: np.ndarray
+  truth: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass
 class EvaluatedModel:
-  """A model under evaluation: its functions, jitted over the mesh once, and the parameters of the moment.
+  """A trained model on a mesh: its outputs, each compiled once, and its current parameters.
 
-  'pixels', what features have to beat, and 'image' are functions of every model.
+  Every model also has the output 'pixels' [B, D], the baseline that features have to beat.
 
-  make_generator        (params, extra) -> the Generator of a model that make_generator pictures, else None
-  reopen       a workdir -> its model, as another subject
-  image_size   sides of the pictures that the functions take; None for any
+  reopen       opens the model of a workdir
+  image_size   side of the images that the outputs take; None for any
+  class_names  the names of the training classes by label, empty where they have none; read when they are needed
   between_batches  called before every batch; what it raises ends the evaluation, as a request to stop does
   """
 
-  functions: Mapping[str, Callable[..., jax.Array]]
+  outputs: Mapping[str, Output]
   placement: Placement
   tokenizer: Tokenizer | None = None
   params: Any = None
   extra: Any = None
-  make_generator: Callable[[Any, Any], Generator | None] | None = None
   reopen: Callable[[str], 'EvaluatedModel'] | None = None
   image_size: int | None = None
   between_batches: Callable[[], None] = lambda: None
+  class_names: Callable[[], Sequence[str]] = tuple
 
   def __post_init__(self):
-    self._jitted: dict[str, Callable[..., Any]] = {}
     self._kept: dict[Any, Any] = {}
 
   def cached(self, name: Any, make: Callable[[], Any]) -> Any:
-    """What `make` returned the first time: what evaluators open or compile once for all their calls."""
+    """The value that `make` returned the first time: for what evaluators open or compile once for all their calls."""
     if name not in self._kept:
       self._kept[name] = make()
     return self._kept[name]
 
-  def map_dataset(
-    self, name: str, pipeline: Pipeline, batch: int, *, texts: bool = False, also: tuple[str, ...] = ()
-  ) -> 'Outputs':
-    """Runs function `name` over every readable image of a pipeline, in the source's order.
+  def map_dataset(self, name: str, pipeline: Pipeline, batch_size: int, truth: Sequence[str] = ()) -> DatasetOutputs:
+    """One output over every readable record of a pipeline, with the batch fields `truth` of these records.
 
-    The function is given the images and their labels, if there are any; with `texts` the first text of each, and what
-    else it reads is named by `also`.
-
-    Each process reads and computes its share; all of them return everything.
+    The output is fed exactly the fields that it reads. Each process reads and computes its part; all of them return
+    everything.
     """
-    fields = ('image',) + ('label',) * bool(pipeline.source.names) + ('tokens',) * texts + also
-    batches = evaluation_batches(
+    batches = [
+      jax.tree.map(lambda x, fields=fields: x[fields['mask']], (values[name], fields))
+      for values, fields in self.map_batches((name,), pipeline, batch_size, truth)
+    ]
+    values, fields = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+    return DatasetOutputs(values, fields['index'], {field: fields[field] for field in truth})
+
+  def map_batches(
+    self, names: Sequence[str], pipeline: Pipeline, batch_size: int, truth: Sequence[str] = ()
+  ) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """For each global batch of one pass in the source's order: the outputs by name, trees of arrays [B, ...], and the
+    fields `truth`, 'index' int32 [B] and 'mask' bool [B].
+
+    mask is False for rows that stand in for records that cannot be read, and for those that fill up the last batch.
+    """
+    program = self._program(tuple(names), tuple(truth))
+    reads = (field for name in names for field in self._output(name).reads)
+    for local in evaluation_batches(
       pipeline,
-      batch=batch,
-      fields=fields,
+      batch=batch_size,
+      fields=tuple(dict.fromkeys((*reads, *truth))),
       tokenizer=self.tokenizer,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
-    )
-    values, index, mask, *labels = map(np.concatenate, zip(*(self._run(name, local) for local in batches)))
-    return Outputs(values[mask], index[mask], labels[0][mask] if labels else np.full(mask.sum(), -1))
+    ):
+      yield self._run(program, local)
 
-  def embed_texts(self, texts: Sequence[str], batch: int) -> np.ndarray:
-    """Embeds texts, float32 [N, E], in their order."""
+  def embed_texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:
+    """Embeddings of texts, float32 [N, E], in their order."""
     if self.tokenizer is None:
       raise UserError('config.tokenizer: an evaluator embeds texts, but no tokenizer is configured')
-    tokens = self.tokenizer(texts)
+    tokens, program = self.tokenizer(texts), self._program(('embed_text',), ())
     outputs = []
-    for start in range(0, len(tokens), batch):
-      piece = tokens[start : start + batch]
-      padded = np.concatenate([piece, np.repeat(piece[-1:], batch - len(piece), axis=0)])
+    for start in range(0, len(tokens), batch_size):
+      piece = tokens[start : start + batch_size]
+      padded = np.concatenate([piece, np.repeat(piece[-1:], batch_size - len(piece), axis=0)])
       rows = len(padded) // jax.process_count()
-      local = padded[jax.process_index() * rows : (jax.process_index() + 1) * rows]
-      outputs.append(self._run('embed_text', {'tokens': local})[0][: len(piece)])
+      local = {'tokens': padded[jax.process_index() * rows : (jax.process_index() + 1) * rows]}
+      values, _ = self._run(program, local)
+      outputs.append(values['embed_text'][: len(piece)])
     return np.concatenate(outputs)
 
-  def _run(self, name: str, local: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """One global batch from this process' rows: the outputs, then index, mask and label where the batch has them."""
-    function = {'pixels': pixels, 'image': whole_image, **self.functions}.get(name)
-    if function is None:
-      raise UserError(f'an evaluator needs {name!r}, which this objective does not offer; it has: '
-                      f'{", ".join(self.functions) or "nothing"}')  # fmt: skip
-    if name not in self._jitted:
-
-      def both(params, extra, batch):
-        with self.placement.active():
-          return [function(params, extra, batch)] + [batch[k] for k in ('index', 'mask', 'label') if k in batch]
-
-      self._jitted[name] = jax.jit(both, out_shardings=self.placement.replicated())
+  def _run(self, program: Callable[..., Any], local: dict[str, np.ndarray]) -> Any:
+    """One global batch from this process' rows."""
     self.between_batches()
-    batch = to_devices(local, self.placement)
-    return jax.device_get(self._jitted[name](self.params, self.extra, batch))
+    return jax.device_get(program(self.params, self.extra, to_devices(local, self.placement)))
+
+  def _output(self, name: str) -> Output:
+    outputs = {**BASELINES, **self.outputs}
+    if name not in outputs:
+      raise UserError(
+        f'{name!r} is not an output of this model ({", ".join(self.outputs) or "none"}); {did_you_mean(name, outputs)}'
+      )
+    return outputs[name]
+
+  def _program(self, names: tuple[str, ...], truth: tuple[str, ...]) -> Callable[..., Any]:
+    """(params, extra, batch) -> the outputs of a global batch, and its fields `truth`, 'index' and 'mask'."""
+    outputs = {name: self._output(name) for name in names}
+
+    def program(params, extra, batch):
+      drawn = {}
+      if 'index' in batch:
+        drawn = {'index': batch['index'], 'rng': jax.random.fold_in(jax.random.key(0), batch['index'][0])}
+      with self.placement.active():
+        values = {
+          name: output.call(params, extra, {**{field: batch[field] for field in output.reads}, **drawn})
+          for name, output in outputs.items()
+        }
+      return values, {field: batch[field] for field in (*truth, 'index', 'mask') if field in batch}
+
+    return self.cached(('program', names, truth), lambda: jax.jit(program, out_shardings=self.placement.replicated()))
 
 
 def pixels(params: Any, extra: Any, batch: Mapping[str, jax.Array], side: int = 16) -> jax.Array:
@@ -122,9 +151,7 @@ def pixels(params: Any, extra: Any, batch: Mapping[str, jax.Array], side: int = 
   return small.reshape(len(images), -1)
 
 
-def whole_image(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-  """The image itself, float32 [B, H, W, 3] in [0, 1]."""
-  return batch['image'].astype(jnp.float32) / 255
+BASELINES = {'pixels': Output(pixels, 'embedding')}
 
 
 class Evaluator(abc.ABC):

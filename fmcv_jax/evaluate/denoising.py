@@ -18,8 +18,6 @@ class Denoising(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    errors = subject.map_dataset(
-      'denoising_errors', self.data, self.batch_size, texts=subject.tokenizer is not None
-    ).values
+    errors = subject.map_dataset('denoising_errors', self.data, self.batch_size).values
     by_level = errors.mean(axis=0)
     return {'error': float(errors.mean()), **{f'level{i}': float(error) for i, error in enumerate(by_level)}}

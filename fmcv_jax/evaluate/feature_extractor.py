@@ -23,7 +23,7 @@ class FeatureExtractor:
     reopen = subject.reopen
     assert reopen is not None
     self._judge: EvaluatedModel = subject.cached(('judge', workdir), lambda: reopen(workdir))
-    offered = self._judge.functions
+    offered = self._judge.outputs
     self.reads = {'embed_image', 'embed_text'} <= set(offered)
     self._name = next((name for name in ('embed_image', 'features') if name in offered), '')
     if not self._name:

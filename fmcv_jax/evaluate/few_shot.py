@@ -33,10 +33,10 @@ class FewShot(Evaluator):
         raise ValueError(f'{name}: expected at least {least}, got {getattr(self, name)}')
 
   def __call__(self, subject):
-    features, _, labels = subject.map_dataset(self.features, self.data, self.batch_size)
+    features, _, truth = subject.map_dataset(self.features, self.data, self.batch_size, truth=('label',))
     figures = {}
     for shots in self.shots:
-      right = episode_accuracies(features, labels, self.ways, shots, self.queries, self.episodes)
+      right = episode_accuracies(features, truth['label'], self.ways, shots, self.queries, self.episodes)
       figures[f'{self.ways}_way_{shots}_shot'] = float(right.mean())
       figures[f'{self.ways}_way_{shots}_shot_ci95'] = float(1.96 * right.std(ddof=1) / len(right) ** 0.5)
     return figures

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
-from fmcv_jax.data.sources.subset import EvenSubset
-from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, sampling_timesteps
-from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, ShardedSampler
-from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.data.sources.subset import evenly_spaced
+from fmcv_jax.diffusion.options import SamplingOptions
+from fmcv_jax.diffusion.samplers import Spacing
+from fmcv_jax.diffusion.sharded_sampling import NEGATIVE, SamplerConfig, ShardedSampler
+from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
+from fmcv_jax.objectives.outputs import generator_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,50 +43,56 @@ class Generation(Evaluator):
   every: int = 0
 
   def __post_init__(self):
-    if self.solver not in SOLVERS:
-      raise ValueError(f'solver: unknown {self.solver!r}; {did_you_mean(self.solver, SOLVERS)}')
-    if self.count < 4 or self.steps < 1:
-      raise ValueError(f'count, steps: expected at least 4 and 1, got {self.count} and {self.steps}')
+    try:
+      self._options  # noqa: B018 (it checks itself)
+    except UserError as error:
+      raise ValueError(str(error)) from error
+    if self.count < 4:
+      raise ValueError(f'count: expected at least 4, got {self.count}')
+
+  @property
+  def _options(self) -> SamplingOptions:
+    return SamplingOptions(self.steps, self.guidance, solver=self.solver, spacing=self.spacing, seed=self.seed)
 
   def prepare(self, subject):
     FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
   def __call__(self, subject):
-    generator = subject.make_generator(subject.params, subject.extra) if subject.make_generator else None
-    if generator is None:
-      raise UserError('config.evaluators: generation needs a model that makes pictures, as of objective.name=diffusion')
+    make_generator = generator_of(subject.outputs)
+    generator = make_generator(subject.params, subject.extra)
+    if other := [name for name in generator.condition_fields if name not in ('tokens', 'label')]:
+      raise UserError(f'config.evaluators: generation is conditioned on texts and classes only, not on {other}')
     judge = FeatureExtractor(subject, self.feature_extractor, self.batch_size)
     sampler = subject.cached(
-      ('sampler', self.batch_size), lambda: ShardedSampler(subject.make_generator, subject.placement, self.batch_size)
+      ('sampler', self.batch_size), lambda: ShardedSampler(make_generator, subject.placement, self.batch_size)
     )
-    guided = bool(generator.told) and self.guidance != 1
+    guided = bool(generator.condition_fields) and self._options.guided
     try:
-      times = sampling_timesteps(generator.process, self.steps, self.spacing)
-      coefficients(generator.process, SOLVERS[self.solver], times)
-    except ValueError as error:
+      times = self._options.times(generator.process)
+    except UserError as error:
       raise UserError(f'config.evaluators: {error}') from error
-    sampler_config = SamplerConfig(self.solver, tuple(times), guided)
+    sampler_config = SamplerConfig(self.solver, times, guided)
     made, real, scores, first = [], [], [], 0
-    data = dataclasses.replace(self.data, source=EvenSubset(self.data.source, self.count))
-    fields = ('image', *generator.told)
+    data = dataclasses.replace(self.data, source=evenly_spaced(self.data.source, self.count))
+    fields = ('image', *generator.condition_fields)
     for batch in evaluation_batches(data, batch=self.batch_size, fields=fields, tokenizer=subject.tokenizer):
       batch = {name: batch[name][batch['mask']] for name in fields}
       count = len(batch['image'])
       if not count:
         continue
-      told: dict[str, Any] = {name: batch[name] for name in generator.told}
-      told['number'] = first + np.arange(count, dtype=np.int32)
+      inputs: dict[str, Any] = {name: batch[name] for name in generator.condition_fields}
+      inputs['number'] = first + np.arange(count, dtype=np.int32)
       if guided:
-        told['guidance'] = np.full(count, self.guidance, np.float32)
-      if guided and 'tokens' in told:
-        told['without_tokens'] = np.repeat(subject.tokenizer(['']), count, axis=0)
+        inputs['guidance'] = np.full(count, self.guidance, np.float32)
+      if guided and 'tokens' in inputs:
+        inputs[f'{NEGATIVE}tokens'] = np.repeat(subject.tokenizer(['']), count, axis=0)
       if generator.control is not None:
-        told |= {'control': batch['image'], 'control_scale': np.ones(count, np.float32)}
-      pictures = sampler.sample(subject.params, subject.extra, told, sampler_config, seed=self.seed)
-      made.append(judge(pictures))
+        inputs |= {'control': batch['image'], 'control_scale': np.ones(count, np.float32)}
+      images = sampler.sample(subject.params, subject.extra, inputs, sampler_config, seed=self.seed)
+      made.append(judge(images))
       real.append(judge(batch['image']))
-      if 'tokens' in told and judge.reads:
-        texts = judge.read(subject.tokenizer.decode(told['tokens']))
+      if 'tokens' in inputs and judge.reads:
+        texts = judge.read(subject.tokenizer.decode(inputs['tokens']))
         scores.append(100 * np.maximum((made[-1] * texts).sum(axis=1), 0))
       first += count
     figures = judge.compare(np.concatenate(made), np.concatenate(real))

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.evaluate.bank import queries_and_bank
 from fmcv_jax.evaluate.base import Evaluator, chunks
 
 
@@ -24,8 +25,7 @@ class Knn(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    queries, _, labels = subject.map_dataset(self.features, self.data, self.batch_size)
-    bank, _, bank_labels = subject.map_dataset(self.features, self.train_data, self.batch_size)
+    queries, labels, bank, bank_labels = queries_and_bank(subject, self)
     return {f'k{k}_top1': knn_accuracy(queries, labels, bank, bank_labels, k, self.temperature) for k in self.ks}
 
 

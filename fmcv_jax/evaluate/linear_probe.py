@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.bank import queries_and_bank
 from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
 from fmcv_jax.parallel.rules import Placement, num_shards
 
@@ -42,10 +42,7 @@ class LinearProbe(Evaluator):
       raise ValueError(f'strengths: expected numbers above 0, got {self.strengths}')
 
   def __call__(self, subject):
-    queries, _, labels = subject.map_dataset(self.features, self.data, self.batch_size)
-    bank, _, bank_labels = subject.map_dataset(self.features, self.train_data, self.batch_size)
-    if min(labels.min(), bank_labels.min()) < 0:
-      raise UserError('a linear probe needs labels, and a source with class names, in both data and bank')
+    queries, labels, bank, bank_labels = queries_and_bank(subject, self)
     classes = int(max(labels.max(), bank_labels.max())) + 1
     mean, deviation = bank.mean(0), bank.std(0) + 1e-6
     bank, queries = (bank - mean) / deviation, (queries - mean) / deviation

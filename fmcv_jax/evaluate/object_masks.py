@@ -25,9 +25,8 @@ class ObjectMasks(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    attention, records, _ = subject.map_dataset('attention', self.data, self.batch_size)
-    images = np.stack([self._image(int(record)) for record in records])
-    truth = (np.abs(images.astype(int) - np.array(self.background)) > 8).any(-1)
+    attention, _, fields = subject.map_dataset('attention', self.data, self.batch_size, truth=('image',))
+    truth = (np.abs(fields['image'].astype(int) - np.array(self.background)) > 8).any(-1)
     if not truth.any((1, 2)).all():
       raise UserError(f'object_masks: some images are all background {self.background}; what is the object there?')
     heads = np.stack(
@@ -38,12 +37,6 @@ class ObjectMasks(Evaluator):
       'jaccard_mean_head': float(heads.mean()),
       'jaccard_everything': float(truth.mean((1, 2)).mean()),
     }
-
-  def _image(self, record: int) -> np.ndarray:
-    image = self.data.source[record]['image']
-    if self.data.image is not None:
-      image = self.data.image(image, np.random.default_rng(0))
-    return image
 
 
 def jaccard(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:

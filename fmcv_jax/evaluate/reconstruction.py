@@ -15,8 +15,8 @@ from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Evaluator):
   """Means over the images of PSNR (dB) and SSIM; latent_std is the standard deviation of all latents' values, whose
-  inverse is the `latent_scale` for a diffusion on them. With the workdir of a `judge`, also 'rfid', the FID of what is
-  given back, by its features."""
+  inverse is the `latent_space.scale` for a diffusion on them. With the workdir of a `judge`, also 'rfid', the FID of
+  what is given back, by its features."""
 
   data: Pipeline
   judge: str | None = None
@@ -28,17 +28,17 @@ class Reconstruction(Evaluator):
       FeatureExtractor(subject, self.judge, self.batch_size)
 
   def __call__(self, subject):
-    made = subject.map_dataset('reconstruction', self.data, self.batch_size)
-    true = subject.map_dataset('image', self.data, self.batch_size).values
+    made, _, fields = subject.map_dataset('reconstruction', self.data, self.batch_size, truth=('image',))
+    true = fields['image'].astype(np.float32) / 255
     latent = subject.map_dataset('latent', self.data, self.batch_size).values
     figures = {
-      'psnr': float(psnr(true, made.values).mean()),
-      'ssim': float(np.mean([ssim(a, b) for a, b in zip(true, made.values, strict=True)])),
+      'psnr': float(psnr(true, made).mean()),
+      'ssim': float(np.mean([ssim(a, b) for a, b in zip(true, made, strict=True)])),
       'latent_std': float(latent.std()),
     }
     if self.judge is not None:
       look = FeatureExtractor(subject, self.judge, self.batch_size)
-      figures['rfid'] = fid(*(look(np.round(255 * x).astype(np.uint8)) for x in (made.values, true)))
+      figures['rfid'] = fid(*(look(np.round(255 * x).astype(np.uint8)) for x in (made, true)))
     return figures
 
 

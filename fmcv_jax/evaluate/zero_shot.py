@@ -1,11 +1,15 @@
 """Zero-shot classification by names (Radford et al. 2021, section 3.1)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, topk_accuracy
+from fmcv_jax.evaluate.labels import check_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +22,33 @@ class ZeroShot(Evaluator):
   every: int = 0
 
   def __call__(self, subject):
-    images, _, labels = subject.map_dataset('embed_image', self.data, self.batch_size)
-    scores = images @ class_embeddings(subject, self.data.source.names, self.templates, self.batch_size).T
+    texts = class_embeddings(subject, self.data.source.names, self.templates, self.batch_size)
+    images, _, truth = subject.map_dataset('embed_image', self.data, self.batch_size, truth=('label',))
+    labels, scores = truth['label'], images @ texts.T
+    check_labels(labels, len(texts))
     return {'top1': topk_accuracy(scores, labels, 1), 'top5': topk_accuracy(scores, labels, 5)}
 
 
-def class_embeddings(subject: EvaluatedModel, names, templates, batch: int) -> np.ndarray:
+def class_embeddings(subject: EvaluatedModel, names: Sequence[str], templates: Sequence[str], batch: int) -> np.ndarray:
   """float32 [classes, E]: the unit-length mean over templates of the text embeddings of each name."""
   if not names:
-    raise ValueError('zero-shot classification needs a source with class names')
+    raise UserError('evaluators: zero-shot classification needs a source with class names')
+  check_label_room(subject.tokenizer, names, templates)
   texts = [template.format(name) for name in names for template in templates]
   embeddings = subject.embed_texts(texts, batch).reshape(len(names), len(templates), -1).mean(axis=1)
   return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+
+
+def check_label_room(tokenizer: Tokenizer | None, names: Sequence[str], templates: Sequence[str]) -> None:
+  """Raises UserError for a template that fills the tokenizer's length, so that all names become one text."""
+  different = list(dict.fromkeys(names))
+  if tokenizer is None or len(different) < 2:
+    return
+  for template in templates:
+    rows = tokenizer([template.format(name) for name in different])
+    if (rows == rows[0]).all():
+      raise UserError(
+        f'templates: {template!r} leaves no room for a label in the {tokenizer.length} tokens of a text: all '
+        f'{len(different)} labels, {different[0]!r} and {different[1]!r} among them, become '
+        f'{tokenizer.decode(rows[:1])[0]!r}; use a shorter template, such as {"{}"!r}'
+      )

@@ -1,28 +1,46 @@
 """Generates and edits images with a trained diffusion model."""
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fmcv_jax.data.sources.base import Source
-from fmcv_jax.diffusion.samplers import SOLVERS, Spacing, coefficients, sampling_timesteps
-from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, ShardedSampler
+from fmcv_jax.data.tokenizers import truncated_texts
+from fmcv_jax.diffusion.options import SamplingOptions
+from fmcv_jax.diffusion.sharded_sampling import NEGATIVE, SamplerConfig, ShardedSampler
 from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.objectives.outputs import generator_of
 from fmcv_jax.run import Run
 
-STRENGTH = 0.6  # of an edit
+PROMPTS = ('tokens', 'label')  # condition fields that prompts are turned into
+_ARGUMENTS = ('control', 'conditions', 'first', 'progress')  # of every method, besides the options
+
+Progress = Callable[[int], Any]
+
+
+def _no_progress(ready: int) -> None:
+  del ready
 
 
 class ImageGenerator:
   """The diffusion model of a workdir, opened for use on all devices.
 
-  told       what it has to be told: texts ('tokens'), classes ('label'), or nothing
-  steered    whether it has a ControlNet, and so needs pictures to follow
-  size       sides of its pictures, in pixels
-  batch      pictures that are painted at once, on all devices together; more are painted piece by piece
+  Every method takes a `SamplingOptions`, and its fields as keywords: `generate(prompts, steps=50)`; TypeError for a
+  keyword that is no option. Besides, by keyword:
+
+    control     for a model with a ControlNet, control images uint8 [N, H, W, 3]
+    conditions  batch fields [N, ...] that the network reads besides the prompts, such as `action`
+    first       number of the first image, for a request that is made in pieces
+    progress    called with the number of images that became ready
+
+  Attributes:
+    condition_fields  what the model is conditioned on: 'tokens' (texts), 'label' (classes), other batch fields, or none
+    has_controlnet    whether it needs control images
+    image_shape       shape of one image: (H, W, 3)
+
+  batch      images sampled at once, on all devices together; more are sampled in pieces
   overrides  of its config, such as 'mesh.data=1', 'mesh.fsdp=-1' for a model that no one device holds
   """
 
@@ -35,160 +53,202 @@ class ImageGenerator:
     overrides: Sequence[str] = (),
   ):
     if batch < 1:
-      raise UserError(f'--batch: {batch} pictures at once; give at least 1')
+      raise UserError(f'batch: {batch} images at once; give at least 1')
     self.workdir, self._run = workdir, Run.reopen(workdir, overrides)
     self._objective = self._run.experiment.objective
     abstract = self._run.abstract_state
-    generator = self._objective.generator(abstract.params, abstract.extra)
-    if generator is None:
-      raise UserError(f'{workdir}: its objective makes no pictures; give the workdir of a diffusion model')
-    self.process, self.told, self.steered = generator.process, generator.told, generator.control is not None
-    self._subject, self.step = self._run.restored_model(step)
-    self.size = generator.size
-    self._canvas = ShardedSampler(self._objective.generator, self._run.placement, batch)
+    try:
+      make_generator = generator_of(self._objective.outputs())
+    except UserError as error:
+      raise UserError(f'{workdir}: {error}') from error
+    generator = make_generator(abstract.params, abstract.extra)
+    self.process, self.condition_fields = generator.process, generator.condition_fields
+    self.has_controlnet, self.image_shape = generator.control is not None, generator.image_shape
+    self._model, self.step = self._run.restored_model(step)
+    self._sampler = ShardedSampler(make_generator, self._run.placement, batch)
 
   @property
   def source(self) -> Source:
-    """What the model was trained on."""
+    """The data that the model was trained on."""
     return self._run.experiment.data.source
 
-  def generate(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Any) -> np.ndarray:
-    """One picture for each prompt: uint8 [N, H, W, 3].
+  @property
+  def takes_prompts(self) -> bool:
+    """Whether the model is conditioned on texts or classes."""
+    return any(name in PROMPTS for name in self.condition_fields)
 
-    prompts    texts, or classes by name or number, as the model was told; only their count for one told nothing
-    steps      of the sampler; solver: one of SOLVERS; spacing: of its times (`sampling_timesteps`)
-    guidance   of the prompt (Ho & Salimans 2022), 1 for none, or one for each picture; interval: (low, high) times of
-               it; rescale: see `guided`
-    negative   a text to move away from, in the place of none
-    control    for a model with a ControlNet, pictures uint8 [N, H, W, 3] to follow: it is shown what the model was
-               shown of images in training (edges, say) or, with drawn=True, themselves; control_scale: how much
-    first      number of the first picture, for a request that is made in pieces
-    progress   called with the number of pictures that are ready
-    """
-    return self._sample(prompts, seed, **options)
-
-  def edit(
-    self, images: np.ndarray, prompts: Sequence[str | int], *, strength: float = STRENGTH, seed: int = 0, **options: Any
-  ) -> np.ndarray:
-    """Images uint8 [N, H, W, 3] painted over from a share `strength` of the noise on (Meng et al. 2022,
-    SDEdit).
-    """
-    if not 0 < strength <= 1:
-      raise UserError(f'--strength: {strength} is not above 0 and at most 1')
-    return self._sample(prompts, seed, images=images, strength=strength, **options)
-
-  def fill(
-    self, images: np.ndarray, masks: np.ndarray, prompts: Sequence[str | int], *, seed: int = 0, **options: Any
-  ) -> np.ndarray:
-    """Images uint8 [N, H, W, 3] painted anew where masks bool [N, H, W] are true; the rest stays as it is."""
-    if masks.shape != images.shape[:3] or masks.dtype != bool:
-      raise UserError(
-        f'--mask: {_kind(masks)} for images of {list(images.shape[:3])}; true where they are painted anew'
-      )
-    return self._sample(prompts, seed, images=images, masks=masks, **options)
-
-  def interpolate(self, first: str, last: str, count: int, *, seed: int = 0, **options: Any) -> np.ndarray:
-    """`count` pictures from the same noise, from one text to another: uint8 [count, H, W, 3]."""
-    if self.told != ('tokens',):
-      raise UserError('--interpolate: needs a model that is told texts')
-    return self._sample([first] * count, seed, other=last, **options)
-
-  def check(self, prompts: Sequence[str | int], *, seed: int = 0, **options: Any) -> None:
-    """Raises the UserError of `generate`, before anything is painted."""
-    self._request(prompts, seed, **options)
-
-  def _sample(
+  def generate(
     self,
     prompts: Sequence[str | int],
-    seed: int,
+    options: SamplingOptions = SamplingOptions(),
     *,
-    progress: Callable[[int], Any] = lambda ready: None,
-    **options: Any,
+    control: np.ndarray | None = None,
+    conditions: Mapping[str, np.ndarray] | None = None,
+    first: int = 0,
+    progress: Progress = _no_progress,
+    **changes: Any,
   ) -> np.ndarray:
-    fields, sampler_config = self._request(prompts, seed, **options)
-    subject = self._subject
-    return self._canvas.sample(subject.params, subject.extra, fields, sampler_config, seed=seed, progress=progress)
+    """One image for each prompt: uint8 [N, H, W, 3].
+
+    prompts  texts, or classes by name or index; only their count for a model that is conditioned on neither
+    """
+    options = options.changed(changes, 'generate', _ARGUMENTS)
+    request = self._request(prompts, options, control=control, conditions=conditions, first=first)
+    return self._sample(request, options, progress)
+
+  def edit(
+    self,
+    images: np.ndarray,
+    prompts: Sequence[str | int],
+    options: SamplingOptions = SamplingOptions(),
+    *,
+    control: np.ndarray | None = None,
+    conditions: Mapping[str, np.ndarray] | None = None,
+    first: int = 0,
+    progress: Progress = _no_progress,
+    **changes: Any,
+  ) -> np.ndarray:
+    """Images uint8 [N, H, W, 3], noised to `strength` and denoised again (Meng et al. 2022, SDEdit)."""
+    options = options.changed(changes, 'edit', _ARGUMENTS)
+    request = self._request(
+      prompts, options, images=images, strength=options.strength, control=control, conditions=conditions, first=first
+    )
+    return self._sample(request, options, progress)
+
+  def fill(
+    self,
+    images: np.ndarray,
+    masks: np.ndarray,
+    prompts: Sequence[str | int],
+    options: SamplingOptions = SamplingOptions(),
+    *,
+    control: np.ndarray | None = None,
+    conditions: Mapping[str, np.ndarray] | None = None,
+    first: int = 0,
+    progress: Progress = _no_progress,
+    **changes: Any,
+  ) -> np.ndarray:
+    """Images uint8 [N, H, W, 3], replaced where masks bool [N, H, W] are true; the rest stays as it is."""
+    options = options.changed(changes, 'fill', _ARGUMENTS)
+    if masks.shape != images.shape[:-1] or masks.dtype != bool:
+      expected = f'{list(images.shape[:-1])} of bool'
+      raise UserError(f'masks: {_kind(masks)}, but {expected} are needed, true where the images are replaced')
+    request = self._request(
+      prompts, options, images=images, masks=masks, control=control, conditions=conditions, first=first
+    )
+    return self._sample(request, options, progress)
+
+  def interpolate(
+    self,
+    first: str,
+    last: str,
+    count: int,
+    options: SamplingOptions = SamplingOptions(),
+    *,
+    control: np.ndarray | None = None,
+    progress: Progress = _no_progress,
+    **changes: Any,
+  ) -> np.ndarray:
+    """`count` images from the same noise, from one text to another: uint8 [count, H, W, 3]."""
+    options = options.changed(changes, 'interpolate', ('control', 'progress'))
+    if self.condition_fields != ('tokens',):
+      raise UserError('interpolate: needs a model that is conditioned on texts')
+    return self._sample(self._request([first] * count, options, last=last, control=control), options, progress)
+
+  def check(self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any) -> None:
+    """Raises the UserError of `generate`, before anything is sampled."""
+    self._request(prompts, options.changed(changes, 'check'))
+
+  def truncated_prompt(self, prompt: str) -> str | None:
+    """The part of a text that the model reads, where the text is too long for it; None for one that is not."""
+    tokenizer = self._model.tokenizer
+    if 'tokens' not in self.condition_fields or tokenizer is None:
+      return None
+    return truncated_texts(tokenizer, [prompt]).get(prompt)
+
+  def _sample(
+    self, request: tuple[dict[str, np.ndarray], SamplerConfig], options: SamplingOptions, progress: Progress
+  ) -> np.ndarray:
+    fields, config = request
+    model = self._model
+    return self._sampler.sample(model.params, model.extra, fields, config, seed=options.seed, progress=progress)
 
   def _request(
     self,
     prompts: Sequence[str | int],
-    seed: int,
+    options: SamplingOptions,
     *,
-    steps: int = 20,
-    guidance: float | Sequence[float] = 4.0,
-    solver: str = 'dpm++',
-    spacing: Spacing = 'trailing',
-    negative: str = '',
-    interval: tuple[float, float] | None = None,
-    rescale: float = 0.0,
     images: np.ndarray | None = None,
     masks: np.ndarray | None = None,
     strength: float = 1.0,
-    other: str | None = None,
+    last: str | None = None,
     control: np.ndarray | None = None,
-    drawn: bool = False,
-    control_scale: float = 1.0,
+    conditions: Mapping[str, np.ndarray] | None = None,
     first: int = 0,
   ) -> tuple[dict[str, np.ndarray], SamplerConfig]:
-    """What `ShardedSampler.paint` is given."""
+    """The arguments of `ShardedSampler.sample`."""
     if isinstance(prompts, str):
-      raise UserError(f'prompts: {prompts!r} is one text; give a list, one for each picture')
+      raise UserError(f'prompts: {prompts!r} is one text; give a list, one for each image')
     count = len(prompts)
-    if solver not in SOLVERS:
-      raise UserError(f'--solver: unknown {solver!r}; {did_you_mean(solver, SOLVERS)}')
-    try:
-      times = sampling_timesteps(self.process, steps, spacing)
-      times = times[len(times) - max(1, round(strength * len(times))) :]
-      coefficients(self.process, SOLVERS[solver], times)
-    except ValueError as error:
-      raise UserError(f'--{error}') from error
-    if not 0 <= seed < 2**31:
-      raise UserError(f'--seed: {seed} is not from 0 to 2147483647')
-    if interval is not None and not interval[0] <= interval[1]:
-      raise UserError(f'--interval: {interval[0]} to {interval[1]}; give the lower time first')
-    if not 0 <= rescale <= 1:
-      raise UserError(f'--rescale: {rescale} is not from 0 to 1')
-    fields = self._fields(prompts)
-    strength_of_prompt = np.asarray(guidance, np.float32)
-    if strength_of_prompt.shape not in ((), (count,)):
-      raise UserError(f'--guidance: {strength_of_prompt.shape[0]} numbers for {count} pictures')
-    if not np.isfinite(strength_of_prompt).all() or not np.isfinite(control_scale):
-      raise UserError(f'--guidance and --control-scale: {guidance} and {control_scale} have to be finite')
-    is_guided = bool(self.told) and bool((strength_of_prompt != 1).any())
-    if negative and not (is_guided and 'tokens' in self.told):
-      raise UserError('--negative: needs a model that is told texts, and a --guidance other than 1')
-    if is_guided:
-      fields['guidance'] = np.broadcast_to(strength_of_prompt, count)
-      without = self._fields([negative] * count) if 'tokens' in self.told else {}
-      fields.update({f'without_{name}': value for name, value in without.items()})
-    if other is not None:
-      fields['other_tokens'] = self._fields([other] * count)['tokens']
-      fields['share'] = np.linspace(0, 1, count, dtype=np.float32)
+    times = options.times(self.process, strength)
+    fields = self._fields(prompts) | self._other_fields(conditions or {}, count)
+    scales = np.asarray(options.guidance, np.float32)
+    if scales.shape not in ((), (count,)):
+      raise UserError(f'guidance: {len(scales)} numbers for {count} images')
+    guided = bool(self.condition_fields) and options.guided
+    if options.negative and not (guided and 'tokens' in self.condition_fields):
+      raise UserError('negative: needs a model that is conditioned on texts, and a guidance other than 1')
+    if guided:
+      fields['guidance'] = np.broadcast_to(scales, count)
+      if 'tokens' in self.condition_fields:
+        fields[f'{NEGATIVE}tokens'] = self._fields([options.negative] * count)['tokens']
+    if last is not None:
+      fields['other_tokens'] = self._fields([last] * count)['tokens']
+      fields['fraction'] = np.linspace(0, 1, count, dtype=np.float32)
     if images is not None:
-      if images.shape != (count, self.size, self.size, 3) or images.dtype != np.uint8:
-        raise UserError(f'images: {_kind(images)}, but {[count, self.size, self.size, 3]} of uint8 are needed')
-      fields['image'] = images
+      fields['image'] = self._images('images', images, count)
     if masks is not None:
       fields['mask'] = masks
-    if self.steered != (control is not None):
-      wants = 'follows a picture; give one' if self.steered else 'has no ControlNet that could follow a picture'
-      raise UserError(f'--control: {self.workdir} {wants}')
+    if self.has_controlnet != (control is not None):
+      wants = 'needs a control image' if self.has_controlnet else 'has no ControlNet'
+      raise UserError(f'control: {self.workdir} {wants}')
     if control is not None:
-      if control.shape != (count, self.size, self.size, 3) or control.dtype != np.uint8:
-        raise UserError(f'--control: {_kind(control)}, but {[count, self.size, self.size, 3]} of uint8 are needed')
-      fields |= {'control': control, 'control_scale': np.full(count, control_scale, np.float32)}
-    # Along an interpolation the noise is one.
-    fields['number'] = np.zeros(count, np.int32) if other is not None else first + np.arange(count, dtype=np.int32)
-    return fields, SamplerConfig(solver, tuple(times), is_guided, interval, rescale, drawn)
+      fields['control'] = self._images('control', control, count)
+      fields['control_scale'] = np.full(count, options.control_scale, np.float32)
+    # All images of an interpolation have the same noise.
+    fields['number'] = np.zeros(count, np.int32) if last is not None else first + np.arange(count, dtype=np.int32)
+    config = SamplerConfig(
+      options.solver, times, guided, options.interval, options.rescale, options.control_preprocessed
+    )
+    return fields, config
+
+  def _images(self, name: str, images: np.ndarray, count: int) -> np.ndarray:
+    if images.shape != (count, *self.image_shape) or images.dtype != np.uint8:
+      raise UserError(f'{name}: {_kind(images)}, but {[count, *self.image_shape]} of uint8 are needed')
+    return images
 
   def _fields(self, prompts: Sequence[str | int]) -> dict[str, np.ndarray]:
-    if 'tokens' in self.told:
-      tokenizer = self._subject.tokenizer
-      assert tokenizer is not None
-      return {'tokens': tokenizer([str(prompt) for prompt in prompts])}
-    if 'label' in self.told:
-      return {'label': np.array([self._class_of(prompt) for prompt in prompts], np.int32)}
-    return {}
+    fields = {}
+    if 'tokens' in self.condition_fields:
+      tokenizer = self._model.tokenizer
+      if tokenizer is None:
+        raise UserError(f'{self.workdir}: its config has no tokenizer; set config.tokenizer')
+      fields['tokens'] = tokenizer([str(prompt) for prompt in prompts])
+    if 'label' in self.condition_fields:
+      fields['label'] = np.array([self._class_of(prompt) for prompt in prompts], np.int32)
+    return fields
+
+  def _other_fields(self, conditions: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    names = [name for name in self.condition_fields if name not in PROMPTS]
+    if sorted(conditions) != sorted(names):
+      raise UserError(f'conditions: the network reads {names or "none"} besides prompts, got {sorted(conditions)}')
+    fields = {}
+    for name, x in self._objective.example_batch.items():
+      if name in names:
+        if np.shape(conditions[name]) != (count, *x.shape):
+          raise UserError(f'conditions: {name} is {list(np.shape(conditions[name]))}, expected {[count, *x.shape]}')
+        fields[name] = np.asarray(conditions[name], x.dtype)
+    return fields
 
   def _class_of(self, prompt: str | int) -> int:
     names = self.source.names
@@ -198,23 +258,10 @@ class ImageGenerator:
     if str(prompt).isdigit() and int(prompt) < classes:
       return int(prompt)
     raise UserError(
-      f'{prompt!r} is no class of this model, by name or by number below {classes}; {did_you_mean(str(prompt), names)}'
+      f'{prompt!r} is not a class of this model, by name or by index below {classes}; '
+      f'{did_you_mean(str(prompt), names)}'
     )
-
-  def truncated_prompt(self, prompt: str) -> str | None:
-    """What is left of a text that is too long for the model; None for one that is not."""
-    tokenizer = self._subject.tokenizer
-    if 'tokens' not in self.told or tokenizer is None:
-      return None
-    row = tokenizer([prompt])
-    if not row[0, -1] or tokenizer.decode(row) == _longer(tokenizer).decode(_longer(tokenizer)([prompt])):
-      return None
-    return tokenizer.decode(row)[0]
 
 
 def _kind(array: np.ndarray) -> str:
   return f'{list(array.shape)} of {array.dtype}'
-
-
-def _longer(tokenizer: Any) -> Any:
-  return dataclasses.replace(tokenizer, length=8 * tokenizer.length)

@@ -25,13 +25,13 @@ def read_mask(file: str, image: str, size: int) -> np.ndarray:
   """bool [size, size], true where the file is white, cut as `read_image` cuts the image that it belongs to."""
   path = pathlib.Path(file)
   if not path.is_file():
-    raise UserError(f'--mask {file}: no such file')
+    raise UserError(f'mask: {file}: no such file')
   try:
     pixels, whole = decode(path.read_bytes()), decode(pathlib.Path(image).read_bytes())
   except BadRecord as error:
-    raise UserError(f'--mask {file}: {error}') from error
+    raise UserError(f'mask: {file}: {error}') from error
   if pixels.shape != whole.shape:
-    raise UserError(f'--mask {file}: {_sides(pixels)} pixels, but the image has {_sides(whole)}')
+    raise UserError(f'mask: {file}: {_sides(pixels)} pixels, but the image has {_sides(whole)}')
   return ResizeCrop(size, crop=1.0)(pixels, np.random.default_rng(0)).mean(-1) > 127
 
 
@@ -41,9 +41,9 @@ def _sides(pixels: np.ndarray) -> str:
 
 
 def pad_for_outpainting(image: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
-  """uint8 [H, W, 3] shrunk into the middle, with a margin of that share on every side, and the mask of the margin."""
+  """uint8 [H, W, 3] shrunk into the middle, with a margin of that fraction on every side, and the margin's mask."""
   if not 0 < margin < 0.5:
-    raise UserError(f'--expand: {margin} is not between 0 and 0.5')
+    raise UserError(f'margin: {margin} is not between 0 and 0.5')
   size = len(image)
   inner = max(1, round(size * (1 - 2 * margin)))
   start = (size - inner) // 2
@@ -54,22 +54,22 @@ def pad_for_outpainting(image: np.ndarray, margin: float) -> tuple[np.ndarray, n
   return sampler, mask
 
 
-def make_grid(pictures: np.ndarray, columns: int) -> np.ndarray:
-  """uint8 [N, H, W, 3] -> one picture, row by row on white, a pixel or more between them."""
-  count, height, width, _ = pictures.shape
+def make_grid(images: np.ndarray, columns: int) -> np.ndarray:
+  """uint8 [N, H, W, 3] -> one image, row by row on white, a pixel or more between them."""
+  count, height, width, _ = images.shape
   gap = max(1, width // 32)
   rows = -(-count // columns)
-  sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-  for index, picture in enumerate(pictures):
+  grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+  for index, image in enumerate(images):
     top, left = (
       gap + place * (side + gap) for place, side in zip(divmod(index, columns), (height, width), strict=True)
     )
-    sheet[top : top + height, left : left + width] = picture
-  return sheet
+    grid[top : top + height, left : left + width] = image
+  return grid
 
 
-def save_png(picture: np.ndarray, path: pathlib.Path, about: dict[str, Any]) -> None:
+def save_png(image: np.ndarray, path: pathlib.Path, about: dict[str, Any]) -> None:
   """Writes uint8 [H, W, 3] with `about` in the file's text chunk 'fmcv', as JSON."""
   info = PngImagePlugin.PngInfo()
   info.add_itxt('fmcv', json.dumps(about, ensure_ascii=False))
-  Image.fromarray(picture).save(path, pnginfo=info)
+  Image.fromarray(image).save(path, pnginfo=info)

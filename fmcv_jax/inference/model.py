@@ -1,86 +1,162 @@
 """A trained or imported model for use from Python: images and texts in, arrays out."""
 
 import dataclasses
+import functools
+import logging
+import math
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fmcv_jax.config import paths_of
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.pillow_resize import PillowResize
+from fmcv_jax.data.sources.base import NoData
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
+from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
+from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.zero_shot import class_embeddings
+from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.inference.generator import ImageGenerator
+from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
+from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.run import Run
+
+logger = logging.getLogger(__name__)
+
+CLIP_TEMPLATE = 'a photo of a {}.'  # Radford et al. 2021, section 3.1.4
 
 
 class Model:
-  """The model of a workdir, jitted over all devices; what it does not offer is a UserError.
+  """The model of a workdir, jitted over all devices; a method that it cannot serve raises UserError.
 
-  dtype   of the computation: 'float32' or 'bfloat16'; by default as it was trained
-  batch   pictures or texts that go through it at once
+  Images are files (str or path), encoded bytes, Pillow images or uint8 arrays [H, W, 3]. Where a method takes images or
+  texts, a list of N gives an array [N, ...] and a single one an array without that axis.
+
+  step    checkpoint step, default the latest
+  dtype   of the computation: 'float32' or 'bfloat16'; default that of training
+  batch   images or texts that go through the network at once, on all devices together
   """
 
   def __init__(
-    self, workdir: str | pathlib.Path, *, step: int | None = None, dtype: str | None = None, batch: int = 64
+    self, workdir: str | os.PathLike[str], *, step: int | None = None, dtype: str | None = None, batch: int = 64
   ):
-    self._workdir = workdir
-    self._run = Run.reopen(workdir, () if dtype is None else tuple(f'{path}={dtype}' for path in dtypes_of(workdir)))
+    if batch < 1:
+      raise UserError(f'batch: expected at least 1, got {batch}')
+    self._workdir = os.fspath(workdir)
+    self._overrides = () if dtype is None else tuple(f'{path}={dtype}' for path in dtypes_of(self._workdir))
+    self._run = Run.reopen(self._workdir, self._overrides)
     self._step = step
-    self._painter: ImageGenerator | None = None
     ways = self._run.placement.mesh.size
     self._batch = -(-batch // ways) * ways
     self._subject, _ = self._run.restored_model(step)
 
-  def encode_image(self, images: Sequence[ImageLike]) -> np.ndarray:
-    """Embeddings float32 [N, E]: of unit length where the model knows texts, features of the network elsewhere.
+  @property
+  def outputs(self) -> Mapping[str, Output]:
+    """The outputs of the model by name, each with its `kind` and the batch fields that it `reads`."""
+    return self._subject.outputs
 
-    Images are arrays uint8 [H, W, 3], files, encoded bytes or Pillow's. They are scaled and cut as those were on which
-    the model was published; without such a rule their short side is scaled to the network's, and the centre cut out.
+  @functools.cached_property
+  def templates(self) -> tuple[str, ...]:
+    """Sentences that `classify` puts a label in: those of the first zero_shot evaluator in the model's config; without
+    one, those of the captions that it was trained on (data.caption_templates); 'a photo of a {}.' for an imported
+    model."""
+    e = self._run.experiment
+    evaluated = [evaluator.templates for evaluator in e.evaluators.values() if isinstance(evaluator, ZeroShot)]
+    trained = () if isinstance(e.data.source, NoData) else (e.data.caption_templates,)
+    return tuple(next(iter([*evaluated, *trained, (CLIP_TEMPLATE,)])))
+
+  def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
+    """Embeddings float32 [N, E]: of unit length for a model of images and texts, else the network's pooled features.
+
+    Images are scaled and cropped as in the evaluation of the published model; without such a rule the short side is
+    scaled to the network's image size, and the center is cropped.
     """
-    return self._over('embed_image' if 'embed_image' in self._subject.functions else 'features', images)
+    return self._of_images('embed_image' if 'embed_image' in self.outputs else 'features', images)
 
-  def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+  def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
     """Embeddings of unit length, float32 [N, E]."""
+    if isinstance(texts, str):
+      return self.encode_text([texts])[0]
     if not texts:
-      raise UserError('give at least one text')
-    if 'embed_text' not in self._subject.functions:
-      raise UserError(f'{self._workdir}: this model knows no texts; it offers {", ".join(self._subject.functions)}')
+      raise UserError('texts: give at least one text')
+    self._check_reads_texts()
     return self._subject.embed_texts(texts, self._batch)
 
   def classify(
-    self, images: Sequence[ImageLike], labels: Sequence[str] = (), *, templates: Sequence[str] = ('a photo of a {}.',)
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    labels: Sequence[str] = (),
+    *,
+    templates: str | Sequence[str] | None = None,
   ) -> np.ndarray:
-    """Probabilities float32 [N, classes]: of `labels` for a model that knows texts, else of its own classes."""
-    if 'logits' in self._subject.functions and not labels:
-      return _softmax(self._over('logits', images))
+    """Probabilities float32 [N, classes]: of `labels` for a model of images and texts, else of the model's own classes.
+
+    templates  sentences with a '{}' for the label, whose embeddings are averaged; default `self.templates`
+
+    A label text that is longer than the model's texts is cut, with a warning. UserError for a template that leaves no
+    room for a label.
+    """
+    if isinstance(labels, str):
+      raise UserError(f'labels: {labels!r} is one text; give a list of labels')
     if not labels:
-      raise UserError(f'{self._workdir}: this model has no classes of its own; give labels')
-    if bad := [template for template in templates if template.count('{}') != 1]:
-      raise UserError(f"templates: each needs one '{{}}' for the label, got {bad[0]!r}")
-    self.encode_text(labels[:1])
+      if 'logits' not in self.outputs:
+        raise UserError(f'{self._workdir}: this model has no classes of its own; give labels')
+      return _softmax(self._of_images('logits', images))
+    self._check_reads_texts()
+    templates = self.templates if templates is None else [templates] if isinstance(templates, str) else templates
+    if not templates or (bad := [template for template in templates if template.count('{}') != 1]):
+      raise UserError(f"templates: each needs one '{{}}' for the label, got {bad[0] if templates else templates!r}")
     texts = class_embeddings(self._subject, labels, templates, self._batch)
-    scale = np.exp(np.asarray(self._subject.params['temperature']))
-    return _softmax(scale * self.encode_image(images) @ texts.T)
+    self._warn_of_truncation([template.format(label) for label in labels for template in templates])
+    objective = self._run.experiment.objective
+    log_scale = objective.full_params(self._subject.params, self._subject.extra)['temperature']
+    return _softmax(math.exp(min(float(log_scale), MAX_LOG_SCALE)) * self.encode_image(images) @ texts.T)
 
-  def generate(self, prompts: Sequence[str | int], **options: Any) -> np.ndarray:
-    """Images uint8 [N, H, W, 3], one for each prompt; options as those of `ImageGenerator.generate`."""
-    if self._painter is None:
-      self._painter = ImageGenerator(self._workdir, step=self._step, batch=self._batch)
-    return self._painter.generate(prompts, **options)
+  def generate(
+    self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
+  ) -> np.ndarray:
+    """Images uint8 [N, H, W, 3], one for each prompt; arguments as those of `ImageGenerator.generate`."""
+    return self._generator.generate(prompts, options, **changes)
 
-  def _over(self, name: str, images: Sequence[ImageLike]) -> np.ndarray:
-    if len(images) == 0 or (isinstance(images, np.ndarray) and images.ndim == 3):
-      raise UserError('give a list of at least one image')
-    shape = self._run.experiment.objective.example_batch.get('image')
-    if name not in self._subject.functions or shape is None:
-      raise UserError(f'{self._workdir}: offers no {name}; it has {", ".join(self._subject.functions) or "nothing"}')
+  @functools.cached_property
+  def _generator(self) -> ImageGenerator:
+    return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=self._overrides)
+
+  def _of_images(self, name: str, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
+    """An output of one image, or of a list of them."""
+    if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
+      isinstance(images, np.ndarray) and images.ndim in (2, 3)
+    ):
+      return self._of_images(name, [images])[0]
+    if len(images) == 0:
+      raise UserError('images: give at least one image')
+    if name not in self.outputs:
+      raise UserError(f'{self._workdir}: this model has no {name}; its outputs are {listed(self.outputs)}')
+    for image in images:
+      if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
+        raise UserError(f'images: no file {os.fspath(image)!r} (seen from {os.getcwd()})')
     pipeline = Pipeline(InMemoryImages(images), evaluated_as(self._run), max_bad=0.0)
     return self._subject.map_dataset(name, pipeline, self._batch).values
+
+  def _check_reads_texts(self) -> None:
+    if 'embed_text' not in self.outputs:
+      raise UserError(f'{self._workdir}: this model knows no texts; its outputs are {listed(self.outputs)}')
+
+  def _warn_of_truncation(self, texts: Sequence[str]) -> None:
+    tokenizer = self._subject.tokenizer
+    assert tokenizer is not None
+    if cut := truncated_texts(tokenizer, texts):
+      first, left = next(iter(cut.items()))
+      logger.warning(
+        'labels: %d of %d texts are longer than %d tokens and are cut, the first from %r to %r',
+        len(cut), len(texts), tokenizer.length, first, left,
+      )  # fmt: skip
 
 
 def evaluated_as(run: Run) -> ImageTransform | None:
@@ -104,5 +180,5 @@ def dtypes_of(workdir: str | pathlib.Path) -> list[str]:
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
-  shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
-  return shifted / shifted.sum(axis=1, keepdims=True)
+  shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
+  return shifted / shifted.sum(axis=-1, keepdims=True)

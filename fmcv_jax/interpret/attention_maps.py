@@ -150,16 +150,11 @@ def attention_mass_masks(attention: np.ndarray, mass: float = 0.6) -> np.ndarray
   return mask.reshape(attention.shape)
 
 
-def pooled(network: ViT, params: Any, images: jax.Array) -> jax.Array:
-  """The pooled features of normalized images, float32 [B, D]."""
-  return _apply(network, params, images).pooled.astype(jnp.float32)
-
-
 def available_outputs(network: nn.Module) -> dict[str, Callable[[Any, Any, jax.Array], jax.Array]]:
-  """What can be read from a network of normalized images, by the names under which objectives offer it."""
+  """Maps over the patches that a network has, by name: (network, params, normalized images) -> [B, ...]."""
   found: dict[str, Callable[[Any, Any, jax.Array], jax.Array]] = {}
   if hasattr(network, 'prefix'):
-    found |= {'features': pooled, 'patch_features': patch_features}
+    found['patch_features'] = patch_features
   if isinstance(network, ViT):
     found['attention'] = class_attention
   return found

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.objectives.base import Objective, Params
+from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.outputs import Params
 
 FROZEN, LORA = 'frozen', 'lora'
 
@@ -128,23 +129,31 @@ class PartialFineTuning(Objective):
     new = self.objective.update_extra(_rest(extra), self.full_params(params, extra), aux, step)
     return {**new, FROZEN: extra[FROZEN]}
 
+  @property
+  def class_counts(self):
+    return self.objective.class_counts
+
   def with_total_steps(self, steps):
     return dataclasses.replace(self, objective=self.objective.with_total_steps(steps))
 
-  def masked_patches(self, rng, images):
-    return self.objective.masked_patches(rng, images)
+  def with_tokenizer(self, tokenizer):
+    return dataclasses.replace(self, objective=self.objective.with_tokenizer(tokenizer))
 
-  def functions(self):
-    def of_whole(function):
-      return lambda params, extra, batch: function(self.full_params(params, extra), _rest(extra), batch)
+  def outputs(self):
+    def with_full_params(function):
+      if function is None:
+        return None
+      return lambda params, extra, *batch: function(self.full_params(params, extra), _rest(extra), *batch)
 
-    return {name: of_whole(function) for name, function in self.objective.functions().items()}
-
-  def image_encoder(self, params, extra):
-    return self.objective.image_encoder(self.full_params(params, extra), _rest(extra))
-
-  def generator(self, params, extra):
-    return self.objective.generator(self.full_params(params, extra), _rest(extra))
+    return {
+      name: dataclasses.replace(
+        output,
+        call=with_full_params(output.call),
+        encoder=with_full_params(output.encoder),
+        generator=with_full_params(output.generator),
+      )
+      for name, output in self.objective.outputs().items()
+    }
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:

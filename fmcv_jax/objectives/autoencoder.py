@@ -16,6 +16,7 @@ from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.models.generative.autoencoder import Autoencoder
 from fmcv_jax.models.generative.discriminator import PatchDiscriminator
 from fmcv_jax.objectives.base import Objective, mean_loss
+from fmcv_jax.objectives.outputs import Output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,13 @@ class Autoencoding(Objective):
 
   @property
   def example_batch(self):
-    size = self.network.image_size
-    return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+    network: Any = self.network
+    return {'image': jax.ShapeDtypeStruct(network.input_shape, jnp.uint8)}
 
   def init(self, rng):
     keys = jax.random.split(rng, 3)
-    size = self.network.image_size
-    images = jnp.zeros((1, size, size, 3))
+    network: Any = self.network
+    images = jnp.zeros((1, *network.input_shape))
     params = {'autoencoder': self.network.init(keys[0], images)['params']}
     extra: dict[str, Any] = {'steps': jnp.zeros((), jnp.int32)}
     if self.adversarial:
@@ -130,7 +131,7 @@ class Autoencoding(Objective):
   def update_extra(self, extra, params, aux, step):
     return {**extra, 'steps': extra['steps'] + 1}
 
-  def functions(self):
+  def outputs(self):
     """'reconstruction' [B, H, W, 3] in [0, 1], through the latent's mean; 'latent' [B, h, w, z], that mean."""
 
     def latent(params, extra, batch):
@@ -143,7 +144,7 @@ class Autoencoding(Objective):
       picture: Any = self.network.apply({'params': params['autoencoder']}, z, method='decode')
       return jnp.clip(self.normalize.undo(picture), 0, 1)
 
-    return {'latent': latent, 'reconstruction': reconstruction}
+    return {'latent': Output(latent, 'map'), 'reconstruction': Output(reconstruction, 'image')}
 
   def _for_features(self, x):
     features: Any = self.features

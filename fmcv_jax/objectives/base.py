@@ -5,20 +5,15 @@ queues). Everything is a pure function of its arguments, so one step, one loop a
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.diffusion.generator import Generator
-from fmcv_jax.interpret.attention_maps import available_outputs
+from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.objectives.outputs import Batch, Output, Params
 from fmcv_jax.parallel.parameter_axes import Row
-
-Params = Any
-Batch = Mapping[str, jax.Array]
 
 # Flax's name for what batch norms keep from step to step. A loss applies its network with mutable=[BATCH_STATS] and
 # hands what came back to update_extra; of a network without batch norms that is nothing.
@@ -84,18 +79,6 @@ def _mean(values: jax.Array) -> Mean:
   return Mean(jnp.sum(values, dtype=jnp.float32), jnp.float32(values.size))
 
 
-class ImageEncoder(NamedTuple):
-  """The part of a trained model that looks at images: network.apply({'params': params}, normalize(images)).
-
-  statistics  of its batch norms, where it has any
-  """
-
-  network: nn.Module
-  params: Params
-  normalize: Normalize
-  statistics: Any = None
-
-
 class Objective(abc.ABC):
   """A loss family as a frozen dataclass whose fields are networks and numbers."""
 
@@ -121,9 +104,14 @@ class Objective(abc.ABC):
 
   @property
   def input_size(self) -> int | None:
-    """Sides of the pictures that `functions` take; None for any, and for a model that takes none."""
+    """Side of the images that `outputs` take; None for any, and for a model that takes none."""
     image = self.example_batch.get('image')
     return None if image is None else image.shape[0]
+
+  @property
+  def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
+    """Batch fields that hold classes: field -> (number of classes, the number for 'not labeled' or None)."""
+    return {}
 
   @abc.abstractmethod
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
@@ -145,45 +133,28 @@ class Objective(abc.ABC):
     """This objective in a run of so many steps, for schedules of its own that last as long as the run."""
     return self
 
-  def masked_patches(self, rng: jax.Array, images: int) -> jax.Array | None:
-    """What the loss of a batch of so many images hides from the network with this rng, bool [B, views, rows, columns].
+  def with_tokenizer(self, tokenizer: Tokenizer) -> 'Objective':
+    """This objective in a run with this tokenizer, for the ids of padding, start and end."""
+    return self
 
-    The views are the first of those that it gives the network. None where nothing is hidden.
-    """
-    return None
+  def outputs(self) -> Mapping[str, Output]:
+    """The functions of a trained model, by name.
 
-  def functions(self) -> Mapping[str, Callable[[Params, Any, Batch], jax.Array]]:
-    """What a trained model offers to evaluators and apps: name -> fn(params, extra, batch) -> [B, ...].
-
-    Names: 'logits' [B, classes], 'features' [B, D], 'embed_image' and 'embed_text' (unit length) [B, E],
-    'patch_features' [B, rows, columns, D], 'attention' [B, heads, rows, columns].
+    Names that several objectives share:
+      logits          [B, classes]
+      features        [B, D]
+      embed_image     and embed_text [B, E], of unit length, in one space
+      patch_features  [B, rows, columns, D]
+      attention       [B, heads, rows, columns]
+      masked_patches  bool [B, views, rows, columns]: the patches that are hidden from the network in the first of the
+                      views that it is given, drawn from batch['rng'] as the loss draws them
+      samples         images [B, H, W, 3]
     """
     return {}
 
-  def image_encoder(self, params: Params, extra: Any) -> ImageEncoder | None:
-    """What `fmcv explain` looks into; None where there is no one such network."""
-    return None
-
-  def generator(self, params: Params, extra: Any) -> Generator | None:
-    """What `fmcv generate` paints with; None for a model that makes no pictures."""
-    return None
-
-
-def encoder_functions(objective: Objective, network: nn.Module) -> dict[str, Callable[[Params, Any, Batch], jax.Array]]:
-  """What can be read from an objective's image tower: of a ViT 'features', 'patch_features' and 'attention'."""
-
-  def of_tower(read):
-    def call(params, extra, batch):
-      tower: Any = objective.image_encoder(params, extra)
-      return read(tower.network, tower.params, tower.normalize(batch['image'].astype(jnp.float32) / 255))
-
-    return call
-
-  return {name: of_tower(read) for name, read in available_outputs(network).items()}
-
 
 def flax_variables(params: Params, extra: Mapping[str, Any], owner: str = '') -> dict[str, Any]:
-  """What `apply` takes: the parameters and, of a network with batch norms, its running statistics.
+  """The variables that flax's `apply` takes: the parameters and, for a network with batch norms, their statistics.
 
   Those are carried in extra['batch_stats']; a frozen network's, such as a teacher's, in extra['teacher_batch_stats'].
   """

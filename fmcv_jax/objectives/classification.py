@@ -11,8 +11,9 @@ import optax
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.mixing import mix
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.objectives.base import BATCH_STATS, ImageEncoder, Objective, encoder_functions, flax_variables, mean_loss
+from fmcv_jax.objectives.base import BATCH_STATS, Objective, flax_variables, mean_loss
 from fmcv_jax.objectives.distillation import Distillation
+from fmcv_jax.objectives.outputs import ImageEncoder, encoder_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Classification(Objective):
       'label': jax.ShapeDtypeStruct((), jnp.int32),
     }
 
+  @property
+  def class_counts(self):
+    return {'label': (self.network.num_classes, None)}
+
   def init(self, rng):
     size = self.network.image_size
     extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
@@ -92,16 +97,8 @@ class Classification(Objective):
   def update_extra(self, extra, params, aux, step):
     return {**extra, **aux}
 
-  def functions(self):
-    def forward(params, extra, batch):
-      images = self.normalize(batch['image'].astype(jnp.float32) / 255)
-      return self.network.apply(flax_variables(params, extra), images)
+  def outputs(self):
+    return encoder_outputs(self.network, self._encoder)
 
-    return {
-      **encoder_functions(self, self.network),
-      'logits': lambda params, extra, batch: forward(params, extra, batch).output.astype(jnp.float32),
-      'features': lambda params, extra, batch: forward(params, extra, batch).pooled.astype(jnp.float32),
-    }
-
-  def image_encoder(self, params, extra):
-    return ImageEncoder(self.network, params, self.normalize, extra.get(BATCH_STATS))
+  def _encoder(self, params, extra):
+    return ImageEncoder(self.network, flax_variables(params, extra), self.normalize)

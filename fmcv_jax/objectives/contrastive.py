@@ -1,6 +1,7 @@
 """Image-text contrast: CLIP's softmax (Radford et al. 2021) and SigLIP's sigmoid (Zhai et al. 2023)."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,8 @@ from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.patches import random_keep
-from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, ImageEncoder, flax_variables, mean_loss
+from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, flax_variables, mean_loss
+from fmcv_jax.objectives.outputs import ImageEncoder, Output
 from fmcv_jax.objectives.ring_contrastive import LossName, pair_loss
 
 
@@ -74,11 +76,12 @@ class Contrastive(CoupledObjective):
 
   def couple(self, params, embeddings, batch, extra):
     image, text = embeddings
-    scale, bias = self.network.apply({'params': params}, method='logit_scale_and_bias')
+    scale_and_bias: Any = self.network.apply({'params': params}, method='logit_scale_and_bias')
+    scale, bias = scale_and_bias
     loss, accuracy = pair_loss(image, text, scale, bias, self.loss_name, self.label_smoothing)
     return mean_loss(loss, {'accuracy': accuracy, 'logit_scale': scale, 'logit_bias': bias})
 
-  def functions(self):
+  def outputs(self):
     def encode_image(params, extra, batch):
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)
       return self.network.apply(flax_variables(params, extra), images, method='encode_image')
@@ -86,8 +89,10 @@ class Contrastive(CoupledObjective):
     def encode_text(params, extra, batch):
       return self.network.apply({'params': params}, batch['tokens'], method='encode_text')
 
-    return {'embed_image': encode_image, 'embed_text': encode_text, 'features': encode_image}
+    image = Output(encode_image, 'embedding', encoder=self._encoder)
+    return {'embed_image': image, 'embed_text': Output(encode_text, 'embedding', ('tokens',)), 'features': image}
 
-  def image_encoder(self, params, extra):
+  def _encoder(self, params, extra):
     statistics = extra.get(BATCH_STATS, {}).get('image')
-    return ImageEncoder(self.network.image, params['image'], self.normalize, statistics)
+    of_image = {} if statistics is None else {BATCH_STATS: statistics}
+    return ImageEncoder(self.network.image, flax_variables(params['image'], of_image), self.normalize)

@@ -18,8 +18,9 @@ from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.self_supervised.dino import DinoNetwork
-from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions, mean_loss
+from fmcv_jax.objectives.base import Objective, mean_loss
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
+from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
 
 GLOBALS = 2
 
@@ -160,10 +161,10 @@ class SelfDistillation(Objective):
     picked = jnp.argsort(~masked, axis=1)[:, : most_hidden(self.grid, self.mask_ratio_min_max)].astype(jnp.int32)
     return masked, picked, jnp.take_along_axis(masked, picked, axis=1).astype(jnp.float32)
 
-  def masked_patches(self, rng, images):
-    if not self.ibot_loss_weight:
-      return None
-    masked, _, _ = self.masks(jax.random.split(rng, 4)[2], images * GLOBALS)
+  def masked_patches(self, params, extra, batch):
+    """bool [B, GLOBALS, rows, columns]: the patches of the large crops that are hidden from the student."""
+    images = len(batch['global_views'])
+    masked, _, _ = self.masks(jax.random.split(batch['rng'], 4)[2], images * GLOBALS)
     return masked.reshape(images, GLOBALS, *self.grid)
 
   def targets_of(self, scores, extra, name, temperature, valid=None):
@@ -202,11 +203,14 @@ class SelfDistillation(Objective):
       new['centre'] = jax.tree.map(lambda old, mean: old * keep + mean * (1 - keep), extra['centre'], aux)
     return new
 
-  def functions(self):
-    return encoder_functions(self, self.network.encoder)
+  def outputs(self):
+    offered = encoder_outputs(self.network.encoder, self._encoder)
+    if self.ibot_loss_weight:
+      offered['masked_patches'] = Output(self.masked_patches, 'masks', ('global_views',))
+    return offered
 
-  def image_encoder(self, params, extra):
-    return ImageEncoder(self.network.encoder, extra['teacher']['encoder'], self.normalize)
+  def _encoder(self, params, extra):
+    return ImageEncoder(self.network.encoder, {'params': extra['teacher']['encoder']}, self.normalize)
 
 
 def by_example(x: jax.Array, views: int) -> jax.Array:

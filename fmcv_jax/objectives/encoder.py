@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.errors import UserError
-from fmcv_jax.objectives.base import BATCH_STATS, ImageEncoder, Objective, encoder_functions, flax_variables
+from fmcv_jax.objectives.base import Objective, flax_variables
+from fmcv_jax.objectives.outputs import ImageEncoder, encoder_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +39,8 @@ class PretrainedEncoder(Objective):
       'and begin with its weights by --config.init_from.params.workdir=...'
     )
 
-  def functions(self):
-    def reads(name):
-      def call(params, extra, batch):
-        images = self.normalize(batch['image'].astype(jnp.float32) / 255)
-        features = self.network.apply(flax_variables(params, extra), images, mutable=[BATCH_STATS])[0]
-        return getattr(features, name).astype(jnp.float32)
+  def outputs(self):
+    return encoder_outputs(self.network, self._encoder)
 
-      return call
-
-    offered = {**encoder_functions(self, self.network), 'features': reads('pooled')}
-    return offered | ({'logits': reads('output')} if getattr(self.network, 'num_classes', 0) else {})
-
-  def image_encoder(self, params, extra):
-    return ImageEncoder(self.network, params, self.normalize)
+  def _encoder(self, params, extra):
+    return ImageEncoder(self.network, flax_variables(params, extra), self.normalize)

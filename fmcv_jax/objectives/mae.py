@@ -11,7 +11,8 @@ from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.self_supervised.mae import MaskedAutoencoder
-from fmcv_jax.objectives.base import ImageEncoder, Objective, encoder_functions, mean_loss
+from fmcv_jax.objectives.base import Objective, mean_loss
+from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,18 @@ class MaskedAutoencoding(Objective):
     """int32 [B, T]: for each image its patches in an order of which the first are seen."""
     return random_order(jax.random.split(rng, 3)[1], images, self.patches)
 
-  def masked_patches(self, rng, images):
-    side = self.network.image_size // self.network.encoder.patch_size
-    return (jnp.argsort(self.order(rng, images), axis=1) >= self.visible).reshape(images, 1, side, side)
+  def masked_patches(self, params, extra, batch):
+    """bool [B, 1, rows, columns]: the patches that are hidden from the network."""
+    images, side = len(batch['image']), self.network.image_size // self.network.encoder.patch_size
+    hidden = jnp.argsort(self.order(batch['rng'], images), axis=1) >= self.visible
+    return hidden.reshape(images, 1, side, side)
 
-  def functions(self):
-    return {**encoder_functions(self, self.network.encoder), 'reconstruct': self.reconstruct}
+  def outputs(self):
+    return {
+      **encoder_outputs(self.network.encoder, self._encoder),
+      'reconstruct': Output(self.reconstruct, 'image', encoder=self._encoder),
+      'masked_patches': Output(self.masked_patches, 'masks'),
+    }
 
   def reconstruct(self, params, extra, batch):
     """[B, 2, H, W, 3] in [0, 1]: what the network sees, and that with the hidden patches as it fills them in.
@@ -94,8 +101,8 @@ class MaskedAutoencoding(Objective):
     masked = jnp.where(unpatchify(jnp.broadcast_to(seen, true.shape), grid, patch), images, 0.5)
     return jnp.stack([masked, jnp.clip(self.normalize.undo(filled), 0, 1)], axis=1)
 
-  def image_encoder(self, params, extra):
-    return ImageEncoder(self.network.encoder, params['encoder'], self.normalize)
+  def _encoder(self, params, extra):
+    return ImageEncoder(self.network.encoder, {'params': params['encoder']}, self.normalize)
 
 
 def random_order(rng: jax.Array, batch: int, patches: int) -> jax.Array:

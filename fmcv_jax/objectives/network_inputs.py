@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fmcv_jax.augment.control_maps import Control
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.image_condition import ImageCondition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +46,33 @@ def seen(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
   @jax.jit
   def traced(batch, rng):
     record: list[jax.Array] = []
-    params, extra = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, jax.random.key(0))
-    )
+    params, extra = _zero_state(objective)
     _recorded(objective, record).loss(params, batch, rng, extra)
     return [images.reshape(count, -1, *images.shape[1:]) for images in record]
 
   return traced(batch, rng)
+
+
+def masked_patches(objective: Objective, batch: Any, rng: jax.Array) -> jax.Array | None:
+  """The patches that the loss of a batch hides from the network, with this rng: bool [B, views, rows, columns].
+
+  The views are the first of those in `seen`. None for an objective that hides none.
+  """
+  output = objective.outputs().get('masked_patches')
+  if output is None:
+    return None
+
+  @jax.jit
+  def traced(batch, rng):
+    params, extra = _zero_state(objective)
+    return output.call(params, extra, {**{name: batch[name] for name in output.reads}, 'rng': rng})
+
+  return traced(batch, rng)
+
+
+def _zero_state(objective: Objective) -> Any:
+  """(params, extra) of zeros, for a traced function that does not read their values: they are then never made."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, jax.random.key(0)))
 
 
 def _recorded(objective: Any, record: list[jax.Array]) -> Any:
@@ -62,6 +83,6 @@ def _recorded(objective: Any, record: list[jax.Array]) -> Any:
       changed['normalize'] = _Recording(value.mean, value.std, record)
     elif isinstance(value, Control):
       changed[field.name] = _RecordingControl(value, record)
-    elif isinstance(value, Objective):
+    elif isinstance(value, Objective | ImageCondition):
       changed[field.name] = _recorded(value, record)
   return dataclasses.replace(objective, **changed)

@@ -14,7 +14,8 @@ from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.augment.randaugment import RandAugment
 from fmcv_jax.augment.three_augment import ThreeAugment
 from fmcv_jax.models.dense.segmenter import Segmenter
-from fmcv_jax.objectives.base import ImageEncoder, Loss, Mean, Objective, encoder_functions
+from fmcv_jax.objectives.base import Loss, Mean, Objective
+from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
 
 IGNORE_INDEX = 255  # of pixels that count nowhere: neither in the loss nor in a figure
 MOVING = (Affine, Flip, RandAugment, ThreeAugment)
@@ -47,6 +48,10 @@ class Segmentation(Objective):
       'segments': jax.ShapeDtypeStruct((size, size), jnp.uint8),
     }
 
+  @property
+  def class_counts(self):
+    return {'segments': (self.network.num_classes, IGNORE_INDEX)}
+
   def init(self, rng):
     size = self.network.image_size
     return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
@@ -67,7 +72,7 @@ class Segmentation(Objective):
     right = jnp.sum(logits.argmax(-1) == segments, where=known, dtype=jnp.float32)
     return Loss(jnp.sum(losses, where=known), count, {'accuracy': Mean(right, count)}, {})
 
-  def functions(self):
+  def outputs(self):
     def segments(params, extra, batch):
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)
       logits: Any = self.network.apply({'params': params}, images)
@@ -76,10 +81,14 @@ class Segmentation(Objective):
     def confusion(params, extra, batch):
       return confusions(segments(params, extra, batch), batch['segments'], self.network.num_classes)
 
-    return {**encoder_functions(self, self.network.encoder), 'segments': segments, 'confusion': confusion}
+    return {
+      **encoder_outputs(self.network.encoder, self._encoder),
+      'segments': Output(segments, 'map', encoder=self._encoder),
+      'confusion': Output(confusion, reads=('image', 'segments')),
+    }
 
-  def image_encoder(self, params, extra):
-    return ImageEncoder(self.network.encoder, params['encoder'], self.normalize)
+  def _encoder(self, params, extra):
+    return ImageEncoder(self.network.encoder, {'params': params['encoder']}, self.normalize)
 
 
 def confusions(found: jax.Array, true: jax.Array, classes: int) -> jax.Array:

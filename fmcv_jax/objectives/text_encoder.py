@@ -1,6 +1,7 @@
 """A text network that was trained elsewhere: what it offers, and nothing to learn."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.outputs import Output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,9 @@ class TextEncoder(Objective):
       'and begin with its weights by --config.init_from.params/text.workdir=...'
     )
 
-  def functions(self):
+  def outputs(self):
     def encode_text(params, extra, batch):
-      return l2_normalize(self.network.apply({'params': params}, batch['tokens']).output.astype(jnp.float32))
+      features: Any = self.network.apply({'params': params}, batch['tokens'])
+      return l2_normalize(features.output.astype(jnp.float32))
 
-    return {'embed_text': encode_text}
+    return {'embed_text': Output(encode_text, 'embedding', ('tokens',))}

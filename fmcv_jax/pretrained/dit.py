@@ -50,8 +50,8 @@ def _told(first: str, second: str, classes: str) -> Rows:
 
 
 def _positions(network: Any) -> np.ndarray:
-  side = network.image_size // network.patch_size
-  return np.asarray(sincos_2d(side, side, network.width), np.float32)[None]
+  rows, columns = (side // network.patch_size for side in network.input_shape[:2])
+  return np.asarray(sincos_2d(rows, columns, network.width), np.float32)[None]
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -71,8 +71,10 @@ def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   objective = {
     'name': 'diffusion',
     'network': network,
-    'autoencoder': {'name': 'autoencoder', 'variant': 'kl-f8', 'image_size': 8 * side},
-    'latent_scale': 0.18215,
+    'latent_space': {
+      'autoencoder': {'name': 'autoencoder', 'variant': 'kl-f8', 'image_size': 8 * side},
+      'scale': 0.18215,
+    },
     'process': {'schedule': 'linear', 'learned_variance': outputs == 8},
   }
   return {'objective': objective}

@@ -38,7 +38,7 @@ def files(family: str, objective: Any, tokenizer: Tokenizer | None, *, whole: bo
   if family == 'dit':
     return {'config.json': transformer(network)}
   if family.startswith('controlnet'):
-    steered = controlnet(network, objective.autoencoder.factor)
+    steered = controlnet(network, objective.latent_space.autoencoder.factor)
     return {'config.json': control(network, steered.widths, linear=linear)}
   if not whole:
     return {'config.json': unet(network, linear=linear)}
@@ -56,13 +56,13 @@ def files(family: str, objective: Any, tokenizer: Tokenizer | None, *, whole: bo
   }
   words = {}
   if tokenizer is not None:
-    padding = '!' if objective.padding == 'zeros' else '<|endoftext|>'
+    padding = '!' if objective.text_condition.padding == 'zeros' else '<|endoftext|>'
     words = export_transformers.texts(tokenizer, padding)
   return {
     'model_index.json': {**pipeline, **_VERSION},
     'unet/config.json': unet(network, linear=linear),
-    'vae/config.json': coder(objective.autoencoder, objective.latent_scale),
-    'text_encoder/config.json': export_transformers.text_tower(objective.text_encoder),
+    'vae/config.json': coder(objective.latent_space.autoencoder, objective.latent_space.scale),
+    'text_encoder/config.json': export_transformers.text_tower(objective.text_condition.encoder),
     'scheduler/scheduler_config.json': scheduler(objective.process),
     **{f'tokenizer/{name}': content for name, content in words.items()},
   }
@@ -138,6 +138,8 @@ def coder(network: Autoencoder, scale: float) -> dict[str, Any]:
 
 
 def transformer(network: DiT) -> dict[str, Any]:
+  if not isinstance(network.image_size, int):
+    raise UserError(f'diffusers has DiTs of square images only, not of {network.image_size}')
   return {
     '_class_name': 'DiTTransformer2DModel',
     **_VERSION,

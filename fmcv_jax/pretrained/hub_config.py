@@ -43,8 +43,8 @@ def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Fin
   findings, own = Findings(), config
   if form == 'diffusers' or own['objective']['network']['name'] in _DIFFUSION:
     hub_diffusers.read(folder, own, objective, findings)
-    if 'text_encoder' in own['objective'] and (padding := hub_tokenizers.padding(folder, findings)):
-      findings.overrides['objective.padding'] = padding
+    if 'text_condition' in own['objective'] and (padding := hub_tokenizers.padding(folder, findings)):
+      findings.overrides['objective.text_condition.padding'] = padding
     return findings
   file = opened(folder / 'config.json', 'config.json', findings)
   open_clip = opened(folder / 'open_clip_config.json', 'open_clip_config.json', findings)

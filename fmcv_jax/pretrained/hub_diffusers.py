@@ -19,6 +19,7 @@ _SCHEDULES: dict[tuple[str, bool], tuple[str, tuple[float, float] | None]] = {
   ('scaled_linear', True): ('zero_snr', (0.00085, 0.012)),
   ('squaredcos_cap_v2', False): ('cosine', None),
 }
+_CODER_PATH = 'objective.latent_space.autoencoder'
 IGNORED = (
   r'_.*|sample_size|upcast_attention|force_upcast|dropout|decay|inv_gamma|min_decay|optimization_step|power|update_.*',
   r'addition_time_embed_dim|addition_embed_type_num_heads|latents_(mean|std)_',
@@ -130,7 +131,7 @@ def read(folder: Path, config: dict[str, Any], objective: Any, findings: Finding
       file.apply(_DIT, path, objective.network)
       if isinstance(side := file.get('sample_size', 32), int):
         findings.overrides[f'{path}.image_size'] = side
-        findings.overrides['objective.autoencoder.image_size'] = side * objective.autoencoder.factor
+        findings.overrides[f'{_CODER_PATH}.image_size'] = side * objective.latent_space.autoencoder.factor
       width = file.get('num_attention_heads', 16) * file.get('attention_head_dim', 72)
       file.agree('attention_head_dim', width, objective.network.width)
       if file.get('norm_eps', 1e-5) > 1e-5:
@@ -142,11 +143,11 @@ def read(folder: Path, config: dict[str, Any], objective: Any, findings: Finding
   if file := opened(root / 'scheduler' / 'scheduler_config.json', 'scheduler_config.json', findings):
     _scheduler(file)
   if file := opened(folder / 'vae' / 'config.json', 'vae/config.json', findings):
-    _coder(file, 'objective.autoencoder', objective.autoencoder, scale='objective.latent_scale')
-  if getattr(objective, 'text_encoder', None) is not None and (
+    _coder(file, _CODER_PATH, objective.latent_space.autoencoder, scale='objective.latent_space.scale')
+  if objective.text_condition.encoder is not None and (
     file := opened(folder / 'text_encoder' / 'config.json', 'text_encoder/config.json', findings)
   ):
-    hub_transformers.text_tower(file, 'objective.text_encoder', objective.text_encoder)
+    hub_transformers.text_tower(file, 'objective.text_condition.encoder', objective.text_condition.encoder)
 
 
 def _unet(folder: Path, objective: Any, findings: Findings) -> None:
@@ -155,7 +156,7 @@ def _unet(folder: Path, objective: Any, findings: Findings) -> None:
   if file is None:
     return
   network: UNet = objective.network
-  control = file.get('_class_name') == 'ControlNetModel' or getattr(objective, 'control', None) is not None
+  control = file.get('_class_name') == 'ControlNetModel' or objective.image_condition.control is not None
   path = 'objective.network'
   file.apply(_CONTROL if control else _UNET, path, network)
   for key in _ABSENT:
@@ -176,13 +177,13 @@ def _unet(folder: Path, objective: Any, findings: Findings) -> None:
       raise file.refusal('transformer_layers_per_block', layers, str(list(depths)))
   file.get('use_linear_projection', False)  # shows in the shapes of its arrays
   file.get('conditioning_embedding_out_channels')
-  coder = getattr(objective, 'autoencoder', None)
+  coder = objective.latent_space.autoencoder
   side = file.values.get('sample_size')
   if isinstance(side, int):
     file.get('sample_size')
     findings.overrides[f'{path}.image_size'] = side
     if coder is not None:
-      findings.overrides['objective.autoencoder.image_size'] = side * coder.factor
+      findings.overrides[f'{_CODER_PATH}.image_size'] = side * coder.factor
   file.done(IGNORED)
 
 

@@ -15,7 +15,7 @@ def read(folder: Path, config: Mapping[str, Any], findings: Findings) -> dict[st
   """The `tokenizer` of our config, or None for a model whose texts nothing here reads."""
   own = config.get('tokenizer')
   network = config['objective']['network']
-  text = network.get('text') or config['objective'].get('text_encoder')
+  text = network.get('text') or config['objective'].get('text_condition', {}).get('encoder')
   if network['name'] == 'text_transformer':
     text = network
   if text is None:

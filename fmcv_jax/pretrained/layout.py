@@ -303,9 +303,9 @@ def read(
   layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str
 ) -> Iterator[tuple[str, np.ndarray]]:
   """(our path, array) one after the other, float32; UserError for a number that is none. Call `check` before."""
-  for row in layout.fixed:
-    if not np.allclose(tensors[row.theirs], row.make(network), atol=1e-3):
-      raise UserError(f'{what}: {row.theirs} is not the table that this network computes; it cannot be used')
+  for fixed in layout.fixed:
+    if not np.allclose(tensors[fixed.theirs], fixed.make(network), atol=1e-3):
+      raise UserError(f'{what}: {fixed.theirs} is not the table that this network computes; it cannot be used')
   for theirs, rows in _joined(layout, shapes):
     layers = _layers(layout, theirs, shapes, rows[0])
     results = [_empty(shapes[row.ours]) for row in rows]

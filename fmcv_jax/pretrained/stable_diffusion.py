@@ -263,16 +263,17 @@ def config_of(version: Version, prediction: str = 'noise') -> Callable[[Mapping[
     objective: dict[str, Any] = {
       'name': 'diffusion',
       'network': network,
-      'autoencoder': decoder | {'image_size': side},
-      'latent_scale': 0.18215,
-      'text_encoder': {'name': 'text_transformer', 'activation': version.activation, **numbers},
-      'padding': version.padding,
+      'latent_space': {'autoencoder': decoder | {'image_size': side}, 'scale': 0.18215},
+      'text_condition': {
+        'encoder': {'name': 'text_transformer', 'activation': version.activation, **numbers},
+        'padding': version.padding,
+      },
       'process': {'schedule': 'scaled_linear', 'prediction': prediction},
     }
     if 'extra_in_channels' in network:
-      objective['inpainting'] = {}
+      objective['image_condition'] = {'inpainting': {}}
     if control:
-      objective['control'] = {'name': 'edges'}
+      objective['image_condition'] = {'control': {'name': 'edges'}}
     return {'objective': objective, 'tokenizer': {'name': 'clip_bpe', 'length': numbers['length']}}
 
   return config

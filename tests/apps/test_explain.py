@@ -12,6 +12,8 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.interpret import activation_maps
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.swin import swin
+from fmcv_jax.objectives.encoder import PretrainedEncoder
+from fmcv_jax.objectives.outputs import encoder_of
 from tests import runs
 
 
@@ -123,3 +125,24 @@ def test_what_the_places_give_is_on_average_the_output(network):
   output = jax.jit(network.apply)(variables, images).output
   assert given.shape[1] < given.shape[2]
   np.testing.assert_allclose(given.mean((1, 2)), output, rtol=1e-4, atol=1e-4)
+
+
+def test_an_imported_efficientnet_is_explained_with_its_batch_statistics(folder, tmp_path):
+  network = {'name': 'efficientnet', 'variant': 'mu', 'image_size': 32, 'num_classes': 3}
+  workdir = runs.untrained(experiment.resolve({'objective': {'name': 'encoder', 'network': network}}), tmp_path / 'run')
+  written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
+  assert [path.stem for path in written] == ['features', 'relevance']
+
+  objective = PretrainedEncoder(efficientnet('mu', image_size=32, num_classes=3))
+  params, extra = jax.jit(objective.init)(jax.random.key(0))
+  leaves, tree = jax.tree.flatten(extra)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  extra = tree.unflatten([jax.random.uniform(key, x.shape, minval=0.5, maxval=2.0) for key, x in zip(keys, leaves)])
+  params['head']['kernel'] = jax.random.normal(jax.random.key(2), params['head']['kernel'].shape)
+  images = jax.random.randint(jax.random.key(3), (2, 32, 32, 3), 0, 256).astype(np.uint8)
+  encoder = encoder_of(objective.outputs())(params, extra)
+  places = explain._places(encoder, encoder.normalized(images))[1]
+  variables = {'params': params, 'batch_stats': extra['batch_stats']}
+  expected = objective.network.apply(variables, objective.normalize(images / np.float32(255))).output
+  np.testing.assert_allclose(places.mean((1, 2)), expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(objective.outputs()['logits'].call(params, extra, {'image': images}), expected, atol=1e-4)

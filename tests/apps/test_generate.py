@@ -12,6 +12,7 @@ from fmcv_jax.apps import generate, synthesize
 from fmcv_jax.augment.control_maps import Edges
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.sources.array_record import ArrayRecord
+from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.inference.image_files import pad_for_outpainting, read_mask
@@ -33,9 +34,9 @@ def texts(folder, tmp_path_factory):
 def painter(texts):
   opened = ImageGenerator(texts)
   # A new DiT's last layer and gates are zero: it paints the same whatever it is told.
-  network = opened._subject.params['network']
+  network = opened._model.params['network']
   keys = iter(jax.random.split(jax.random.key(5), 100))
-  opened._subject.params['network'] = jax.tree.map(
+  opened._model.params['network'] = jax.tree.map(
     lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else x, network
   )
   return opened
@@ -101,7 +102,7 @@ def test_classes_are_named_or_numbered_and_become_a_data_set(folder, tmp_path):
   model = runs.untrained(runs.class_painter(folder), tmp_path)
   painter = ImageGenerator(model)
   np.testing.assert_array_equal(painter.generate(['b'], steps=2), painter.generate([1], steps=2))
-  with pytest.raises(UserError, match="'zebra' is no class of this model"):
+  with pytest.raises(UserError, match="'zebra' is not a class of this model"):
     painter.generate(['zebra'], steps=2)
   to = tmp_path / 'made'
   assert door.main(['synthesize', '--model', str(model), '--to', str(to), '-n', '2', '--steps', '2']) == 0
@@ -114,10 +115,10 @@ def test_classes_are_named_or_numbered_and_become_a_data_set(folder, tmp_path):
 @pytest.mark.parametrize(
   ('prompts', 'options', 'message'),
   [
-    (b'red\n', ['--steps', '0'], '--steps: 0 is not between 1 and 1000'),
+    (b'red\n', ['--steps', '0'], '--steps: 0 is not at least 1'),
     (b'\n \n', [], 'prompts.txt: has no prompt'),
     (b'\xff\xfe', [], 'prompts.txt: is no text in UTF-8'),
-    (None, [], 'its data has no names to paint; give a file of --prompts'),
+    (None, [], 'its data has no names to sample; give a file of --prompts'),
   ],
 )
 def test_a_data_set_that_cannot_be_painted_is_not_begun(texts, tmp_path, prompts, options, message, capsys):
@@ -133,7 +134,7 @@ def test_a_data_set_that_cannot_be_painted_is_not_begun(texts, tmp_path, prompts
 def opened(model):
   """With every parameter away from its initial value."""
   painter = ImageGenerator(model)
-  for tree in (painter._subject.params, painter._subject.extra):
+  for tree in (painter._model.params, painter._model.extra):
     tree.update(shaken(tree))
   return painter
 
@@ -160,11 +161,11 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
   model = runs.untrained(runs.follower(folder), tmp_path)
   args = ['generate', 'a', '--model', str(model), '-n', '1', '--steps', '2', '--output', str(tmp_path / 'out')]
   assert door.main(args) == 2
-  assert f'--control: {model} follows a picture; give one' in capsys.readouterr().err
+  assert f'--control: {model} needs a control image' in capsys.readouterr().err
   file = str(folder / 'a' / '0.png')
   assert door.main([*args, '--control', file, '--control-scale', '0.5']) == 0
   about = json.loads(Image.open(tmp_path / 'out' / 'grid.png').text['fmcv'])
-  assert (about['control'], about['control_scale'], about['drawn']) == (file, 0.5, False)
+  assert (about['control'], about['control_scale'], about['control_preprocessed']) == (file, 0.5, False)
 
   painter = opened(model)
   shapes = np.zeros((2, 16, 16, 3), np.uint8)
@@ -177,7 +178,7 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
       dict(control=shapes[:1], control_scale=0.0),
       dict(control=shapes[:1]),
       dict(control=shapes[1:]),
-      dict(control=edges[:1], drawn=True),
+      dict(control=edges[:1], control_preprocessed=True),
     )
   )
   np.testing.assert_array_equal(drawn, square)
@@ -188,7 +189,7 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (['--steps', '0'], '--steps: 0 is not between 1 and 1000'),
+    (['--steps', '0'], '--steps: 0 is not at least 1'),
     (['--image', 'IMAGE', '--mask', 'SMALL'], 'small.png: 12 x 10 pixels, but the image has 20 x 20'),
     (['--image', 'IMAGE', '--mask', 'IMAGE', '--expand', '0.2'], '--mask and --expand: give one of them'),
     (['--output', 'TEXT'], 'text.png: is a file; give a folder'),
@@ -196,18 +197,18 @@ def test_a_model_with_a_controlnet_follows_the_edges_of_a_picture(folder, tmp_pa
     (['--image', 'IMAGE', '--expand', '0.5'], '--expand: 0.5 is not between 0 and 0.5'),
     (['--image', 'IMAGE', '--strength', '0'], '--strength: 0.0 is not above 0 and at most 1'),
     (['--image', 'TEXT'], 'no image: 8 bytes'),
-    (['--control', 'IMAGE'], 'has no ControlNet that could follow a picture'),
+    (['--control', 'IMAGE'], 'has no ControlNet'),
     (['--control', 'TEXT'], 'no image: 8 bytes'),
     (['--image', 'IMAGE', '--mask', 'TEXT'], 'no image: 8 bytes'),
     (['--seed', '4294967296'], '--seed: 4294967296 is not from 0 to 2147483647'),
-    (['--solver', 'ddpm_learned'], '--solver.variance: this network has not learned any'),
+    (['--solver', 'ddpm_learned'], '--solver: this network has no learned variance'),
     (['--interval', '800', '200'], '--interval: 800.0 to 200.0'),
     (['--rescale', '2'], '--rescale: 2.0 is not from 0 to 1'),
     (['--negative', 'blue', '--guidance', '1'], '--negative: needs'),
-    (['--batch', '0'], '--batch: 0 pictures at once; give at least 1'),
-    (['--guidance', 'nan'], '--guidance and --control-scale: nan and 1.0 have to be finite'),
-    (['--strength', '0.5'], '--strength: is for an --image that is painted over as a whole'),
-    (['--image', 'IMAGE', '--expand', '0.2', '--strength', '0.5'], '--strength: is for an --image'),
+    (['--batch', '0'], '--batch: 0 images at once; give at least 1'),
+    (['--guidance', 'nan'], '--guidance: nan is not finite'),
+    (['--strength', '0.5'], '--strength: needs an --image'),
+    (['--image', 'IMAGE', '--expand', '0.2', '--strength', '0.5'], '--strength: needs an --image, and no --mask'),
     (['--control-preprocessed'], '--control-preprocessed and --control-scale: need a --control'),
     (['--output', 'BELOW'], 'text.png/below: cannot be written (Not a directory)'),
     (['--config.mesh.fsdp=3'], 'config.mesh: data=-1 x fsdp=3 needs a multiple of 3 devices'),
@@ -231,17 +232,30 @@ def test_bad_requests_are_refused_before_anything_is_painted(painter):
   image = np.zeros((1, 16, 16, 3), np.uint8)
   for call, message in [
     (lambda: painter.generate(['red'], solver='eular'), "did you mean 'euler'"),
-    (lambda: painter.edit(image, ['red'], strength=0.0), '--strength: 0.0 is not above 0'),
+    (lambda: painter.edit(image, ['red'], strength=0.0), 'strength: 0.0 is not above 0'),
     (lambda: painter.generate('red'), "'red' is one text; give a list"),
     (lambda: painter.edit(image[:, :8], ['red']), r'images: \[1, 8, 16, 3\] of uint8, but \[1, 16, 16, 3\] of uint8'),
     (lambda: painter.edit(image / 255, ['red']), r'images: \[1, 16, 16, 3\] of float64, but'),
-    (lambda: painter.fill(image, np.zeros((1, 8, 8), bool), ['red']), r'--mask: \[1, 8, 8\] of bool for images of'),
-    (lambda: painter.fill(image, np.zeros((1, 16, 16), np.uint8), ['red']), 'of uint8 for images of'),
+    (
+      lambda: painter.fill(image, np.zeros((1, 8, 8), bool), ['red']),
+      r'masks: \[1, 8, 8\] of bool, but \[1, 16, 16\] of bool',
+    ),
+    (lambda: painter.fill(image, np.zeros((1, 16, 16), np.uint8), ['red']), 'of uint8, but'),
   ]:
     with pytest.raises(UserError, match=message):
       call()
+  for call, message in [
+    (
+      lambda: painter.generate(['red'], guidence=2.0),
+      "generate: unexpected option 'guidence'; did you mean 'guidance'",
+    ),
+    (lambda: painter.edit(image, ['red'], progres=print), "edit: unexpected option 'progres'; did you mean 'progress'"),
+    (lambda: painter.generate(['red'], strength=0.5), "generate: unexpected option 'strength'; it is one of edit"),
+  ]:
+    with pytest.raises(TypeError, match=message):
+      call()
   for options, message in [
-    (dict(count=0), '-n: 0 pictures'),
+    (dict(count=0), '-n: 0 images'),
     (dict(mask='x.png'), '--mask and --expand: need an --image'),
     (dict(interpolate=True), '--interpolate: goes from one prompt to a second'),
     (dict(image='missing.png'), 'missing.png: no such image file'),
@@ -265,30 +279,30 @@ def test_guidance_may_be_another_for_each_picture(painter):
   for index, guidance in enumerate([1.0, 4.0, 8.0]):
     same = painter.generate(prompts, steps=2, guidance=guidance)[index]
     assert np.abs(each[index].astype(int) - same).max() <= 1
-  with pytest.raises(UserError, match='--guidance: 2 numbers for 3 pictures'):
+  with pytest.raises(UserError, match='guidance: 2 numbers for 3 images'):
     painter.generate(prompts, guidance=[1.0, 2.0])
 
 
 def test_a_model_that_is_told_nothing_takes_no_prompt(folder, tmp_path, capsys):
   model = runs.untrained(runs.filler(folder), tmp_path)
   assert door.main(['generate', 'red', '--model', str(model)]) == 2
-  assert f'{model}: is told nothing; give it no prompt' in capsys.readouterr().err
+  assert f'{model}: is not conditioned on prompts; give none' in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_same_seed_paints_the_same_pictures_on_any_mesh(folder, tmp_path, monkeypatch):
   model = runs.untrained(runs.painter(folder), tmp_path / 'model', changed=shaken)
   (tmp_path / 'prompts.txt').write_text('red\nblue\na green picture\n')
-  options = dict(seed=3, steps=4, solver='euler_ancestral')
+  options = SamplingOptions(seed=3, steps=4, solver='euler_ancestral')
   devices = jax.devices()
 
   def on(*overrides, count=8):
     monkeypatch.setattr(jax, 'devices', lambda *args: devices[:count])
     to = tmp_path / f'{count}{"".join(overrides)}'
     prompts = str(tmp_path / 'prompts.txt')
-    synthesize.run(str(model), to, per_prompt=2, prompts=prompts, overrides=overrides, **options)
+    synthesize.run(str(model), to, options, per_prompt=2, prompts=prompts, overrides=overrides)
     made = ArrayRecord(str(to))
-    pictures = ImageGenerator(model, overrides=overrides).generate(['red', 'blue'] * 3, **options)
+    pictures = ImageGenerator(model, overrides=overrides).generate(['red', 'blue'] * 3, options)
     return pictures, np.stack([decode(made[i]['image']) for i in range(len(made))])
 
   one, made = on(count=1)
@@ -302,4 +316,4 @@ def test_the_same_seed_paints_the_same_pictures_on_any_mesh(folder, tmp_path, mo
 def test_a_model_of_another_kind_is_refused(folder, tmp_path, capsys):
   model = runs.untrained(runs.classification(folder), tmp_path)
   assert door.main(['generate', 'red', '--model', str(model)]) == 2
-  assert 'its objective makes no pictures' in capsys.readouterr().err
+  assert 'does not generate images' in capsys.readouterr().err

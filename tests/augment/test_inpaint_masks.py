@@ -9,8 +9,8 @@ def test_every_picture_has_a_hole_of_its_own_key_and_the_given_share_is_one():
   count = 400
   keys = jax.random.split(jax.random.key(0), count)
   drawn = jax.jit(RandomInpaintMask(), static_argnums=1)
-  masks = np.asarray(drawn(keys, 32))
-  np.testing.assert_array_equal(drawn(keys[::-1], 32), masks[::-1])
+  masks = np.asarray(drawn(keys, (32, 32)))
+  np.testing.assert_array_equal(drawn(keys[::-1], (32, 32)), masks[::-1])
   share = masks.mean((1, 2))
   assert share.min() > 0
   whole = (share == 1).mean()

@@ -52,7 +52,8 @@ def test_a_text_too_long_is_cut_before_its_end(tokenizer):
 
 @pytest.mark.parametrize('tokenizer', ALL)
 def test_an_empty_text_is_start_and_end(tokenizer):
-  assert np.count_nonzero(tokenizer([''])) == 2
+  padding = [tokenizer.pad_id] * 10
+  np.testing.assert_array_equal(tokenizer(['']), [[tokenizer.start_id, tokenizer.end_id, *padding]])
   assert tokenizer([]).shape == (0, 12)
 
 
@@ -229,6 +230,7 @@ def test_sentencepiece_gives_the_ids_of_transformers_siglip(tmp_path):
   np.testing.assert_array_equal(np.sort(ids), np.sort(expected))
   assert (ids != expected).any(axis=1).sum() <= 10
   assert ours.decode(ours(['CA,\t a!'])) == ['ca a']
+  assert (ours.pad_id, ours.start_id, ours.end_id) == (theirs.pad_token_id, None, theirs.eos_token_id)
 
 
 def test_a_tokenizer_json_gives_the_ids_of_transformers(tmp_path):
@@ -251,6 +253,23 @@ def test_a_tokenizer_json_gives_the_ids_of_transformers(tmp_path):
   expected = np.array([[*ids, 1, *[0] * (63 - len(ids))] for ids in cut])
   ours = TokenizerJson(str(tmp_path / 'tokenizer.json'), end='<eos>', lowercase=True)
   np.testing.assert_array_equal(ours(texts), expected)
+  assert (ours.pad_id, ours.start_id, ours.end_id) == (theirs.pad_token_id, None, theirs.eos_token_id)
+
+
+def test_the_start_and_end_ids_of_a_tokenizer_json_are_those_of_its_own_rules(tmp_path):
+  tokenizers = pytest.importorskip('tokenizers')
+
+  vocabulary = {'[PAD]': 0, '[CLS]': 1, '[SEP]': 2, '[UNK]': 3, 'a': 4}
+  file, words = str(tmp_path / 'tokenizer.json'), tokenizers.models.WordLevel(vocabulary, unk_token='[UNK]')
+  for template, expected in [('[CLS] $A [SEP]', (1, 2)), ('$A [SEP]', (None, 2)), ('[CLS] $A', (1, None))]:
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single=template, special_tokens=[(token, vocabulary[token]) for token in ('[CLS]', '[SEP]') if token in template]
+    )
+    tokenizers_file._opened_file.cache_clear()
+    tokenizer.save(file)
+    ours = TokenizerJson(file, padding='[PAD]')
+    assert (ours.pad_id, ours.start_id, ours.end_id) == (0, *expected)
 
 
 @pytest.mark.parametrize('kind', [SentencePiece, TokenizerJson])

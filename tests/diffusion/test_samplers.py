@@ -133,7 +133,7 @@ def test_bad_requests_are_refused():
   zero = Process('zero_snr', 'velocity')
   with pytest.raises(ValueError, match='heun divides by alpha'):
     sample(gaussian(zero), zero, jnp.zeros((1, 2, 2, 1)), sampling_timesteps(zero, 2), solver=Heun())
-  with pytest.raises(ValueError, match='this network has not learned any'):
+  with pytest.raises(ValueError, match='this network has no learned variance'):
     sample(
       gaussian(process),
       process,

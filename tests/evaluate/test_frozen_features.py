@@ -15,9 +15,10 @@ from fmcv_jax.evaluate.few_shot import FewShot, episode_accuracies
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.linear_probe import LinearProbe, best_ridge, logistic, ridge
 from fmcv_jax.evaluate.object_masks import ObjectMasks, jaccard
+from fmcv_jax.objectives.outputs import Output
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
-from tests.evaluate.test_evaluators import FUNCTIONS, Colours
+from tests.evaluate.test_evaluators import OUTPUTS, Colours
 
 PLACEMENT = Placement(make_mesh(MeshShape()))
 
@@ -71,8 +72,8 @@ def test_cross_validation_takes_the_strength_that_does_best_on_folds_left_out():
 
 @pytest.mark.parametrize('method', ['ridge', 'logistic'])
 def test_linear_probe_of_separable_features_is_right(method):
-  subject = EvaluatedModel(FUNCTIONS, PLACEMENT, params={}, extra={})
-  probe = LinearProbe(Pipeline(Colours()), Pipeline(Colours()), method, strengths=(1e-4, 1e-3), batch=8)
+  subject = EvaluatedModel(OUTPUTS, PLACEMENT, params={}, extra={})
+  probe = LinearProbe(Pipeline(Colours()), Pipeline(Colours()), method, strengths=(1e-4, 1e-3), batch_size=8)
   assert probe(subject) == {'top1': 1.0, 'top5': 1.0, 'strength': 1e-3}
 
 
@@ -89,8 +90,8 @@ def test_few_shot_by_hand():
 
 
 def test_few_shot_over_the_mesh():
-  figures = FewShot(Pipeline(Colours()), ways=3, shots=(1, 4), episodes=20, batch=8)(
-    EvaluatedModel(FUNCTIONS, PLACEMENT, params={}, extra={})
+  figures = FewShot(Pipeline(Colours()), ways=3, shots=(1, 4), episodes=20, batch_size=8)(
+    EvaluatedModel(OUTPUTS, PLACEMENT, params={}, extra={})
   )
   assert figures['3_way_4_shot'] == 1.0
   assert figures['3_way_4_shot_ci95'] == 0.0
@@ -103,8 +104,8 @@ def test_pixels_are_features_of_every_model():
   blocks = images.reshape(2, 16, 2, 16, 3, 3).mean((2, 4)) / 255
   np.testing.assert_allclose(pixels({}, {}, {'image': images}), blocks.reshape(2, -1), rtol=1e-5)
   same = Pipeline(Colours())
-  assert Knn(same, same, ks=(1,), features='pixels', batch=8)(subject) == {'k1_top1': 1.0}
-  assert LinearProbe(same, same, features='pixels', batch=8)(subject)['top1'] == 1.0
+  assert Knn(same, same, ks=(1,), features='pixels', batch_size=8)(subject) == {'k1_top1': 1.0}
+  assert LinearProbe(same, same, features='pixels', batch_size=8)(subject)['top1'] == 1.0
 
 
 def test_jaccard_by_hand():
@@ -132,8 +133,8 @@ def test_object_masks_of_attention_to_the_dark_are_the_object():
     dark = (batch['image'][:, ::4, ::4, 0] < 128).astype(jnp.float32)[:, None]
     return jnp.concatenate([dark, 1 - dark], axis=1)
 
-  figures = ObjectMasks(Pipeline(Squares()), batch=8)(
-    EvaluatedModel({'attention': attention}, PLACEMENT, params={}, extra={})
+  figures = ObjectMasks(Pipeline(Squares()), batch_size=8)(
+    EvaluatedModel({'attention': Output(attention, 'map')}, PLACEMENT, params={}, extra={})
   )
   # The second head looks at two of the three other quarters, of which it needs 60 %.
   assert figures == {'jaccard_best_head': 1.0, 'jaccard_mean_head': 0.5, 'jaccard_everything': 0.25}

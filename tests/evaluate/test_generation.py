@@ -1,6 +1,7 @@
 """Made pictures beside real ones: a model without a network, whose pictures are known, and a judge of colours."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from etils import epath
 
 from fmcv_jax import experiment, trainer
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.data.sources.subset import EvenSubset
+from fmcv_jax.data.sources.subset import evenly_spaced
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.diffusion.condition import make_condition
 from fmcv_jax.diffusion.generator import Generator
@@ -19,6 +20,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 from fmcv_jax.evaluate.generation import Generation
+from fmcv_jax.objectives.outputs import Output
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.train.storage import read_metrics
@@ -32,6 +34,9 @@ class Words(Tokenizer):
 
   length: int = 2
   vocab_size: int = 4
+  pad_id: ClassVar = 0
+  start_id: ClassVar = None
+  end_id: ClassVar = 3
 
   def __call__(self, texts):
     return np.array([[(*NAMES, text).index(text), 3] for text in texts], np.int32)
@@ -55,12 +60,12 @@ def makes(params, extra):
     picture = jnp.where((condition['label'] < 3)[:, None, None, None], told, 0.3)
     return (x - picture) * 1000 / time.reshape(-1, 1, 1, 1)
 
-  def condition(batch, told=True):
+  def condition(batch, conditional=True):
     label = batch['tokens'][:, 0]
-    return make_condition(label=label if told else jnp.full_like(label, 3))
+    return make_condition(label=label if conditional else jnp.full_like(label, 3))
 
   same = lambda x: x  # noqa: E731
-  return Generator(PROCESS, 4, (4, 4, 3), denoise, condition, ('tokens',), same, lambda x: jnp.clip(x, 0, 1))
+  return Generator(PROCESS, (4, 4, 3), (4, 4, 3), denoise, condition, ('tokens',), same, lambda x: jnp.clip(x, 0, 1))
 
 
 def colour_of(params, extra, batch):
@@ -72,23 +77,24 @@ def read(params, extra, batch):
   return jax.nn.one_hot(batch['tokens'][:, 0], 3)
 
 
-def subject(offered, **options):
+def subject(offered):
   placement = Placement(make_mesh(MeshShape()))
-  judge = EvaluatedModel(offered, placement, Words(), params={}, extra={}, image_size=4)
-  params = {'shift': jnp.int32(0)}
-  return EvaluatedModel(
-    {}, placement, Words(), params, {}, make_generator=makes, reopen=lambda workdir: judge, **options
+  judge = EvaluatedModel(
+    {name: Output(*each) for name, each in offered.items()}, placement, Words(), params={}, extra={}, image_size=4
   )
+  params = {'shift': jnp.int32(0)}
+  samples = Output(lambda *_: pytest.fail('generation samples by itself'), 'image', ('tokens',), generator=makes)
+  return EvaluatedModel({'samples': samples}, placement, Words(), params, {}, reopen=lambda workdir: judge)
 
 
 def evaluator(**options):
   return Generation(
-    data=Pipeline(Colours(broken=5), max_bad=0.1), feature_extractor='runs/clip', batch=16, steps=3, **options
+    data=Pipeline(Colours(broken=5), max_bad=0.1), feature_extractor='runs/clip', batch_size=16, steps=3, **options
   )
 
 
 def test_a_model_that_paints_what_it_is_told_is_as_good_as_real():
-  model = subject({'embed_image': colour_of, 'embed_text': read})
+  model = subject({'embed_image': (colour_of,), 'embed_text': (read, 'embedding', ('tokens',))})
   figures = evaluator()(model)
   assert set(figures) == {'fid', 'kid', 'precision', 'recall', 'cmmd', 'clip_score'}
   # Real images are of one colour but for a little of grey.
@@ -101,17 +107,17 @@ def test_a_model_that_paints_what_it_is_told_is_as_good_as_real():
 
 
 def test_a_judge_that_knows_no_texts_compares_features_and_one_without_is_refused():
-  assert set(evaluator(count=9)(subject({'features': colour_of}))) == {'fid', 'kid', 'precision', 'recall'}
+  assert set(evaluator(count=9)(subject({'features': (colour_of,)}))) == {'fid', 'kid', 'precision', 'recall'}
   with pytest.raises(UserError, match='the judge runs/clip has no features; it offers logits'):
-    evaluator().prepare(subject({'logits': colour_of}))
-  with pytest.raises(UserError, match='generation needs a model that makes pictures'):
-    evaluator()(dataclasses.replace(subject({'features': colour_of}), make_generator=lambda params, extra: None))
+    evaluator().prepare(subject({'logits': (colour_of,)}))
+  with pytest.raises(UserError, match='does not generate images; its outputs are features'):
+    evaluator()(dataclasses.replace(subject({}), outputs={'features': Output(colour_of)}))
   with pytest.raises(ValueError, match='count, steps'):
     evaluator(count=1)
 
 
 def test_a_judge_is_opened_once_and_resizes_what_does_not_fit():
-  model, opened = subject({'features': colour_of}), []
+  model, opened = subject({'features': (colour_of,)}), []
   reopen = model.reopen
   model.reopen = lambda workdir: opened.append(workdir) or reopen(workdir)
   for size in (4, 8):
@@ -121,9 +127,9 @@ def test_a_judge_is_opened_once_and_resizes_what_does_not_fit():
 
 
 def test_spaced_records_come_from_all_of_a_sorted_source():
-  spaced = EvenSubset(Colours(), 10)
+  spaced = evenly_spaced(Colours(), 10)
   assert [spaced[i]['image'].min() for i in range(10)] == [i * 29 // 10 for i in range(10)]
-  assert len(EvenSubset(Colours(), 99)) == 29
+  assert len(evenly_spaced(Colours(), 99)) == 29
   assert spaced.names == Colours().names
 
 

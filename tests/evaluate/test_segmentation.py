@@ -7,6 +7,7 @@ from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.transforms import RandomResizedCrop
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.evaluate.segmentation import MeanIou, ious
+from fmcv_jax.objectives.outputs import Output
 from fmcv_jax.objectives.segmentation import confusions
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
@@ -28,10 +29,11 @@ def test_over_the_mesh_an_answer_that_is_the_truth_scores_one_and_the_ground_alo
   scenes = Pipeline(Scattered('test', copies=1, clutter=1))
   for answer, right in ((lambda segments: segments, True), (lambda segments: segments * 0, False)):
     subject = EvaluatedModel(
-      {'confusion': lambda p, e, batch: confusions(answer(batch['segments']), batch['segments'], 11)},  # noqa: B023
+      {'confusion': Output(lambda p, e, batch: confusions(answer(batch['segments']), batch['segments'], 11),  # noqa: B023
+                            reads=('segments',))},
       placement, params={}, extra={},
     )  # fmt: skip
-    figures = MeanIou(scenes, batch=64)(subject)
+    figures = MeanIou(scenes, batch_size=64)(subject)
     if right:
       assert figures == {'mean_iou': 1.0, 'pixel_accuracy': 1.0}
     else:

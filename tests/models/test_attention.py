@@ -200,3 +200,22 @@ def test_attention_over_a_context_of_another_length():
 def test_heads_that_do_not_divide_the_width_are_an_error():
   with pytest.raises(ValueError, match='width of 16 does not divide into 3 heads'):
     Attention(BlockConfig(num_heads=3, mlp_dim=32)).init(jax.random.key(0), jnp.ones((1, 2, 16)))
+
+
+def test_causal_config_masks_self_attention_but_not_a_context():
+  torch = pytest.importorskip('torch')
+  x, context = (np.random.default_rng(seed).normal(size=(B, n, 16)).astype(np.float32) for seed, n in ((0, 3), (1, 5)))
+  layer = Attention(BlockConfig(num_heads=2, mlp_dim=32, causal=True))
+  params = layer.init(jax.random.key(2), x, context)['params']
+
+  def reference(keys, causal):
+    def project(name, inputs):
+      y = torch.from_numpy(inputs) @ torch.tensor(np.array(params[name]['kernel']))
+      return y.reshape(B, -1, 2, 8).transpose(1, 2)
+
+    query, key, value = project('query', x), project('key', keys), project('value', keys)
+    y = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    return y.transpose(1, 2).reshape(B, -1, 16) @ torch.tensor(np.array(params['out']['kernel']))
+
+  for inputs, keys, causal in (((x, context), context, False), ((x,), x, True)):
+    np.testing.assert_allclose(layer.apply({'params': params}, *inputs), reference(keys, causal), atol=1e-5)

@@ -26,8 +26,8 @@ def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
   assert sum(x.size for x in jax.tree.leaves(before.opt_state)) < 2.1 * (added + 330)
   batch = batch_of(objective)
   np.testing.assert_array_equal(  # `up` is born zero
-    objective.functions()['features'](before.params, before.extra, batch),
-    PLAIN.functions()['features'](objective.full_params(before.params, before.extra), {}, batch),
+    objective.outputs()['features'].call(before.params, before.extra, batch),
+    PLAIN.outputs()['features'].call(objective.full_params(before.params, before.extra), {}, batch),
   )
 
   trainer.run([batch] * 3)
@@ -38,8 +38,8 @@ def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
   low = after.params['lora']['blocks']['attention']['query']['kernel']
   np.testing.assert_allclose(kernel - base, 2 * low['down'] @ low['up'], atol=1e-6)
   assert np.abs(kernel - base).max() > 1e-5
-  got = objective.functions()['logits'](after.params, after.extra, batch)
-  np.testing.assert_allclose(got, PLAIN.functions()['logits'](merge, {}, batch), atol=1e-6)
+  got = objective.outputs()['logits'].call(after.params, after.extra, batch)
+  np.testing.assert_allclose(got, PLAIN.outputs()['logits'].call(merge, {}, batch), atol=1e-6)
 
 
 def test_gradients_of_low_rank_matrices_follow_from_the_kernels():

@@ -52,7 +52,7 @@ def test_each_head_learns_from_its_own_teacher_and_the_mean_of_both_answers():
   by_teacher = -jax.nn.log_softmax(second)[rows, answers.argmax(-1)].mean()
   np.testing.assert_allclose(loss.value, 0.75 * by_label + 0.25 * by_teacher, rtol=1e-5)
   np.testing.assert_allclose(loss.metrics['distillation'].value, by_teacher, rtol=1e-5)
-  np.testing.assert_allclose(objective.functions()['logits'](params, extra, batch), (own + second) / 2, atol=1e-6)
+  np.testing.assert_allclose(objective.outputs()['logits'].call(params, extra, batch), (own + second) / 2, atol=1e-6)
   assert objective.update_extra(extra, params, loss.aux, 0) == extra
 
 

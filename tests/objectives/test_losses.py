@@ -38,7 +38,7 @@ def test_patch_dropping_looks_at_fewer_tokens_in_training_only():
   batch = batch_of(whole)
   losses = [float(o.loss(params, batch, jax.random.key(1), extra).value) for o in (whole, half)]
   assert losses[0] != losses[1]
-  embeddings = [o.functions()['embed_image'](params, extra, batch) for o in (whole, half)]
+  embeddings = [o.outputs()['embed_image'].call(params, extra, batch) for o in (whole, half)]
   np.testing.assert_array_equal(*embeddings)
 
 

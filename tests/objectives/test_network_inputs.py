@@ -14,8 +14,9 @@ from fmcv_jax.models.self_supervised.dino import dino
 from fmcv_jax.models.self_supervised.mae import mae
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
+from fmcv_jax.objectives.image_condition import ImageCondition
 from fmcv_jax.objectives.mae import MaskedAutoencoding
-from fmcv_jax.objectives.network_inputs import seen
+from fmcv_jax.objectives.network_inputs import masked_patches, seen
 
 AUGMENT = (Flip(), ColorJitter(brightness=0.4, hue=0.2))
 NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -58,7 +59,7 @@ def test_masked_autoencoding_is_seen_as_its_network_is_given_it():
   (ours,) = seen(objective, batch, rng)
   assert ours.shape == (COUNT, 1, 32, 32, 3)
   np.testing.assert_allclose(ours[:, 0], NORMALIZE.undo(images), atol=1e-5)
-  hidden = np.asarray(objective.masked_patches(rng, COUNT))
+  hidden = np.asarray(masked_patches(objective, batch, rng))
   assert hidden.shape == (COUNT, 1, 4, 4)
   for example, row in zip(hidden, np.asarray(order)):
     assert set(np.flatnonzero(example)) == set(row[options['visible'] :].tolist())
@@ -83,17 +84,17 @@ def test_self_distillation_is_seen_as_its_student_is_given_it():
   np.testing.assert_allclose(large.reshape(-1, 32, 32, 3), NORMALIZE.undo(large_args[0]), atol=1e-5)
   np.testing.assert_allclose(small.reshape(-1, 16, 16, 3), NORMALIZE.undo(small_args[0]), atol=1e-5)
   np.testing.assert_array_equal(large[:, 1], batch['global_views'][:, 1] / jnp.float32(255))  # not augmented
-  hidden = objective.masked_patches(rng, COUNT)
+  hidden = np.asarray(masked_patches(objective, batch, rng))
   assert hidden.any()
   np.testing.assert_array_equal(hidden.reshape(COUNT * 2, -1), options['masked'])
 
 
 def test_what_steers_and_what_is_around_a_hole_are_seen_beside_the_image():
   small = dict(image_size=16, channels=3, block_out_channels=(16,), depths=(0,), layers=1, cross_attention_dim=0)
-  steered = Diffusion(unet('mu', **small), control=Edges(), normalize=NORMALIZE)
+  steered = Diffusion(unet('mu', **small), image_condition=ImageCondition(control=Edges()), normalize=NORMALIZE)
   filled = Diffusion(
     unet('mu', **small, extra_in_channels=4),
-    inpainting=RandomInpaintMask(full_mask_probability=0.0),
+    image_condition=ImageCondition(inpainting=RandomInpaintMask(full_mask_probability=0.0)),
     normalize=NORMALIZE,
   )
   for objective in (steered, filled):

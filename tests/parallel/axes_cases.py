@@ -24,9 +24,12 @@ from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.distillation import Distillation
 from fmcv_jax.objectives.encoder import PretrainedEncoder
+from fmcv_jax.objectives.image_condition import ImageCondition
+from fmcv_jax.objectives.latent_space import LatentSpace
 from fmcv_jax.objectives.mae import MaskedAutoencoding
-from fmcv_jax.objectives.repa import Alignment
+from fmcv_jax.objectives.repa import REPA
 from fmcv_jax.objectives.segmentation import Segmentation
+from fmcv_jax.objectives.text_condition import TextCondition
 
 FLOW = Process('flow', 'flow')
 
@@ -74,21 +77,24 @@ CASES = {
   'dit': lambda: Diffusion(
     dit('mu/2', image_size=8, channels=4, cross_attention=True, pooled_text=True),
     FLOW,
-    autoencoder=latents(),
-    text_encoder=texts(),
-    train_text=True,
-    repa=Alignment(small_vit(), layer=1, hidden=16),
+    LatentSpace(latents()),
+    TextCondition(texts(), train=True),
+    repa=REPA(small_vit(), layer=1, hidden=16),
   ),
   'dit, classes': lambda: Diffusion(dit('mu/2', image_size=8, channels=3, num_classes=10), FLOW),
-  'mmdit': lambda: Diffusion(mmdit('mu/2', image_size=8, channels=3), FLOW, text_encoder=texts()),
+  'mmdit': lambda: Diffusion(mmdit('mu/2', image_size=8, channels=3), FLOW, text_condition=TextCondition(texts())),
   'unet': lambda: Diffusion(
     unet('mu', image_size=8, channels=3, layers=1, pooled_text=True, extra_in_channels=4),
     FLOW,
-    text_encoder=texts(),
-    inpainting=RandomInpaintMask(),
+    text_condition=TextCondition(texts()),
+    image_condition=ImageCondition(inpainting=RandomInpaintMask()),
   ),
   'controlnet': lambda: Diffusion(
-    unet('mu', image_size=8, channels=4, layers=1), FLOW, autoencoder=latents(), text_encoder=texts(), control=Edges()
+    unet('mu', image_size=8, channels=4, layers=1),
+    FLOW,
+    LatentSpace(latents()),
+    TextCondition(texts()),
+    ImageCondition(control=Edges()),
   ),
   'lora': lambda: PartialFineTuning(Classification(small_vit(num_classes=10)), lora=Lora(2)),
 }

@@ -39,9 +39,9 @@ def test_dit(tmp_path):
   import_checkpoint(str(tmp_path / 'coder'), str(tmp_path / 'vae'), 'sd_vae', ['objective.network.image_size=16'])
   given = [
     'objective.network.image_size=8',
-    'objective.autoencoder.image_size=16',
-    'objective.autoencoder.channels=(128,128)',
-    'objective.autoencoder.layers=1',
+    'objective.latent_space.autoencoder.image_size=16',
+    'objective.latent_space.autoencoder.channels=(128,128)',
+    'objective.latent_space.autoencoder.layers=1',
     f'init_from.extra/autoencoder.workdir={tmp_path / "vae"}',
     'init_from.extra/autoencoder.part=params/autoencoder',
   ]

@@ -39,13 +39,13 @@ def test_a_pipeline_computes_what_its_configs_say(tmp_path):
   unet, tower = pipeline(tmp_path / 'theirs', diffusers.DDIMScheduler(**LIKE_SD))
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'sd2')
   objective, (subject, _) = run.experiment.objective, run.restored_model()
-  assert objective.latent_scale == 0.3
+  assert objective.latent_space.scale == 0.3
   rng = np.random.default_rng(0)
   x, words = rng.normal(size=(2, 8, 8, 4)).astype(np.float32), rng.normal(size=(2, 5, 64)).astype(np.float32)
   time, tokens = np.array([7, 900]), rng.integers(1, 49_000, (2, 77))
   params = {'params': subject.params['network']}
   ours = jax.jit(objective.network.apply)(params, x, jnp.asarray(time), make_condition(text=jnp.asarray(words)))
-  read = objective.text_encoder.apply({'params': subject.extra['text']}, tokens.astype(np.int32)).tokens
+  read = objective.text_condition.encoder.apply({'params': subject.extra['text']}, tokens.astype(np.int32)).tokens
   with torch.no_grad():
     equal(ours, unet(to_torch(x), torch.from_numpy(time), torch.from_numpy(words)).sample)
     theirs = tower(torch.from_numpy(tokens)).last_hidden_state.numpy()
@@ -131,13 +131,15 @@ def test_texts_are_lengthened_as_the_tokenizer_says(small, tmp_path, token, padd
   (small / 'tokenizer').mkdir(exist_ok=True)
   (small / 'tokenizer' / 'tokenizer_config.json').write_text(json.dumps({'pad_token': token}))
   run = import_checkpoint(str(small), str(tmp_path / 'ours'), 'sd2')
-  assert run.experiment.objective.padding == padding
+  assert run.experiment.objective.text_condition.padding == padding
 
 
 def test_a_transformer_of_classes_has_the_heads_of_its_config(tmp_path):
   numbers = {'num_attention_heads': 8, 'attention_head_dim': 16, 'num_layers': 2, 'sample_size': 16, 'patch_size': 4}
   model = published(diffusers.DiTTransformer2DModel(**numbers, num_embeds_ada_norm=10), tmp_path / 'theirs')
-  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'dit', ['objective.autoencoder=None'])
+  run = import_checkpoint(
+    str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'dit', ['objective.latent_space.autoencoder=None']
+  )
   x = np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
   time, labels = np.array([7, 900]), np.array([3, 10])
   params = {'params': run.restored_model()[0].params['network']}

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.errors import UserError
 from fmcv_jax.inference.model import evaluated_as
+from fmcv_jax.objectives.outputs import encoder_of
 from tests.pretrained.references import CODER, IMAGE, PIXELS, TEXT, TOKENS, born, published, sd_parts, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
@@ -191,7 +192,7 @@ def test_open_clip_opens_a_folder(tmp_path, name):
 def test_diffusers_opens_a_pipeline_and_paints(tmp_path, name, channels):
   diffusers = pytest.importorskip('diffusers', reason='pip install fmcv-jax[parity]')
   unet, _, _ = sd_parts(tmp_path / 'theirs', name, channels)
-  sizes = ['objective.network.image_size=8', 'objective.autoencoder.image_size=16']
+  sizes = ['objective.network.image_size=8', 'objective.latent_space.autoencoder.image_size=16']
   import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), name, sizes)
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'diffusers')
   pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'out')
@@ -304,7 +305,7 @@ def test_timm_opens_what_was_trained_here(tmp_path, name):
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'timm')
   model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
   subject, _ = run.restored_model()
-  tower = run.experiment.objective.image_encoder(subject.params, subject.extra)
+  tower = encoder_of(subject.outputs)(subject.params, subject.extra)
   ours = tower.network.apply({'params': tower.params}, PIXELS).output
   with torch.no_grad():
     np.testing.assert_allclose(ours, model(to_torch(PIXELS)), atol=1e-5)

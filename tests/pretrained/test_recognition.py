@@ -73,7 +73,7 @@ def test_a_text_tower_alone_gives_the_librarys_features(tmp_path, name):
     theirs = model(torch.from_numpy(TOKENS).long())
   expected = theirs.text_embeds if 'projected' in name else theirs.pooler_output
   near(objective.network.apply({'params': params}, TOKENS).output, expected)
-  offered = objective.functions()['embed_text'](params, {}, {'tokens': TOKENS})
+  offered = objective.outputs()['embed_text'].call(params, {}, {'tokens': TOKENS})
   near(offered, torch.nn.functional.normalize(expected, dim=-1))
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'back.safetensors'), 'transformers')
   with pytest.raises(UserError, match='is written as a file'):
@@ -252,7 +252,7 @@ def test_a_unet_of_wider_words_is_known_and_says_what_else_it_needs():
   with pytest.raises(UserError, match='also needs what is not in it: autoencoder, text'):
     conversion.matched(Names(shapes), 'x')
   match = conversion.matched(Names(shapes), 'x', overrides=APART[1:3])
-  assert match.run.experiment.objective.text_encoder.width == 1280
+  assert match.run.experiment.objective.text_condition.encoder.width == 1280
 
 
 def test_clips_tokenizer_goes_with_clips_vocabulary_alone():

@@ -18,7 +18,7 @@ torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 diffusers = pytest.importorskip('diffusers', reason='pip install fmcv-jax[parity]')
 transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
 
-SIZES = ['objective.network.image_size=8', 'objective.autoencoder.image_size=16']
+SIZES = ['objective.network.image_size=8', 'objective.latent_space.autoencoder.image_size=16']
 FAMILIES = [pytest.param('sd1', marks=pytest.mark.slow), 'sd2']
 
 
@@ -27,7 +27,11 @@ def test_stable_diffusion(tmp_path, family):
   unet, _, tower = sd_parts(tmp_path / 'theirs', family)
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), family)
   objective = run.experiment.objective  # of the sides and the scale that the folder tells
-  assert (objective.network.image_size, objective.autoencoder.image_size, objective.latent_scale) == (8, 16, 0.2)
+  assert (
+    objective.network.image_size,
+    objective.latent_space.autoencoder.image_size,
+    objective.latent_space.scale,
+  ) == (8, 16, 0.2)
   subject, _ = run.restored_model()
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
   prompts, time = ['a red apple', ''], np.array([7, 900])
@@ -96,7 +100,7 @@ def test_a_unet_alone_gets_the_text_tower_of_its_version():
     widths = zip(range(4), (320, 640, 1280, 1280), strict=True)
     levels |= {f'network/encoder/down{i}_block0/conv1/kernel': (3, 3, 320, width) for i, width in widths}
     layers = {'network/encoder/down0_block1/norm1/scale': (320,), 'network/encoder/conv_in/kernel': (3, 3, 4, 320)}
-    text = known.FAMILIES[family].config({**context, **levels, **layers})['objective']['text_encoder']
+    text = known.FAMILIES[family].config({**context, **levels, **layers})['objective']['text_condition']['encoder']
     assert (text['width'], text['depth'], text['num_heads']) == (width, depth, heads)
 
 
@@ -109,8 +113,14 @@ def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
   del config['up_block_types'], config['sample_size']
   model = diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32))
   published(model, tmp_path / 'theirs')
-  given = [*SIZES, 'objective.autoencoder.channels=(128,128)', 'objective.autoencoder.layers=1']
-  given += [f'objective.text_encoder.{field}' for field in ('width=64', 'depth=2', 'num_heads=1', 'mlp_dim=128')]
+  given = [
+    *SIZES,
+    'objective.latent_space.autoencoder.channels=(128,128)',
+    'objective.latent_space.autoencoder.layers=1',
+  ]
+  given += [
+    f'objective.text_condition.encoder.{field}' for field in ('width=64', 'depth=2', 'num_heads=1', 'mlp_dim=128')
+  ]
   with pytest.raises(UserError, match='also needs what is not in it: autoencoder, network, text'):
     import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'controlnet_sd1', given)
   for name, part in (('network', 'params/network'), ('autoencoder', 'extra/autoencoder'), ('text', 'extra/text')):

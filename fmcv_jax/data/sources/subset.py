@@ -1,38 +1,43 @@
-"""Some records of a source, evenly spaced, so that a source sorted by class gives of each."""
+"""Some records of a source."""
 
 import dataclasses
+
+import numpy as np
 
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import Example, Source
 
 
-@dataclasses.dataclass(frozen=True)
-class EvenSubset(Source):
-  """`count` records of a source, or all where it has no more."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset(Source):
+  """The records `rows` (int [N]) of a source, in that order."""
 
   source: Source
-  count: int
+  rows: np.ndarray
 
   def __len__(self) -> int:
-    return min(self.count, len(self.source))
+    return len(self.rows)
 
   def __getitem__(self, index: int) -> Example:
-    return self.source[self._at(index)]
+    return self.source[int(self.rows[index])]
 
   @property
   def names(self) -> tuple[str, ...]:
     return self.source.names
 
   def key_of(self, index: int) -> str:
-    return self.source.key_of(self._at(index))
+    return self.source.key_of(int(self.rows[index]))
 
   def texts_of(self, index: int) -> tuple[str, ...]:
-    return self.source.texts_of(self._at(index))
+    return self.source.texts_of(int(self.rows[index]))
 
   def account(self) -> Account:
     """That of the whole source, but for what is counted by record."""
     whole = self.source.account()
     return dataclasses.replace(whole, records=len(self), class_counts=None, label_range=None, missing={})
 
-  def _at(self, index: int) -> int:
-    return index * len(self.source) // len(self)
+
+def evenly_spaced(source: Source, count: int) -> Subset:
+  """`count` records of a source, or all if it has no more: evenly spaced, so that a sorted one gives of each class."""
+  count = min(count, len(source))
+  return Subset(source, np.arange(count) * len(source) // max(count, 1))

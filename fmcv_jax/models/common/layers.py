@@ -147,7 +147,10 @@ def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> j
 
 
 class Attention(nn.Module):
-  """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D]."""
+  """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D].
+
+  config.causal masks self-attention only: the tokens of a context have no order in common with x, and are all visible.
+  """
 
   logical_axes = (*ATTENTION_AXES,)
 
@@ -161,6 +164,7 @@ class Attention(nn.Module):
     # A context (a text, say) is short, and whole on each device.
     tokens: str | None = 'tokens' if context is None else None
     backend: Backend = c.attention if context is None else 'xla'
+    causal = c.causal and context is None
     context = x if context is None else context
 
     def project(inputs, name, tokens):
@@ -177,7 +181,7 @@ class Attention(nn.Module):
       query, key = layer_norm(c.eps, c.dtype, 'query_norm')(query), layer_norm(c.eps, c.dtype, 'key_norm')(key)
     if angles is not None:
       query, key = rotate(query, angles), rotate(key, angles)
-    y = attention(query, key, value, causal=c.causal, mask=mask, backend=backend)
+    y = attention(query, key, value, causal=causal, mask=mask, backend=backend)
     # For `attention_maps`; neither exists unless the caller of `apply` asks for the one and gives the other.
     self.sow('intermediates', 'projections', (query, key, value))
     if self.has_variable('probes', 'mixed'):

@@ -10,6 +10,12 @@ PATCH_AXES = (
   (r'(.*/)?patch/kernel', (None, 'embed')),
   (r'(.*/)?patch/bias', (None,)),
 )
+ImageSize = int | tuple[int, int]
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+  """(height, width) of an image size, of which one number stands for a square."""
+  return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def patchify(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:

@@ -14,13 +14,13 @@ MODULATION_AXES = (
 
 
 def modulation(c: jax.Array, parts: int, width: int, dtype: str) -> list[jax.Array]:
-  """`parts` vectors [B, 1, D] from the condition c [B, D]; born zero."""
+  """`parts` vectors [B, 1, D] from the condition c [B, D]; zero at first."""
   y = dense(parts * width, dtype, 'modulation', init=nn.initializers.zeros)(jax.nn.silu(c))
   return jnp.split(y[:, None], parts, axis=-1)
 
 
 def modulated_layer_norm(x: jax.Array, config: BlockConfig, shift: jax.Array, scale: jax.Array) -> jax.Array:
-  """LayerNorm whose scale and shift are the condition's."""
+  """LayerNorm with scale and shift from the condition (adaLN)."""
   return layer_norm_no_affine(config)(x) * (1 + scale) + shift
 
 
@@ -32,7 +32,7 @@ def layer_norm_no_affine(config: BlockConfig) -> nn.LayerNorm:
 def final_layer(
   x: jax.Array, c: jax.Array, config: BlockConfig, grid: tuple[int, int], patch: int, outputs: int
 ) -> jax.Array:
-  """Tokens x [B, T, D] of a grid, told c [B, D] -> [B, H, W, outputs], float32; born zero.
+  """Tokens x [B, T, D] of a grid, conditioned on c [B, D] -> [B, H, W, outputs], float32; zero at first.
 
   To be called in the compact method that owns the scopes `modulation` and `head`.
   """

@@ -20,11 +20,12 @@ from fmcv_jax.models.common.conv_blocks import (
   groups_of,
 )
 from fmcv_jax.models.common.layers import NORM_AXES, Dtype, Remat, dense, rematerialize
+from fmcv_jax.models.common.patches import ImageSize, height_width
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Gaussian(NamedTuple):
-  """A diagonal Gaussian: mean and logarithm of the variance, float32 [B, h, w, z]."""
+  """A diagonal Gaussian: mean and logarithm of the variance, float32 [B, ..., z]."""
 
   mean: jax.Array
   log_variance: jax.Array
@@ -35,7 +36,7 @@ class Gaussian(NamedTuple):
   def kl(self) -> jax.Array:
     """Divergence from the standard normal, [B], summed over the latent."""
     terms = jnp.square(self.mean) + jnp.exp(self.log_variance) - 1 - self.log_variance
-    return 0.5 * terms.sum(axis=(1, 2, 3))
+    return 0.5 * terms.sum(axis=tuple(range(1, terms.ndim)))
 
 
 class MidBlock(nn.Module):
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-  """encode: pictures [B, H, W, 3] -> Gaussian [B, h, w, z]; decode: latents -> pictures; both sides 2^(levels - 1)
+  """encode: images [B, H, W, 3] -> Gaussian [B, h, w, z]; decode: latents -> images; both sides 2^(levels - 1)
   times smaller.
 
   `quantize` is the pair of one-pixel convolutions next to the latent that the published autoencoders of LDM have.
@@ -142,7 +143,7 @@ class Autoencoder(nn.Module):
   attention: tuple[bool, ...]
   middle_attention: bool = True
   quantize: bool = True
-  image_size: int = 256
+  image_size: ImageSize = 256
   dtype: str = 'float32'
   remat: Remat = 'none'
 
@@ -157,12 +158,22 @@ class Autoencoder(nn.Module):
 
   @property
   def factor(self) -> int:
-    """By how much the latent is smaller than the picture, a side."""
+    """Side of an image over the side of its latent."""
     return 2 ** (len(self.channels) - 1)
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """Shape of one image."""
+    return (*height_width(self.image_size), 3)
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int]:
+    height, width = height_width(self.image_size)
+    return (height // self.factor, width // self.factor, self.latent_channels)
 
   def encode(self, images) -> Gaussian:
     if images.shape[1] % self.factor or images.shape[2] % self.factor:
-      raise ValueError(f'images of {images.shape[1]} x {images.shape[2]} pixels do not divide by {self.factor}')
+      raise ValueError(f'images: {images.shape[1]} x {images.shape[2]} pixels are not divisible by {self.factor}')
     x = self.encoder(with_logical_constraint(images, 'batch', None, None, None))
     x = (self.into_latent(x) if self.quantize else x).astype(jnp.float32)
     mean, log_variance = jnp.split(x, 2, axis=-1)
@@ -180,7 +191,7 @@ class Autoencoder(nn.Module):
     return self.pixels(self.features(z))
 
   def __call__(self, images, rng=None):
-    """The picture from the latent's mean or, with an rng, from a sample; and the Gaussian."""
+    """The image from the latent's mean or, with an rng, from a sample; and the Gaussian."""
     latent = self.encode(images)
     return self.decode(latent.mean if rng is None else latent.sample(rng)), latent
 
@@ -200,7 +211,7 @@ SIZES: dict[str, tuple[tuple[int, ...], int, int, tuple[int, ...], bool]] = {
 def autoencoder(
   variant: str = 'kl-f8',
   *,
-  image_size: int = 256,
+  image_size: ImageSize = 256,
   channels: tuple[int, ...] | None = None,
   layers: int | None = None,
   latent_channels: int | None = None,
@@ -213,8 +224,8 @@ def autoencoder(
     raise ValueError(f'unknown autoencoder {variant!r}; {did_you_mean(variant, SIZES)}')
   own_channels, own_layers, own_latent, attention, quantize = SIZES[variant]
   channels = channels or own_channels
-  if image_size % 2 ** (len(channels) - 1):
-    raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(channels) - 1)}')
+  if any(side % 2 ** (len(channels) - 1) for side in height_width(image_size)):
+    raise ValueError(f'image_size: {image_size} is not divisible by {2 ** (len(channels) - 1)}')
   if any(c % groups_of(c) for c in channels):
     raise ValueError(f'channels: {channels} have to be multiples of 32, or below 128 of 4')
   return Autoencoder(

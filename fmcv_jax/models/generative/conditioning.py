@@ -1,4 +1,4 @@
-"""What a denoiser is told beside the noisy picture: the time, and what the picture shows."""
+"""Embeddings of timesteps and classes."""
 
 import flax.linen as nn
 import jax

@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 96, 256)  # of the hint's levels, as released
 
 
 class Hint(nn.Module):
-  """A picture [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides between its widths; zero at first."""
+  """A control image [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides between widths; zero at first."""
 
   logical_axes = (
     (r'(.*/)?hint/conv\w+/kernel', (None, None, None, None)),
@@ -69,9 +69,9 @@ class ControlNet(nn.Module):
 
 
 def controlnet(unet: UNet, factor: int) -> ControlNet:
-  """The ControlNet of a UNet, for control pictures whose sides are `factor` times those of x: 1, 2, 4 or 8."""
+  """The ControlNet of a UNet, for control images whose sides are `factor` times those of x: 1, 2, 4 or 8."""
   if factor not in (1, 2, 4, 8):
-    raise ValueError(f'control pictures are 1, 2, 4 or 8 times as large as what the network denoises, not {factor}')
+    raise ValueError(f'control: images have to be 1, 2, 4 or 8 times as large as x, not {factor}')
   if unet.extra_in_channels:
-    raise ValueError('network: a UNet that is told what stands beside x cannot be steered as well')
+    raise ValueError('network: ControlNet is not supported for inpainting UNets (extra_in_channels)')
   return ControlNet(unet.config, WIDTHS[: factor.bit_length()], unet.num_classes, unet.pooled_text)

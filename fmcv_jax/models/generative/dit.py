@@ -1,6 +1,6 @@
-"""Diffusion transformer (Peebles & Xie 2023), told classes or texts, and its table of sizes.
+"""Diffusion transformer (Peebles & Xie 2023), conditioned on classes or texts, and its table of sizes.
 
-Letters in shapes: B batch, T patches, D width, L words, E width of a word, C channels of the picture or latent.
+Letters in shapes: B batch, T patches, D width, L text tokens, E their width, C channels of the image or latent.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from fmcv_jax.models.common.layers import (
   layer_norm,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import PATCH_AXES, patchify
+from fmcv_jax.models.common.patches import PATCH_AXES, ImageSize, height_width, patchify
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.generative.adaln import MODULATION_AXES, final_layer, modulated_layer_norm, modulation
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
@@ -33,7 +33,7 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class DiTBlock(nn.Module):
-  """adaLN-Zero block, x [B, T, D] told c [B, D], and text [B, L, E] by cross-attention (Chen et al. 2024, PixArt)."""
+  """adaLN-Zero block of x [B, T, D] with c [B, D], and cross-attention to text [B, L, E] (Chen et al. 2024, PixArt)."""
 
   logical_axes = (
     *MODULATION_AXES,
@@ -58,9 +58,9 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-  """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
+  """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
-  `num_classes` is their number, 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
+  `num_classes` is 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
   `pooled_text` adds its `pooled_text` to the time.
   """
 
@@ -76,12 +76,22 @@ class DiT(nn.Module):
   block: BlockConfig
   channels: int = 4
   out_channels: int = 4
-  image_size: int = 32
+  image_size: ImageSize = 32
   num_classes: int = 0
   cross_attention: bool = False
   pooled_text: bool = False
   remat: Remat = 'none'
   unroll: Unroll = 1
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """Shape of one x."""
+    return (*height_width(self.image_size), self.channels)
+
+  @property
+  def condition_keys(self) -> tuple[str, ...]:
+    text = ('text', 'text_mask') * self.cross_attention + ('pooled_text',) * self.pooled_text
+    return ('label',) * bool(self.num_classes) + text
 
   @nn.compact
   def __call__(
@@ -124,7 +134,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 def dit(
   variant: str = 'XL/2',
   *,
-  image_size: int = 32,
+  image_size: ImageSize = 32,
   channels: int = 4,
   out_channels: int | None = None,
   num_classes: int = 0,
@@ -139,16 +149,17 @@ def dit(
   unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> DiT:
-  """A named DiT, 'size/patch' as in 'XL/2'. image_size is a side of what it denoises: 32 for 256 pixels in kl-f8.
+  """A named DiT, 'size/patch' as in 'XL/2'. image_size is the side, or the (height, width), of x: 32 for 256 pixels in
+  kl-f8.
 
-  out_channels: channels of what it predicts, the input's by default; twice as many for a learned variance.
+  out_channels: channels of the prediction, the input's by default; twice as many for a learned variance.
   """
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
     known = [f'{name}/{p}' for name in SIZES for p in (2, 4, 8)]
     raise ValueError(f'unknown DiT variant {variant!r}; {did_you_mean(variant, known)}')
-  if image_size % int(patch):
-    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+  if any(side % int(patch) for side in height_width(image_size)):
+    raise ValueError(f'image_size: {image_size} is not divisible by the patch size {patch}')
   defaults = SIZES[size]
   width = width or defaults[0]
   return DiT(

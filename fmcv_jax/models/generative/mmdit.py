@@ -1,9 +1,9 @@
-"""MMDiT (Esser et al. 2024, section 4): pictures and words as two streams with weights of their own and one attention.
+"""MMDiT (Esser et al. 2024, section 4): image and text as two streams with weights of their own and joint attention.
 
-Letters in shapes: B batch, T patches, L words, D width, H heads, K head dimension, E width of a word.
+Letters in shapes: B batch, T patches, L text tokens, D width, H heads, K head dimension, E width of a text embedding.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ from fmcv_jax.models.common.layers import (
   rematerialize,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import PATCH_AXES, patchify
+from fmcv_jax.models.common.patches import PATCH_AXES, ImageSize, height_width, patchify
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.generative.adaln import MODULATION_AXES, final_layer, layer_norm_no_affine
 from fmcv_jax.models.generative.conditioning import MLPEmbedder, timestep_embedding
@@ -67,7 +67,7 @@ class Projections(nn.Module):
 
 
 class Stream(nn.Module):
-  """One stream's half of a block: `enter` x [B, T, D], told c [B, D], the attention; `leave` it with what came back."""
+  """One stream's half of a block: x [B, T, D], modulated by c [B, D], before and after the joint attention."""
 
   logical_axes = (*MODULATION_AXES,)
 
@@ -96,9 +96,9 @@ class Stream(nn.Module):
 
 
 class JointBlock(nn.Module):
-  """Patches x [B, T, D] and words [B, L, D], told c [B, D], in the form of a scan; after the `last` words are dropped.
+  """Patches x [B, T, D] and text [B, L, D], modulated by c [B, D], in the form of a scan; the `last` drops the text.
 
-  mask: bool [B, 1, 1, T + L], what may be looked at; None for all.
+  mask: bool [B, 1, 1, T + L], the tokens that are attended to; None for all.
   """
 
   config: BlockConfig
@@ -115,22 +115,22 @@ class JointBlock(nn.Module):
     (mine, parts), (others, text_parts) = image.pre_attention(x, c), text.pre_attention(words, c)
     both = (jnp.concatenate(pair, axis=1) for pair in zip(mine, others, strict=True))
     y = attention(*both, mask=mask, backend=self.config.attention)
-    y, told = y[:, : x.shape[1]], y[:, x.shape[1] :]
+    y, text_y = y[:, : x.shape[1]], y[:, x.shape[1] :]
     x = with_logical_constraint(image.post_attention(x, y, parts), 'batch', 'tokens', 'width')
     words = (
       None
       if self.last
-      else with_logical_constraint(text.post_attention(words, told, text_parts), 'batch', None, 'width')
+      else with_logical_constraint(text.post_attention(words, text_y, text_parts), 'batch', None, 'width')
     )
     return (x, words, None if tapped is None else jnp.where(index == tap, x, tapped)), None
 
 
 class MMDiT(nn.Module):
-  """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
+  """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
   Reads `text` [B, L, E] and adds its `pooled_text` to the time. `positions` (reach, side): the table of them is
-  laid out for side x side patches, reach / side apart, and smaller pictures are its middle, so that one network sees
-  several sizes (their section 5.3.2); None for a table of each picture's own size, one apart.
+  laid out for side x side patches, reach / side apart, and smaller images are its middle, so that one network serves
+  several sizes (their section 5.3.2); None for a table of each image's own size, one apart.
   """
 
   logical_axes = (
@@ -147,14 +147,18 @@ class MMDiT(nn.Module):
   block: BlockConfig
   channels: int = 16
   out_channels: int = 16
-  image_size: int = 128
+  image_size: ImageSize = 128
   qk_norm: bool = False
   positions: tuple[int, int] | None = None
   remat: Remat = 'none'
   unroll: Unroll = 1
-  num_classes: int = 0
-  cross_attention: bool = True
-  pooled_text: bool = True
+
+  condition_keys: ClassVar[tuple[str, ...]] = ('text', 'text_mask', 'pooled_text')
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """Shape of one x."""
+    return (*height_width(self.image_size), self.channels)
 
   @nn.compact
   def __call__(self, x, time, condition: Condition, *, train: bool = False, tap: int | None = None) -> Any:
@@ -201,7 +205,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 def mmdit(
   variant: str = 'd24/2',
   *,
-  image_size: int = 128,
+  image_size: ImageSize = 128,
   channels: int = 16,
   out_channels: int | None = None,
   width: int | None = None,
@@ -215,7 +219,8 @@ def mmdit(
   unroll: Unroll = 1,
   dtype: Dtype = 'float32',
 ) -> MMDiT:
-  """A named MMDiT, 'depth/patch' as in 'd24/2'. image_size is a side of what it denoises: 128 for 1024 pixels in f8.
+  """A named MMDiT, 'depth/patch' as in 'd24/2'. image_size is the side, or the (height, width), of x: 128 for 1024
+  pixels in f8.
 
   qk_norm    queries and keys at unit scale before they meet (RMSNorm), which bfloat16 needs at high resolution
   positions  as in `MMDiT`; (64, 192) in Stable Diffusion 3
@@ -223,10 +228,11 @@ def mmdit(
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
     raise ValueError(f'unknown MMDiT variant {variant!r}; {did_you_mean(variant, [f"{name}/2" for name in SIZES])}')
-  if image_size % int(patch):
-    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
-  if positions is not None and positions[1] < image_size // int(patch):
-    raise ValueError(f'positions: {positions[1]} is less than the {image_size // int(patch)} patches of a side')
+  if any(side % int(patch) for side in height_width(image_size)):
+    raise ValueError(f'image_size: {image_size} is not divisible by the patch size {patch}')
+  longest = max(height_width(image_size)) // int(patch)
+  if positions is not None and positions[1] < longest:
+    raise ValueError(f'positions: {positions[1]} is less than the {longest} patches of a side')
   defaults = SIZES[size]
   width, depth = width or defaults[0], depth or defaults[1]
   if depth < 2:

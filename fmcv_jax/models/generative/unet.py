@@ -1,6 +1,6 @@
 """The convolutional denoisers of DDPM (Ho et al. 2020) and of latent diffusion (Rombach et al. 2022), and their sizes.
 
-Letters in shapes: B batch, C channels of the picture or latent, L words, E width of a word.
+Letters in shapes: B batch, C channels of the image or latent, L text tokens, E their width.
 """
 
 import dataclasses
@@ -34,12 +34,13 @@ from fmcv_jax.models.common.layers import (
   rematerialize,
   scan_layers,
 )
+from fmcv_jax.models.common.patches import ImageSize, height_width
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class TransformerBlock(nn.Module):
-  """Pixels [B, T, D] look at each other, then at the words [B, L, E]; in the form of a scan."""
+  """Self-attention of pixels [B, T, D], then cross-attention to the text [B, L, E]; in the form of a scan."""
 
   logical_axes = (NORM_AXES,)
 
@@ -57,7 +58,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-  """`depth` blocks over the pixels of [B, H, W, C], around a skip; born without a say."""
+  """`depth` blocks over the pixels of [B, H, W, C], with a residual connection; the output is zero at first."""
 
   logical_axes = (
     (r'(.*/)?(enter|leave)/kernel', ('embed', None)),
@@ -80,7 +81,7 @@ class Transformer(nn.Module):
 
 
 class BlockCondition(NamedTuple):
-  """What every block is told: the time (with class or whole text) [B, D], and words [B, L, E] with their mask."""
+  """Condition of every block: the time (with class or pooled text) [B, D], and text [B, L, E] with its mask."""
 
   time: jax.Array
   words: jax.Array | None = None
@@ -93,12 +94,12 @@ class UNetConfig:
 
   block_out_channels    channels of each level, from the highest resolution; each level has half the side of the one
                         before it
-  depths    attention at each level: blocks of a transformer, or (without words) whether pixels look at each other
-  heads     of the attention at each level
+  depths    attention at each level: blocks of a transformer, or (without text) whether there is self-attention
+  num_heads of the attention at each level
   layers    residual blocks of a level on the way down, one fewer than on the way up
   family    'ddpm' (Ho et al. 2020): norm eps 1e-6, downsampling pads below and to the right, frequencies of the time
             end at 1 / 10,000. 'ldm' (Rombach et al. 2022): 1e-5, pads on all sides, frequencies end before it
-  context   width of a word; 0 for a network without words
+  cross_attention_dim  width of the text embeddings; 0 for a network without text
   """
 
   block_out_channels: tuple[int, ...]
@@ -116,12 +117,12 @@ class UNetConfig:
   def eps(self) -> float:
     return 1e-6 if self.family == 'ddpm' else 1e-5
 
-  def residual(self, x, told: BlockCondition, features: int, train: bool, name: str):
+  def residual(self, x, c: BlockCondition, features: int, train: bool, name: str):
     """A residual block; to be called, as `attend`, in the compact method that owns its scope."""
     block = rematerialize(ResidualBlock, self.remat)
-    return block(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(x, told.time)
+    return block(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(x, c.time)
 
-  def attend(self, x, told: BlockCondition, level: int, name: str):
+  def attend(self, x, c: BlockCondition, level: int, name: str):
     depth = max(1, self.depths[level])
     if not self.cross_attention_dim:
       return rematerialize(SpatialAttention, self.remat)(self.num_heads[level], self.eps, self.dtype, name=name)(x)
@@ -134,11 +135,11 @@ class UNetConfig:
       attention=self.attention,
       dtype=self.dtype,
     )
-    return rematerialize(Transformer, self.remat)(config, depth, name=name)(x, told.words, told.mask)
+    return rematerialize(Transformer, self.remat)(config, depth, name=name)(x, c.words, c.mask)
 
 
 class ControlResiduals(NamedTuple):
-  """What steers a UNet: to be added to the inputs of its way up, one for each, and to its lowest level."""
+  """Outputs of a ControlNet: added to the inputs of the decoder, one for each, and to the lowest level."""
 
   skips: list[jax.Array]
   middle: jax.Array
@@ -166,25 +167,25 @@ class Encoder(nn.Module):
     self, x, time, condition: Condition = UNCONDITIONAL, *, hint: jax.Array | None = None, train: bool = False
   ):
     p = self.config
-    told = self._told(time, condition)
+    c = self._block_condition(time, condition)
     x = conv(p.block_out_channels[0], p.dtype, 'conv_in')(with_logical_constraint(x, 'batch', None, None, None))
     if hint is not None:
       x = x + hint
     skips = [x]
     for level, features in enumerate(p.block_out_channels):
       for layer in range(p.layers):
-        x = p.residual(x, told, features, train, f'down{level}_block{layer}')
+        x = p.residual(x, c, features, train, f'down{level}_block{layer}')
         if p.depths[level]:
-          x = p.attend(x, told, level, f'down{level}_attention{layer}')
+          x = p.attend(x, c, level, f'down{level}_attention{layer}')
         skips.append(x)
       if level < len(p.block_out_channels) - 1:
         x = Downsample(p.family == 'ldm', p.dtype, name=f'down{level}_down')(x)
         skips.append(x)
-    x = p.residual(x, told, p.block_out_channels[-1], train, 'middle_block0')
-    x = p.attend(x, told, len(p.block_out_channels) - 1, 'middle_attention0')
-    return skips, p.residual(x, told, p.block_out_channels[-1], train, 'middle_block1'), told
+    x = p.residual(x, c, p.block_out_channels[-1], train, 'middle_block0')
+    x = p.attend(x, c, len(p.block_out_channels) - 1, 'middle_attention0')
+    return skips, p.residual(x, c, p.block_out_channels[-1], train, 'middle_block1'), c
 
-  def _told(self, time, condition: Condition) -> BlockCondition:
+  def _block_condition(self, time, condition: Condition) -> BlockCondition:
     p, width = self.config, 4 * self.config.block_out_channels[0]
     c = timestep_embedding(time, p.block_out_channels[0], include_last=p.family == 'ddpm').astype(p.dtype)
     c = MLPEmbedder(width, p.dtype, name='time_embedding')(c)
@@ -199,12 +200,14 @@ class Encoder(nn.Module):
       return BlockCondition(c)
     words: Any = condition['text']
     if words.shape[-1] != p.cross_attention_dim:
-      raise ValueError(f'context: words are {words.shape[-1]} wide, but the UNet reads {p.cross_attention_dim}')
+      raise ValueError(
+        f'cross_attention_dim: text embeddings are {words.shape[-1]} wide, but the UNet reads {p.cross_attention_dim}'
+      )
     return BlockCondition(c, words, condition['text_mask'][:, None, None, :] if 'text_mask' in condition else None)
 
 
 class Decoder(nn.Module):
-  """What an Encoder made -> [B, H, W, outputs]; levels count from the highest resolution, as there."""
+  """Outputs of an Encoder -> [B, H, W, out_channels]; levels count from the highest resolution, as there."""
 
   logical_axes = (
     (r'(.*/)?decoder/conv_out/kernel', (None, None, 'embed', None)),
@@ -216,14 +219,14 @@ class Decoder(nn.Module):
   out_channels: int
 
   @nn.compact
-  def __call__(self, skips, x, told: BlockCondition, *, train: bool = False):
+  def __call__(self, skips, x, c: BlockCondition, *, train: bool = False):
     p, skips = self.config, list(skips)
     for level in reversed(range(len(p.block_out_channels))):
       for layer in range(p.layers + 1):
         x = jnp.concatenate([x, skips.pop()], axis=-1)
-        x = p.residual(x, told, p.block_out_channels[level], train, f'up{level}_block{layer}')
+        x = p.residual(x, c, p.block_out_channels[level], train, f'up{level}_block{layer}')
         if p.depths[level]:
-          x = p.attend(x, told, level, f'up{level}_attention{layer}')
+          x = p.attend(x, c, level, f'up{level}_attention{layer}')
       if level:
         x = Upsample(p.dtype, name=f'up{level}_up')(x)
     x = jax.nn.silu(group_norm(x.shape[-1], p.dtype, 'norm', p.eps)(x))
@@ -231,26 +234,32 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-  """Noisy pictures or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, outputs].
+  """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
-  `num_classes` is their number, 0 for a network that is told none: with words a class is a text of one word, without it
-  is added to the time. `pooled_text` adds its `pooled_text` to the time; `beside` is the number of further channels
-  that the condition's `image` has. `residuals` are those of a ControlNet. With dropout, training needs the rng
+  `num_classes` is 0 for a network that reads no label: with cross-attention a class is a text of one token, without it
+  is added to the time. `pooled_text` adds the condition's `pooled_text` to the time; `extra_in_channels` is the number
+  of channels of the condition's `image`. `residuals` are those of a ControlNet. With dropout, training needs the rng
   'dropout'.
   """
 
   config: UNetConfig
   channels: int
   out_channels: int
-  image_size: int
+  image_size: ImageSize
   num_classes: int = 0
   pooled_text: bool = False
   extra_in_channels: int = 0
 
   @property
-  def cross_attention(self) -> bool:
-    """Whether it reads texts."""
-    return bool(self.config.cross_attention_dim) and not self.num_classes
+  def input_shape(self) -> tuple[int, int, int]:
+    """Shape of one x."""
+    return (*height_width(self.image_size), self.channels)
+
+  @property
+  def condition_keys(self) -> tuple[str, ...]:
+    text = ('text', 'text_mask') if self.config.cross_attention_dim and not self.num_classes else ()
+    label, image = ('label',) * bool(self.num_classes), ('image',) * bool(self.extra_in_channels)
+    return label + text + ('pooled_text',) * self.pooled_text + image
 
   @nn.compact
   def __call__(
@@ -266,11 +275,11 @@ class UNet(nn.Module):
       extra: Any = condition['image']
       x = jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
     encoder = Encoder(self.config, self.num_classes, self.pooled_text, name='encoder')
-    skips, x, told = encoder(x, time, condition, train=train)
+    skips, x, c = encoder(x, time, condition, train=train)
     if residuals is not None:
       skips = [skip + more for skip, more in zip(skips, residuals.skips, strict=True)]
       x = x + residuals.middle
-    return Decoder(self.config, self.out_channels, name='decoder')(skips, x, told, train=train).astype(jnp.float32)
+    return Decoder(self.config, self.out_channels, name='decoder')(skips, x, c, train=train).astype(jnp.float32)
 
 
 class Size(NamedTuple):
@@ -306,7 +315,7 @@ SIZES: dict[str, Size] = {
 def unet(
   variant: str = 'sd1',
   *,
-  image_size: int | None = None,
+  image_size: ImageSize | None = None,
   channels: int | None = None,
   out_channels: int | None = None,
   num_classes: int = 0,
@@ -322,11 +331,11 @@ def unet(
   remat: Remat = 'none',
   dtype: Dtype = 'float32',
 ) -> UNet:
-  """A named UNet; image_size is a side of what it denoises: 64 for 512 pixels in kl-f8.
+  """A named UNet; image_size is the side, or the (height, width), of x: 64 for 512 pixels in kl-f8.
 
-  outputs  channels of what it predicts, the input's by default; twice as many for a learned variance
-  context  width of the text tower's words
-  beside   further channels next to x: 5 for filling holes, the mask and the latent of what is around
+  out_channels         channels of the prediction, the input's by default; twice as many for a learned variance
+  cross_attention_dim  width of the text embeddings
+  extra_in_channels    channels concatenated to x: 5 for inpainting, the mask and the latent of the masked image
   """
   if variant not in SIZES:
     raise ValueError(f'unknown UNet variant {variant!r}; {did_you_mean(variant, SIZES)}')
@@ -335,8 +344,8 @@ def unet(
   image_size, channels = image_size or size.image_size, channels or size.channels
   if len(block_out_channels) != len(depths):
     raise ValueError(f'depths: {depths} has not as many levels as block_out_channels, {block_out_channels}')
-  if image_size % 2 ** (len(block_out_channels) - 1):
-    raise ValueError(f'image_size: {image_size} does not divide by {2 ** (len(block_out_channels) - 1)}')
+  if any(side % 2 ** (len(block_out_channels) - 1) for side in height_width(image_size)):
+    raise ValueError(f'image_size: {image_size} is not divisible by {2 ** (len(block_out_channels) - 1)}')
   if any(w % groups_of(w) for w in block_out_channels):
     raise ValueError(f'block_out_channels: {block_out_channels} have to be multiples of 32, or below 128 of 4')
   num_heads = num_heads or tuple(size.num_heads or w // size.head_dim for w in block_out_channels)

@@ -4,7 +4,7 @@ from fmcv_jax.data.sources.account import Account, LeftOut, left_out, other_file
 from fmcv_jax.data.sources.array_record import ArrayRecord, write_array_record
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.mixture import Mixture
-from fmcv_jax.data.sources.subset import EvenSubset
+from fmcv_jax.data.sources.subset import evenly_spaced
 from tests import runs
 
 
@@ -53,7 +53,7 @@ def test_a_mixture_adds_up_classes_by_name_and_names_whose_files_are_left_out(tm
 
 def test_a_part_of_a_source_counts_its_own_records(tmp_path):
   whole = ImageFolder(str(runs.image_folder(tmp_path, count=6)))
-  part = EvenSubset(whole, 2).account()
+  part = evenly_spaced(whole, 2).account()
   assert (part.records, part.class_counts, part.classes) == (2, None, whole.names)
   assert part.left_out == whole.account().left_out
 

@@ -1,0 +1,124 @@
+"""`fmcv_jax.load`: one image or many, texts and labels, and one clear line for each mistake."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import fmcv_jax
+from fmcv_jax.errors import UserError
+from tests import runs
+from tests.train.tiny import shaken
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return runs.image_folder(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='module')
+def clip(folder, tmp_path_factory):
+  config = runs.contrastive(folder, data__image={'name': 'resize', 'size': 16})
+  return fmcv_jax.load(runs.untrained(config, tmp_path_factory.mktemp('clip'), changed=shaken), batch=8)
+
+
+@pytest.fixture(scope='module')
+def classifier(folder, tmp_path_factory):
+  config = runs.classification(folder)
+  return fmcv_jax.load(runs.untrained(config, tmp_path_factory.mktemp('labels'), changed=shaken), batch=8)
+
+
+def test_one_image_gives_what_a_list_gives_without_its_axis(folder, clip, classifier):
+  file = folder / 'a' / '0.png'
+  same = [str(file), file, file.read_bytes(), Image.open(file), np.asarray(Image.open(file).convert('RGB'))]
+  for call in (clip.encode_image, classifier.encode_image, classifier.classify):
+    many = call(same)
+    assert many.ndim == 2
+    np.testing.assert_allclose(many, np.broadcast_to(many[0], many.shape), atol=1e-6)
+    for image in same:
+      np.testing.assert_allclose(call(image), many[0], atol=1e-6)
+  np.testing.assert_allclose(classifier.classify(file).sum(), 1, atol=1e-6)
+  np.testing.assert_array_equal(clip.encode_text('a red picture'), clip.encode_text(['a red picture'])[0])
+  np.testing.assert_allclose(np.linalg.norm(clip.encode_text('a red picture')), 1, atol=1e-6)
+
+
+def test_classify_is_the_softmax_of_scaled_cosines_with_the_label_texts(folder, clip):
+  images, labels = [folder / 'a' / '0.png', folder / 'b' / '1.png'], ['red', 'green', 'blue']
+  assert clip.templates == ('{}',)  # those of the captions in training
+  cosines = clip.encode_image(images).astype(np.float64) @ clip.encode_text(labels).T
+  logits = np.exp(float(clip._subject.params['temperature'])) * cosines
+  expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(clip.classify(images, labels), expected, atol=1e-5)
+  np.testing.assert_allclose(clip.classify(images[0], labels, templates='{}'), expected[0], atol=1e-5)
+
+
+def test_templates_are_those_of_the_evaluator_before_those_of_training(folder, tmp_path):
+  data = {'source': {'name': 'image_folder', 'path': str(folder)}, 'image': {'name': 'resize', 'size': 16}}
+  zero_shot = {'name': 'zero_shot', 'batch_size': 16, 'templates': ('my {}',), 'data': data}
+  config = runs.contrastive(folder, data__caption_templates=('a {}', 'the {}'))
+  assert fmcv_jax.load(runs.untrained(config, tmp_path / 'trained')).templates == ('a {}', 'the {}')
+  evaluated = {**config, 'evaluators': {'val': zero_shot}}
+  assert fmcv_jax.load(runs.untrained(evaluated, tmp_path / 'evaluated')).templates == ('my {}',)
+
+
+def test_a_template_that_leaves_no_room_for_a_label_is_refused_and_a_cut_label_is_said(folder, clip, caplog):
+  image, template = folder / 'a' / '0.png', 'xq zj vw kp photo of a {}.'  # more than the 8 tokens of a text
+  with pytest.raises(UserError, match=r"templates: 'xq zj .*' leaves no room for a label in the 8 tokens"):
+    clip.classify(image, ['red', 'green'], templates=[template])
+  with caplog.at_level(logging.WARNING):
+    clip.classify(image, ['red', 'green'])
+    assert not caplog.records
+    clip.classify(image, ['red', 'green xq zj vw kp'])
+  assert '1 of 2 texts are longer than 8 tokens and are cut' in caplog.text
+  assert "'green xq zj vw kp' to 'green" in caplog.text
+
+
+def test_outputs_say_their_kinds_and_what_they_read(clip, classifier):
+  found = {name: (output.kind, output.reads) for name, output in clip.outputs.items()}
+  image, text = ('embedding', ('image',)), ('embedding', ('tokens',))
+  assert found == {'embed_image': image, 'embed_text': text, 'features': image}
+  assert {name: output.kind for name, output in classifier.outputs.items()} == {
+    'features': 'embedding', 'logits': 'logits', 'patch_features': 'map', 'attention': 'map',
+  }  # fmt: skip
+  assert repr(clip.outputs['embed_text']) == "Output(kind='embedding', reads=('tokens',))"
+
+
+def test_mistakes_are_one_clear_line(folder, clip, classifier):
+  image, zeros = folder / 'a' / '0.png', np.zeros((16, 16, 3), np.uint8)
+  for call, message in [
+    (lambda: classifier.classify('nowhere.png'), r"images: no file 'nowhere\.png'"),
+    (lambda: classifier.classify([]), 'images: give at least one image'),
+    (lambda: classifier.classify(zeros / 255), r'float64 \[16, 16, 3\] is not an image; expected uint8'),
+    (lambda: classifier.classify([3]), 'int is not an image'),
+    (lambda: classifier.classify(folder / 'captions.csv'), r'captions\.csv'),
+    (lambda: classifier.classify(image, ['cat', 'dog']), 'knows no texts; its outputs are features, logits'),
+    (lambda: classifier.encode_text('a cat'), 'knows no texts'),
+    (lambda: clip.classify(image), 'no classes of its own; give labels'),
+    (lambda: clip.classify(image, 'cat'), "labels: 'cat' is one text; give a list"),
+    (lambda: clip.classify(image, ['cat'], templates='a photo'), "templates: each needs one '{}'"),
+    (lambda: clip.encode_text([]), 'texts: give at least one text'),
+    (lambda: clip.generate(['cat']), 'does not generate images; its outputs are embed_image'),
+  ]:
+    with pytest.raises(UserError, match=message):
+      call()
+
+
+def test_a_wrong_keyword_is_a_type_error_of_the_public_function(folder, clip, tmp_path):
+  with pytest.raises(TypeError, match=r"classify\(\) got an unexpected keyword argument 'lables'"):
+    clip.classify(folder / 'a' / '0.png', lables=['cat'])
+  with pytest.raises(TypeError, match=r"load\(\) got an unexpected keyword argument 'stepz'"):
+    fmcv_jax.load(str(tmp_path), stepz=3)
+  painter = fmcv_jax.load(runs.untrained(runs.class_painter(folder), tmp_path / 'painter'), batch=8)
+  with pytest.raises(TypeError, match=r"^generate.* unexpected .*'guidence'; did you mean 'guidance'"):
+    painter.generate(['a'], guidence=3.0)
+
+
+def test_a_diffusion_samples_as_its_generator_does(folder, tmp_path):
+  painter = fmcv_jax.load(runs.untrained(runs.class_painter(folder), tmp_path, changed=shaken), batch=8)
+  batch = {'label': jnp.array([0, 2]), 'index': jnp.arange(2)}
+  sampled = jax.jit(painter.outputs['samples'].call)(painter._subject.params, painter._subject.extra, batch)
+  expected = painter.generate(['a', 'c'], steps=20, guidance=1.0, seed=0)
+  np.testing.assert_allclose(np.asarray(sampled, int), expected.astype(int), atol=1)
