@@ -27,6 +27,7 @@ from fmcv_jax.pretrained.arrays import Tensors
 from fmcv_jax.pretrained.families import FAMILIES, family_of
 from fmcv_jax.pretrained.hub_file import Findings
 from fmcv_jax.pretrained.layout import Layout, Shape, check, has_places, heads_in, read, renamed, with_heads, write
+from fmcv_jax.pretrained.outline import name_of
 from fmcv_jax.pretrained.recognition import recognize
 from fmcv_jax.pretrained.tensors import TORCH, open_tensors, write_tensors
 from fmcv_jax.registry import KINDS
@@ -129,7 +130,7 @@ def matched(
   with config_lib.config_path_context(f'{file}: config.objective'):
     leaves, sources = _leaves(run), run.experiment.init_from
   shapes = {path.removeprefix('params/'): leaf.shape for path, leaf in leaves.items() if _is_held(path, sources)}
-  _check_parts(file, name, shapes, found)
+  _check_parts(file, name, layout, shapes, found)
   match = Match(name, layout, tensors, run, leaves, shapes, findings)
   check(layout, tensors, shapes, match.network, file)
   return match
@@ -180,16 +181,21 @@ def _is_held(path: str, sources: Mapping[str, InitFrom]) -> bool:
   return not born and not any(f'{path}/'.startswith(f'{target}/') for target in sources)
 
 
-def _check_parts(file: str, name: str, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+def _check_parts(file: str, name: str, layout: Layout, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
   """UserError where a file has nothing of a network that the run carries along, such as an autoencoder."""
 
   def parts(paths: Mapping[str, Shape]) -> set[str]:
     return {path.split('/')[1] for path in paths if path.startswith('extra/')}
 
   if apart := sorted(parts(shapes) - parts(found)):
+    placed = {row.ours for row in layout.rows}  # of a file that could hold it, the first array is named
+    theirs = next(
+      (name_of(layout, path) for path in shapes if path in placed and path.startswith(f'extra/{apart[0]}/')), ''
+    )
+    missing = f'{theirs} is missing: ' if theirs else ''
     raise UserError(
-      f'{file}: {name!r} also needs what is not in it: {", ".join(apart)}; import that to a folder of its own, '
-      f'and give --config.init_from.extra/{apart[0]}.workdir=FOLDER, with .part=params/... where it is there'
+      f'{file}: {missing}{name!r} also needs what is not in it: {", ".join(apart)}; import that to a folder of its '
+      f'own, and give --config.init_from.extra/{apart[0]}.workdir=FOLDER, with .part=params/... where it is there'
     )
 
 

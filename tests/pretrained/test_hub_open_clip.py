@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.errors import UserError
@@ -77,6 +77,21 @@ def test_a_folder_computes_what_open_clip_computes(tmp_path, name):
   image, text = embedded(model)
   np.testing.assert_allclose(ours.image, image, atol=1e-5)
   np.testing.assert_allclose(ours.text, text, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['quick_gelu', 'eos', 'average', 'clipa'])
+@pytest.mark.parametrize('part', ['image', 'text'])
+def test_a_tower_beside_the_config_of_its_pair_computes_what_that_says(tmp_path, part, name):
+  model = published(tmp_path / 'theirs', CONFIGS[name])
+  file = tmp_path / 'theirs' / 'open_clip_model.safetensors'
+  state = {key: x for key, x in load_file(file).items() if key.startswith('visual.') == (part == 'image')}
+  state.pop('logit_scale', None)
+  save_file(state, file)
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
+  params = {'params': run.restored_model()[0].params}
+  ours = np.array(run.experiment.objective.network.apply(params, PIXELS if part == 'image' else WORDS).output)
+  theirs = embedded(model)[('image', 'text').index(part)]
+  np.testing.assert_allclose(ours / np.linalg.norm(ours, axis=-1, keepdims=True), theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['heads', 'quick_gelu', 'tanh', 'eps', 'eos', 'last, not causal'])

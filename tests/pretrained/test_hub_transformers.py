@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.errors import UserError
@@ -89,6 +90,57 @@ def test_both_towers_compute_what_their_config_says(tmp_path, name):
   ours = run.experiment.objective.network.apply(params, PIXELS, WORDS)
   np.testing.assert_allclose(ours.image, theirs.image_embeds, atol=1e-5)
   np.testing.assert_allclose(ours.text, theirs.text_embeds, atol=1e-5)
+
+
+VISION = {**WIDE, 'hidden_act': 'relu', 'layer_norm_eps': 0.1}
+LAST = {**TEXT, 'num_attention_heads': 8, 'hidden_act': 'gelu_new', 'layer_norm_eps': 0.1}
+TOWERS = {
+  'clip_vision_model': lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**VISION)),
+  'clip_vision_model, projected': lambda: T.CLIPVisionModelWithProjection(
+    T.CLIPVisionConfig(**VISION, projection_dim=24)
+  ),
+  'clip_text_model': lambda: T.CLIPTextModel(T.CLIPTextConfig(**{**LAST, 'eos_token_id': 7})),
+  'clip_text_model, projected': lambda: T.CLIPTextModelWithProjection(T.CLIPTextConfig(**LAST, projection_dim=24)),
+  'siglip_vision_model': lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**VISION)),
+  'siglip_text_model': lambda: T.SiglipTextModel(T.SiglipTextConfig(**{**LAST, 'hidden_act': 'relu'})),
+}
+
+
+@pytest.mark.parametrize('name', TOWERS)
+def test_a_tower_alone_computes_what_its_config_says(tmp_path, name):
+  model = published(TOWERS[name](), tmp_path / 'theirs')
+  assert json.loads((tmp_path / 'theirs' / 'config.json').read_text())['model_type'] == name.partition(',')[0]
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
+  inputs = torch.from_numpy(WORDS).long() if 'text' in name else to_torch(PIXELS)
+  with torch.no_grad():
+    theirs = model(inputs)
+  kind = 'text' if 'text' in name else 'image'
+  expected = (theirs[f'{kind}_embeds'] if 'projected' in name else theirs.pooler_output).numpy()
+  ours = features(run, WORDS if kind == 'text' else PIXELS).output
+  np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('name', ['clip_vision_model, projected', 'clip_text_model, projected'])
+def test_the_width_of_a_towers_embeddings_is_held_against_its_arrays(tmp_path, name):
+  published(TOWERS[name](), tmp_path / 'theirs')
+  path = tmp_path / 'theirs' / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'projection_dim': 32}))
+  with pytest.raises(UserError, match=r'config\.json: projection_dim is 32, but this would be computed with 24'):
+    import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
+
+
+@pytest.mark.parametrize('part', ['vision', 'text'])
+def test_a_tower_beside_the_config_of_its_pair_computes_what_that_says(tmp_path, part):
+  model = published(dual(hidden_act='relu', layer_norm_eps=0.1), tmp_path / 'theirs')
+  file = tmp_path / 'theirs' / 'model.safetensors'
+  kept = (f'{part}_model.', 'visual_projection.' if part == 'vision' else 'text_projection.')
+  save_file({key: x for key, x in load_file(file).items() if key.startswith(kept)}, file)
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
+  with torch.no_grad():
+    theirs = model(pixel_values=to_torch(PIXELS), input_ids=torch.from_numpy(WORDS).long())
+  expected = theirs.image_embeds if part == 'vision' else theirs.text_embeds
+  ours = np.array(features(run, PIXELS if part == 'vision' else WORDS).output)
+  np.testing.assert_allclose(ours / np.linalg.norm(ours, axis=-1, keepdims=True), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['clip-gelu_new', 'clip-eos', 'metaclip2-eos_2', 'vit-qkv_bias', 'vit-gelu_new'])
