@@ -1,11 +1,12 @@
-# Everything a fresh clone needs: `make demo` to see it train, `make test` to see it hold. Needs make and Python >= 3.11
+# Everything a fresh clone needs: `make demo` trains, `make test` tests. Needs make and Python >= 3.11
 # only; what else is used is installed into .venv, in the versions of constraints.txt.
 #
 #     make demo ARGS='--workdir runs/longer --config.train.steps=2000'
 #     make test WORKERS=4 ARGS='tests/train -k resume'
-#     make demo-generate        a text-to-image model, trained from nothing
-#     make demo-features        MAE, DINO, labels and nothing: what the features of each are worth, in one table
+#     make demo-generate        a text-to-image model, trained from scratch
+#     make demo-features        MAE, DINO, supervised and untrained features, in one table
 #     make test-slow                              make test EXTRAS=demo,dev,parity
+#     make docs                 the documentation site, in build/site
 #     make lint    make format    make types    make clean    (PYTHON=/path/to/python3.12 picks another Python)
 
 SHELL := /bin/bash
@@ -27,7 +28,7 @@ FMCV := $(MALLOC) $(BIN)/python -m fmcv_jax
 stamps = $(addprefix .venv/.installed-,$(subst $(comma), ,$(1)))
 TEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo demo-generate demo-features test test-slow lint format types clean
+.PHONY: help demo demo-generate demo-features test test-slow docs lint format types clean
 .NOTPARALLEL:
 
 help:
@@ -36,13 +37,13 @@ help:
 demo: $(call stamps,demo)
 	$(FMCV) demo --workdir runs/demo --cpu-devices 8 $(ARGS)
 
-# An autoencoder, a CLIP, and a painter of the one's latents told by the other's words; then a sheet of prompts.
+# An autoencoder and a diffusion model of its latents, conditioned on the demo's text encoder; then a grid of samples.
 demo-generate: demo
 	$(FMCV) train --config configs/demo/autoencoder.py --workdir runs/autoencoder --cpu-devices 8
-	$(FMCV) train --config configs/demo/text_to_image.py --workdir runs/painter --cpu-devices 8
-	$(FMCV) gallery --model runs/painter --feature-extractor runs/demo --cpu-devices 2
+	$(FMCV) train --config configs/demo/text_to_image.py --workdir runs/generator --cpu-devices 8
+	$(FMCV) gallery --model runs/generator --feature-extractor runs/demo --cpu-devices 2
 
-# One network, taught with labels and without; then the table.
+# The same network trained with and without labels; then the table.
 METHODS := untrained mae dino supervised mae_tuned dino_tuned
 demo-features: $(call stamps,demo)
 	for method in $(METHODS); do \
@@ -59,6 +60,12 @@ lint: $(call stamps,$(EXTRAS))
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python tools/check_text.py
+
+docs: $(call stamps,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'The site is in build/site: open build/site/index.html'
 
 format: $(call stamps,$(EXTRAS))
 	$(BIN)/ruff check --fix .

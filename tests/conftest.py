@@ -4,6 +4,8 @@ import importlib.util
 import os
 import tempfile
 
+import pytest
+
 # Small programs gain nothing from the compiler's optimizations, which take most of a test's time. Tests compile the
 # same ones again and again, in several workers: they share what one has compiled.
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
@@ -30,3 +32,24 @@ def name_operators_of_torchvision():
 
 if importlib.util.find_spec('torchvision') is not None:
   _operators = name_operators_of_torchvision()  # they are gone when it is
+
+
+@pytest.fixture(scope='session')
+def random_variables():
+  """random_variables(network, *inputs): variables all away from zero, so that each counts; nothing is compiled."""
+  import jax
+  import numpy as np
+
+  from fmcv_jax.parallel.rules import path_of
+
+  def make(network, *inputs, seed=1):
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+      centre = int('scale' in path_of(path))  # of norms and of LayerScale
+      return (centre + 0.2 * rng.normal(size=shape.shape)).astype(shape.dtype)
+
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+  return make

@@ -27,7 +27,9 @@ class FeatureExtractor:
     self.reads = {'embed_image', 'embed_text'} <= set(offered)
     self._name = next((name for name in ('embed_image', 'features') if name in offered), '')
     if not self._name:
-      raise UserError(f'config.evaluators: the judge {workdir} has no features; it offers {", ".join(offered)}')
+      raise UserError(
+        f'config.evaluators: feature_extractor: {workdir} has no features; its outputs are {", ".join(offered)}'
+      )
     ways = self._judge.placement.mesh.size
     self._batch = -(-batch // ways) * ways
 

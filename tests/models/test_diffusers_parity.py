@@ -198,7 +198,7 @@ def test_ddpm_unet():
       flip_sin_to_cos=True, freq_shift=1,
     )
   )  # fmt: skip
-  network = unet('ddpm-32', image_size=8, widths=widths, depths=(0, 1), layers=1)
+  network = unet('ddpm-32', image_size=8, block_out_channels=widths, depths=(0, 1), layers=1)
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY))['params']
   theirs = reference(nchw(x), torch.from_numpy(EARLY)).sample
@@ -216,7 +216,7 @@ def test_stable_diffusions_unet():
   )  # fmt: skip
   network = dataclasses.replace(
     made := unet(
-      'sd1', image_size=8, widths=widths, depths=(1, 0), layers=1, cross_attention_dim=24, extra_in_channels=5
+      'sd1', image_size=8, block_out_channels=widths, depths=(1, 0), layers=1, cross_attention_dim=24, extra_in_channels=5
     ),
     config=dataclasses.replace(made.config, num_heads=(4, 4)),
   )
@@ -239,7 +239,7 @@ def test_stable_diffusion_xls_unet():
       down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
     )
   )  # fmt: skip
-  network = unet('sdxl', image_size=8, widths=widths, depths=(0, 2), layers=1, cross_attention_dim=24)
+  network = unet('sdxl', image_size=8, block_out_channels=widths, depths=(0, 2), layers=1, cross_attention_dim=24)
   network = dataclasses.replace(network, config=dataclasses.replace(network.config, num_heads=(4, 5)))
   rng = np.random.default_rng(0)
   x, text, whole = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
@@ -262,7 +262,7 @@ def test_controlnet_steers_the_unet():
   )
   base = randomized(base).requires_grad_(False)
   reference = randomized(diffusers.ControlNetModel(**shape, down_block_types=down))
-  made = unet('sd1', image_size=4, widths=widths, depths=(1, 0), layers=1, cross_attention_dim=24)
+  made = unet('sd1', image_size=4, block_out_channels=widths, depths=(1, 0), layers=1, cross_attention_dim=24)
   network = dataclasses.replace(made, config=dataclasses.replace(made.config, num_heads=(4, 4)))
   steering = controlnet(network, 8)
   rng = np.random.default_rng(0)
