@@ -6,6 +6,7 @@ from fmcv_jax import config as config_lib
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.control_maps import Control, Edges, Gray, Pixelate
 from fmcv_jax.augment.registry import AUGMENTS
+from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.digits import Digits
@@ -101,7 +102,12 @@ KINDS: config_lib.Kinds = {
     'tfds': Tfds,
     'webdataset': WebDataset,
   },
-  ImageTransform: {'random_resized_crop': RandomResizedCrop, 'resize': Resize, 'resize_crop': ResizeCrop},
+  ImageTransform: {
+    'pillow_resize': PillowResize,
+    'random_resized_crop': RandomResizedCrop,
+    'resize': Resize,
+    'resize_crop': ResizeCrop,
+  },
   Tokenizer: TOKENIZERS,
   Augment: AUGMENTS,
   Control: {'pixelate': Pixelate, 'edges': Edges, 'gray': Gray},

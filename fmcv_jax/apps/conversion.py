@@ -18,15 +18,19 @@ from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import resolve
 from fmcv_jax.inference.model import evaluated_as
+from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.outputs import encoder_of
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_config
 from fmcv_jax.pretrained.arrays import Tensors
 from fmcv_jax.pretrained.families import FAMILIES, family_of
-from fmcv_jax.pretrained.layout import Layout, Shape, check, read, write
+from fmcv_jax.pretrained.hub_file import Findings
+from fmcv_jax.pretrained.layout import Layout, Shape, check, has_places, heads_in, read, renamed, with_heads, write
+from fmcv_jax.pretrained.outline import name_of
 from fmcv_jax.pretrained.recognition import recognize
 from fmcv_jax.pretrained.tensors import TORCH, open_tensors, write_tensors
+from fmcv_jax.registry import KINDS
 from fmcv_jax.run import Run, keep_tokenizer, load_trained_params
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.state import TrainState
@@ -55,8 +59,8 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
     console.print(
       f'{file} looks like {match.name!r}; if it is another, name it by --as', highlight=False, soft_wrap=True
     )
-  for note in match.notes:
-    console.print(note, highlight=False, soft_wrap=True, markup=False)
+  for line in (*match.notes, *match.findings.lines()):
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
   run, sources = match.run, match.run.experiment.init_from
   values: dict[str, Any] = dict(match.leaves)  # what comes from elsewhere takes no memory before it is there
   arrays = read(match.layout, match.tensors, match.shapes, match.network, file)
@@ -83,6 +87,7 @@ class Match(NamedTuple):
   tensors  its arrays, as the layout names them
   leaves   all that the run learns or carries along, by path, in the order of its tree, with its sharding
   shapes   of those that the file holds, by path without 'params/'
+  findings what was read beside the weights, and what was assumed
   """
 
   name: str
@@ -91,6 +96,7 @@ class Match(NamedTuple):
   run: Run
   leaves: Mapping[str, jax.ShapeDtypeStruct]
   shapes: Mapping[str, Shape]
+  findings: Findings
 
   @property
   def network(self) -> Any:
@@ -109,16 +115,23 @@ def matched(
   tensors: Tensors, file: str, to: str | None = None, family: str | None = None, overrides: Sequence[str] = ()
 ) -> Match:
   """Finds out what a checkpoint is, and holds its names and shapes against the network's; reads and writes nothing."""
-  name, layout, found, tensors, own = recognize(tensors, family, file)
+  name, form, layout, found, tensors, own = recognize(tensors, family, file)
   folder = hub_config.folder_of(pathlib.Path(file))
-  own |= hub_config.tokenizer(folder, own)
-  config = resolve(config_lib.override(config_lib.to_plain_dict(own), [*hub_config.fields(folder, own), *overrides]))
-  run = Run(config, to)
+  findings = hub_config.read(folder, form, own, _objective(own))
+  for prefix, heads in heads_in(layout, tensors).items():
+    findings.overrides[f'objective.network.{prefix.replace("/", ".")}num_heads'] = heads
+    findings.said.append(f'arrays of attention: {prefix}num_heads={heads}')
+  layout = renamed(layout, findings.renamed)
+  run = Run(resolve(hub_config.configured(own, folder, findings, overrides)), to)
   _check_vocabulary(file, run)
-  leaves, sources = _leaves(run), run.experiment.init_from
+  if assumed := hub_config.unsaid(run.config, run.experiment.objective, findings, overrides):
+    findings.assumed.append(f'no file says: {", ".join(assumed)}')
+  layout = with_heads(layout, lambda path: _heads(run.experiment.objective, path))
+  with config_lib.config_path_context(f'{file}: config.objective'):
+    leaves, sources = _leaves(run), run.experiment.init_from
   shapes = {path.removeprefix('params/'): leaf.shape for path, leaf in leaves.items() if _is_held(path, sources)}
-  _check_parts(file, name, shapes, found)
-  match = Match(name, layout, tensors, run, leaves, shapes)
+  _check_parts(file, name, layout, shapes, found)
+  match = Match(name, layout, tensors, run, leaves, shapes, findings)
   check(layout, tensors, shapes, match.network, file)
   return match
 
@@ -127,13 +140,27 @@ def _check_vocabulary(file: str, run: Run) -> None:
   """UserError for a tokenizer some of whose ids have no row in the text tower's table."""
   objective, tokenizer = run.experiment.objective, run.experiment.tokenizer
   network = getattr(objective, 'network', None)
-  text = getattr(objective, 'text', None) or getattr(network, 'text', network)
+  condition = getattr(objective, 'text_condition', None)
+  text = condition.encoder if condition is not None else getattr(network, 'text', network)
   rows = getattr(text, 'vocab_size', None)
   if tokenizer is not None and rows is not None and tokenizer.vocab_size > rows:
     raise UserError(
       f'{file}: its table has {rows} words, but the tokenizer {run.config["tokenizer"]["name"]} has '
       f'{tokenizer.vocab_size}; give its own by --config.tokenizer.name=...'
     )
+
+
+def _objective(config: Mapping[str, Any]) -> Objective:
+  resolved = resolve(config_lib.to_plain_dict(config))
+  return config_lib.build(Objective, resolved['objective'], KINDS, 'config.objective')
+
+
+def _heads(objective: Any, path: str) -> int:
+  """How many heads the attention at a path of a network's parameters has."""
+  tower = objective.network
+  if path.startswith(('image/', 'text/')):
+    tower = getattr(tower, path.partition('/')[0])
+  return tower.stack.block.num_heads
 
 
 def _leaves(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
@@ -154,16 +181,21 @@ def _is_held(path: str, sources: Mapping[str, InitFrom]) -> bool:
   return not born and not any(f'{path}/'.startswith(f'{target}/') for target in sources)
 
 
-def _check_parts(file: str, name: str, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+def _check_parts(file: str, name: str, layout: Layout, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
   """UserError where a file has nothing of a network that the run carries along, such as an autoencoder."""
 
   def parts(paths: Mapping[str, Shape]) -> set[str]:
     return {path.split('/')[1] for path in paths if path.startswith('extra/')}
 
   if apart := sorted(parts(shapes) - parts(found)):
+    placed = {row.ours for row in layout.rows}  # of a file that could hold it, the first array is named
+    theirs = next(
+      (name_of(layout, path) for path in shapes if path in placed and path.startswith(f'extra/{apart[0]}/')), ''
+    )
+    missing = f'{theirs} is missing: ' if theirs else ''
     raise UserError(
-      f'{file}: {name!r} also needs what is not in it: {", ".join(apart)}; import that to a folder of its own, '
-      f'and give --config.init_from.extra/{apart[0]}.workdir=FOLDER, with .part=params/... where it is there'
+      f'{file}: {missing}{name!r} also needs what is not in it: {", ".join(apart)}; import that to a folder of its '
+      f'own, and give --config.init_from.extra/{apart[0]}.workdir=FOLDER, with .part=params/... where it is there'
     )
 
 
@@ -204,16 +236,17 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
     known = sorted({name for name, _ in FAMILIES[family].layouts})
     raise UserError(f'--format {format}: unknown for a model such as {family!r}; {did_you_mean(format, known)}')
   frozen = {f'extra/{path}': x for path, x in _arrays(subject.extra).items() if '/' in path}
-  written, complaints = None, []
-  for layout in layouts:
+
+  def held(layout: Layout) -> dict[str, np.ndarray]:
     several = any(row.ours.startswith('extra/') for row in layout.rows)
-    try:
-      written = write(layout, params | (frozen if several else {}), objective.network)
-      break
-    except UserError as error:
-      complaints.append(error)
-  if written is None:
-    raise UserError(f'{workdir}: cannot be written as {format}: {complaints[0]}')
+    return params | (frozen if several else {})
+
+  fits = (layout for layout in layouts if has_places(layout, {path: x.shape for path, x in held(layout).items()}))
+  layout = with_heads(next(fits, layouts[0]), lambda path: _heads(objective, path))
+  try:
+    written = write(layout, held(layout), objective.network)
+  except UserError as error:
+    raise UserError(f'{workdir}: cannot be written as {format}: {error}') from error
   if pathlib.Path(to).suffix in TORCH:
     raise UserError(f'--to {to}: only .safetensors, .npz and folders are written')
   target, is_tower = pathlib.Path(to), family.endswith(('_image', '_text'))
@@ -231,7 +264,10 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
       write_tensors(target / file, of_file)
     for name, content in more.items():
       _write_beside(target / name, content)
-  Console(stderr=True).print(f'{len(written)} arrays in {to}', highlight=False, soft_wrap=True)
+  console = Console(stderr=True)
+  for line in export_timm.differences(family, objective) if format == 'open_clip' else ():
+    console.print(line, highlight=False, soft_wrap=True)
+  console.print(f'{len(written)} arrays in {to}', highlight=False, soft_wrap=True)
 
 
 def _exported(run: Run, subject: EvaluatedModel) -> tuple[Any, dict[str, np.ndarray]]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fmcv_jax.config import paths_of
 from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.sources.base import NoData
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.tokenizers import truncated_texts
@@ -163,6 +164,8 @@ def evaluated_as(run: Run) -> ImageTransform | None:
 
   None for a model that is shown none.
   """
+  if isinstance(run.experiment.data.image, PillowResize):
+    return run.experiment.data.image
   objective: Any = run.experiment.objective
   image, given = objective.example_batch.get('image'), run.experiment.data.image
   size = image.shape[0] if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fmcv_jax.models.backbones.vit import SIZES
 from fmcv_jax.pretrained.layout import (
   BATCHED,
   ONE,
@@ -20,8 +21,10 @@ from fmcv_jax.pretrained.layout import (
   patch,
 )
 from fmcv_jax.pretrained.outline import has, part
-from fmcv_jax.pretrained.vit import heads_of, timm, tower
+from fmcv_jax.pretrained.vit import HEAD_WIDTH, timm, tower
 
+# Width, depth and hidden width of the one text tower whose heads are not 64 wide.
+SO400M = tuple(SIZES['So400m'][i] for i in (0, 1, 3))
 _MLP = {'up': 'fc1', 'down': 'fc2'}
 
 
@@ -64,10 +67,10 @@ def _open_clip_words() -> Rows:
 _BUFFERS = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask')
 
 
-def open_clip() -> Layout:
-  """OpenAI's names, which OpenCLIP kept."""
-  image, text = below('image', _open_clip_image(), 'visual.'), below('text', _open_clip_words())
-  return Layout((*image, *text, Row('temperature', 'logit_scale')), ignored=_BUFFERS)
+def open_clip(text: str = '') -> Layout:
+  """OpenAI's names, which OpenCLIP kept; `text`: the prefix of the text tower's, 'text.' where it is apart."""
+  rows = (*below('image', _open_clip_image(), 'visual.'), *below('text', _open_clip_words(), text))
+  return Layout((*rows, Row('temperature', 'logit_scale')), ignored=_BUFFERS)
 
 
 def _blocks(theirs: str) -> Rows:
@@ -234,5 +237,5 @@ def text_numbers(text: Mapping[str, Shape]) -> dict[str, Any]:
     'width': width,
     'depth': depth,
     'mlp_dim': hidden,
-    'num_heads': heads_of(width, depth, hidden),
+    'num_heads': SIZES['So400m'][2] if (width, depth, hidden) == SO400M else max(1, width // HEAD_WIDTH),
   }

@@ -6,6 +6,7 @@ from typing import Any
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.diffusion.process import STEPS, Process
 from fmcv_jax.errors import UserError
+from fmcv_jax.models.common.conv_blocks import groups_of
 from fmcv_jax.models.generative.autoencoder import Autoencoder
 from fmcv_jax.models.generative.controlnet import controlnet
 from fmcv_jax.models.generative.dit import DiT
@@ -99,7 +100,18 @@ def _down(network: UNet, linear: bool) -> dict[str, Any]:
     'cross_attention_dim': unet.cross_attention_dim,
     'attention_head_dim': list(unet.num_heads),  # in truth the number of heads
     'use_linear_projection': linear,
+    'norm_num_groups': groups(unet.block_out_channels),
   }
+
+
+def groups(widths: Sequence[int]) -> int:
+  """Groups of every norm; UserError where levels differ in them, which diffusers has not."""
+  found = {groups_of(width) for width in widths}
+  if len(found) > 1:
+    raise UserError(
+      f'diffusers has one number of groups for all norms, but widths {tuple(widths)} have {sorted(found)}'
+    )
+  return found.pop()
 
 
 def coder(network: Autoencoder, scale: float) -> dict[str, Any]:
@@ -112,6 +124,7 @@ def coder(network: Autoencoder, scale: float) -> dict[str, Any]:
     'in_channels': 3,
     'out_channels': 3,
     'latent_channels': network.latent_channels,
+    'norm_num_groups': groups(network.channels),
     'block_out_channels': list(network.channels),
     'down_block_types': ['DownEncoderBlock2D'] * levels,
     'up_block_types': ['UpDecoderBlock2D'] * levels,

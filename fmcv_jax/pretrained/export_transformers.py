@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fmcv_jax.data.pillow_resize import as_pillow_resize
 from fmcv_jax.data.tokenizers import ClipBpe, SentencePiece, Tokenizer, TokenizerJson
-from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
+from fmcv_jax.data.transforms import ImageTransform
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.efficientnet import SIZES, EfficientNet
 from fmcv_jax.models.backbones.swin import Swin
@@ -23,7 +24,7 @@ ACTIVATIONS = {
   'silu': 'silu',
   'relu': 'relu',
 }
-_FILTERS = {'nearest': 0, 'lanczos': 1, 'bilinear': 2, 'bicubic': 3}  # Pillow's numbers
+_FILTERS = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming')  # in the order of Pillow's numbers
 
 
 def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: Tokenizer | None) -> Files:
@@ -46,15 +47,15 @@ def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: 
   return found | (texts(tokenizer) if tokenizer is not None else {})
 
 
-def plain(block: BlockConfig, library: str) -> BlockConfig:
-  """UserError for blocks that compute in another order than published ones."""
-  if block.parallel or block.post_norm or block.qk_norm or not block.qkv_bias:
+def plain(block: BlockConfig, library: str, *, qkv_bias: bool = True) -> BlockConfig:
+  """UserError for blocks that compute in another order than published ones; qkv_bias: whether it has to be there."""
+  if block.parallel or block.post_norm or block.qk_norm or (qkv_bias and not block.qkv_bias):
     raise UserError(f'{library} has no such blocks: parallel, post_norm, qk_norm or without qkv_bias')
   return block
 
 
-def _blocks(stack: Stack, width: int) -> dict[str, Any]:
-  block = plain(stack.block, 'transformers')
+def _blocks(stack: Stack, width: int, *, qkv_bias: bool = True) -> dict[str, Any]:
+  block = plain(stack.block, 'transformers', qkv_bias=qkv_bias)
   return {
     'hidden_size': width,
     'num_hidden_layers': stack.depth,
@@ -65,9 +66,9 @@ def _blocks(stack: Stack, width: int) -> dict[str, Any]:
   }
 
 
-def _patches(network: ViT) -> dict[str, Any]:
+def _patches(network: ViT, *, qkv_bias: bool = True) -> dict[str, Any]:
   sizes = {'image_size': network.image_size, 'patch_size': network.patch_size, 'num_channels': 3}
-  return {**_blocks(network.stack, network.width), **sizes}
+  return {**_blocks(network.stack, network.width, qkv_bias=qkv_bias), **sizes}
 
 
 def _labels(outputs: int) -> dict[str, Any]:
@@ -78,8 +79,8 @@ def _encoder(kind: str, name: str, network: ViT, head: str) -> dict[str, Any]:
   if network.pool != 'cls' or not network.class_token_has_position or network.registers:
     raise UserError(f'transformers has no {name} without a class token that has a place, or with registers')
   suffix = head if network.num_classes else 'Model'
-  own = {'model_type': kind, 'architectures': [f'{name}{suffix}'], 'qkv_bias': True}
-  return {**own, **_patches(network), **_labels(network.num_classes)}
+  own = {'model_type': kind, 'architectures': [f'{name}{suffix}'], 'qkv_bias': network.stack.block.qkv_bias}
+  return {**own, **_patches(network, qkv_bias=False), **_labels(network.num_classes)}
 
 
 def _dinov2(network: ViT) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def _dinov2(network: ViT) -> dict[str, Any]:
   ratio: float = block.mlp_dim / network.width
   if block.gated_mlp:  # theirs is rounded up to a multiple of 8 after taking two thirds
     ratio = 4 if math.ceil(int(4 * network.width * 2 / 3) / 8) * 8 == block.mlp_dim else 1.5 * ratio
-  numbers = _patches(network)
+  numbers = _patches(network, qkv_bias=False)
   del numbers['intermediate_size']
   return {
     'model_type': 'dinov2_with_registers' if registers else 'dinov2',
@@ -96,7 +97,7 @@ def _dinov2(network: ViT) -> dict[str, Any]:
     'hidden_act': 'gelu' if block.gated_mlp else numbers['hidden_act'],
     'mlp_ratio': int(ratio) if ratio == int(ratio) else ratio,
     'use_swiglu_ffn': block.gated_mlp,
-    'qkv_bias': True,
+    'qkv_bias': block.qkv_bias,
     **({'num_register_tokens': registers} if registers else {}),
   }
 
@@ -154,17 +155,23 @@ def _efficientnet(network: EfficientNet) -> dict[str, Any]:
 
 def _clip(network: Any) -> dict[str, Any]:
   projection = network.text.num_classes
+  if network.image.pool != 'cls' or not network.image.pre_norm or network.image.registers:
+    raise UserError('transformers has CLIP with a class token that is read, and a norm before the first block')
+  # transformers reads an end id of 2 as that of the last word in CLIP, and as it stands in MetaCLIP 2.
+  kind, name = ('metaclip_2', 'MetaClip2Model') if network.text.end_id == 2 else ('clip', 'CLIPModel')
   return {
-    'model_type': 'clip',
-    'architectures': ['CLIPModel'],
+    'model_type': kind,
+    'architectures': [name],
     'projection_dim': projection,
-    'vision_config': {'model_type': 'clip_vision_model', 'projection_dim': projection, **_patches(network.image)},
-    'text_config': text_tower(network.text),
+    'vision_config': {'model_type': f'{kind}_vision_model', 'projection_dim': projection, **_patches(network.image)},
+    'text_config': {**text_tower(network.text), 'model_type': f'{kind}_text_model'},
   }
 
 
 def text_tower(network: TextTransformer) -> dict[str, Any]:
-  """Of CLIP's text tower, which reads a text at its largest id."""
+  """Of CLIP's text tower, which reads a text at its end id."""
+  if network.pool != 'eot' or not network.stack.block.causal or not network.attend_padding:
+    raise UserError('transformers has CLIP with causal texts that are read at their end')
   last = network.vocab_size - 1
   return {
     'model_type': 'clip_text_model',
@@ -174,13 +181,15 @@ def text_tower(network: TextTransformer) -> dict[str, Any]:
     'max_position_embeddings': network.length,
     'projection_dim': network.num_classes or network.width,
     'bos_token_id': last - 1,
-    'eos_token_id': last,
+    'eos_token_id': last if network.end_id is None else network.end_id,
     'pad_token_id': 0,
   }
 
 
 def _siglip(network: Any) -> dict[str, Any]:
   text = network.text
+  if text.pool != 'last' or text.stack.block.causal or network.image.pool != 'map':
+    raise UserError('transformers has SigLIP with images that are pooled by attention and texts by their last token')
   words = {'vocab_size': text.vocab_size, 'max_position_embeddings': text.length, 'projection_size': text.num_classes}
   return {
     'model_type': 'siglip',
@@ -191,7 +200,10 @@ def _siglip(network: Any) -> dict[str, Any]:
 
 
 def _images(image: ImageTransform, normalize: Any) -> dict[str, Any]:
-  square = {'height': image.size, 'width': image.size}
+  own = as_pillow_resize(image)
+  if own.mode == 'longest':
+    raise UserError('transformers has no such image processor: data.image.mode=longest')
+  cut = {'do_center_crop': True, 'crop_size': _square(own.size)}
   common = {
     'do_resize': True,
     'do_rescale': True,
@@ -201,13 +213,17 @@ def _images(image: ImageTransform, normalize: Any) -> dict[str, Any]:
     'image_std': list(normalize.std),
     'do_convert_rgb': True,
   }
-  if isinstance(image, Resize):
-    own: Files = {'image_processor_type': 'SiglipImageProcessor', 'size': square}
+  if own.mode == 'shortest':
+    geometry: Files = {'image_processor_type': 'CLIPImageProcessor', 'size': {'shortest_edge': own.side}, **cut}
+  elif own.crop < 1:
+    geometry = {'image_processor_type': 'DeiTImageProcessor', 'size': _square(own.side), **cut}
   else:
-    crop = image.crop if isinstance(image, ResizeCrop) else 1.0
-    cut = {'do_center_crop': True, 'crop_size': square}
-    own = {'image_processor_type': 'CLIPImageProcessor', 'size': {'shortest_edge': round(image.size / crop)}, **cut}
-  return {**own, 'resample': _FILTERS[getattr(image, 'interpolation', 'bicubic')], **common}
+    geometry = {'image_processor_type': 'SiglipImageProcessor', 'size': _square(own.size)}
+  return {**geometry, 'resample': _FILTERS.index(own.interpolation), **common}
+
+
+def _square(side: int) -> dict[str, int]:
+  return {'height': side, 'width': side}
 
 
 def texts(tokenizer: Tokenizer, padding: str = '<|endoftext|>') -> Files:

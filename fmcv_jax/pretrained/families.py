@@ -30,8 +30,9 @@ class Family(NamedTuple):
 
 
 def _seen(size: int, crop: float | None) -> dict[str, Any]:
-  """How images are shown: the centre, after their short side was made size / crop; None: the whole, made a square."""
-  image = {'name': 'resize', 'size': size} if crop is None else {'name': 'resize_crop', 'size': size, 'crop': crop}
+  """How images are shown: the center, after their short side was made size / crop; None: the whole, made a square."""
+  mode = {'mode': 'squash'} if crop is None else {'mode': 'shortest', 'crop': crop}
+  image = {'name': 'pillow_resize', 'size': size, **mode}
   return {'source': {'name': 'none'}, 'image': image}
 
 
@@ -119,7 +120,7 @@ _DINOV2 = tuple(
   for gated in (False, True)
 )
 _GOOGLE = (
-  *(('augreg', layout) for layout in big_vision.augreg()),
+  ('augreg', big_vision.augreg()),
   *(('big_vision', layout) for layout in big_vision.big_vision()),
 )
 _SIGLIP = (
@@ -127,23 +128,27 @@ _SIGLIP = (
   ('open_clip', clip.open_clip_siglip()),
   *(('big_vision', layout) for layout in big_vision.siglip()),
 )
-_CLIP = (('open_clip', clip.open_clip()), ('transformers', clip.transformers_clip()))
+_CLIP = (
+  ('open_clip', clip.open_clip()),
+  ('transformers', clip.transformers_clip()),
+  ('open_clip', clip.open_clip(text='text.')),
+)
 _SIGLIP_IMAGE = (
   *clip.siglip_image_towers(),
   *(('big_vision', layout) for prefix in ('params/', 'params/img/') for layout in big_vision.big_vision(prefix)),
 )
 _SIGLIP_TEXT = (*clip.siglip_text_towers(), *(('big_vision', layout) for layout in big_vision.siglip_text()))
 _PAIR = ('image/', 'text/')
-_OPENAI = {'sigmoid': False, 'activation': 'quick_gelu'}
-_OPEN = {'sigmoid': False, 'activation': 'gelu'}
-_SIGMOID = {'sigmoid': True, 'activation': 'gelu_tanh'}
+_OPENAI: dict[str, Any] = {'sigmoid': False, 'activation': 'quick_gelu'}
+_OPEN: dict[str, Any] = {'sigmoid': False, 'activation': 'gelu'}
+_SIGMOID: dict[str, Any] = {'sigmoid': True, 'activation': 'gelu_tanh'}
 
 # In the order in which they are tried where none is named. Files do not tell how images were normalized, nor which
 # GELU was meant: that is what the names of one layout differ by.
 FAMILIES: dict[str, Family] = {
   'deit': Family((*_TIMM, *_transformers('deit.')), _encoder(IMAGENET, 0.875)),
   'vit': Family((*_TIMM, *_transformers('vit.', ''), *_GOOGLE), _encoder(HALF, 0.9)),
-  'dino': Family((*_TIMM, *_transformers('', 'vit.')), _encoder(IMAGENET, 0.875)),
+  'dino': Family((*_TIMM, *_transformers('', 'vit.'), *_GOOGLE), _encoder(IMAGENET, 0.875)),
   'mae': Family((*_TIMM, *_transformers('vit.', '')), _encoder(IMAGENET, 0.875)),
   'mae_pretrain': Family(
     (('timm', vit.mae()), ('transformers', vit.mae(hub=True)), ('transformers', vit.mae(hub=False))), _masked

@@ -1,23 +1,30 @@
-"""What a folder of a library says beside its arrays: heads, activations, eps, tokenizer, how images are normalized."""
+"""Reads what stands beside the weights: the configuration files of transformers, timm, OpenCLIP and diffusers."""
 
-import json
-from collections.abc import Iterator, Mapping
+import functools
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fmcv_jax.errors import UserError
-from fmcv_jax.models.generative.unet import SIZES
-from fmcv_jax.pretrained.export_diffusers import PREDICTIONS
-from fmcv_jax.pretrained.export_transformers import ACTIVATIONS
+from fmcv_jax import config as config_lib
+from fmcv_jax.pretrained import (
+  hub_diffusers,
+  hub_images,
+  hub_open_clip,
+  hub_timm,
+  hub_tokenizers,
+  hub_transformers,
+)
+from fmcv_jax.pretrained.hub_file import Findings, HubFile, opened
+from fmcv_jax.pretrained.hub_vit import side
 
-_NAMES = ('model.', 'pytorch_model.', 'open_clip_', 'diffusion_pytorch_model.')
-_FIELDS = {'num_attention_heads': 'num_heads', 'layer_norm_eps': 'eps', 'hidden_act': 'activation'}
-# What transformers takes where a config of CLIP says nothing.
-_UNSAID = {'clip': {'hidden_act': 'quick_gelu'}}
-_TOKENIZERS: dict[str, dict[str, Any]] = {
-  'spiece.model': {'name': 'sentencepiece'},
-  'tokenizer.json': {'name': 'tokenizer_json', 'end': '<eos>', 'lowercase': True},
-}
+_NAMES = ('model.', 'model-', 'pytorch_model', 'open_clip_', 'diffusion_pytorch_model')
+# Of networks whose numbers diffusers writes.
+_DIFFUSION = ('unet', 'dit', 'autoencoder')
+# What no array shows, by the last name of its path in our config.
+_UNSHOWN = ('num_heads', 'activation', 'eps', 'pool', 'causal', 'normalize', 'schedule', 'prediction', 'padding')
+
+_SIDE = re.compile(r'objective\.network\.(image\.|encoder\.)?image_size=')  # of images, as a user's override
 
 
 def folder_of(file: Path) -> Path:
@@ -25,86 +32,118 @@ def folder_of(file: Path) -> Path:
   return file.parent if not file.is_dir() and file.name.startswith(_NAMES) else file
 
 
-def fields(folder: Path, config: Mapping[str, Any]) -> list[str]:
-  """Fields of a config, as 'objective.network.num_heads=8', that a folder tells; of a file none."""
+def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Findings:
+  """Everything that the files of a folder say of a checkpoint in the format `form`; of a folder without files nothing.
+
+  config     ours, as the shapes of the arrays tell it; gets the format's own rounding of images, where it shows some
+  objective  what it describes, built
+
+  UserError, one line with file, key and value, for what our network would compute otherwise.
+  """
+  findings, own = Findings(), config
+  if form == 'diffusers' or own['objective']['network']['name'] in _DIFFUSION:
+    hub_diffusers.read(folder, own, objective, findings)
+    if 'text_condition' in own['objective'] and (padding := hub_tokenizers.padding(folder, findings)):
+      findings.overrides['objective.text_condition.padding'] = padding
+    return findings
+  file = opened(folder / 'config.json', 'config.json', findings)
+  open_clip = opened(folder / 'open_clip_config.json', 'open_clip_config.json', findings)
+  if open_clip is not None and (form == 'open_clip' or file is None):
+    hub_open_clip.read(open_clip, own, objective)
+    if 'normalize' in own['objective']:
+      tower, path = hub_open_clip.image_tower(objective)
+      size = findings.overrides.get(f'{path}.image_size', tower.image_size)
+      hub_images.open_clip(open_clip.part('preprocess_cfg'), size)
+  elif file is not None and 'model_type' not in file and ('architecture' in file or 'pretrained_cfg' in file):
+    _timm(file, own, objective)
+  elif file is not None:
+    hub_transformers.read(file, own, objective)
+    _transformers_images(folder, own, findings)
+  else:
+    _transformers_images(folder, own, findings)
+    if form == 'transformers' and 'image' in own.get('data', {}) and 'data.image' not in findings.overrides:
+      own['data']['image']['center'] = 'floor'  # as all of its processors round
+  if any(path.startswith('data.') for path in findings.overrides) and 'data' not in own:
+    findings.overrides = {'data.source': {'name': 'none'}, **findings.overrides}
+  return findings
+
+
+def _transformers_images(folder: Path, config: dict[str, Any], findings: Findings) -> None:
+  file = opened(folder / 'preprocessor_config.json', 'preprocessor_config.json', findings)
+  whole = opened(folder / 'processor_config.json', 'processor_config.json', findings)
+  if file is None and whole is not None and 'image_processor' in whole:  # where version 5 writes it, with the texts'
+    file = whole.part('image_processor')
+  if file is not None and 'normalize' in config['objective']:
+    hub_images.transformers(file, config)
+
+
+def _timm(file: HubFile, config: dict[str, Any], objective: Any) -> None:
+  if 'pretrained_cfg' not in file:  # of before the two were apart
+    values = dict(file.values)
+    file = HubFile({'architecture': values.pop('architecture'), 'pretrained_cfg': values}, file.shown, file.findings)
+  hub_timm.read(file, config, objective)
+  images, path = file.part('pretrained_cfg'), 'objective.network'
+  if 'input_size' in images and f'{path}.image_size' not in file.findings.overrides:
+    sides = HubFile({'input_size': images.values['input_size'][1:]}, images.shown, Findings())
+    side(sides, 'input_size', path, objective.network)
+    file.findings.overrides |= sides.findings.overrides
+  if 'normalize' in config['objective']:
+    hub_images.timm(images, file.findings.overrides.get(f'{path}.image_size', objective.network.image_size))
+
+
+def configured(
+  config: Mapping[str, Any], folder: Path, findings: Findings, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Our config with what was read beside the weights, and then with the user's overrides; not yet resolved."""
+  own = config_lib.to_plain_dict(config)
+  tokenizer = hub_tokenizers.read(folder, own, findings)
+  own.pop('tokenizer', None)
+  own |= {'tokenizer': tokenizer} if tokenizer else {}
+  own = config_lib.override(own, [f'{path}={value!r}' for path, value in findings.overrides.items()])
+  own = config_lib.override(own, overrides)
+  sides = [assignment for assignment in overrides if _SIDE.match(assignment)]
+  if sides and 'image' in own.get('data', {}) and not any(item.startswith('data.image') for item in overrides):
+    own = config_lib.override(own, [f'data.image.size={sides[-1].partition("=")[2]}'])
+  return own
+
+
+def unsaid(config: Mapping[str, Any], objective: Any, findings: Findings, overrides: Sequence[str]) -> list[str]:
+  """Fields that no array, no file and no override of the user tells, as 'objective.network.num_heads=12'.
+
+  config is resolved, and `objective` is what it describes.
+  """
+  known = {*findings.overrides, *(assignment.partition('=')[0] for assignment in overrides)}
+
+  def is_said(path: str) -> bool:
+    return any(f'{path}.'.startswith(f'{other}.') or f'{other}.'.startswith(f'{path}.') for other in known)
+
   found: list[str] = []
-  network = config['objective']['network']
-  said = _json(folder / 'config.json')
-  path = 'objective.network'
-  for place, numbers in _networks(network, said):
-    found += [f'{place}.{field}={value}' for field, value in _told(numbers)]
-  theirs = _json(folder / 'open_clip_config.json')
-  if network['name'] == 'dual_encoder' and 'quick_gelu' in (model := theirs.get('model_cfg', {})):
-    activation = 'quick_gelu' if model['quick_gelu'] else 'gelu'
-    found += [f'{path}.{tower}.activation={activation}' for tower in ('image', 'text')]
-  images = _json(folder / 'preprocessor_config.json')
-  seen = [{field: images.get(f'image_{field}') for field in ('mean', 'std')}]
-  seen += [theirs.get('preprocess_cfg', {}), said.get('pretrained_cfg', {})]
-  for field in ('mean', 'std') if 'normalize' in config['objective'] else ():
-    if value := next((given[field] for given in seen if given.get(field)), None):
-      found.append(f'objective.normalize.{field}={tuple(value)}')
-  found += _of_diffusion(folder, config['objective'])
+
+  def visit(tree: Any, path: str) -> None:
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+      here = f'{path}{key}'
+      if key not in _UNSHOWN and here != 'data.image':
+        visit(value, f'{here}.')
+      elif key == 'num_heads' and tree.get('name') == 'swin':  # whose tables of positions show them
+        continue
+      elif value is not None or key == 'num_heads':
+        shown = _heads(objective, here) if value is None else _plain(value)
+        found.extend([] if is_said(here) else [f'{here}={shown}'])
+
+  visit({key: config[key] for key in ('objective', 'data') if key in config}, '')
   return found
 
 
-def _of_diffusion(folder: Path, objective: Mapping[str, Any]) -> list[str]:
-  """Sides of pictures and latents, the scale of latents, what is predicted: of a pipeline, or of a network alone."""
-  found: list[str] = []
-  network, latent_space = objective['network'], objective.get('latent_space', {})
-  coder = latent_space.get('autoencoder')
-  side = (_json(folder / 'unet' / 'config.json') or _json(folder / 'config.json')).get('sample_size')
-  if isinstance(side, int) and network['name'] == 'unet' and coder is not None:
-    factor = coder['image_size'] // SIZES[network['variant']].image_size
-    coder_size = f'objective.latent_space.autoencoder.image_size={side * factor}'
-    found += [f'objective.network.image_size={side}', coder_size]
-  elif isinstance(side, int) and network['name'] == 'autoencoder':
-    found.append(f'objective.network.image_size={side}')
-  scale = _json(folder / 'vae' / 'config.json').get('scaling_factor')
-  if scale and 'scale' in latent_space:
-    found.append(f'objective.latent_space.scale={scale}')
-  prediction = _json(folder / 'scheduler' / 'scheduler_config.json').get('prediction_type')
-  named = {theirs: ours for ours, theirs in PREDICTIONS.items()}
-  if prediction in named:
-    found.append(f'objective.process.prediction={named[prediction]}')
-  return found
+def _heads(objective: Any, path: str) -> Any:
+  """What None stands for in a config: the heads of the network's named size."""
+  network = functools.reduce(getattr, path.split('.')[1:-1], objective)
+  for owner in ('stack.block', 'decoder.stack.block', 'block', 'config'):
+    try:
+      return functools.reduce(getattr, f'{owner}.num_heads'.split('.'), network)
+    except AttributeError:
+      continue
+  return 'unknown'
 
 
-def tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-  """The tokenizer of a model whose texts no tokenizer of ours reads: SigLIP's."""
-  text = config['objective']['network'].get('text')
-  for name, spec in _TOKENIZERS.items() if text is not None and 'tokenizer' not in config else ():
-    if (folder / name).is_file():
-      return {'tokenizer': {**spec, 'file': str(folder / name), 'length': text['length']}}
-  return {}
-
-
-def _networks(network: Mapping[str, Any], said: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-  """Where the transformers of a network stand in our config, and what is said of each."""
-  path, unsaid = 'objective.network', _UNSAID.get(said.get('model_type', ''), {})
-  match network['name']:
-    case 'vit':
-      yield path, {'num_attention_heads': said.get('model_args', {}).get('num_heads')}
-      yield path, {name: x for name, x in said.items() if name != 'hidden_act' or not network.get('gated_mlp')}
-    case 'mae':
-      yield f'{path}.encoder', said
-      yield path, {'num_attention_heads': said.get('decoder_num_attention_heads')}
-    case 'dual_encoder':
-      yield f'{path}.image', unsaid | said.get('vision_config', {})
-      yield f'{path}.text', unsaid | said.get('text_config', {})
-
-
-def _told(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-  for name, field in _FIELDS.items():
-    if (value := said.get(name)) is not None:
-      yield field, activations.get(value, value)
-
-
-def _json(file: Path) -> dict[str, Any]:
-  if not file.is_file():
-    return {}
-  try:
-    found = json.loads(file.read_text(encoding='utf-8'))
-  except (ValueError, OSError) as error:
-    raise UserError(f'{file}: cannot be read ({error})') from error
-  return found if isinstance(found, dict) else {}
+def _plain(value: Any) -> str:
+  return ', '.join(f'{key} {item}' for key, item in value.items()) if isinstance(value, Mapping) else str(value)

@@ -91,28 +91,24 @@ def patches(channels: int) -> Form:
   return Form(write, _reshaped, shape)
 
 
-def into_heads(width: int) -> Form:
-  """Ours [..., heads * width], flax's [..., heads, width]."""
-
-  def shape(theirs: Shape) -> Shape:
-    *before, heads, own = theirs
-    if own != width:
-      raise ValueError(f'heads are {own} wide, not {width}')
-    return (*before, heads * own)
-
-  return Form(lambda x: x.reshape(*x.shape[:-1], -1, width), _reshaped, shape)
+def _unbound(x: np.ndarray) -> np.ndarray:
+  raise TypeError('the number of heads is not known yet: see with_heads')
 
 
-def out_of_heads(width: int) -> Form:
-  """Ours [..., heads * width, D], flax's [..., heads, width, D]."""
+def _of_heads(theirs: Shape) -> Shape:
+  *before, heads, width = theirs
+  return (*before, heads * width)
 
-  def shape(theirs: Shape) -> Shape:
-    *before, heads, own, outputs = theirs
-    if own != width:
-      raise ValueError(f'heads are {own} wide, not {width}')
-    return (*before, heads * own, outputs)
 
-  return Form(lambda x: x.reshape(*x.shape[:-2], -1, width, x.shape[-1]), _reshaped, shape)
+def _of_heads_out(theirs: Shape) -> Shape:
+  *before, heads, width, outputs = theirs
+  return (*before, heads * width, outputs)
+
+
+# Ours [..., heads * width], flax's [..., heads, width]; ours [..., heads * width, D], flax's [..., heads, width, D].
+# Their arrays tell the number of heads; ours do not, so that `with_heads` has to give it before anything is written.
+INTO_HEADS = Form(_unbound, _reshaped, _of_heads)
+OUT_OF_HEADS = Form(_unbound, _reshaped, _of_heads_out)
 
 
 class Row(NamedTuple):
@@ -180,6 +176,48 @@ def fused(ours: str, theirs: str, parts: Sequence[str] = QKV) -> Rows:
     *(Row(f'{ours}/{part}/kernel', f'{theirs}weight', LINEAR) for part in parts),
     *(Row(f'{ours}/{part}/bias', f'{theirs}bias') for part in parts),
   )
+
+
+def with_heads(layout: Layout, heads: Callable[[str], int]) -> Layout:
+  """The layout for a network whose attention at a path of ours has `heads(path)` heads."""
+
+  def bound(row: Row) -> Row:
+    if row.form not in (INTO_HEADS, OUT_OF_HEADS):
+      return row
+    count = heads(row.ours)
+    if row.form is INTO_HEADS:
+      return row._replace(form=row.form._replace(write=lambda x: x.reshape(*x.shape[:-1], count, -1)))
+    write = lambda x: x.reshape(*x.shape[:-2], count, -1, x.shape[-1])  # noqa: E731
+    return row._replace(form=row.form._replace(write=write))
+
+  return layout._replace(rows=tuple(bound(row) for row in layout.rows))
+
+
+def heads_in(layout: Layout, tensors: Tensors) -> dict[str, int]:
+  """The number of heads of each stack of blocks, by the prefix of its paths, where the arrays have an axis of them."""
+  suffix = 'blocks/attention/query/kernel'
+  rows = [row for row in layout.rows if row.form is INTO_HEADS and row.ours.endswith(suffix)]
+  names = ((row.ours.removesuffix(suffix), row.theirs.replace('{i}', '0')) for row in rows)
+  return {prefix: tensors.shapes[name][-2] for prefix, name in names if name in tensors.shapes}
+
+
+def renamed(layout: Layout, prefixes: Mapping[str, str]) -> Layout:
+  """The layout with other paths of ours: those that begin with a key begin with its value instead."""
+
+  def path(ours: str) -> str:
+    return next((new + ours.removeprefix(old) for old, new in prefixes.items() if ours.startswith(old)), ours)
+
+  return layout._replace(rows=tuple(row._replace(ours=path(row.ours)) for row in layout.rows))
+
+
+def has_places(layout: Layout, shapes: Mapping[str, Shape]) -> bool:
+  """Whether every parameter of ours has a place in the format."""
+  try:
+    for theirs, rows in _joined(layout, shapes):
+      _layers(layout, theirs, shapes, rows[0])
+  except UserError:
+    return False
+  return True
 
 
 def below(prefix: str, rows: Iterable[Row], theirs: str = '') -> Rows:
@@ -265,9 +303,9 @@ def read(
   layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str
 ) -> Iterator[tuple[str, np.ndarray]]:
   """(our path, array) one after the other, float32; UserError for a number that is none. Call `check` before."""
-  for row in layout.fixed:
-    if not np.allclose(tensors[row.theirs], row.make(network), atol=1e-3):
-      raise UserError(f'{what}: {row.theirs} is not the table that this network computes; it cannot be used')
+  for fixed in layout.fixed:
+    if not np.allclose(tensors[fixed.theirs], fixed.make(network), atol=1e-3):
+      raise UserError(f'{what}: {fixed.theirs} is not the table that this network computes; it cannot be used')
   for theirs, rows in _joined(layout, shapes):
     layers = _layers(layout, theirs, shapes, rows[0])
     results = [_empty(shapes[row.ours]) for row in rows]

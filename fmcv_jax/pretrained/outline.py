@@ -80,8 +80,8 @@ def _stack(theirs: str) -> str:
 
 def name_of(layout: Layout, path: str) -> str:
   """What they call an array of ours; of layers the first."""
-  rows = (*layout.rows, *layout.fixed)
-  theirs = next((row.theirs for row in rows if row.ours == path), path)
+  names = {row.ours: row.theirs for row in layout.fixed} | {row.ours: row.theirs for row in reversed(layout.rows)}
+  theirs = names.get(path, path)
   place = LAYER.search(theirs)
   return theirs.replace(place[0], str(counted(place)[1])) if place else theirs.replace(EVERY, '0')
 

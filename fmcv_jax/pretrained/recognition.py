@@ -14,9 +14,17 @@ from fmcv_jax.pretrained.unread import seems
 
 
 class Recognized(NamedTuple):
-  """tensors: the checkpoint's, as the layout names and shapes them; config: of its network and what goes with it."""
+  """What a checkpoint is.
+
+  name     its family
+  form     the format that the layout is of
+  shapes   of our parameters that it holds, by path
+  tensors  the checkpoint's, as the layout names and shapes them
+  config   of its network and what goes with it
+  """
 
   name: str
+  form: str
   layout: Layout
   shapes: Shapes
   tensors: Tensors
@@ -44,20 +52,20 @@ def recognize(tensors: Tensors, name: str | None, what: str) -> Recognized:
       if isinstance(found, _Complaint):
         best = min(best, found, key=lambda complaint: complaint.distance)
         continue
-      own, layout, shapes = found
+      own, form, layout, shapes = found
       own = own if family else by_signs(own, shapes)
       config = _config(own, layout, shapes, what)
       _check_size(size, config, f'--as {name}: {what}')
-      return Recognized(own, layout, shapes, spelled, config)
+      return Recognized(own, form, layout, shapes, spelled, config)
   raise UserError(f'{what}: {_refusal(tensors, candidates, best)}')
 
 
 def _matches(
   tensors: Tensors, candidates: list[str], limit: float
-) -> Iterator[_Complaint | tuple[str, Layout, Shapes]]:
+) -> Iterator[_Complaint | tuple[str, str, Layout, Shapes]]:
   """Each layout that these are of, or why they are not."""
   for candidate in candidates:
-    for _, layout in FAMILIES[candidate].layouts:
+    for form, layout in FAMILIES[candidate].layouts:
       shapes, unknown = outline(layout, tensors, limit)
       missing = next((part for part in FAMILIES[candidate].parts if not has(shapes, part)), None)
       if unknown:
@@ -71,7 +79,7 @@ def _matches(
         first = next(row.ours for row in layout.rows if row.ours.startswith(missing))
         yield _Complaint(0.5, f'{name_of(layout, first)} is missing, and all else of {missing.rstrip("/")}')
       else:
-        yield candidate, layout, shapes
+        yield candidate, form, layout, shapes
 
 
 def _unknown(names: list[str], shapes: Mapping[str, Shape], candidates: list[str]) -> str:

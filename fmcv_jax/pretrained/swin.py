@@ -73,7 +73,7 @@ def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   rows, width = shapes['patch/kernel']
   side, window = math.isqrt(rows // 3), (math.isqrt(tables[0][1]) + 1) // 2
   size = next((name for name, numbers in SIZES.items() if numbers == (width, depths, heads)), None)
-  config: dict[str, Any] = {'name': 'swin', 'variant': size or 'T', 'window': window, 'patch': side}
+  config: dict[str, Any] = {'name': 'swin', 'variant': size or 'T', 'window': window, 'patch_size': side}
   if size is None:
     config |= {'width': width, 'depths': depths, 'num_heads': heads}
   config['image_size'] = window * side * 2 ** (len(depths) - 1)

@@ -80,7 +80,7 @@ def born(folder, objective):
   folder.mkdir(parents=True)
   write_json(run.workdir / 'config.json', run.config)
   store = Checkpointer(run.workdir)
-  store.save(state, {}, {})
+  store.save(state, {})
   store.wait()
   store.close()
   return run

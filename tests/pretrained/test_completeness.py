@@ -90,11 +90,11 @@ ANOTHER = {
 _STACK = re.compile(r'(.*?(?:blocks|layers?|encoderblock)[._])\d+[./].*')
 APART = [
   *(f'init_from.extra/{part}.workdir=elsewhere' for part in ('network', 'autoencoder', 'text')),
-  *(f'objective.text.{field}' for field in ('width=64', 'depth=2', 'heads=1', 'mlp_dim=128')),
-  *('objective.network.image_size=8', 'objective.autoencoder.image_size=16'),
-  *('objective.autoencoder.channels=(128,128)', 'objective.autoencoder.layers=1'),
+  *(f'objective.text_condition.encoder.{field}' for field in ('width=64', 'depth=2', 'num_heads=1', 'mlp_dim=128')),
+  *('objective.network.image_size=8', 'objective.latent_space.autoencoder.image_size=16'),
+  *('objective.latent_space.autoencoder.channels=(128,128)', 'objective.latent_space.autoencoder.layers=1'),
 ]
-OVERRIDES = {'dit': ['objective.autoencoder=None'], 'controlnet_sd1': APART}
+OVERRIDES = {'dit': ['objective.latent_space.autoencoder=None'], 'controlnet_sd1': APART}
 
 
 def names_of(run, layout):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
-from tests.pretrained.references import IMAGE, PIXELS, TEXT, published, to_torch
+from tests.pretrained.references import IMAGE, PIXELS, TEXT, born, published, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
@@ -87,7 +87,7 @@ def test_siglip_is_the_same_from_google_and_from_transformers(tmp_path):
   model = published(
     transformers.SiglipModel(transformers.SiglipConfig(vision_config=IMAGE, text_config=TEXT)), tmp_path / 'hub'
   )
-  arrays = flax_of({name: x.detach().numpy() for name, x in model.state_dict().items()}, num_heads=2)
+  arrays = flax_of({name: x.detach().numpy() for name, x in model.state_dict().items()}, heads=2)
   np.savez(tmp_path / 'apart.npz', **arrays)
   np.savez(tmp_path / 'stacked.npz', **stacked(arrays))
   import_checkpoint(str(tmp_path / 'hub'), str(tmp_path / 'a'), 'siglip')
@@ -130,3 +130,40 @@ def test_augreg_as_timm_reads_it(tmp_path):
   assert set(again.files) == set(arrays)
   for name, x in arrays.items():
     np.testing.assert_array_equal(again[name], x, err_msg=name)
+
+
+WIDTHS = {'H/14': (1280, 16, 80), 'So400m/14': (1152, 16, 72), 'gopt/16': (1536, 16, 96)}
+
+
+@pytest.mark.parametrize('variant', WIDTHS)
+@pytest.mark.parametrize('form', ['augreg', 'big_vision'])
+def test_heads_of_the_published_sizes_are_as_wide_as_published(tmp_path, variant, form):
+  width, heads, each = WIDTHS[variant]
+  side = int(variant.partition('/')[2]) * 2
+  network = {'name': 'vit', 'variant': variant, 'depth': 1, 'image_size': side}
+  born(tmp_path / 'ours', {'name': 'encoder', 'network': network})
+  export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out.npz'), form)
+  arrays = np.load(tmp_path / 'out.npz')
+  attention = [name for name in arrays.files if 'MultiHeadDotProductAttention' in name]
+  expected = {'kernel': (width, heads, each), 'bias': (heads, each)}
+  for name in attention:
+    part, leaf = name.split('/')[-2:]
+    shape = expected[leaf] if part != 'out' else {'kernel': (heads, each, width), 'bias': (width,)}[leaf]
+    assert arrays[name].shape == shape, name
+  again = import_checkpoint(str(tmp_path / 'out.npz'), str(tmp_path / 'again'), 'vit')
+  assert again.experiment.objective.network.stack.block.num_heads == heads
+
+
+def test_each_tower_of_google_has_the_heads_of_its_arrays(tmp_path):
+  image, text = {**IMAGE, 'num_attention_heads': 4}, {**TEXT, 'num_attention_heads': 8}
+  config = transformers.SiglipConfig(vision_config=image, text_config={**text, 'projection_size': 128})
+  model = published(transformers.SiglipModel(config), tmp_path / 'hub')
+  import_checkpoint(str(tmp_path / 'hub'), str(tmp_path / 'a'), 'siglip')
+  export_checkpoint(str(tmp_path / 'a'), str(tmp_path / 'out.npz'), 'big_vision')
+  run = import_checkpoint(str(tmp_path / 'out.npz'), str(tmp_path / 'b'), None)
+  words = np.random.default_rng(0).integers(0, 92, (2, 6)).astype(np.int32)
+  ours = run.experiment.objective.network.apply({'params': values(tmp_path / 'b')}, PIXELS, words)
+  with torch.no_grad():
+    theirs = model(pixel_values=to_torch(PIXELS), input_ids=torch.from_numpy(words).long())
+  np.testing.assert_allclose(ours.image, theirs.image_embeds, atol=1e-5)
+  np.testing.assert_allclose(ours.text, theirs.text_embeds, atol=1e-5)

@@ -3,6 +3,8 @@
 They are built on torch's device 'meta', without memory, so that the largest cost no more than the smallest.
 """
 
+import json
+
 import numpy as np
 import pytest
 
@@ -133,3 +135,50 @@ def test_every_name_of_a_controlnet_is_known(family):
   beside = [f'init_from.extra/{part}.workdir=elsewhere' for part in ('network', 'autoencoder', 'text')]
   match = matched(tensors, family, family=family, overrides=beside)
   assert size(match) == (361_279_120 if family == 'controlnet_sd15' else sum(map(np.prod, tensors.shapes.values())))
+
+
+def clip_of(vision, text):
+  return T.CLIPModel(T.CLIPConfig(vision_config=vision, text_config=text))
+
+
+GOPT = {'hidden_size': 1536, 'num_hidden_layers': 40, 'num_attention_heads': 16, 'intermediate_size': 6144}
+BIG = {
+  'hidden_size': 1664,
+  'num_hidden_layers': 48,
+  'num_attention_heads': 16,
+  'intermediate_size': 8192,
+  'patch_size': 14,
+}
+BIG_TEXT = {'hidden_size': 1280, 'num_hidden_layers': 32, 'num_attention_heads': 20, 'intermediate_size': 5120}
+SO_TEXT = {**SO, 'projection_size': 1536}
+# The library's model and, of each tower, the heads that it computes with.
+HEADS = {
+  'transformers, H/14': (lambda: T.ViTModel(T.ViTConfig(**HUGE, patch_size=14), add_pooling_layer=False), (16,)),
+  'transformers, bigG/14': (lambda: clip_of(BIG, BIG_TEXT), (16, 20)),
+  'transformers, So400m/14': (lambda: siglip(image={**SO, 'patch_size': 14, 'image_size': 384}, text=SO), (16, 16)),
+  'transformers, SigLIP 2 g/16': (lambda: siglip(image={**GOPT, 'image_size': 256}, text=SO_TEXT), (16, 16)),
+  'open_clip, ViT-bigG-14': ('ViT-bigG-14', (16, 20)),
+  'open_clip, SigLIP 2 g/16': ('ViT-gopt-16-SigLIP2-256', (16, 16)),
+  'open_clip, So400m/14': ('ViT-SO400M-14-SigLIP-384', (16, 16)),
+  'timm, gap_224': ('vit_base_patch16_gap_224', (16,)),
+}
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_heads_of_the_published_sizes_are_those_of_the_config_beside_them(tmp_path, name):
+  build, expected = HEADS[name]
+  with torch.device('meta'):
+    model = build() if callable(build) else timm(build) if name.startswith('timm') else open_clip(build)
+  found = [heads for module in model.modules() if (heads := getattr(module, 'num_heads', None))]
+  assert set(found) == set(expected)  # as the library computes
+  if name.startswith('transformers'):
+    model.config.save_pretrained(tmp_path)
+  elif name.startswith('timm'):
+    (tmp_path / 'config.json').write_text(json.dumps({'architecture': build, 'pretrained_cfg': {}}))
+  else:
+    config = pytest.importorskip('open_clip').get_model_config(build)
+    (tmp_path / 'open_clip_config.json').write_text(json.dumps({'model_cfg': config, 'preprocess_cfg': {}}))
+  tensors = Names(model)
+  network = matched(tensors, str(tmp_path)).run.experiment.objective.network
+  towers = (network.image, network.text) if len(expected) == 2 else (network,)
+  assert tuple(tower.stack.block.num_heads for tower in towers) == expected

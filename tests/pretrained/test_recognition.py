@@ -252,7 +252,7 @@ def test_a_unet_of_wider_words_is_known_and_says_what_else_it_needs():
   with pytest.raises(UserError, match='also needs what is not in it: autoencoder, text'):
     conversion.matched(Names(shapes), 'x')
   match = conversion.matched(Names(shapes), 'x', overrides=APART[1:3])
-  assert match.run.experiment.objective.text.width == 1280
+  assert match.run.experiment.objective.text_condition.encoder.width == 1280
 
 
 def test_clips_tokenizer_goes_with_clips_vocabulary_alone():

@@ -44,7 +44,8 @@ class Embedding(nn.Module):
 class TextTransformer(nn.Module):
   """Token ids int32 [B, T <= length] -> Features.
 
-  pool 'eot' reads the position of the largest id, which is the end-of-text token of our tokenizers as of CLIP's;
+  pool 'eot' reads the position of the largest id, which is the end-of-text token of our tokenizers as of CLIP's, or the
+  first position of `end_id` where it is another (MetaCLIP 2);
   'first' the start-of-text token (BERT's [CLS]); 'last' the last position (SigLIP, whose texts are padded to full
   length); 'mean' averages what is not padding (id 0). Post-norm blocks (BERT) have a norm before the first instead of
   one after the last.
@@ -65,6 +66,7 @@ class TextTransformer(nn.Module):
   attend_padding: bool = True
   num_classes: int = 0
   head_bias: bool = False
+  end_id: int | None = None
 
   @nn.compact
   def __call__(self, tokens, *, train: bool = False) -> Features:
@@ -81,7 +83,8 @@ class TextTransformer(nn.Module):
     if not block.post_norm:
       x = layer_norm(block.eps, block.dtype, 'norm')(x)
     if self.pool == 'eot':
-      pooled = x[jnp.arange(x.shape[0]), jnp.argmax(tokens, axis=1)]
+      ends = tokens if self.end_id is None else tokens == self.end_id
+      pooled = x[jnp.arange(x.shape[0]), jnp.argmax(ends, axis=1)]
     elif self.pool in ('first', 'last'):
       pooled = x[:, 0 if self.pool == 'first' else -1]
     else:
@@ -106,6 +109,7 @@ def text_transformer(
   attend_padding: bool = True,
   num_classes: int = 0,
   head_bias: bool = False,
+  end_id: int | None = None,
   activation: Activation = 'gelu',
   eps: float = 1e-5,
   dropout: float = 0.0,
@@ -136,4 +140,5 @@ def text_transformer(
     attend_padding=attend_padding,
     num_classes=num_classes,
     head_bias=head_bias,
+    end_id=end_id,
   )

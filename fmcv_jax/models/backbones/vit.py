@@ -58,7 +58,9 @@ class ViT(nn.Module):
   them as they are. `mask_token` learns what stands for a patch that must not be seen (BEiT, Bao et al. 2022).
   `distilled` adds a token and a head that learn from a teacher (DeiT, Touvron et al. 2021): features and outputs are
   the means of both tokens' and of both heads'. With the pool 'gap' there may be a `class_token` that is not read, and
-  the last norm may act on the mean (`norm_pooled`): MAE's fine-tuning (He et al. 2022) does both.
+  the last norm may act on the mean (`fc_norm`): MAE's fine-tuning (He et al. 2022) does both. `drop_remainder`
+  leaves out the pixels at the right and at the bottom that fill no patch, as a convolution without padding does;
+  without it they are an error. `position_antialias` is that of `resize_grid`.
   """
 
   logical_axes = (
@@ -84,6 +86,8 @@ class ViT(nn.Module):
   distilled: bool = False
   class_token: bool = False
   fc_norm: bool = False
+  drop_remainder: bool = False
+  position_antialias: bool = True
 
   @property
   def prefix(self) -> int:
@@ -102,6 +106,9 @@ class ViT(nn.Module):
     masked   bool [B, rows * columns], the patches that the mask token takes the place of; None for none
     """
     block, batch = self.stack.block, images.shape[0]
+    if self.drop_remainder:
+      rows, columns = (side - side % self.patch_size for side in images.shape[1:3])
+      images = images[:, :rows, :columns]
     x, grid = patchify(images, self.patch_size)
     x = dense(self.width, block.dtype, 'patch', bias=self.patch_bias)(x)
     if self.mask_token:
@@ -116,7 +123,8 @@ class ViT(nn.Module):
       side = self.image_size // self.patch_size
       shape = (placed + side * side, self.width)
       table = self.param('position', nn.initializers.normal(self.width**-0.5), shape)
-      class_place, places = table[:placed], resize_grid(table[placed:], (side, side), grid)
+      class_place = table[:placed]
+      places = resize_grid(table[placed:], (side, side), grid, antialias=self.position_antialias)
       x = x + places.astype(x.dtype)
     elif self.pos_embed == 'sincos2d':
       x = x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)
@@ -168,7 +176,8 @@ class ViT(nn.Module):
 
 
 # width, depth, heads, hidden width of the MLP. Ti, S: Touvron et al. 2021; B, L, H: Dosovitskiy et al. 2021; g, G: Zhai
-# et al. 2022; So400m: Alabdulmohsin et al. 2023; 22B: Dehghani et al. 2023; mu is for tests.
+# et al. 2022; So400m: Alabdulmohsin et al. 2023; gopt: Tschannen et al. 2025 (SigLIP 2); 22B: Dehghani et al. 2023; mu
+# is for tests.
 SIZES: dict[str, tuple[int, int, int, int]] = {
   'mu': (32, 2, 2, 64),
   'Ti': (192, 12, 3, 768),
@@ -179,6 +188,7 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
   'So400m': (1152, 27, 16, 4304),
   'H': (1280, 32, 16, 5120),
   'g': (1408, 40, 16, 6144),
+  'gopt': (1536, 40, 16, 6144),
   'G': (1664, 48, 16, 8192),
   '22B': (6144, 48, 48, 24576),
 }
@@ -200,6 +210,8 @@ def vit(
   distilled: bool = False,
   class_token: bool = False,
   fc_norm: bool = False,
+  drop_remainder: bool = False,
+  position_antialias: bool = True,
   width: int | None = None,
   depth: int | None = None,
   num_heads: int | None = None,
@@ -224,7 +236,7 @@ def vit(
   if size not in SIZES or not patch.isdigit():
     known = [f'{name}/{p}' for name in SIZES for p in (8, 14, 16, 32)]
     raise ValueError(f'unknown ViT variant {variant!r}; {did_you_mean(variant, known)}')
-  if image_size % int(patch):
+  if image_size % int(patch) and not drop_remainder:
     raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
   if distilled and pool != 'cls':
     raise ValueError(f"distilled: the second token goes beside a class token, so pool must be 'cls', not {pool!r}")
@@ -263,4 +275,6 @@ def vit(
     distilled=distilled,
     class_token=class_token,
     fc_norm=fc_norm,
+    drop_remainder=drop_remainder,
+    position_antialias=position_antialias,
   )

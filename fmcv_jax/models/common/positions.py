@@ -27,13 +27,34 @@ def sincos_2d(
   return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def resize_grid(table: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-  """A learned table [old rows * old columns, dim] at another resolution, by antialiased bicubic interpolation."""
+def resize_grid(table: jax.Array, old: tuple[int, int], new: tuple[int, int], *, antialias: bool = True) -> jax.Array:
+  """A learned table [old rows * old columns, dim] at another resolution, by bicubic interpolation.
+
+  antialias  True filters what is made smaller, with Keys' a = -0.5, as timm, Pillow and TensorFlow do. False does not,
+             with a = -0.75, as torch.nn.functional.interpolate without `antialias` does (most of transformers).
+  """
   if old == new:
     return table
   dim = table.shape[-1]
-  grid = jax.image.resize(table.reshape(*old, dim).astype(jnp.float32), (*new, dim), 'cubic', antialias=True)
+  grid = table.reshape(*old, dim).astype(jnp.float32)
+  if antialias:
+    grid = jax.image.resize(grid, (*new, dim), 'cubic', antialias=True)
+  else:
+    rows, columns = (_cubic(before, after) for before, after in zip(old, new, strict=True))
+    grid = jnp.einsum('ir,jc,rcd->ijd', rows, columns, grid, precision='highest')
   return grid.reshape(-1, dim).astype(table.dtype)
+
+
+def _cubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
+  """The matrix [new, old] of cubic interpolation (Keys 1981) between the centers of pixels; the edge is repeated."""
+  center = (np.arange(new) + 0.5) * old / new - 0.5
+  first = np.floor(center).astype(int)
+  weights = np.zeros((new, old))
+  for tap in range(-1, 3):
+    x = np.abs(center - (first + tap))
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+    np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+  return weights.astype(np.float32)
 
 
 def rope_2d(height: int, width: int, head_dim: int, prefix: int, temperature: float = 100.0) -> np.ndarray:

@@ -325,6 +325,7 @@ def unet(
   dropout: float = 0.0,
   block_out_channels: tuple[int, ...] | None = None,
   depths: tuple[int, ...] | None = None,
+  num_heads: tuple[int, ...] | None = None,
   layers: int = 2,
   attention: Backend = 'auto',
   remat: Remat = 'none',
@@ -347,13 +348,15 @@ def unet(
     raise ValueError(f'image_size: {image_size} is not divisible by {2 ** (len(block_out_channels) - 1)}')
   if any(w % groups_of(w) for w in block_out_channels):
     raise ValueError(f'block_out_channels: {block_out_channels} have to be multiples of 32, or below 128 of 4')
-  heads = tuple(size.num_heads or w // size.head_dim for w in block_out_channels)
-  if any(w % h for w, h in zip(block_out_channels, heads, strict=True)):
-    raise ValueError(f'block_out_channels: {block_out_channels} do not divide into {heads} heads')
+  num_heads = num_heads or tuple(size.num_heads or w // size.head_dim for w in block_out_channels)
+  if len(num_heads) != len(block_out_channels):
+    raise ValueError(f'num_heads: {num_heads} has not as many levels as block_out_channels, {block_out_channels}')
+  if any(w % h for w, h in zip(block_out_channels, num_heads, strict=True)):
+    raise ValueError(f'block_out_channels: {block_out_channels} do not divide into {num_heads} heads')
   config = UNetConfig(
     block_out_channels=block_out_channels,
     depths=depths,
-    num_heads=heads,
+    num_heads=num_heads,
     layers=layers,
     family=size.family,
     cross_attention_dim=size.cross_attention_dim if cross_attention_dim is None else cross_attention_dim,

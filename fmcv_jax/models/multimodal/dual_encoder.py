@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.text import text_transformer
-from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.backbones.vit import SIZES, vit
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import Activation, Dtype, Remat, Unroll, l2_normalize
 from fmcv_jax.parallel.rules import with_logical_constraint
@@ -130,8 +130,8 @@ def clip(
   return DualEncoder(image, text)
 
 
-# The image tower, whose width and depth the text tower shares.
-SIGLIP_SIZES = ('B/32', 'B/16', 'L/16', 'So400m/14', 'So400m/16', 'g/16')
+# The image tower; width and depth of the text tower are the same, but for gopt's, which are So400m's.
+SIGLIP_SIZES = ('B/32', 'B/16', 'L/16', 'So400m/14', 'So400m/16', 'gopt/16')
 
 
 def siglip(
@@ -158,14 +158,15 @@ def siglip(
     unroll=unroll,
     dtype=dtype,
   )
-  block = image.stack.block
+  size = variant.partition('/')[0]
+  width, depth, num_heads, mlp_dim = SIZES['So400m' if size == 'gopt' else size]
   text = text_transformer(
     vocab_size,
     length,
-    image.width,
-    image.stack.depth,
-    block.num_heads,
-    mlp_dim=block.mlp_dim,
+    width,
+    depth,
+    num_heads,
+    mlp_dim=mlp_dim,
     causal=False,
     pool='last',
     num_classes=image.width,

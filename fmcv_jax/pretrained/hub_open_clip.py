@@ -1,0 +1,142 @@
+"""What open_clip_config.json of OpenCLIP says of our networks."""
+
+from typing import Any
+
+from fmcv_jax.errors import UserError
+from fmcv_jax.models.backbones.text import TextTransformer
+from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.pretrained import hub_timm
+from fmcv_jax.pretrained.hub_file import UNSET, Has, HubFile, Sets, Table
+from fmcv_jax.pretrained.hub_vit import side
+
+# What changes nothing that a network computes when it is not trained, or shows in the names of its arrays.
+IGNORED = (
+  r'init_logit_scale|init_logit_bias|nonscalar_logit_scale|custom_text|ls_init_value|patch_dropout|output_tokens',
+  r'timm_model_pretrained|timm_drop|timm_drop_path|timm_proj.*|pretrained_(image|hf)|hf_tokenizer_name|tokenizer_mode',
+  r'attn_pooler_.*|proj_bias|proj_type|pad_id|embed_cls|hf_model_pretrained|block_type|no_ln_pre|timm_pool|text_mask',
+)
+# Blocks that none of ours computes.
+_BLOCKS: Table = {
+  key: Has(False, False)
+  for key in ('qk_norm', 'scaled_cosine_attn', 'scale_heads', 'scale_attn_inner', 'scale_attn', 'scale_fc')
+}
+_TEXT: Table = {
+  **_BLOCKS,
+  'width': Has(lambda tower: tower.width),
+  'heads': Sets('num_heads', 8),
+  'layers': Has(lambda tower: tower.stack.depth),
+  'mlp_ratio': Has(lambda tower: tower.stack.block.mlp_dim / tower.width),
+  'vocab_size': Has(lambda tower: tower.vocab_size),
+  'context_length': Has(lambda tower: tower.length),
+}
+_VISION: Table = {
+  **_BLOCKS,
+  'width': Has(lambda tower: tower.width),
+  'layers': Has(lambda tower: tower.stack.depth),
+  'patch_size': Has(lambda tower: tower.patch_size, 16),
+  'mlp_ratio': Has(lambda tower: tower.stack.block.mlp_dim / tower.width),
+  'attentional_pool': Has(False, False),
+  'pos_embed_type': Has('learnable', 'learnable'),
+}
+
+
+def read(file: HubFile, config: dict[str, Any], objective: Any) -> None:
+  """Reads `model_cfg` into the findings, of both towers or of the one whose arrays these are.
+
+  UserError for what none of our networks computes.
+  """
+  model, ours = file.part('model_cfg'), config['objective']['network']['name']
+  quick = bool(model.get('quick_gelu', False))
+  vision, text = model.part('vision_cfg'), model.part('text_cfg')
+  image, path = image_tower(objective)
+  words, path_of_words = text_tower(objective)
+  if image is None and words is None:
+    raise UserError(f'{file.shown}: describes images and texts, but the arrays are those of {ours}')
+  if image is not None:
+    if 'timm_model_name' in vision:
+      _of_timm(vision, path, image)
+    else:
+      _vision(vision, path, image, quick)
+    vision.done(IGNORED)
+  if words is not None:
+    if 'hf_model_name' in text:
+      raise UserError(f'{text.shown}: hf_model_name is {text.get("hf_model_name")!r}, a tower that is not known here')
+    _text(text, path_of_words, words, quick)
+    text.done(IGNORED)
+  tower, width = image if words is None else words, model.get('embed_dim')
+  if width is not None and (tower.num_classes or tower is not objective.network):  # one tower may have no projection
+    model.agree('embed_dim', width, tower.num_classes or tower.width)
+  for part in (model, file):
+    part.done((*IGNORED, 'preprocess_cfg'))
+
+
+def image_tower(objective: Any) -> tuple[Any, str]:
+  """The image tower, None for a text tower alone, and its path in our config."""
+  return _tower(objective, 'image', ViT)
+
+
+def text_tower(objective: Any) -> tuple[Any, str]:
+  """The text tower, None for an image tower alone, and its path in our config."""
+  return _tower(objective, 'text', TextTransformer)
+
+
+def _tower(objective: Any, part: str, kind: type) -> tuple[Any, str]:
+  network, path = objective.network, 'objective.network'
+  if hasattr(network, 'image') and hasattr(network, 'text'):
+    return getattr(network, part), f'{path}.{part}'
+  return (network, path) if isinstance(network, kind) else (None, path)
+
+
+def _vision(file: HubFile, path: str, tower: Any, quick: bool) -> None:
+  file.apply(_VISION, path, tower)
+  file.set(f'{path}.num_heads', tower.width // int(file.get('head_width', 64)))
+  _layers(file, path, quick)
+  side(file, 'image_size', path, tower, 224)
+  pool, late = file.get('pool_type', 'tok'), bool(file.get('final_ln_after_pool', False))
+  if pool not in ('tok', 'avg'):
+    raise file.refusal('pool_type', pool, "'tok' or 'avg'")
+  if pool == 'avg':
+    file.set(f'{path}.pool', 'gap')
+    file.set(f'{path}.class_token', True)
+    if late:
+      file.set(f'{path}.fc_norm', True)
+      prefix = 'image/' if path.endswith('.image') else ''
+      file.findings.renamed[f'{prefix}norm/'] = f'{prefix}pooled_norm/'
+
+
+def _of_timm(file: HubFile, path: str, tower: Any) -> None:
+  """An image tower of timm's: its name, and how it is pooled; OpenCLIP gives it no other arguments."""
+  arguments = file.part('timm_model_name_arguments')
+  arguments.values = {'global_pool': file.get('timm_pool', 'avg')}
+  arguments.shown = f'{file.shown}: timm_pool'
+  hub_timm.network(file, arguments, str(file.get('timm_model_name')), path, tower)
+  side(file, 'image_size', path, tower, 224)
+
+
+def _text(file: HubFile, path: str, tower: Any, quick: bool) -> None:
+  file.apply(_TEXT, path, tower)
+  _layers(file, path, quick)
+  file.set(f'{path}.causal', not file.get('no_causal_mask', False))
+  file.get('final_ln_after_pool')  # one token is pooled, so before and after are the same
+  pool = file.get('pool_type', 'argmax')
+  pools = {'argmax': 'eot', 'eos': 'eot', 'first': 'first', 'last': 'last'}
+  if pool not in pools:
+    raise file.refusal('pool_type', pool, f'one of {", ".join(pools)}')
+  file.set(f'{path}.pool', pools[pool])
+  if pool == 'eos':
+    file.set(f'{path}.end_id', int(file.get('eos_id', 2)))
+  else:
+    file.get('eos_id', UNSET)
+
+
+def _layers(file: HubFile, path: str, quick: bool) -> None:
+  """Activation and eps of a tower that is built of OpenCLIP's own blocks."""
+  given = dict(file.get('act_kwargs') or {})
+  tanh = given.pop('approximate', 'none')
+  if given or tanh not in ('none', 'tanh') or (quick and tanh == 'tanh'):
+    raise file.refusal('act_kwargs', file.get('act_kwargs'), 'gelu, its approximation by tanh, or quick_gelu')
+  file.set(f'{path}.activation', 'quick_gelu' if quick else 'gelu_tanh' if tanh == 'tanh' else 'gelu')
+  norms = dict(file.get('norm_kwargs') or {})
+  file.set(f'{path}.eps', float(norms.pop('eps', 1e-5)))
+  if norms:
+    raise file.refusal('norm_kwargs', file.get('norm_kwargs'), 'LayerNorm with an eps')
