@@ -124,7 +124,7 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
   subject, step = Run.reopen(tmp_path / 'run').restored_model()
   assert step == 4
   np.testing.assert_array_equal(subject.tokenizer(['a red picture']), tokens)
-  embeddings = subject.embed_texts(['a red picture', 'blue'], batch=8)
+  embeddings = subject.embed_texts(['a red picture', 'blue'], batch_size=8)
   np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
 
 
@@ -145,9 +145,9 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'train__batch_size_size': 20}, r'config\.train\.batch_size: 20 does not divide over data=8; use a multiple of 8'),
+    ({'train__batch_size': 20}, r'config\.train\.batch_size: 20 does not divide over data=8; use a multiple of 8'),
     ({'train__grad_accum_steps': 4}, r'16 does not divide over data=8 times 4 microbatches; use a multiple of 32'),
-    ({'evaluators__val__batch_size_size': 12}, r'config\.evaluators\.val\.batch_size: 12 does not divide'),
+    ({'evaluators__val__batch_size': 12}, r'config\.evaluators\.val\.batch_size: 12 does not divide'),
     ({'train__steps': 2}, r'config\.optimizer\.schedule: warmup_steps 2 must be smaller than the number of steps, 2'),
     ({'mesh__tensor': 3}, 'tensor=3 needs a multiple of 3 devices'),
     ({'data__image__size': 24}, r'config\.data gives image of shape \(24, 24, 3\).* expects \(16, 16, 3\)'),

@@ -216,7 +216,13 @@ def test_stable_diffusions_unet():
   )  # fmt: skip
   network = dataclasses.replace(
     made := unet(
-      'sd1', image_size=8, block_out_channels=widths, depths=(1, 0), layers=1, cross_attention_dim=24, extra_in_channels=5
+      'sd1',
+      image_size=8,
+      block_out_channels=widths,
+      depths=(1, 0),
+      layers=1,
+      cross_attention_dim=24,
+      extra_in_channels=5,
     ),
     config=dataclasses.replace(made.config, num_heads=(4, 4)),
   )

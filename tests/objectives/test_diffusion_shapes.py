@@ -118,8 +118,8 @@ def test_a_network_reads_the_batch_fields_that_it_names():
   params, extra = objective.init(jax.random.key(0))
   action = np.array([[0.0, 0, 0], [1, 1, 1], [3, 1, 1]], np.float32)
   batch = {'image': np.full((3, 2, 2, 3), 255, np.uint8), 'action': action, 'second_time': np.ones(3, np.float32)}
-  _, (metrics, _) = jax.jit(objective.loss)(params, batch, jax.random.key(0), extra)
-  assert float(metrics['denoising']) == pytest.approx((1 + 0 + 4 / 3) / 3)
+  loss = jax.jit(objective.loss)(params, batch, jax.random.key(0), extra)
+  assert float(loss.metrics['denoising'].value) == pytest.approx((1 + 0 + 4 / 3) / 3)
   fields = {name: batch[name][:2] for name in ('action', 'second_time')}
   np.testing.assert_array_equal(sampled(objective, params, extra, **fields)[:, 0, 0, 0], [128, 255])
 

@@ -6,10 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.models.common.layers import HEAD_AXES
+
 
 class ClipDenoiser(nn.Module):
   """One linear layer over the channels of clips x [B, T, H, W, 3], zero at first."""
 
+  logical_axes = HEAD_AXES
   input_shape: ClassVar[tuple[int, ...]] = (3, 4, 6, 3)
   condition_keys: ClassVar[tuple[str, ...]] = ()
 
