@@ -13,7 +13,7 @@ from fmcv_jax.pretrained.hub_vit import side
 IGNORED = (
   r'init_logit_scale|init_logit_bias|nonscalar_logit_scale|custom_text|ls_init_value|patch_dropout|output_tokens',
   r'timm_model_pretrained|timm_drop|timm_drop_path|timm_proj.*|pretrained_(image|hf)|hf_tokenizer_name|tokenizer_mode',
-  r'attn_pooler_.*|proj_bias|proj_type|pad_id|embed_cls|hf_model_pretrained|block_type|no_ln_pre|timm_pool|text_mask',
+  r'attn_pooler_.*|proj_bias|proj_type|pad_id|embed_cls|hf_model_pretrained|block_type|timm_pool|text_mask',
 )
 # Blocks that none of ours computes.
 _BLOCKS: Table = {
@@ -91,6 +91,7 @@ def _vision(file: HubFile, path: str, tower: Any, quick: bool) -> None:
   file.apply(_VISION, path, tower)
   file.set(f'{path}.num_heads', tower.width // int(file.get('head_width', 64)))
   _layers(file, path, quick)
+  file.set(f'{path}.pre_norm', not file.get('no_ln_pre', False))
   side(file, 'image_size', path, tower, 224)
   pool, late = file.get('pool_type', 'tok'), bool(file.get('final_ln_after_pool', False))
   if pool not in ('tok', 'avg'):
