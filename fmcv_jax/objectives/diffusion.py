@@ -21,7 +21,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.objectives.base import Objective, mean_loss
 from fmcv_jax.objectives.image_condition import ImageCondition, inpaint_condition
 from fmcv_jax.objectives.latent_space import LatentSpace
-from fmcv_jax.objectives.outputs import Output
+from fmcv_jax.objectives.outputs import Kind, Output
 from fmcv_jax.objectives.repa import REPA
 from fmcv_jax.objectives.text_condition import TextCondition
 
@@ -242,9 +242,10 @@ class Diffusion(Objective):
   def outputs(self):
     """'latents', 'words' and 'whole_text' are float16, as the batch fields of these names that they are stored for."""
     control = ('image',) if self.image_condition.control is not None else ()
+    kind: Kind = 'video' if len(self.image_shape) == 4 else 'image'
     offered = {
       'denoising_errors': Output(self.denoising_errors, 'array', ('image', *self.condition_fields)),
-      'samples': Output(self.samples, 'image', (*control, *self.condition_fields), generator=self.generator),
+      'samples': Output(self.samples, kind, (*control, *self.condition_fields), generator=self.generator),
     }
     if self.latent_space.autoencoder is not None:
       offered['latents'] = Output(self.latents_of, 'map')
