@@ -1,8 +1,11 @@
 """A captioner from outside of the package: tokens of unequal numbers, and a text as its output."""
 
+import jax
 import numpy as np
 import pytest
 
+from fmcv_jax.run import Run
+from fmcv_jax.train.flops import matmul_flops
 from tests.systems import experiments
 from tests.systems.sources import CAPTIONS
 
@@ -54,3 +57,10 @@ def test_a_captioner_learns_and_gives_texts(tmp_path):
 def test_a_captioner_trains_equally_on_all_meshes_and_in_microbatches():
   more = [('fsdp, microbatches', (*experiments.MESHES['fsdp'], 'train.grad_accum_steps=2'))]
   experiments.assert_equal_losses_on_all_meshes(config(), more=more)
+
+
+def test_flops_are_counted_for_an_objective_that_needs_its_tokenizer():
+  run = Run(config())
+  objective = run.experiment.objective
+  gradient = jax.grad(lambda params, batch: objective.loss(params, batch, jax.random.key(0), {}).value)
+  assert run.step_flops() == matmul_flops(gradient, run.abstract_state.params, run.batch_shapes)
