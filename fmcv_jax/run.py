@@ -43,10 +43,7 @@ class Run:
     self._workdir = epath.Path(workdir) if workdir is not None else None
     e: Experiment = config_lib.build(Experiment, use_saved_tokenizer(config, self._workdir), KINDS)
     with config_lib.config_path_context('config.objective'):
-      objective = e.objective.with_total_steps(e.train.steps)
-      if e.tokenizer is not None:
-        objective = objective.with_tokenizer(e.tokenizer)
-      self.experiment = e = dataclasses.replace(e, objective=objective)
+      self.experiment = e = dataclasses.replace(e, objective=_in_run(e.objective, e))
     self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
     with config_lib.config_path_context('config.optimizer.schedule'):
       self.tx = e.optimizer.make(e.train.steps) if e.train.steps else optax.identity()
@@ -152,7 +149,7 @@ class Run:
     remat = config_lib.paths_of(spec['objective'], 'remat', 'objective')
     spec = config_lib.override(config_lib.to_plain_dict(spec), [f'{path}=none' for path in remat])
     objective: Objective = config_lib.build(Objective, spec['objective'], KINDS, 'config.objective')
-    objective = objective.with_total_steps(self.experiment.train.steps)
+    objective = _in_run(objective, self.experiment)
     return float(
       matmul_flops(
         jax.grad(lambda params, batch, extra: objective.loss(params, batch, jax.random.key(0), extra).value),
@@ -174,6 +171,12 @@ class Run:
         parts = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes if mesh.shape[axis] > 1) or '1 device'
         more = f' times {pieces} microbatches' if pieces > 1 else ''
         raise UserError(f'config.{path}: {batch} does not divide over {parts}{more}; use a multiple of {ways * pieces}')
+
+
+def _in_run(objective: Objective, e: Experiment) -> Objective:
+  """The objective with what a run adds to it: the number of steps and the tokenizer."""
+  objective = objective.with_total_steps(e.train.steps)
+  return objective if e.tokenizer is None else objective.with_tokenizer(e.tokenizer)
 
 
 def use_saved_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> dict[str, Any]:

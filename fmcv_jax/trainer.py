@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from rich.console import Console
 
@@ -220,8 +221,19 @@ def _device_batches(loader: TrainLoader, run: Run, start: int) -> Iterator[Any]:
             f'config.data gives {name} of shape {local[name].shape[1:]}, but the objective expects {want.shape}; '
             f'make the size of config.data.image and image_size of the network (or the token lengths) agree'
           )
+        if _number_kind(local[name].dtype) != _number_kind(want.dtype):
+          raise UserError(
+            f'config.data gives {name} of dtype {local[name].dtype}, but the objective expects {want.dtype}; '
+            f'convert it in the source'
+          )
     startup.check_labels(local, counts, functools.partial(keys, count))
     yield to_devices(local, run.placement)
+
+
+def _number_kind(dtype: Any) -> str:
+  """'floating', 'integer' or 'other': precision may differ, but images in [0, 1] are not images in 0..255."""
+  kinds = {'floating': jnp.floating, 'integer': jnp.integer}
+  return next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), 'other')
 
 
 def _open_workdir(run: Run, console: Console) -> None:

@@ -6,7 +6,7 @@ any mesh.
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,16 @@ class Augment(abc.ABC):
 
 
 def apply_augments(images: jax.Array, augments: Sequence[Augment], rng: jax.Array) -> jax.Array:
-  """uint8 [B, H, W, 3] -> float32 in [0, 1], after every augmentation in order."""
+  """uint8 [B, H, W, 3] or clips [B, T, H, W, 3] -> float32 in [0, 1], after every augmentation in order.
+
+  All frames of a clip are changed alike: the random numbers are drawn once for each example.
+  """
   images = images.astype(jnp.float32) / 255
   for index, augment in enumerate(augments):
-    images = augment(images, jax.random.fold_in(rng, index))
+    call: Callable[[jax.Array, jax.Array], jax.Array] = augment
+    for _ in range(images.ndim - 4):
+      call = jax.vmap(call, in_axes=(1, None), out_axes=1)
+    images = call(images, jax.random.fold_in(rng, index))
   return images
 
 

@@ -13,7 +13,8 @@ The names that the package uses; a network outside of it may read others:
   second_time    float [B], a second time next to the first, for networks of a step between two times
 
 A network names its keys in `condition_keys`, and in `condition_shapes` (key -> jax.ShapeDtypeStruct of one example)
-those that are batch fields of the same name, such as `action` of a world model.
+those that are batch fields of the same name, such as `action` of a world model. Its `never_dropped`, if it has one,
+names further keys that classifier-free guidance does not drop, such as the past frames of a world model.
 """
 
 from collections.abc import Mapping

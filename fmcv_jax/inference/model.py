@@ -168,7 +168,7 @@ def evaluated_as(run: Run) -> ImageTransform | None:
     return run.experiment.data.image
   objective: Any = run.experiment.objective
   image, given = objective.example_batch.get('image'), run.experiment.data.image
-  size = image.shape[0] if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)
+  size = image.shape[-3] if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)
   if size is None:
     return None
   return dataclasses.replace(given, size=size) if isinstance(given, Resize | ResizeCrop) else ResizeCrop(size, crop=1.0)

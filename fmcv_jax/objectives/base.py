@@ -104,9 +104,9 @@ class Objective(abc.ABC):
 
   @property
   def input_size(self) -> int | None:
-    """Side of the images that `outputs` take; None for any, and for a model that takes none."""
+    """Side of the images (or frames) that `outputs` take; None for any, and for a model that takes none."""
     image = self.example_batch.get('image')
-    return None if image is None else image.shape[0]
+    return None if image is None else image.shape[-3]
 
   @property
   def class_counts(self) -> Mapping[str, tuple[int, int | None]]:

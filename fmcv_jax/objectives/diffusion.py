@@ -21,7 +21,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.objectives.base import Objective, mean_loss
 from fmcv_jax.objectives.image_condition import ImageCondition, inpaint_condition
 from fmcv_jax.objectives.latent_space import LatentSpace
-from fmcv_jax.objectives.outputs import Output
+from fmcv_jax.objectives.outputs import Kind, Output
 from fmcv_jax.objectives.repa import REPA
 from fmcv_jax.objectives.text_condition import TextCondition
 
@@ -47,6 +47,7 @@ class Diffusion(Objective):
     input_shape       shape of one x, channels last: (H, W, C), or (T, H, W, C) of clips
     condition_keys    the keys of the condition that it reads (fmcv_jax/diffusion/condition.py)
     condition_shapes  of those that are batch fields of the same name, if any
+    never_dropped     of those the ones that are never dropped, if any
     num_classes       if it reads 'label'
 
   network            the denoiser
@@ -56,7 +57,7 @@ class Diffusion(Objective):
   image_condition    a ControlNet, or inpainting
   repa               representation alignment of the network's tokens
   condition_dropout  fraction of examples without condition, for classifier-free guidance: no class, an empty text, and
-                     zeros for every other key but those of NEVER_DROPPED
+                     zeros for every other key but those of NEVER_DROPPED and of the network's never_dropped
   weighting          of the error by noise level (`Process.weight`), and its `weighting_gamma` (None: the published one)
   timestep_sampling  distribution of the times (`Process.sample_timesteps`), with `timestep_mean` and `timestep_std`
                      where it is normal
@@ -105,6 +106,8 @@ class Diffusion(Objective):
       if key not in getattr(network, 'condition_shapes', {}):
         how = _PROVIDERS.get(key, 'a network names the shapes of its batch fields in condition_shapes')
         raise ValueError(f'network: reads the condition {key!r}, which nothing provides; {how}')
+    if unknown := set(self._never_dropped) - set(self._batch_keys) - NEVER_DROPPED:
+      raise ValueError(f'network.never_dropped: {sorted(unknown)} are not in its condition_shapes')
 
   def with_tokenizer(self, tokenizer):
     return dataclasses.replace(self, text_condition=self.text_condition.with_tokenizer(tokenizer))
@@ -138,6 +141,10 @@ class Diffusion(Objective):
     """The condition keys that are batch fields of the same name."""
     provided = ('label', *self.text_condition.keys, *self.image_condition.keys)
     return tuple(key for key in self._keys if key not in provided)
+
+  @property
+  def _never_dropped(self) -> frozenset[str]:
+    return NEVER_DROPPED | frozenset(getattr(self.network, 'never_dropped', ()))
 
   @property
   def condition_fields(self) -> tuple[str, ...]:
@@ -222,7 +229,7 @@ class Diffusion(Objective):
     condition |= {key: value for key, value in text.items() if key in self._keys}
     for key in self._batch_keys:
       value = batch[key]
-      if keep is not None and key not in NEVER_DROPPED:
+      if keep is not None and key not in self._never_dropped:
         value = jnp.where(keep.reshape(-1, *(1,) * (value.ndim - 1)), value, jnp.zeros_like(value))
       condition[key] = value
     return condition
@@ -242,9 +249,10 @@ class Diffusion(Objective):
   def outputs(self):
     """'latents', 'words' and 'whole_text' are float16, as the batch fields of these names that they are stored for."""
     control = ('image',) if self.image_condition.control is not None else ()
+    kind: Kind = 'video' if len(self.image_shape) == 4 else 'image'
     offered = {
       'denoising_errors': Output(self.denoising_errors, 'array', ('image', *self.condition_fields)),
-      'samples': Output(self.samples, 'image', (*control, *self.condition_fields), generator=self.generator),
+      'samples': Output(self.samples, kind, (*control, *self.condition_fields), generator=self.generator),
     }
     if self.latent_space.autoencoder is not None:
       offered['latents'] = Output(self.latents_of, 'map')

@@ -394,3 +394,14 @@ def test_every_augmentation_builds_from_its_name_alone():
   for name in AUGMENTS:
     assert build(Augment, name, {Augment: AUGMENTS}) == AUGMENTS[name]()
   assert build(Augment, {'name': 'random_erasing', 'value': 0}, {Augment: AUGMENTS}) == RandomErasing(value=0.0)
+
+
+def test_all_frames_of_a_clip_are_changed_as_each_alone_would_be():
+  """Of as many clips as frames, whose axes would not differ in size if they were mixed up."""
+  clips = RNG.integers(0, 256, (4, 4, 9, 12, 3), np.uint8)
+  augments = (Flip(), ColorJitter(0.4, 0.4, 0.4), Affine(rotation=20, translate=0.2))
+  changed = as_floats(clips, augments, KEY)
+  for frame in range(4):
+    np.testing.assert_allclose(changed[:, frame], as_floats(clips[:, frame], augments, KEY), atol=1e-5)
+  for clip, flipped in zip(clips / 255, as_floats(clips, (Flip(),), KEY), strict=True):
+    assert any(np.allclose(flipped, x, atol=1e-6) for x in (clip, clip[:, :, ::-1]))

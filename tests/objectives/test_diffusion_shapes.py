@@ -22,7 +22,7 @@ from fmcv_jax.objectives.latent_space import LatentSpace
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.registry import KINDS
-from tests.objectives.toy_denoisers import Unprovided, WorldModel
+from tests.objectives.toy_denoisers import Mistaken, Steered, Unprovided, WorldModel
 from tests.train.tiny import Trainer, batch_of, shaken
 
 PREDICTS_X0 = Process('flow', 'image')
@@ -101,6 +101,8 @@ def test_a_denoiser_of_clips_trains_and_samples_unchanged():
   spec['process'] = {'schedule': 'flow', 'prediction': 'image'}
   objective = build(Objective, spec, KINDS)
   assert objective.example_batch['image'].shape == (3, 4, 6, 3)
+  assert objective.input_size == 4  # the side of a frame, not the number of frames
+  assert objective.outputs()['samples'].kind == 'video'
   batch = {'image': np.full((16, 3, 4, 6, 3), 255, np.uint8)}
   first, second = Trainer(objective, devices=1).run([batch, batch])
   assert first == pytest.approx(1, abs=1e-6)
@@ -130,6 +132,17 @@ def test_dropped_conditions_are_zero_but_for_those_without_which_the_task_is_ano
   condition = objective.condition({}, batch, jnp.array([True, False]))
   np.testing.assert_array_equal(condition['action'], [[1, 1, 1], [0, 0, 0]])
   np.testing.assert_array_equal(condition['second_time'], [5, 6])
+
+
+def test_a_network_names_further_conditions_that_are_never_dropped():
+  batch = {'action': jnp.ones((2, 3)), 'second_time': jnp.array([5.0, 6.0])}
+  condition = Diffusion(Steered()).condition({}, batch, jnp.array([True, False]))
+  np.testing.assert_array_equal(condition['action'], np.ones((2, 3)))
+
+
+def test_a_condition_that_is_never_dropped_has_to_be_read():
+  with pytest.raises(ValueError, match=r"network.never_dropped: \['camera'\] are not in its condition_shapes"):
+    Diffusion(Mistaken())
 
 
 def test_a_condition_that_nothing_provides_is_refused_at_construction():

@@ -46,3 +46,15 @@ class Unprovided(WorldModel):
   """Reads what neither a part of the objective nor a batch field provides."""
 
   condition_keys: ClassVar[tuple[str, ...]] = ('camera',)
+
+
+class Steered(WorldModel):
+  """Has no task without its action."""
+
+  never_dropped: ClassVar[tuple[str, ...]] = ('action',)
+
+
+class Mistaken(WorldModel):
+  """Never drops what it does not read."""
+
+  never_dropped: ClassVar[tuple[str, ...]] = ('camera',)
