@@ -36,7 +36,7 @@ def tokenizer() -> Any:
   """A `tokenizers.Tokenizer` of clean, lower-case texts, which adds no special tokens and takes none for itself."""
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-  pairs = [tuple(line.split(' ')) for line in merges()]
+  pairs = [(left, right) for left, right in (line.split(' ') for line in merges())]
   bpe = Tokenizer(models.BPE(token_ids(), pairs, end_of_word_suffix=WORD_END))
   split = pre_tokenizers.Split(Regex(_WORDS), 'removed', invert=True)
   bpe.pre_tokenizer = pre_tokenizers.Sequence(
