@@ -20,6 +20,7 @@ import ftfy
 import numpy as np
 from etils import epath
 
+from fmcv_jax.data import clip_vocabulary
 from fmcv_jax.data.sources.base import UNREADABLE, Source
 from fmcv_jax.errors import UserError
 
@@ -83,32 +84,23 @@ class ClipBpe(Tokenizer):
     return self.vocab_size - 1
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    cleaned = [_encodable(html.unescape(html.unescape(_repaired(text)))) for text in texts]
-    if not cleaned:
-      return np.zeros((0, self.length), np.int32)
-    return _clip().tokenize_batch(cleaned, context_length=self.length).astype(np.int32)
+    rows = np.full((len(texts), self.length), self.pad_id, np.int32)
+    for row, encoding in zip(rows, clip_vocabulary.tokenizer().encode_batch([_clip_cleaned(text) for text in texts])):
+      ids = [self.start_id, *encoding.ids[: self.length - 2], self.end_id]
+      row[: len(ids)] = ids
+    return rows
 
   def decode(self, tokens: np.ndarray) -> list[str]:
-    return [_clip().decode(row).strip() for row in _bodies(tokens, self.end_id)]
+    return [clip_vocabulary.tokenizer().decode(row).strip() for row in _bodies(tokens, self.end_id)]
 
 
-def _repaired(text: str) -> str:
-  if text.isascii() and text.isprintable():
-    return text  # nothing in it could be repaired, and most captions are so
-  return ftfy.fix_text(text)
-
-
-@functools.cache
-def _clip() -> Any:
-  try:
-    import instant_clip_tokenizer
-  except ImportError as error:
-    raise UserError(
-      'tokenizer clip_bpe: needs the package instant-clip-tokenizer, which has wheels for Python 3.11 and 3.12 only; '
-      'use one of these, or a tokenizer of your own with the name bpe'
-    ) from error
-
-  return instant_clip_tokenizer.Tokenizer()  # cannot be pickled: one for each process
+def _clip_cleaned(text: str) -> str:
+  # Most captions are printable ASCII without entities, which ftfy leaves as they are. It resolves entities itself, and
+  # some that html does not, before html resolves them twice.
+  if not (text.isascii() and text.isprintable()) or '&' in text:
+    text = ftfy.fix_text(text)
+  text = html.unescape(html.unescape(text))
+  return ' '.join(_encodable(text).split()).lower()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fmcv_jax.data import clip_vocabulary
 from fmcv_jax.data.pillow_resize import as_pillow_resize
 from fmcv_jax.data.tokenizers import ClipBpe, SentencePiece, Tokenizer, TokenizerJson
 from fmcv_jax.data.transforms import ImageTransform
@@ -13,7 +14,7 @@ from fmcv_jax.models.backbones.swin import Swin
 from fmcv_jax.models.backbones.text import TextTransformer
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import BlockConfig, Stack
-from fmcv_jax.pretrained import clip_vocabulary, efficientnet
+from fmcv_jax.pretrained import efficientnet
 
 Files = dict[str, Any]  # by name: data for JSON, a text, or the path of a file to copy
 
@@ -230,11 +231,11 @@ def texts(tokenizer: Tokenizer, padding: str = '<|endoftext|>') -> Files:
   """Of the tokenizers that others published; of one that was trained here, nothing."""
   common = {'model_max_length': tokenizer.length}
   if isinstance(tokenizer, ClipBpe):
-    start, end = '<|startoftext|>', '<|endoftext|>'
+    start, end = clip_vocabulary.START, clip_vocabulary.END
     special = {'bos_token': start, 'eos_token': end, 'unk_token': end, 'pad_token': padding}
-    vocabulary, merges = clip_vocabulary.tables()
+    merges = '\n'.join(('#version: 0.2', *clip_vocabulary.merges(), ''))
     config = {'tokenizer_class': 'CLIPTokenizer', **special, **common}
-    return {'vocab.json': vocabulary, 'merges.txt': merges, 'tokenizer_config.json': config}
+    return {'vocab.json': clip_vocabulary.token_ids(), 'merges.txt': merges, 'tokenizer_config.json': config}
   if isinstance(tokenizer, SentencePiece):
     special = {'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '</s>'}
     config = {'tokenizer_class': 'SiglipTokenizer', 'do_lower_case': True, **special, **common}

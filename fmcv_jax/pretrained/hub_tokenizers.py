@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fmcv_jax.data import clip_vocabulary
 from fmcv_jax.data.tokenizers import SentencePiece, TokenizerJson
-from fmcv_jax.pretrained import clip_vocabulary
 from fmcv_jax.pretrained.hub_file import Findings, opened
 
 CLIP_SIZE = 49_408
@@ -46,9 +46,9 @@ def padding(folder: Path, findings: Findings) -> str | None:
 def _is_clips(folder: Path) -> bool:
   """Whether the folder's vocabulary, if it has one, is CLIP's."""
   if (file := opened(folder / 'vocab.json', 'vocab.json', Findings())) is not None:
-    return file.values == clip_vocabulary.tables()[0]
+    return file.values == clip_vocabulary.token_ids()
   if (file := opened(folder / 'tokenizer.json', 'tokenizer.json', Findings())) is not None:
-    return dict(file.values.get('model', {})).get('vocab') == clip_vocabulary.tables()[0]
+    return dict(file.values.get('model', {})).get('vocab') == clip_vocabulary.token_ids()
   return True
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
+from fmcv_jax.data import clip_vocabulary
 from fmcv_jax.data.tokenizers import ClipBpe
-from fmcv_jax.pretrained import clip_vocabulary
 from tests.data.test_tokenizers import odd_texts, train_sentencepiece
 from tests.pretrained.references import IMAGE, TEXT, published
 
@@ -18,19 +18,39 @@ open_clip = pytest.importorskip('open_clip', reason='pip install fmcv-jax[parity
 
 
 def test_the_vocabulary_is_the_published_one():
-  vocabulary, merges = clip_vocabulary.tables()
   file = Path(open_clip.__file__).parent / 'bpe_simple_vocab_16e6.txt.gz'
   published_merges = gzip.decompress(file.read_bytes()).decode().split('\n')[1 : 49_152 - 256 - 2 + 1]
-  assert merges.splitlines()[1:] == published_merges
+  assert list(clip_vocabulary.merges()) == published_merges
   theirs = open_clip.tokenizer.SimpleTokenizer().encoder
   special = {'<start_of_text>': clip_vocabulary.START, '<end_of_text>': clip_vocabulary.END}
-  assert vocabulary == {special.get(token, token): i for token, i in theirs.items()}
+  assert clip_vocabulary.token_ids() == {special.get(token, token): i for token, i in theirs.items()}
+
+
+HARD = [
+  "it's DON'T I'LL we've they're I'm he'd 'S '\u017f x'\u017fa",
+  '&lt;b&gt; &amp;amp;#233; &#x1F600; &eacute &EACUTE; &copy;2021',
+  '\uff11\uff12\uff13 4567 ¾ Ⅻ x² 3.14 1,000',
+  '\u2019s “quoted” — … âœ” schÃ¶n',
+  'İstanbul ΣΑΣ ẞ ß ŉ ǅ ﬁ K Å',
+  '\x1c\x1da \u2028x\u0085y \u180e \u200bb \xa0',
+  'a</w>b </w> <end_of_tex <|x|>',
+  '👩🏽‍🚀🏳️‍🌈❤️🔥😀😀😀 x😀y',
+  'http://x.y/?a=1&b=2 __init__ foo_bar #tag @name $5',
+  'zżźćńółęąś ' * 40,
+  'Pneumonoultramicroscopicsilicovolcanoconiosis' * 8,
+]
 
 
 def test_ids_of_a_thousand_odd_texts_are_those_of_open_clip():
-  texts = odd_texts(1000)
+  texts = [*HARD, *odd_texts(1000)]
   theirs = np.concatenate([open_clip.tokenize([text]).numpy() for text in texts])
   np.testing.assert_array_equal(ClipBpe()(texts), theirs)
+
+
+def test_ids_come_back_as_the_texts_of_open_clip():
+  theirs = open_clip.tokenizer.SimpleTokenizer()
+  for text, row in zip(HARD, ClipBpe(1000)(HARD)):
+    assert ClipBpe().decode(row[None]) == [theirs.decode(theirs.encode(text)).strip()]
 
 
 def test_transformers_reads_texts_as_a_clip_that_went_out(tmp_path):
