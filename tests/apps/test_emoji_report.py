@@ -11,7 +11,7 @@ class FeatureExtractor:
     return letters / np.linalg.norm(letters, axis=1, keepdims=True)
 
 
-def test_the_rival_is_the_nearest_drawing_of_another_name():
+def test_the_hard_negative_is_the_nearest_drawing_of_another_name():
   names = ['ab', 'ab', 'abc', 'abc', 'fgh', 'abd', 'abd', 'a', 'a']
   source = [{'text': name, 'image': np.full((2, 2, 3), index)} for index, name in enumerate(names)]
   drawn = emoji_report._nearest(source, ['ab', 'fg'], FeatureExtractor(), 8).reshape(2, emoji_report.COLUMNS, -1)[

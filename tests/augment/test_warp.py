@@ -29,7 +29,7 @@ MATRICES = np.array(
 def test_the_warp_equals_scipys_affine_transform_in_the_inside_and_the_edge(form, fill):
   image, matrix = IMAGES[2], MATRICES[2].astype(np.float64)
   ours = jax.jit(form, static_argnums=2)(IMAGES, MATRICES, fill)[2]
-  # scipy counts (row, column) from the centre of the first pixel.
+  # scipy counts (row, column) from the center of the first pixel.
   swapped, half = matrix[::-1, 1::-1], np.array([0.5, 0.5])
   offset = matrix[::-1, 2] + swapped @ half - half
   theirs = [ndimage.affine_transform(image[..., c], swapped, offset, order=1, mode='nearest') for c in range(3)]

@@ -50,14 +50,14 @@ def test_small_shuffles_are_uniform():
 
 
 @pytest.mark.parametrize('records', [8000, 70_000])
-def test_classes_that_lie_together_are_spread_over_batches_as_by_chance(records):
+def test_classes_that_lie_together_are_spread_over_batches_as_at_random(records):
   order, classes, batch = Order(records, seed=1), 10, 200
   drawn = np.array([order(position) for position in range(records)])
   counts = np.apply_along_axis(np.bincount, 1, (drawn * classes // records).reshape(-1, batch), minlength=classes)
-  # Without replacement the statistic of a batch is that of chance times (N - batch) / (N - 1).
+  # Without replacement the statistic of a batch is the random one times (N - batch) / (N - 1).
   statistic = (np.square(counts - batch / classes) / (batch / classes)).sum() * (records - 1) / (records - batch)
   assert 0.001 < stats.chi2.cdf(statistic, (records // batch) * (classes - 1)) < 0.999
-  assert np.mean(np.abs(np.diff(drawn)) == 1) < 4 * 2 / records  # neighbours stay together no more often than by chance
+  assert np.mean(np.abs(np.diff(drawn)) == 1) < 4 * 2 / records  # neighbors stay together no more often than at random
   assert abs(stats.spearmanr(drawn, np.arange(records)).statistic) < 4 / np.sqrt(records)
 
 

@@ -59,7 +59,7 @@ def test_random_crop_of_everything_is_a_resize():
 
 @pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear', 'lanczos'])
 @pytest.mark.parametrize('shape', [(61, 83), (83, 61), (61, 61), (20, 300), (5, 7)])
-def test_resize_crop_equals_resizing_everything_and_cropping_its_centre(interpolation, shape):
+def test_resize_crop_equals_resizing_everything_and_cropping_its_center(interpolation, shape):
   image = np.asarray(Image.fromarray(PHOTO).resize(shape[::-1]))
   size, short = 28, 32
   width, height = (int(short * side / min(shape)) for side in shape[::-1])

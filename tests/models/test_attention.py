@@ -143,7 +143,7 @@ def test_the_ring_holds_no_matrix_of_queries_and_keys():
 
 
 def test_a_network_over_split_tokens_equals_the_whole_one():
-  """17 tokens (a class token) over 2 devices: the partitioner pads what does not divide."""
+  """17 tokens (a class token) over 2 devices: the partitioner pads a size that is not divisible."""
   network = vit('Ti/16', image_size=64, depth=2, width=32, num_heads=2)
   images = jax.random.normal(jax.random.key(0), (4, 64, 64, 3))
   params = network.init(jax.random.key(1), images)

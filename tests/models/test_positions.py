@@ -34,10 +34,10 @@ def test_a_larger_grid_extends_a_smaller_one():
 
 
 def cubic_weights(old, new):
-  """[new, old]: Keys' cubic (a = -0.5) between pixel centres, pad_input_channels where it shrinks."""
+  """[new, old]: Keys' cubic (a = -0.5) between pixel centers, pad_input_channels where it shrinks."""
   shrink = max(1.0, old / new)
-  centre = (np.arange(new) + 0.5) * old / new - 0.5
-  t = np.abs(np.arange(old)[None] - centre[:, None]) / shrink
+  center = (np.arange(new) + 0.5) * old / new - 0.5
+  t = np.abs(np.arange(old)[None] - center[:, None]) / shrink
   near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
   weights = np.where(t <= 1, near, np.where(t < 2, far, 0))
   return weights / weights.sum(axis=1, keepdims=True)

@@ -52,7 +52,7 @@ def test_padding_that_is_not_attended_to_does_not_change_outputs(variables, caus
   np.testing.assert_allclose(short.tokens[words], long.tokens[:, :6][words], rtol=1e-5, atol=1e-6)
 
 
-def test_padding_is_attended_to_unless_told_otherwise(variables):
+def test_padding_is_attended_to_by_default(variables):
   short = apply(variables, TOKENS, causal=False)
   long = apply(variables, np.pad(TOKENS, ((0, 0), (0, 2))), causal=False)
   assert np.abs(short.output - long.output).max() > 1e-4

@@ -25,7 +25,7 @@ def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
   assert sum(x.size for x in jax.tree.leaves(before.params)) == added + 32 * 10 + 10
   assert sum(x.size for x in jax.tree.leaves(before.opt_state)) < 2.1 * (added + 330)
   batch = batch_of(objective)
-  np.testing.assert_array_equal(  # `up` is born zero
+  np.testing.assert_array_equal(  # `up` is initialized to zero
     objective.outputs()['features'].call(before.params, before.extra, batch),
     PLAIN.outputs()['features'].call(objective.full_params(before.params, before.extra), {}, batch),
   )

@@ -29,7 +29,7 @@ def test_training_on_eight_devices_equals_one():
   assert trainer.metrics['adversarial_weight'] > 0
 
 
-def test_the_discriminator_moves_the_last_layer_by_its_share_and_learns_to_tell_pictures_apart():
+def test_the_discriminator_gradient_has_the_given_weight_and_it_learns_to_tell_real_from_fake():
   """Each player's gradient is of its own loss, and the two pulls at the last layer stand as the weight says."""
   objective = coder(adversarial=0.5, kl=0.0)
   params, extra = jax.jit(objective.init)(jax.random.key(0))

@@ -45,14 +45,14 @@ def assert_same(ours, x, theirs, leaf):
 
 def test_view_loss_is_algorithm_1_of_dino(torch):
   """One cross-entropy for each pair of a teacher's crop and another crop of the student, then their mean."""
-  student, teacher, centre = NORMAL(size=(6, 5, 24)), NORMAL(size=(6, 2, 24)), NORMAL(size=24)
+  student, teacher, center = NORMAL(size=(6, 5, 24)), NORMAL(size=(6, 2, 24)), NORMAL(size=24)
   s = torch.tensor(student, dtype=torch.float32, requires_grad=True)
-  t = torch.softmax((torch.tensor(teacher) - torch.tensor(centre)) / 0.04, dim=-1).float()
+  t = torch.softmax((torch.tensor(teacher) - torch.tensor(center)) / 0.04, dim=-1).float()
   losses = [
     -(t[:, i] * torch.log_softmax(s[:, v] / 0.1, dim=-1)).sum(-1).mean() for i in range(2) for v in range(5) if v != i
   ]
   assert len(losses) == 8
-  targets = jax.nn.softmax((teacher - centre) / 0.04)
+  targets = jax.nn.softmax((teacher - center) / 0.04)
   assert_same(
     lambda x: view_loss(x / 0.1, targets.astype(jnp.float32)), jnp.float32(student), sum(losses) / len(losses), s
   )
@@ -150,14 +150,14 @@ def test_teacher_and_centre_follow_their_closed_forms():
   learner = objective()
   params = {'w': jnp.float32(3.0)}
   extra = {'teacher': {'w': jnp.float32(1.0)}, 'step': jnp.int32(0), 'centre': {'image': jnp.float32(2.0)}}
-  teacher, centre = 1.0, 2.0
+  teacher, center = 1.0, 2.0
   for step in range(11):
     extra = learner.update_extra(extra, params, {'image': jnp.float32(5.0)}, jnp.int32(step))
     momentum = 1 - 0.1 * (math.cos(math.pi * step / 10) + 1) / 2
-    teacher, centre = momentum * teacher + (1 - momentum) * 3, 0.9 * centre + 0.1 * 5
+    teacher, center = momentum * teacher + (1 - momentum) * 3, 0.9 * center + 0.1 * 5
   assert (float(extra['teacher']['w']), float(extra['centre']['image'])) == (
     pytest.approx(teacher),
-    pytest.approx(centre),
+    pytest.approx(center),
   )
   assert int(extra['step']) == 11
   before = float(extra['teacher']['w'])
@@ -199,8 +199,8 @@ def test_masks_are_blocks_of_the_wanted_share():
   # Shares uniform within (0.1, 0.5), of which the last rectangles leave a little over.
   assert hidden[some].mean() / 196 == pytest.approx(0.3, abs=0.03)
   assert hidden[some].min() >= 0.08 * 196
-  beside = (masks[:, 1:] & masks[:, :-1]).sum() / masks[:, 1:].sum()
-  assert beside > 0.6  # 0.3 if patches were drawn one by one
+  adjacent = (masks[:, 1:] & masks[:, :-1]).sum() / masks[:, 1:].sum()
+  assert adjacent > 0.6  # 0.3 if patches were drawn one by one
   assert len(np.unique(masks[some], axis=0)) == some.sum()
 
 

@@ -42,7 +42,7 @@ def test_patch_dropping_looks_at_fewer_tokens_in_training_only():
   np.testing.assert_array_equal(*embeddings)
 
 
-def test_classifier_that_is_born_zero_starts_at_log_classes():
+def test_classifier_with_a_zero_head_starts_at_log_classes():
   objective = classification(label_smoothing=0.1)
   params, extra = objective.init(jax.random.key(0))
   loss = objective.loss(params, batch_of(objective), jax.random.key(1), extra)

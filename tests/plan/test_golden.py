@@ -6,7 +6,7 @@ import pytest
 from tests.plan import golden
 
 
-def test_a_sharding_that_changes_is_told_figure_by_figure():
+def test_a_changed_sharding_is_reported_number_by_number():
   before = {'temporaries, MiB': 100.0, 'all-gather over fsdp, times': 4, 'all-reduce over data, times': 1}
   now = {'temporaries, MiB': 101.0, 'all-gather over fsdp, times': 8, 'all-to-all over data, times': 2}
   assert golden.differences(before, now, tolerance=0.02) == [

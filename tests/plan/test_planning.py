@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fmcv_jax import __main__ as door
+from fmcv_jax import __main__ as cli
 from fmcv_jax.errors import UserError
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.plan import planning
@@ -53,7 +53,7 @@ def test_a_search_tries_each_mesh_remat_and_batch_and_keeps_the_other_axes():
 def test_a_plan_of_a_small_step(tmp_path, capsys):
   file = tmp_path / 'plan.json'
   args = ['plan', '--config', 'configs/demo/clip.py', '--topology', 'v5e:2x2', '--json', str(file)]
-  assert door.main(args) == 0
+  assert cli.main(args) == 0
   (plan,) = json.loads(file.read_text())
   assert plan['chips'] == 4
   # Muon keeps one moment of most parameters; nothing of it is split over the data axis.

@@ -68,7 +68,7 @@ def test_a_best_metric_that_its_evaluator_does_not_give_names_the_nearest(store)
     store.record(5, {'val/top5': 0.5})
 
 
-@pytest.mark.parametrize('extra', [None, {'centre': jnp.arange(3.0)}])
+@pytest.mark.parametrize('extra', [None, {'center': jnp.arange(3.0)}])
 @pytest.mark.parametrize('ema', [True, False])
 def test_state_comes_back_bitwise_on_another_mesh_with_its_run(tmp_path, ema, extra):
   state = state_at(7, ema=ema, extra=extra)

@@ -87,7 +87,7 @@ def test_a_stop_is_heard_inside_an_evaluator_and_the_evaluation_is_made_up_for()
   def stopped(raise_if_stopped):
     os.kill(os.getpid(), signal.SIGTERM)
     raise_if_stopped()
-    raise AssertionError('went on')
+    raise AssertionError('did not stop')
 
   assert run(stopped) == ['evaluate 2', 'save 2', 'Preempted']
   assert run(lambda _: {'val/top1': 1.0}, start=2, first=True)[:2] == ['evaluate 2', 'record 2']

@@ -168,7 +168,7 @@ def test_what_is_not_a_loss_is_refused(monkeypatch, returned, error, message):
       gradients(objective, objective.init(jax.random.key(0))[0], batch, jax.random.key(1), {}, microbatches)
 
 
-def test_a_step_is_traced_once_and_a_second_trace_would_be_seen(monkeypatch):
+def test_a_step_is_traced_once_and_a_second_trace_would_be_counted(monkeypatch):
   objective = classification(vit('mu/8', image_size=16, num_classes=10, depth=1))
   chex.clear_trace_counter()
   monkeypatch.setattr(step_lib, 'gradients', chex.assert_max_traces(step_lib.gradients, n=1))

@@ -292,7 +292,7 @@ def test_boxes_of_a_detector_next_to_images_are_not_captions(tmp_path):
   assert ImageFolder(str(tmp_path), captions='.txt').texts_of(0)[0].startswith('0 0.5')  # said in so many words
 
 
-def test_class_folders_keep_their_classes_beside_text_files(tmp_path):
+def test_class_folders_with_text_files_keep_their_classes(tmp_path):
   for name in ('cat/a', 'cat/b', 'dog/c'):
     draw(tmp_path / f'{name}.png')
   for name in ('cat/a', 'dog/c'):

@@ -41,9 +41,9 @@ def test_no_held_out_concept_is_in_training_under_any_artist(train, held_out):
 
 
 def test_no_held_out_drawing_equals_a_training_drawing(train, held_out):
-  every_hand = dataclasses.replace(held_out, artists=ARTISTS)
-  seen = {train[i]['image'].tobytes() for i in range(len(train))}
-  assert not any(every_hand[i]['image'].tobytes() in seen for i in range(len(every_hand)))
+  all_artists = dataclasses.replace(held_out, artists=ARTISTS)
+  train_bytes = {train[i]['image'].tobytes() for i in range(len(train))}
+  assert not any(all_artists[i]['image'].tobytes() in train_bytes for i in range(len(all_artists)))
 
 
 def test_every_word_of_a_held_out_name_occurs_in_two_training_names(train, held_out):
@@ -61,15 +61,15 @@ def test_concepts_have_no_skin_tones():
   assert not any(tones & set(c.key.split('-')) for c in Emoji(split='all').concepts)
 
 
-def test_seen_shares_labels_with_train_and_names_with_all(train):
-  seen = Emoji(image_size=24, split='seen', artists=('twemoji',))
-  assert seen.names == Emoji(split='all').names
-  assert seen.names[: len(train.names)] == train.names
-  for i in (0, 700, len(seen) - 1):
-    row = seen[i]
+def test_the_training_names_split_shares_labels_with_train_and_names_with_all(train):
+  trained_names = Emoji(image_size=24, split='seen', artists=('twemoji',))
+  assert trained_names.names == Emoji(split='all').names
+  assert trained_names.names[: len(train.names)] == train.names
+  for i in (0, 700, len(trained_names) - 1):
+    row = trained_names[i]
     assert row['label'] == i
-    assert row['text'] == seen.names[i] == row['texts'][0]
-    assert (row['key'], row['texts']) == (seen.key_of(i), seen.texts_of(i))
+    assert row['text'] == trained_names.names[i] == row['texts'][0]
+    assert (row['key'], row['texts']) == (trained_names.key_of(i), trained_names.texts_of(i))
     assert row['key'].startswith('twemoji/')
 
 

@@ -62,8 +62,8 @@ def test_records_of_each_source_come_once_in_its_epochs_on_any_number_of_process
       )
       shares.append([next(loader)['label'] for _ in range(8)])
       loader.close()
-    seen = np.concatenate([np.concatenate(step) for step in zip(*shares)])
-    assert seen.tolist() == [record if record < 6 else record - 6 for record in whole[16:]]
+    order = np.concatenate([np.concatenate(step) for step in zip(*shares)])
+    assert order.tolist() == [record if record < 6 else record - 6 for record in whole[16:]]
 
 
 def test_without_weights_an_epoch_holds_every_record_once():
