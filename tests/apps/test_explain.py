@@ -49,7 +49,8 @@ def test_classifier_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
   workdir = runs.untrained(runs.classification(folder), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
   assert [path.stem for path in written] == ['attention', 'rollout', 'features', 'relevance']
-  assert 'likeliest class a' in capsys.readouterr().out.replace('\n', ' ')  # its head is initialized to zero, so all classes tie and the first one is shown
+  # Its head is initialized to zero, so all classes tie and the first one is shown.
+  assert 'likeliest class a' in capsys.readouterr().out.replace('\n', ' ')
   with pytest.raises(UserError, match='knows no texts'):
     explain.run([str(folder / 'c' / '2.png')], str(workdir), ['a cat'], tmp_path)
 

@@ -246,10 +246,13 @@ def test_bad_requests_are_refused_before_anything_is_generated(generator):
       call()
   for call, message in [
     (
-      lambda: generator.generate(['red'], guidence=2.0),
-      "generate: unexpected option 'guidence'; did you mean 'guidance'",
+      lambda: generator.generate(['red'], guidanse=2.0),
+      "generate: unexpected option 'guidanse'; did you mean 'guidance'",
     ),
-    (lambda: generator.edit(image, ['red'], progres=print), "edit: unexpected option 'progres'; did you mean 'progress'"),
+    (
+      lambda: generator.edit(image, ['red'], progresz=print),
+      "edit: unexpected option 'progresz'; did you mean 'progress'",
+    ),
     (lambda: generator.generate(['red'], strength=0.5), "generate: unexpected option 'strength'; it is one of edit"),
   ]:
     with pytest.raises(TypeError, match=message):

@@ -1,4 +1,4 @@
-"""Several views of each image: their shapes, their randomness, and that the number of processes does not change them."""
+"""Several views of each image: their shapes, their randomness, and independence of the number of processes."""
 
 import numpy as np
 import pytest

@@ -106,7 +106,7 @@ def test_variance_preserving(pair, prediction, monkeypatch):
   start, their_start = start_of(process, times, scheduler)
   extra = {'eta': 0.7} if pair == 'ddim-eta' else None
   want = theirs(scheduler, their_start, steps, monkeypatch, draws, extra)
-  # Between the times of its table theirs tells some networks the nearest of them, others the time itself.
+  # Between the times of its table, diffusers rounds the time in some solvers and gives the exact time in others.
   network_time = jnp.round if karras and 'Multistep' in name else lambda time: time
   got = ours(process, solver, start, times, draws, network_time)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)

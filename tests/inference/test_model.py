@@ -107,13 +107,13 @@ def test_mistakes_are_one_clear_line(folder, clip, classifier):
 
 
 def test_a_wrong_keyword_is_a_type_error_of_the_public_function(folder, clip, tmp_path):
-  with pytest.raises(TypeError, match=r"classify\(\) got an unexpected keyword argument 'lables'"):
-    clip.classify(folder / 'a' / '0.png', lables=['cat'])
+  with pytest.raises(TypeError, match=r"classify\(\) got an unexpected keyword argument 'labelz'"):
+    clip.classify(folder / 'a' / '0.png', labelz=['cat'])
   with pytest.raises(TypeError, match=r"load\(\) got an unexpected keyword argument 'stepz'"):
     fmcv_jax.load(str(tmp_path), stepz=3)
   generator = fmcv_jax.load(runs.untrained(runs.class_to_image(folder), tmp_path / 'class_to_image'), batch=8)
-  with pytest.raises(TypeError, match=r"^generate.* unexpected .*'guidence'; did you mean 'guidance'"):
-    generator.generate(['a'], guidence=3.0)
+  with pytest.raises(TypeError, match=r"^generate.* unexpected .*'guidanse'; did you mean 'guidance'"):
+    generator.generate(['a'], guidanse=3.0)
 
 
 def test_a_diffusion_samples_as_its_generator_does(folder, tmp_path):

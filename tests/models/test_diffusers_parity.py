@@ -162,7 +162,7 @@ def test_autoencoder():
   for a, b in ((ours.mean, latent.mean), (ours.log_variance, latent.logvar)):
     np.testing.assert_allclose(a, np.moveaxis(b.detach().numpy(), 1, -1), rtol=0, atol=1e-5)
   np.testing.assert_allclose(ours.kl(), latent.kl().detach(), rtol=1e-5)
-  # The variance's half of the encoder's output does not reach the image: add it to the sum.
+  # Decoding the mean alone would not test the variance half of the encoder's output, so add it.
   theirs = reference.decode(latent.mean + latent.logvar).sample
 
   def apply(params):

@@ -135,6 +135,5 @@ def test_controlnet_of_stable_diffusion():
 def test_mmdit_with_the_text_towers_of_stable_diffusion_3(variant, qk_norm, parameters):
   condition = make_condition(text=abstract(1, 154, 4096), pooled_text=abstract(1, 2048))
   network = mmdit(variant, qk_norm=qk_norm, positions=(64, 192))
-  assert (
-    count(jax.eval_shape(network.init, jax.random.key(0), abstract(1, 128, 128, 16), abstract(1), condition)) == parameters
-  )
+  inputs = abstract(1, 128, 128, 16), abstract(1), condition
+  assert count(jax.eval_shape(network.init, jax.random.key(0), *inputs)) == parameters

@@ -61,15 +61,15 @@ def test_concepts_have_no_skin_tones():
   assert not any(tones & set(c.key.split('-')) for c in Emoji(split='all').concepts)
 
 
-def test_the_training_names_split_shares_labels_with_train_and_names_with_all(train):
-  trained_names = Emoji(image_size=24, split='seen', artists=('twemoji',))
-  assert trained_names.names == Emoji(split='all').names
-  assert trained_names.names[: len(train.names)] == train.names
-  for i in (0, 700, len(trained_names) - 1):
-    row = trained_names[i]
+def test_the_split_of_trained_names_shares_labels_with_train_and_names_with_all(train):
+  trained = Emoji(image_size=24, split='seen', artists=('twemoji',))
+  assert trained.names == Emoji(split='all').names
+  assert trained.names[: len(train.names)] == train.names
+  for i in (0, 700, len(trained) - 1):
+    row = trained[i]
     assert row['label'] == i
-    assert row['text'] == trained_names.names[i] == row['texts'][0]
-    assert (row['key'], row['texts']) == (trained_names.key_of(i), trained_names.texts_of(i))
+    assert row['text'] == trained.names[i] == row['texts'][0]
+    assert (row['key'], row['texts']) == (trained.key_of(i), trained.texts_of(i))
     assert row['key'].startswith('twemoji/')
 
 

@@ -248,5 +248,5 @@ def test_folders_of_splits_are_not_classes(tmp_path, folders):
   assert ImageFolder(str(tmp_path), split='train').names == ('cat', 'dog')
   assert ImageFolder(str(tmp_path), split='all').names == tuple(sorted(folders))
   refuse(r"split 'extra': .* has no subfolders of it; ", str(tmp_path), split='extra')
-  draw(tmp_path / 'bus' / 'x.png')  # next to it a folder named train is a class, not a split
+  draw(tmp_path / 'bus' / 'x.png')  # next to a bus, `train` is a vehicle and not a split
   assert 'bus' in ImageFolder(str(tmp_path)).names
