@@ -37,7 +37,7 @@ def rows_without_times(workdir):
   return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(workdir / 'metrics.jsonl')]
 
 
-def test_workdir_identifies_the_run_and_holds_its_figures(finished):
+def test_workdir_identifies_the_run_and_holds_its_metrics(finished):
   config, workdir, _ = finished
   saved = json.loads((workdir / 'config.json').read_text())
   assert experiment.resolve(experiment.config_lib.to_plain_dict(saved)) == config
@@ -64,7 +64,7 @@ def test_stopped_run_resumes_bitwise(finished, tmp_path):
   assert rows_without_times(tmp_path) == rows_without_times(workdir)
 
 
-def test_evaluate_gives_the_figures_of_the_last_training_step_on_any_mesh(finished):
+def test_evaluate_gives_the_metrics_of_the_last_training_step_on_any_mesh(finished):
   _, workdir, _ = finished
   last = read_metrics(workdir / 'metrics.jsonl')[-1]
   for overrides in ([], ['mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2']):
@@ -128,7 +128,7 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
   np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
 
 
-def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(finished, folder, tmp_path):
+def test_warm_start_loads_another_runs_average_except_for_skipped_parts(finished, folder, tmp_path):
   _, workdir, state = finished
   changes = {'init_from__params__workdir': workdir, 'init_from__params__skip': "('head/.*',)", 'train__steps': 1}
   warm = runs.classification(folder, **changes, optimizer__schedule__peak_lr=1e-12, optimizer__schedule__warmup_steps=0)
@@ -157,7 +157,7 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
     ),
   ],
 )
-def test_what_does_not_fit_is_one_line(folder, tmp_path, changes, message):
+def test_mismatched_configs_are_one_line(folder, tmp_path, changes, message):
   with pytest.raises(UserError, match=message) as caught:
     trainer.train(runs.classification(folder, **changes), tmp_path)
   assert '\n' not in str(caught.value)

@@ -103,7 +103,7 @@ ONE = ('-m', 'fmcv_jax')
   [(2, ONE), pytest.param(50, ONE, marks=pytest.mark.slow), pytest.param(5, runs.LOCAL, marks=pytest.mark.slow)],
   ids=['twice', 'fifty times', 'two processes'],
 )
-def test_runs_under_sigkill_end_bitwise_as_one_left_alone(kills, launcher, config, tmp_path):
+def test_runs_under_sigkill_end_bitwise_like_an_uninterrupted_one(kills, launcher, config, tmp_path):
   finish(runs.start(config(60), tmp_path / 'alone', launcher=launcher))
   killed = 0
   while killed < kills:  # a run of 60 steps has a few lives
@@ -174,7 +174,7 @@ OBJECTIVES = {
 @pytest.mark.slow
 @pytest.mark.parametrize('launcher', [ONE, runs.LOCAL], ids=['one process', 'two processes'])
 @pytest.mark.parametrize('objective', OBJECTIVES)
-def test_every_objective_under_sigkill_ends_bitwise_as_one_left_alone(objective, launcher, tmp_path):
+def test_every_objective_under_sigkill_ends_bitwise_like_an_uninterrupted_run(objective, launcher, tmp_path):
   folder, given = runs.image_folder(tmp_path / 'images'), OBJECTIVES[objective]
   changes = {'train__steps': 20, 'checkpoint__every': 2, 'checkpoint__keep': 3}
   if callable(given):

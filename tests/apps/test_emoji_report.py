@@ -17,6 +17,6 @@ def test_the_hard_negative_is_the_nearest_drawing_of_another_name():
   drawn = emoji_report._nearest(source, ['ab', 'fg'], FeatureExtractor(), 8).reshape(2, emoji_report.COLUMNS, -1)[
     ..., 0
   ]
-  assert set(drawn[0, :4]) == {2, 3, 5, 6}  # not those of its own name
+  assert set(drawn[0, :4]) == {2, 3, 5, 6}  # not the drawings of the same name
   assert set(drawn[0, 4:]) == {7, 8}
   assert drawn[1, 0] == 4

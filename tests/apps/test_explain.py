@@ -32,7 +32,7 @@ def shows_something(path):
   return min(figure.shape[:2]) > 200 and figure.std() > 10
 
 
-def test_texts_are_looked_for_in_several_images(folder, clip, tmp_path, capsys):
+def test_texts_are_located_in_several_images(folder, clip, tmp_path, capsys):
   images = [str(folder / 'a' / '0.png'), str(folder / 'b' / '1.png')]
   args = ['explain', *images, '--model', str(clip), '--text', 'a red image', 'green', '--output', str(tmp_path)]
   assert cli.main([*args, '--size', '24']) == 0
@@ -45,7 +45,7 @@ def test_texts_are_looked_for_in_several_images(folder, clip, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_classifier_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
+def test_classifier_figures_are_attention_rollout_features_and_relevance(folder, tmp_path, capsys):
   workdir = runs.untrained(runs.classification(folder), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
   assert [path.stem for path in written] == ['attention', 'rollout', 'features', 'relevance']
@@ -69,7 +69,7 @@ def test_masked_autoencoder_shows_what_it_fills_in(folder, tmp_path):
   assert all(shows_something(path) for path in written)
 
 
-def test_what_cannot_be_explained_is_one_clear_line(folder, clip, tmp_path):
+def test_unsupported_explanations_are_one_clear_line(folder, clip, tmp_path):
   image = str(folder / 'a' / '0.png')
   with pytest.raises(UserError, match='--size: 20 does not divide into patches of 8'):
     explain.run([image], str(clip), output=tmp_path, size=20)
@@ -95,7 +95,7 @@ def swin_classifier(folder):
   )
 
 
-def test_a_swin_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
+def test_swin_figures_are_features_and_relevance(folder, tmp_path, capsys):
   workdir = runs.untrained(swin_classifier(folder), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out', size=44)
   assert [path.stem for path in written] == ['features', 'relevance']
@@ -115,7 +115,7 @@ def test_a_convolutional_dual_encoder_shows_where_a_text_is(folder, tmp_path):
 @pytest.mark.parametrize(
   'network', [swin('mu', image_size=32, window=4, num_classes=5), efficientnet('mu', num_classes=5)]
 )
-def test_what_the_places_give_is_on_average_the_output(network):
+def test_activation_maps_average_to_the_output(network):
   images = jax.random.normal(jax.random.key(0), (2, 52, 68, 3))
   initial = jax.jit(network.init)(jax.random.key(1), images)
   head = jax.random.normal(jax.random.key(2), initial['params']['head']['kernel'].shape)

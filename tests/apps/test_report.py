@@ -10,7 +10,7 @@ from fmcv_jax.train import goodput
 from tests import runs
 
 
-def test_a_run_that_was_gone_on_with_is_reported(tmp_path, capsys):
+def test_a_resumed_run_is_reported(tmp_path, capsys):
   folder, workdir = runs.image_folder(tmp_path / 'images'), tmp_path / 'run'
   trainer.train(runs.classification(folder, train__steps=4, evaluators={}), workdir)
   (session,) = goodput.sessions(epath.Path(workdir / goodput.FILE))

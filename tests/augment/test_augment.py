@@ -200,7 +200,7 @@ def test_brightness_contrast_and_saturation_equal_pils(field, enhance):
     np.testing.assert_allclose(jitter(**{field: factor}), theirs, atol=1.5 / 255)
 
 
-def test_hue_turns_colors_about_the_gray_axis():
+def test_hue_rotates_colors_about_the_gray_axis():
   turned = jitter(turn=1 / 3)
   np.testing.assert_allclose(turned, PHOTO[..., [2, 0, 1]] / 255, atol=1e-5)  # red becomes green becomes blue
   sixth = jitter(turn=0.1)
@@ -210,7 +210,7 @@ def test_hue_turns_colors_about_the_gray_axis():
   np.testing.assert_allclose(*distance, atol=1e-5)
 
 
-def test_all_color_changes_together_are_one_after_the_other_clipped_once():
+def test_combined_color_changes_equal_a_sequence_clipped_once():
   image = PHOTO / 255 * 1.2
   image = 0.7 * image + 0.3 * (image @ [0.299, 0.587, 0.114]).mean()
   image = 1.3 * image - 0.3 * (image @ [0.299, 0.587, 0.114])[..., None]
@@ -283,7 +283,7 @@ def test_probability_0_and_neutral_parameters_change_nothing(augment):
 
 
 @pytest.mark.parametrize('augment', EVERY, ids=show)
-def test_each_image_draws_its_own_the_same_for_the_same_key(augment):
+def test_each_image_draws_its_own_parameters_and_the_same_for_the_same_key(augment):
   same = np.broadcast_to(batch(1), (16, HEIGHT, WIDTH, 3))
   one, again, other = (np.asarray(compiled(augment)(same, jax.random.key(seed))) for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, again)

@@ -44,7 +44,7 @@ def test_the_warp_equals_scipys_affine_transform_in_the_inside_and_the_edge(form
 
 @pytest.mark.parametrize('fill', [0.25, None])
 @pytest.mark.parametrize('width', [150, 128, 40])
-def test_the_kernel_for_tpu_sees_what_gathers_see(fill, width):
+def test_the_tpu_kernel_equals_gathers(fill, width):
   images = jnp.asarray(IMAGES[:, :, :width])
   gathered, ours = (jax.jit(form, static_argnums=2)(images, MATRICES, fill) for form in FORMS)
   np.testing.assert_allclose(ours, gathered, atol=1e-6)

@@ -113,7 +113,7 @@ class Blocks(Counting):
   seed=st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None)
-def test_whatever_the_processes_and_batches_of_each_leg_the_order_goes_on(kind, records, legs, seed):
+def test_the_order_continues_whatever_the_processes_and_batch_sizes_of_each_run(kind, records, legs, seed):
   pipeline, drawn = Pipeline(kind(records)), []
   for processes, share, steps in legs:
     position = {'process_count': processes, 'batch': processes * share, 'start': len(drawn)}
@@ -226,7 +226,7 @@ def test_more_bad_records_than_allowed_stop_the_run_with_their_names():
   assert loader.state()['examples'] == 200
 
 
-def test_a_share_below_the_limit_does_not_stop_the_run():
+def test_a_fraction_of_bad_records_below_the_limit_does_not_stop_the_run():
   drawn = labels(take(Pipeline(Counting(3000, bad=tuple(range(0, 3000, 200))), max_bad=0.01), 60, batch=100))
   assert len(drawn) == 6000
 
@@ -240,7 +240,7 @@ def test_no_bad_record_is_allowed_when_max_bad_is_zero():
     next(loader)
 
 
-def test_a_bug_in_a_source_is_not_taken_for_a_bad_record():
+def test_a_bug_in_a_source_is_not_counted_as_a_bad_record():
   class Broken(Counting):
     def __getitem__(self, index):
       raise KeyError('a typing mistake')
@@ -277,7 +277,7 @@ class Bare(Counting):
     (Pipeline(Counting(0)), {}, 'the source Counting has no records'),
   ],
 )
-def test_what_cannot_be_given_is_one_clear_line(pipeline, kwargs, message):
+def test_fields_that_are_not_available_are_one_clear_line(pipeline, kwargs, message):
   with pytest.raises(UserError, match=message):
     TrainLoader(pipeline, **{'batch': 2, 'seed': 0, 'fields': ('label',), **kwargs})
 

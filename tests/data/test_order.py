@@ -32,7 +32,7 @@ def test_a_source_beyond_32_bits_is_shuffled():
 
 
 @pytest.mark.parametrize('records', [8, 70_000])
-def test_epochs_and_seeds_have_orders_of_their_own(records):
+def test_every_epoch_and_seed_has_its_own_order(records):
   def head(seed, epoch):
     order = Order(records, seed)
     return tuple(order(epoch * records + i) for i in range(8))
@@ -95,7 +95,7 @@ def test_the_order_of_a_seed_never_changes():
   assert [Order(100_000, seed=1)(i) for i in range(4)] == [66178, 77538, 54926, 26846]
 
 
-def test_nonsense_is_refused():
+def test_invalid_arguments_are_refused():
   for bad in ({'records': 0}, {'records': 3, 'seed': -1}):
     with pytest.raises(ValueError, match='at least'):
       Order(**bad)

@@ -98,7 +98,7 @@ pack(WebDataset({tars!r}), {to!r}, origin=1, shards=60)
 """
 
 
-def test_a_killed_pack_goes_on_and_gives_the_bytes_of_one_left_alone(tmp_path):
+def test_a_killed_pack_resumes_and_writes_the_bytes_of_an_uninterrupted_one(tmp_path):
   write_tars(tmp_path / 'tars', 300, shards=2)
   source = WebDataset(str(tmp_path / 'tars'))
   pack(source, tmp_path / 'alone', origin=1, shards=60)
@@ -126,7 +126,7 @@ def test_a_killed_pack_goes_on_and_gives_the_bytes_of_one_left_alone(tmp_path):
   assert [old == new for old, new in zip(times, now)] == [index != 1 for index in range(len(kept))]
 
 
-def test_records_that_cannot_be_read_are_left_out_and_named_up_to_a_share(tmp_path):
+def test_unreadable_records_are_left_out_and_named_up_to_a_fraction(tmp_path):
   source = Counting(40, bad=(3, 30))
   with pytest.raises(UserError, match=r'2 of 40 records cannot be read, more than --max-bad 0.01; .*/3: is bad'):
     pack(source, tmp_path / 'set', origin=1, shards=2)

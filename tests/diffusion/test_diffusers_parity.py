@@ -50,7 +50,7 @@ def theirs(scheduler, start, steps, monkeypatch, draws=None, steps_of=None):
 
 
 def start_of(process, times, scheduler):
-  """The same noise for both: theirs is scaled by `init_noise_sigma`, ours by sigma."""
+  """The same noise for both: diffusers scales it by `init_noise_sigma`, ours by sigma."""
   noise = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
   alpha, sigma = process.alpha_sigma(np.asarray(times[0]))
   scaled_by_alpha = scheduler.__class__.__name__.startswith(('Euler', 'Heun'))
@@ -81,7 +81,7 @@ PAIRS = {
 }
 
 
-# These of theirs take no network that predicts the image.
+# These schedulers of diffusers do not support prediction of the image.
 OF_NO_IMAGES = ('HeunDiscreteScheduler', 'EulerAncestralDiscreteScheduler')
 THERE = [
   (pair, prediction)

@@ -135,7 +135,7 @@ def test_labels_of_data_without_class_names_count(subject, tmp_path, write):
     source = unnamed_parquet(tmp_path / 'set', 21)
   assert source.names == ()
   data = Pipeline(source, Resize(4))
-  # The model knows each record by its index, and answers with the class that the file holds.
+  # The model knows each record by its index, and predicts the class in the file.
   right = Output(lambda params, extra, batch: jax.nn.one_hot(batch['index'] % 7, 7), 'logits')
   model = dataclasses.replace(subject, outputs={'logits': right, 'features': right})
   assert Accuracy(data, batch_size=8)(model) == {'top1': 1.0, 'top5': 1.0}
@@ -170,7 +170,7 @@ class Renumbered(Colors):
     return self.order
 
 
-def test_classes_are_joined_by_name_with_those_of_training(subject):
+def test_classes_are_matched_by_name_with_those_of_training(subject):
   model = dataclasses.replace(subject, class_names=lambda: NAMES)
   for order in (('blue', 'green', 'red'), ('blue', 'cyan', 'green', 'red')):
     data = Pipeline(Renumbered(order=order))
@@ -182,7 +182,7 @@ def test_classes_are_joined_by_name_with_those_of_training(subject):
     Accuracy(Pipeline(Colors()), batch_size=8)(unknown)
 
 
-def test_a_class_name_that_is_there_twice_joins_nothing():
+def test_a_duplicate_class_name_is_refused_unless_both_lists_are_equal():
   labels = np.array([0, 1])
   np.testing.assert_array_equal(align_labels(labels, ('crane', 'crane'), ('crane', 'crane'), 'train_data'), labels)
   with pytest.raises(UserError, match="class 'crane' of the evaluation data occurs twice"):

@@ -47,7 +47,7 @@ def test_one_image_gives_what_a_list_gives_without_its_axis(folder, clip, classi
 
 def test_classify_is_the_softmax_of_scaled_cosines_with_the_label_texts(folder, clip):
   images, labels = [folder / 'a' / '0.png', folder / 'b' / '1.png'], ['red', 'green', 'blue']
-  assert clip.templates == ('{}',)  # those of the captions in training
+  assert clip.templates == ('{}',)  # the templates of training captions
   cosines = clip.encode_image(images).astype(np.float64) @ clip.encode_text(labels).T
   logits = np.exp(float(clip._subject.params['temperature'])) * cosines
   expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -96,7 +96,7 @@ def test_real_token_counts_and_head_dimensions(backend, mesh, tokens, dim):
 
 
 @pytest.mark.parametrize(('backend', 'mesh'), [('xla', None), ('ring', 'tokens'), ('short', 'one'), ('splash', 'one')])
-def test_a_query_that_may_look_nowhere_gives_a_finite_output_and_finite_gradients(backend, mesh):
+def test_a_fully_masked_query_gives_a_finite_output_and_finite_gradients(backend, mesh):
   q, k, v = inputs()
   mask = jnp.ones((B, 1, 1, T), bool).at[1].set(False)
 
@@ -197,7 +197,7 @@ def test_attention_over_a_context_of_another_length():
   assert y.shape == x.shape
 
 
-def test_heads_that_do_not_divide_the_width_are_an_error():
+def test_a_width_not_divisible_by_the_heads_is_an_error():
   with pytest.raises(ValueError, match='width of 16 does not divide into 3 heads'):
     Attention(BlockConfig(num_heads=3, mlp_dim=32)).init(jax.random.key(0), jnp.ones((1, 2, 16)))
 

@@ -179,7 +179,7 @@ def test_drop_path_skips_whole_branches_of_examples_and_keeps_the_expectation(va
   np.testing.assert_allclose(y.mean(axis=0), (many + branch)[0], atol=6 * sigma * np.abs(branch).max())
 
 
-def test_drop_path_rises_from_nothing_in_the_first_block_to_its_rate_in_the_last(variables, x):
+def test_drop_path_rises_from_zero_in_the_first_block_to_its_rate_in_the_last(variables, x):
   one, two = (jax.tree.map(lambda p, n=n: p[:n], variables) for n in (1, 2))
   y = apply(tower(depth=2, drop_path=1 - 1e-6), two, x, train=True, rngs=RNG)
   np.testing.assert_allclose(y, apply(tower(depth=1), one, x), rtol=1e-4, atol=1e-5)

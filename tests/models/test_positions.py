@@ -81,7 +81,7 @@ def test_rotation_keeps_lengths_and_takes_angles_of_each_example():
   np.testing.assert_allclose(rotate(x, jnp.stack([angles, angles])), rotate(x, angles))
 
 
-def test_widths_that_do_not_divide_are_an_error():
+def test_widths_that_are_not_divisible_are_an_error():
   with pytest.raises(ValueError, match='divisible by 4, got 6'):
     sincos_2d(2, 2, 6)
   with pytest.raises(ValueError, match='divisible by 4, got 6'):

@@ -73,7 +73,7 @@ def test_dropped_patches_have_no_effect_and_the_others_keep_their_positions(imag
   assert np.abs(elsewhere.pooled - apply(net, variables, same, keep=keep).pooled).max() > 1e-4
 
 
-def test_a_random_subset_has_its_share_without_repeats():
+def test_a_random_subset_has_the_given_fraction_without_repeats():
   keep = random_keep(jax.random.key(0), 50, PATCHES, 0.25)
   assert keep.shape == (50, 4)
   assert all(len(set(row)) == 4 for row in keep.tolist())

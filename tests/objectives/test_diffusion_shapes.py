@@ -51,7 +51,7 @@ def test_images_of_16_x_24_pixels_train_and_are_sampled():
 
 
 @pytest.mark.slow
-def test_latents_that_are_not_square_are_inpainted_and_what_is_known_stays():
+def test_latents_that_are_not_square_are_inpainted_and_known_pixels_stay():
   coder = autoencoder(channels=(4, 4), layers=1, latent_channels=4, image_size=(16, 24), middle_attention=False)
   small = dict(block_out_channels=(16,), depths=(0,), layers=1, cross_attention_dim=0, channels=4)
   network = unet('mu', image_size=(8, 12), extra_in_channels=5, **small)

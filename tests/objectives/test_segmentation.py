@@ -17,7 +17,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uin
 SEGMENTS = np.random.default_rng(1).integers(0, 3, (4, 16, 16)).astype(np.uint8)
 
 
-def test_loss_by_hand_and_unknown_pixels_have_no_say():
+def test_loss_by_hand_ignores_unknown_pixels():
   """The linear layer, the interpolation and the mean in numpy float64."""
   objective = Segmentation(segmenter(ENCODER, 3))
   params, _ = jax.jit(objective.init)(jax.random.key(0))

@@ -18,7 +18,7 @@ def test_a_changed_sharding_is_reported_number_by_number():
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize('name', golden.CASES)
-def test_a_pod_run_holds_and_sends_what_it_did(name):
+def test_a_pod_run_stores_and_sends_what_the_golden_file_says(name):
   pytest.importorskip('libtpu')
   written = json.loads(golden.FILE.read_text())
   if written['libtpu'] != importlib.metadata.version('libtpu'):

@@ -145,7 +145,7 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_is_taken(store, ki
   assert len(reports) == 1
   assert name in reports[0]
   assert len(list(pathlib.Path(store.directory.parent / 'damaged').glob('5-*'))) == 1
-  store.save(state_at(5), {'data': {}})  # computed anew
+  store.save(state_at(5), {'data': {}})  # recomputed
   store.wait()
   assert store.restore_newest(abstract, shardings, reports.append)[0].step == 5
   assert len(reports) == 1

@@ -78,7 +78,7 @@ def test_a_while_loop_over_matrix_products_is_an_error_and_one_without_is_free()
   assert matmul_flops(lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x + 1, x) @ x, array(4, 4)) == 2 * 4**3
 
 
-def test_a_conditional_counts_its_dearest_branch():
+def test_a_conditional_counts_its_most_expensive_branch():
   def either(which, x):
     return lax.switch(which, [lambda x: x, lambda x: x @ x @ x, lambda x: x @ x], x)
 

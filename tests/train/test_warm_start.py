@@ -25,7 +25,7 @@ TRAINED = {
 }
 
 
-def test_parts_of_several_runs_fill_parameters_and_what_is_carried_along():
+def test_parts_of_several_runs_initialize_parameters_and_extra_state():
   state = load_partial_state(
     initial_state(),
     {
@@ -88,12 +88,12 @@ def test_resolution_changes_where_it_is_asked_for():
     ),
   ],
 )
-def test_what_is_not_there_or_does_not_fit_is_named(target, part, message):
+def test_missing_and_mismatched_parts_are_named(target, part, message):
   with pytest.raises(UserError, match=message):
     load_partial_state(initial_state(), {target: part}, TRAINED.__getitem__)
 
 
-def test_a_kernel_that_reads_more_channels_computes_the_same_of_those_it_knew():
+def test_a_kernel_padded_with_input_channels_computes_the_same():
   rng = np.random.default_rng(0)
   kernel, x = jnp.asarray(rng.normal(size=(3, 3, 4, 5))), rng.normal(size=(3, 3, 9))
   wide = pad_input_channels(kernel, (3, 3, 9, 5))

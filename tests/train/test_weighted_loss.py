@@ -131,7 +131,7 @@ def test_the_captioners_loss_is_the_mean_over_its_tokens():
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])
-def test_a_batch_in_which_nothing_has_a_weight_has_no_loss_and_no_gradient(microbatches):
+def test_a_batch_of_zero_weights_has_zero_loss_and_gradient(microbatches):
   objective, batch = captions()
   params, _ = objective.init(jax.random.key(0))
   batch['length'][:] = 0
@@ -190,7 +190,7 @@ class Growing(Captioner):
     return {'count': extra['count'] + 0.5}
 
 
-def test_a_state_that_changes_its_form_is_refused():
+def test_a_state_that_changes_its_structure_is_refused():
   placement = Placement(make_mesh(MeshShape(), jax.devices()[:1]))
   objective, batch = captions()
   objective, tx = Growing(), optax.sgd(0.1)

@@ -135,7 +135,7 @@ def test_decompression_bomb_is_refused_by_its_header():
   assert decode(encoded(PIXELS), max_pixels=54).shape == (6, 9, 3)
 
 
-def test_what_is_no_image_is_refused():
+def test_data_that_is_not_an_image_is_refused():
   postscript = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n'
   for data in (b'', b'hello', b'<html></html>', postscript):
     with pytest.raises(BadRecord, match='no image'):

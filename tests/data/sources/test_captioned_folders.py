@@ -289,7 +289,7 @@ def test_boxes_of_a_detector_next_to_images_are_not_captions(tmp_path):
   source = ImageFolder(str(tmp_path))
   assert (len(source), source.texts_of(0)) == (2, ())
   assert 'files .txt: 2 (a.txt, b.txt)' in map(str, source.account().left_out)
-  assert ImageFolder(str(tmp_path), captions='.txt').texts_of(0)[0].startswith('0 0.5')  # said in so many words
+  assert ImageFolder(str(tmp_path), captions='.txt').texts_of(0)[0].startswith('0 0.5')  # on explicit request
 
 
 def test_class_folders_with_text_files_keep_their_classes(tmp_path):

@@ -135,7 +135,7 @@ def test_a_truncated_shard_is_refused_or_cut_at_its_last_whole_sample(shards, ca
     assert any(f'its first {taken} samples are taken' in message for message in caplog.messages)
 
 
-def test_what_is_no_tar_empty_or_without_images_is_one_clear_line(tmp_path, caplog):
+def test_invalid_empty_and_imageless_tars_are_one_clear_line(tmp_path, caplog):
   def refuse(pattern, path, **options):
     with pytest.raises(UserError, match=pattern) as error:
       len(WebDataset(str(path), **options))
