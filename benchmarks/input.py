@@ -3,7 +3,7 @@
     python -m venv peers && peers/bin/pip install tensorflow-cpu torch torchvision webdataset pillow
     python benchmarks/input.py --peers peers/bin/python
 
-Contestants take turns, each in a process of its own; counted is the CPU time of all its threads, so that neighbours on
+Contestants take turns, each in a process of its own; counted is the CPU time of all its threads, so that neighbors on
 the machine do not matter. The pictures are cuts of scikit-learn's two photographs.
 """
 

@@ -4,7 +4,7 @@
     GLIBC_TUNABLES=... taskset -c 0 python benchmarks/sampling.py    # the Makefile's, by which XLA keeps its memory
 
 Both paint the same pictures from the same noise, in turns, in one process, here on one core. Given are seconds
-by the clock and, since neighbours on the machine do not count there, of CPU time. The sampler's own share is that of
+by the clock and, since neighbors on the machine do not count there, of CPU time. The sampler's own share is that of
 the same program around a network that does next to nothing.
 """
 

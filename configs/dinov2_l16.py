@@ -1,7 +1,7 @@
 """DINOv2 L/16 on ImageNet-1k: the authors' short recipe (their ssl_default_config.yaml), 100 "epochs" of 1250 steps.
 
 Published (4 nodes of 8 A100): 81.6 % k-NN, 82.9 % linear top-1. Not measured here. Differs from theirs in two things:
-the clipping is of all gradients together instead of module by module, and KoLeo looks for neighbours in the whole
+the clipping is of all gradients together instead of module by module, and KoLeo looks for neighbors in the whole
 batch.
 Compiled for its pod, a step takes 5.7 of a chip's 16 GiB.
 

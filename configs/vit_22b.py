@@ -1,4 +1,4 @@
-"""ViT-22B at 224 px on labelled shards of your own, after Dehghani et al. 2023 (arXiv:2302.05442).
+"""ViT-22B at 224 px on labeled shards of your own, after Dehghani et al. 2023 (arXiv:2302.05442).
 
 Published: 21,743 M parameters, 177,000 steps of 65,536 images of JFT-4B, which is not public, on 1024 chips of TPU v4;
 89.5 % ImageNet-1k top-1 by a linear probe. Not measured here: `fmcv plan --config configs/vit_22b.py` compiles it for
@@ -34,14 +34,14 @@ def get_config():
       remat='full',
     ),
   )
-  labelled = dict(name='array_record', path='data/labelled/train')
-  c.data = dict(source=labelled, image=dict(name='random_resized_crop', size=224, scale=(0.05, 1.0)), workers=32)
+  labeled = dict(name='array_record', path='data/labeled/train')
+  c.data = dict(source=labeled, image=dict(name='random_resized_crop', size=224, scale=(0.05, 1.0)), workers=32)
   c.evaluators = dict(
     val=dict(
       name='accuracy',
       every=5_000,
       batch_size=4096,
-      data=dict(source=dict(labelled, path='data/labelled/val'), image=dict(name='resize_crop', size=224), workers=32),
+      data=dict(source=dict(labeled, path='data/labeled/val'), image=dict(name='resize_crop', size=224), workers=32),
     )
   )
   c.optimizer = dict(

@@ -46,8 +46,8 @@ def random_variables():
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape):
-      centre = int('scale' in path_of(path))  # of norms and of LayerScale
-      return (centre + 0.2 * rng.normal(size=shape.shape)).astype(shape.dtype)
+      center = int('scale' in path_of(path))  # of norms and of LayerScale
+      return (center + 0.2 * rng.normal(size=shape.shape)).astype(shape.dtype)
 
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     return jax.tree_util.tree_map_with_path(leaf, shapes)

@@ -1,4 +1,4 @@
-"""A data set of real files and small configs on it, for tests that run whole experiments."""
+"""A dataset of real files and small configs on it, for tests that run whole experiments."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ LOCAL = ('launch/local.py', '--processes', '2', '--devices', '2', '--')
 
 
 def image_folder(path, count=24, classes=3, size=20):
-  """`count` PNGs in class folders, and captions.csv with two captions for each; every class has its own colour."""
+  """`count` PNGs in class folders, and captions.csv with two captions for each; every class has its own color."""
   generator = np.random.default_rng(0)
   rows = ['image,caption']
   for index in range(count):
@@ -43,8 +43,8 @@ def image_folder(path, count=24, classes=3, size=20):
     file = path / 'abc'[label] / f'{index}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).save(file)
-    colour = ('red', 'green', 'blue')[label]
-    rows += [f'{"abc"[label]}/{index}.png,a {colour} picture', f'{"abc"[label]}/{index}.png,{colour}']
+    color = ('red', 'green', 'blue')[label]
+    rows += [f'{"abc"[label]}/{index}.png,a {color} image', f'{"abc"[label]}/{index}.png,{color}']
   (path / 'captions.csv').write_text('\n'.join(rows) + '\n')
   return path
 
@@ -109,8 +109,8 @@ def contrastive(folder, **changes):
   )
 
 
-def painter(folder, **changes):
-  """A diffusion of latents, told texts by a trained-nowhere tower."""
+def text_to_image(folder, **changes):
+  """Latent diffusion conditioned on text; its text encoder is frozen at its initial values."""
   text = {
     'vocab_size': 300,
     'length': 8,
@@ -149,8 +149,8 @@ def painter(folder, **changes):
   )
 
 
-def class_painter(folder, **changes):
-  """A diffusion of pixels, told classes."""
+def class_to_image(folder, **changes):
+  """Pixel diffusion conditioned on classes."""
   return _resolved(
     {
       'objective': {
@@ -170,49 +170,49 @@ def class_painter(folder, **changes):
   )
 
 
-def follower(folder, **changes):
-  """A diffusion of pixels, told classes, that a ControlNet steers by edges."""
+def controlnet(folder, **changes):
+  """Class-conditional pixel diffusion with a ControlNet for edges."""
   objective = {
     'name': 'diffusion',
     'network': {**UNET, 'num_classes': 3},
     'image_condition': {'control': {'name': 'edges'}},
   }
-  return _resolved({**class_painter(folder), 'objective': objective}, changes)
+  return _resolved({**class_to_image(folder), 'objective': objective}, changes)
 
 
-def filler(folder, **changes):
-  """A diffusion of pixels, told what is around a hole."""
+def inpainting(folder, **changes):
+  """Pixel diffusion for inpainting, conditioned on a mask and the masked image."""
   objective = {
     'name': 'diffusion',
     'network': {**UNET, 'extra_in_channels': 4},
     'image_condition': {'inpainting': {'full_mask_probability': 0.5}},
   }
-  return _resolved({**class_painter(folder), 'objective': objective}, changes)
+  return _resolved({**class_to_image(folder), 'objective': objective}, changes)
 
 
-def coder(folder, **changes):
-  """An autoencoder against a discriminator."""
+def autoencoder(folder, **changes):
+  """An autoencoder trained with a discriminator."""
   network = {'channels': (4, 4), 'layers': 1, 'latent_channels': 4, 'image_size': 16, 'middle_attention': False}
   objective = {'name': 'autoencoding', 'network': {'name': 'autoencoder', **network}, 'adversarial_start': 2}
   return _resolved(
-    {**class_painter(folder), 'objective': {**objective, 'discriminator_width': 8, 'discriminator_layers': 1}}, changes
+    {**class_to_image(folder), 'objective': {**objective, 'discriminator_width': 8, 'discriminator_layers': 1}}, changes
   )
 
 
 def untrained(config, workdir, changed=lambda params: params):
-  """A workdir with the state before the first step, its parameters changed."""
+  """Writes a workdir that holds the state before the first step, with `changed` applied to its parameters."""
   run = Run(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'config.json').write_text(json.dumps(config))
   if run.experiment.tokenizer:
     run.experiment.tokenizer.save(workdir / 'tokenizer.json')
 
-  def born():
+  def initial():
     state = run.init()
     return state.replace(params=changed(state.params))
 
   store = Checkpointer(workdir)
-  store.save(jax.jit(born, out_shardings=run.shardings)(), {})
+  store.save(jax.jit(initial, out_shardings=run.shardings)(), {})
   store.close()
   return workdir
 
@@ -224,7 +224,7 @@ def _resolved(config, changes):
 
 
 def stopped(config, workdir, step):
-  """Runs a config in this process up to `step`, where it is told to stop."""
+  """Runs a config in this process up to `step`, where it is preempted."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.PreemptionGuard, 'requested', lambda self, now: now == step)
     with pytest.raises(loop.Preempted, match=f'at step {step}: saved'):
@@ -237,7 +237,7 @@ def assert_bitwise_equal(a, b):
 
 
 def start(config, workdir, *, launcher=('-m', 'fmcv_jax'), **options):
-  """A run as a process of its own; `launcher` is what stands between python and `train`."""
+  """Starts a run in a process of its own; `launcher` holds the arguments between python and `train`."""
   file = pathlib.Path(f'{workdir}.py')
   file.write_text(f'import json\n\n\ndef get_config():\n  return json.loads({json.dumps(config)!r})\n')
   command = [sys.executable, *launcher, 'train', '--config', file, '--workdir', workdir]
@@ -246,11 +246,11 @@ def start(config, workdir, *, launcher=('-m', 'fmcv_jax'), **options):
 
 
 def steps_of(workdir):
-  """The steps that a run has told figures of, so far."""
+  """The steps for which a run has written metrics so far."""
   return [row['step'] for row in read_metrics(epath.Path(workdir) / 'metrics.jsonl')]
 
 
 def parameters(workdir):
-  """What a run has learnt, as {path: array}."""
+  """The learned parameters of a run, as {path: array}."""
   params = load_trained_params(str(workdir))['params']
   return {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}

@@ -18,7 +18,7 @@ class Animal(abc.ABC):  # noqa: B024
 @dataclasses.dataclass(frozen=True)
 class Cat(Animal):
   lives: int = 9
-  colour: Literal['black', 'grey'] = 'grey'
+  color: Literal['black', 'gray'] = 'gray'
 
 
 def dog(weight: float, friends: tuple[str, ...] = ()) -> Animal:
@@ -44,7 +44,7 @@ def test_resolve_fills_in_every_default_and_build_constructs_the_same_from_it():
   written = {'first': {'name': 'dog', 'weight': 3}, 'others': {'cat': {'lives': 2}}, 'row': ({'name': 'cat'},)}
   resolved = config.resolve(Zoo, written, KINDS)
   assert resolved['first'] == {'name': 'dog', 'weight': 3.0, 'friends': ()}
-  assert resolved['others'] == {'cat': {'name': 'cat', 'lives': 2, 'colour': 'grey'}}
+  assert resolved['others'] == {'cat': {'name': 'cat', 'lives': 2, 'color': 'gray'}}
   assert config.resolve(Zoo, resolved, KINDS) == resolved
   assert config.build(Zoo, written, KINDS) == config.build(Zoo, resolved, KINDS)
   assert config.build(Zoo, resolved, KINDS).others == {'cat': Cat(lives=2)}
@@ -53,11 +53,14 @@ def test_resolve_fills_in_every_default_and_build_constructs_the_same_from_it():
 @pytest.mark.parametrize(
   ('override', 'message'),
   [
-    ('first.wieght=3', "config.first.wieght: unknown field; did you mean 'weight'?"),
+    ('first.weightt=3', "config.first.weightt: unknown field; did you mean 'weight'?"),
     ('first.name=dgo', "config.first.name: unknown 'dgo'; did you mean 'dog'?"),
     ('first.weight=heavy', "config.first.weight: expected float, got str 'heavy'"),
     ('first.weight=-1', 'config.first: weight is positive, got -1.0'),
-    ('others.cat.colour=gray', "config.others.cat.colour: 'gray' is not one of 'black', 'grey'; did you mean 'grey'?"),
+    (
+      'others.cat.color=grayish',
+      "config.others.cat.color: 'grayish' is not one of 'black', 'gray'; did you mean 'gray'?",
+    ),
     ('size=(1,2,3)', 'config.size: expected 2 values, got 3: (1, 2, 3)'),
     ('row.7.lives=1', "--config.row.7.lives: '7' is no index into a list of 1"),
     ('first.name.x=1', "--config.first.name.x: there is no field 'x' inside the value 'dog'"),
@@ -75,13 +78,13 @@ def test_a_mistake_is_one_line_that_names_the_field_and_the_nearest_valid_name(o
 
 
 def test_overrides_reach_fields_that_the_file_does_not_mention_and_keep_the_rest():
-  written = {'first': {'name': 'cat', 'colour': 'black'}}
-  tree = config.override(written, ['first.lives=4', 'owner=Ann', 'spare.colour=black', 'size=[3,4]'])
+  written = {'first': {'name': 'cat', 'color': 'black'}}
+  tree = config.override(written, ['first.lives=4', 'owner=Ann', 'spare.color=black', 'size=[3,4]'])
   zoo = config.build(Zoo, tree, KINDS)
-  assert zoo.first == Cat(lives=4, colour='black')
-  assert zoo.spare == Cat(lives=3, colour='black')
+  assert zoo.first == Cat(lives=4, color='black')
+  assert zoo.spare == Cat(lives=3, color='black')
   assert (zoo.owner, zoo.size) == ('Ann', (3, 4))
-  assert written == {'first': {'name': 'cat', 'colour': 'black'}}
+  assert written == {'first': {'name': 'cat', 'color': 'black'}}
 
 
 def test_a_name_with_a_colon_reaches_code_outside_the_table():

@@ -39,7 +39,7 @@ def flat(config, version):
 
 @pytest.fixture
 def config(tmp_path):
-  return runs.painter(runs.image_folder(tmp_path / 'images'), objective__latent_space__scale=0.5)
+  return runs.text_to_image(runs.image_folder(tmp_path / 'images'), objective__latent_space__scale=0.5)
 
 
 @pytest.mark.parametrize('version', [0, 1])

@@ -1,4 +1,4 @@
-"""Whole runs on real files: what they write, how they go on, and what they refuse."""
+"""Whole runs on real files: what they write, how they resume, and what they refuse."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def rows_without_times(workdir):
   return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(workdir / 'metrics.jsonl')]
 
 
-def test_workdir_identifies_the_run_and_holds_its_figures(finished):
+def test_workdir_identifies_the_run_and_holds_its_metrics(finished):
   config, workdir, _ = finished
   saved = json.loads((workdir / 'config.json').read_text())
   assert experiment.resolve(experiment.config_lib.to_plain_dict(saved)) == config
@@ -50,13 +50,13 @@ def test_workdir_identifies_the_run_and_holds_its_figures(finished):
   assert [row['step'] for row in rows if 'val/top1' in row] == [4, 8]
 
 
-def test_it_learns_the_colours(finished):
+def test_it_learns_the_colors(finished):
   _, workdir, _ = finished
   rows = read_metrics(workdir / 'metrics.jsonl')
   assert rows[-1]['val/top1'] >= 0.6
 
 
-def test_stopped_run_goes_on_bitwise(finished, tmp_path):
+def test_stopped_run_resumes_bitwise(finished, tmp_path):
   """State, data order, metrics: stopped at step 5 and resumed equals never stopped."""
   config, workdir, state = finished
   runs.stopped(config, tmp_path, 5)
@@ -64,7 +64,7 @@ def test_stopped_run_goes_on_bitwise(finished, tmp_path):
   assert rows_without_times(tmp_path) == rows_without_times(workdir)
 
 
-def test_evaluate_gives_the_figures_of_the_last_training_step_on_any_mesh(finished):
+def test_evaluate_gives_the_metrics_of_the_last_training_step_on_any_mesh(finished):
   _, workdir, _ = finished
   last = read_metrics(workdir / 'metrics.jsonl')[-1]
   for overrides in ([], ['mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2']):
@@ -119,16 +119,16 @@ def test_contrastive_run_keeps_its_tokenizer_and_reopens_without_the_corpus(fold
   shutil.copytree(folder, own)
   config = runs.contrastive(own)
   trainer.train(config, tmp_path / 'run')
-  tokens = Run(config).experiment.tokenizer(['a red picture'])
+  tokens = Run(config).experiment.tokenizer(['a red image'])
   shutil.rmtree(own)
   subject, step = Run.reopen(tmp_path / 'run').restored_model()
   assert step == 4
-  np.testing.assert_array_equal(subject.tokenizer(['a red picture']), tokens)
-  embeddings = subject.embed_texts(['a red picture', 'blue'], batch_size=8)
+  np.testing.assert_array_equal(subject.tokenizer(['a red image']), tokens)
+  embeddings = subject.embed_texts(['a red image', 'blue'], batch_size=8)
   np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
 
 
-def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(finished, folder, tmp_path):
+def test_warm_start_loads_another_runs_average_except_for_skipped_parts(finished, folder, tmp_path):
   _, workdir, state = finished
   changes = {'init_from__params__workdir': workdir, 'init_from__params__skip': "('head/.*',)", 'train__steps': 1}
   warm = runs.classification(folder, **changes, optimizer__schedule__peak_lr=1e-12, optimizer__schedule__warmup_steps=0)
@@ -157,7 +157,7 @@ def test_warm_start_begins_with_another_runs_average_except_what_is_skipped(fini
     ),
   ],
 )
-def test_what_does_not_fit_is_one_line(folder, tmp_path, changes, message):
+def test_mismatched_configs_are_one_line(folder, tmp_path, changes, message):
   with pytest.raises(UserError, match=message) as caught:
     trainer.train(runs.classification(folder, **changes), tmp_path)
   assert '\n' not in str(caught.value)
@@ -176,7 +176,7 @@ def test_reopening_a_folder_without_a_run_says_so(tmp_path):
     Run.reopen(tmp_path)
 
 
-def test_model_flops_are_of_what_is_learnt_and_once_of_what_is_frozen(folder):
+def test_model_flops_count_three_passes_of_trained_and_one_of_frozen_networks(folder):
   def flops(config, **changes):
     changed = config_lib.override(config, [f'{path.replace("__", ".")}={value}' for path, value in changes.items()])
     return Run(experiment.resolve(changed)).step_flops()
@@ -187,10 +187,10 @@ def test_model_flops_are_of_what_is_learnt_and_once_of_what_is_frozen(folder):
   patches, head = 4 * 192 * width, 3 * width
   # Each product once, and once for the gradient by each of its factors; images have none.
   assert flops(classifier) == 2 * 16 * (2 * patches + 3 * (depth * block + head))
-  painter = runs.painter(folder)
-  assert flops(painter, objective__network__remat='full') == flops(painter)
-  coder = Run(painter).experiment.objective.latent_space.autoencoder
+  config = runs.text_to_image(folder)
+  assert flops(config, objective__network__remat='full') == flops(config)
+  coder = Run(config).experiment.objective.latent_space.autoencoder
   images = jax.ShapeDtypeStruct((16, 16, 16, 3), np.float32)
   encode = functools.partial(coder.apply, method='encode')
   once = matmul_flops(encode, jax.eval_shape(coder.init, jax.random.key(0), images), images)
-  assert flops(painter) - flops(painter, objective__latent_space__precomputed=True) == once
+  assert flops(config) - flops(config, objective__latent_space__precomputed=True) == once

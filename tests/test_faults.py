@@ -14,7 +14,7 @@ from tests import runs
 
 
 def wait_for(process, workdir, step):
-  """Returns when a run has told of `step`."""
+  """Returns when a run has written metrics of `step`."""
   while not any(found >= step for found in runs.steps_of(workdir)):
     assert process.poll() is None, process.stderr.read()[-2000:]
     time.sleep(0.02)
@@ -30,7 +30,7 @@ def finish(process, status=0):
   return output, errors
 
 
-def told(process):
+def error_of(process):
   """The one line on stderr of a run that must end with status 2."""
   errors = finish(process, 2)[1]
   lines = [line for line in errors.splitlines() if line.startswith('fmcv train: ')]
@@ -54,7 +54,7 @@ def config(tmp_path):
   )
 
 
-def test_a_full_disk_ends_the_run_with_the_last_good_step_and_it_goes_on_from_there(config, tmp_path):
+def test_a_full_disk_ends_the_run_with_the_last_good_step_and_it_resumes_there(config, tmp_path):
   run = runs.start(config(400), tmp_path / 'run')
   wait_for(run, tmp_path / 'run', 3)
   run.send_signal(signal.SIGTERM)
@@ -62,7 +62,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_step_and_it_goes_on_from_th
   reached = runs.steps_of(tmp_path / 'run')[-1]
   # No file can grow beyond this: a quota, as on a full disk.
   full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
-  line = told(runs.start(config(400), tmp_path / 'run', preexec_fn=full))
+  line = error_of(runs.start(config(400), tmp_path / 'run', preexec_fn=full))
   assert 'could not be saved' in line
   assert f'step {reached} is the newest that is whole' in line
   again = runs.start(config(400), tmp_path / 'run')
@@ -76,7 +76,7 @@ def test_a_workdir_that_goes_away_is_one_line(config, tmp_path):
   run = runs.start(config(400), tmp_path / 'run')
   wait_for(run, tmp_path / 'run', 2)
   (tmp_path / 'run').rename(tmp_path / 'gone')
-  assert str(tmp_path / 'run') in told(run)
+  assert str(tmp_path / 'run') in error_of(run)
 
 
 def kill_at_random(config, workdir, kills, seed=0, **options):
@@ -103,7 +103,7 @@ ONE = ('-m', 'fmcv_jax')
   [(2, ONE), pytest.param(50, ONE, marks=pytest.mark.slow), pytest.param(5, runs.LOCAL, marks=pytest.mark.slow)],
   ids=['twice', 'fifty times', 'two processes'],
 )
-def test_runs_under_sigkill_end_bitwise_as_one_left_alone(kills, launcher, config, tmp_path):
+def test_runs_under_sigkill_end_bitwise_like_an_uninterrupted_one(kills, launcher, config, tmp_path):
   finish(runs.start(config(60), tmp_path / 'alone', launcher=launcher))
   killed = 0
   while killed < kills:  # a run of 60 steps has a few lives
@@ -131,10 +131,10 @@ VIEWS = {
 SCENES = {'name': 'scattered', 'size': 16, 'clutter': 1}
 OBJECTIVES = {
   'contrastive': runs.contrastive,
-  'classes to pixels': runs.class_painter,
-  'texts to latents': runs.painter,
-  'steered': runs.follower,
-  'holes': runs.filler,
+  'classes to pixels': runs.class_to_image,
+  'texts to latents': runs.text_to_image,
+  'controlnet': runs.controlnet,
+  'inpainting': runs.inpainting,
   'mae': {
     'name': 'mae',
     'network': {'name': 'mae', 'encoder': {**VIT, 'pos_embed': 'sincos2d'}, 'width': 16, 'num_heads': 2, 'depth': 1},
@@ -174,13 +174,13 @@ OBJECTIVES = {
 @pytest.mark.slow
 @pytest.mark.parametrize('launcher', [ONE, runs.LOCAL], ids=['one process', 'two processes'])
 @pytest.mark.parametrize('objective', OBJECTIVES)
-def test_every_objective_under_sigkill_ends_bitwise_as_one_left_alone(objective, launcher, tmp_path):
+def test_every_objective_under_sigkill_ends_bitwise_like_an_uninterrupted_run(objective, launcher, tmp_path):
   folder, given = runs.image_folder(tmp_path / 'images'), OBJECTIVES[objective]
   changes = {'train__steps': 20, 'checkpoint__every': 2, 'checkpoint__keep': 3}
   if callable(given):
     config = given(folder, **changes)
   else:
-    config = runs.class_painter(folder, **changes)
+    config = runs.class_to_image(folder, **changes)
     data = {'dino': {**config['data'], 'views': VIEWS}, 'segmentation': {'source': SCENES}}.get(
       objective, config['data']
     )

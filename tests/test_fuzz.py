@@ -74,7 +74,7 @@ def encoded(kind):
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF'])
 @given(data=st.data())
 @settings(max_examples=80, deadline=None)
-def test_any_bytes_are_a_picture_or_a_bad_record(kind, data):
+def test_any_bytes_are_an_image_or_a_bad_record(kind, data):
   image = bytearray(encoded(kind))
   for _ in range(data.draw(st.integers(1, 8))):
     image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))

@@ -91,11 +91,11 @@ def test_losses_are_those_of_one_device_however_the_model_is_split(family):
 
 
 RUNS = {
-  'classes': runs.class_painter,
-  'texts': runs.painter,
-  'controlnet': runs.follower,
-  'inpainting': runs.filler,
-  'autoencoder': runs.coder,
+  'classes': runs.class_to_image,
+  'texts': runs.text_to_image,
+  'controlnet': runs.controlnet,
+  'inpainting': runs.inpainting,
+  'autoencoder': runs.autoencoder,
 }
 
 
@@ -107,8 +107,8 @@ def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(family, tmp_path):
   runs.assert_bitwise_equal(straight, trainer.train(config, tmp_path / 'stopped'))
 
 
-def test_a_painter_that_is_killed_goes_on_from_its_last_checkpoint_as_if_it_were_not(tmp_path):
-  config = runs.painter(runs.image_folder(tmp_path / 'images'), train__steps=40, checkpoint__every=2)
+def test_a_killed_diffusion_run_resumes_bitwise_from_its_last_checkpoint(tmp_path):
+  config = runs.text_to_image(runs.image_folder(tmp_path / 'images'), train__steps=40, checkpoint__every=2)
   killed = runs.start(config, tmp_path / 'killed')
   while not any(step >= 5 for step in runs.steps_of(tmp_path / 'killed')):
     assert killed.poll() is None, killed.stderr.read()[-2000:]

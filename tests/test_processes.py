@@ -44,9 +44,9 @@ def test_a_users_error_in_every_process_is_one_line_and_status_2(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_paint_what_one_does_and_the_first_writes_it(tmp_path):
-  model = runs.untrained(runs.painter(runs.image_folder(tmp_path / 'images')), tmp_path / 'model', changed=shaken)
-  (tmp_path / 'prompts.txt').write_text('red\nblue\na green picture\n')
+def test_two_processes_generate_the_images_of_one_and_the_first_writes_them(tmp_path):
+  model = runs.untrained(runs.text_to_image(runs.image_folder(tmp_path / 'images')), tmp_path / 'model', changed=shaken)
+  (tmp_path / 'prompts.txt').write_text('red\nblue\na green image\n')
 
   def command(launcher, *args):
     options = ('--model', model, '-n', '2', '--steps', '2', '--seed', '3')
@@ -57,11 +57,11 @@ def test_two_processes_paint_what_one_does_and_the_first_writes_it(tmp_path):
 
   made = []
   for to, launcher in ((tmp_path / 'two', runs.LOCAL), (tmp_path / 'one', ('-m', 'fmcv_jax'))):
-    told = command(launcher, 'synthesize', '--prompts', tmp_path / 'prompts.txt', '--to', to)
-    assert ' '.join(told.split()).count('6 pictures of 3 prompts') == 1
+    printed = command(launcher, 'synthesize', '--prompts', tmp_path / 'prompts.txt', '--to', to)
+    assert ' '.join(printed.split()).count('6 pictures of 3 prompts') == 1
     source = ArrayRecord(str(to))
     made.append(np.stack([decode(source[index]['image']) for index in range(6)]).astype(int))
   assert np.abs(made[0][0] - made[0][3]).max() > 8  # the same prompt by another number
   assert np.abs(made[0] - made[1]).max() <= 1
-  told = command(runs.LOCAL, 'generate', 'red', '--output', tmp_path / 'painted')
-  assert ' '.join(told.split()).count('2 pictures and') == 1
+  printed = command(runs.LOCAL, 'generate', 'red', '--output', tmp_path / 'generated')
+  assert ' '.join(printed.split()).count('2 pictures and') == 1

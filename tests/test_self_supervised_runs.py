@@ -22,8 +22,8 @@ def config_of(kind, folder):
   else:
     network = {'name': 'mae', 'encoder': {**encoder, 'pos_embed': 'sincos2d'}, 'width': 16, 'depth': 1, 'num_heads': 2}
     objective, data = {'name': 'mae', 'network': network}, {'source': source, 'image': crop}
-  judged = {'data': {'source': source, 'image': {'name': 'resize', 'size': 32}}, 'batch_size': 16}
-  banked = {**judged, 'train_data': judged['data']}
+  features = {'data': {'source': source, 'image': {'name': 'resize', 'size': 32}}, 'batch_size': 16}
+  banked = {**features, 'train_data': features['data']}
   return experiment.resolve(
     {
       'objective': objective,
@@ -31,7 +31,7 @@ def config_of(kind, folder):
       'evaluators': {
         'knn': {'name': 'knn', 'ks': (1,), **banked},
         'ridge': {'name': 'linear_probe', **banked},
-        'few': {'name': 'few_shot', 'ways': 3, 'shots': (1,), 'episodes': 10, **judged},
+        'few': {'name': 'few_shot', 'ways': 3, 'shots': (1,), 'episodes': 10, **features},
       },
       'optimizer': {'schedule': {'name': 'cosine', 'peak_lr': 3e-3, 'warmup_steps': 2}, 'weight_decay_end': 0.4},
       'train': {'steps': 6, 'batch_size': 16},
@@ -41,7 +41,7 @@ def config_of(kind, folder):
 
 
 @pytest.mark.parametrize('kind', ['dino', 'mae'])
-def test_resumed_run_is_bitwise_equal_and_its_features_are_judged(kind, tmp_path):
+def test_resumed_run_is_bitwise_equal_and_its_features_are_evaluated(kind, tmp_path):
   config = config_of(kind, runs.image_folder(tmp_path / 'images'))
   straight = trainer.train(config, tmp_path / 'straight')
   runs.stopped(config, tmp_path / 'stopped', 3)
@@ -49,4 +49,4 @@ def test_resumed_run_is_bitwise_equal_and_its_features_are_judged(kind, tmp_path
   runs.assert_bitwise_equal(straight, resumed)
   last = read_metrics(tmp_path / 'straight' / 'metrics.jsonl')[-1]
   assert {'knn/k1_top1', 'ridge/top1', 'few/3_way_1_shot'} <= last.keys()
-  assert last['knn/k1_top1'] == 1.0  # each image is its own neighbour
+  assert last['knn/k1_top1'] == 1.0  # each image is its own neighbor

@@ -1,7 +1,7 @@
 """The demo's CLIP, wider and trained longer.
 
 Reached in one run (seed 0, 900 steps, 47 minutes on 2 cores that had other work too): 0.468 top-1 and 0.659 top-5 among
-1,774 names (the nearest neighbour in pixels: 0.378), 0.330 top-1 of 100 names on held-out concepts.
+1,774 names (the nearest neighbor in pixels: 0.378), 0.330 top-1 of 100 names on held-out concepts.
 
     fmcv demo --config configs/demo/clip_long.py --workdir runs/demo_long --cpu-devices 8
 """

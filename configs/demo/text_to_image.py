@@ -14,7 +14,7 @@ import ml_collections
 
 from fmcv_jax.config import load_file
 
-# Some kinds of things, many of them in several colours: 'blue heart' and 'green circle' are among the names held out.
+# Some kinds of things, many of them in several colors: 'blue heart' and 'green circle' are among the names held out.
 THINGS = r'\b(face|heart|circle|square|diamond|moon|star|cat|apple|book|ball)\b'
 
 

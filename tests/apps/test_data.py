@@ -14,7 +14,7 @@ from tests import runs
 
 @pytest.fixture
 def config(tmp_path):
-  """A classifier of red, green and blue pictures, which are all turned into their negatives on the device."""
+  """A classifier of red, green and blue images, which are all turned into their negatives on the device."""
   spec = runs.classification(runs.image_folder(tmp_path / 'images'))
   spec['objective'] |= {'augment': [{'name': 'invert', 'probability': 1.0}], 'mixup': 0.0}
   file = tmp_path / 'config.py'
@@ -35,19 +35,19 @@ def test_the_sheet_shows_what_the_network_sees_under_the_names_of_the_classes(co
   columns = sheet.shape[1] // (side + 2 * gap)
   for index, word in enumerate(words):
     top, left = index // columns * (side + 2 * gap + line) + gap, index % columns * (side + 2 * gap) + gap
-    colour = sheet[top : top + side, left : left + side].mean((0, 1))
-    assert 'abc'[colour.argmin()] == word  # red became cyan
+    color = sheet[top : top + side, left : left + side].mean((0, 1))
+    assert 'abc'[color.argmin()] == word  # red became cyan
     assert (sheet[top + side + gap : top + side + gap + line, left : left + side] < 128).any()  # and its word below
 
 
-def test_hidden_patches_are_grey_and_control_images_stand_beside():
+def test_masked_patches_are_gray_and_control_images_are_shown_next_to_the_input():
   images = np.zeros((2, 3, 8, 8, 3))
   hidden = np.zeros((2, 2, 2, 2), bool)
   hidden[1, 0, 0, 1] = True
   shown = data_show._greyed(images, hidden)
   assert shown.shape == images.shape
-  grey = np.argwhere(shown[..., 0] > 0.4)
-  assert {tuple(place) for place in grey} == {(1, 0, y, x) for y in range(4) for x in range(4, 8)}
+  gray = np.argwhere(shown[..., 0] > 0.4)
+  assert {tuple(place) for place in gray} == {(1, 0, y, x) for y in range(4) for x in range(4, 8)}
 
 
 def test_the_verdict_names_the_bottleneck_and_what_helps():
@@ -124,7 +124,7 @@ def test_the_bench_sees_a_loader_that_is_too_slow(config, monkeypatch):
   assert stages['step'] > 2 * stages['loader']
 
 
-def test_small_pictures_stand_in_rows_beside_large_ones(tmp_path):
+def test_small_images_share_rows_with_large_ones(tmp_path):
   tile = [np.full((96, 96, 3), 200, np.uint8), *(np.full((40, 40, 3), 10 * index, np.uint8) for index in range(1, 6))]
   data_show.contact_sheet([tile], ['word'], tmp_path / 'sheet.png')
   sheet = np.asarray(Image.open(tmp_path / 'sheet.png'))[..., 0]

@@ -1,4 +1,4 @@
-"""The demo end to end, for a few steps: it ends with figures and with pictures that hold what they claim."""
+"""The demo end to end, for a few steps: it writes metrics, and plots that are not empty."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.train.storage import read_metrics
 
 
-def test_demo_leaves_figures_and_pictures(tmp_path, capsys):
+def test_demo_writes_metrics_and_plots(tmp_path, capsys):
   overrides = ['train.steps=4', 'train.batch_size=64', 'optimizer.schedule.warmup_steps=1', 'log.every=2']
   overrides += ['objective.network.image.depth=1', 'objective.network.image.unroll=1', 'optimizer.rule.name=adamw']
   demo.run('configs/demo/clip.py', tmp_path, overrides)
   for name in ('loss.png', 'zero_shot_seen.png', 'zero_shot_held_out.png', 'retrieval.png'):
-    picture = np.asarray(Image.open(tmp_path / 'demo' / name).convert('RGB'))
-    assert min(picture.shape[:2]) > 300
-    assert picture.std() > 10
+    plot = np.asarray(Image.open(tmp_path / 'demo' / name).convert('RGB'))
+    assert min(plot.shape[:2]) > 300
+    assert plot.std() > 10
   last = read_metrics(tmp_path / 'metrics.jsonl')[-1]
   assert {'seen/top1', 'held_out/top5', 'retrieval/text_to_image_r1'} <= last.keys()
   out = capsys.readouterr().out
@@ -35,7 +35,7 @@ def test_a_config_without_the_demos_evaluators_is_refused(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Shades(Source):
-  """One grey shade a name."""
+  """One shade of gray for each name."""
 
   shades: tuple[int, ...]
 

@@ -11,12 +11,12 @@ class FeatureExtractor:
     return letters / np.linalg.norm(letters, axis=1, keepdims=True)
 
 
-def test_the_rival_is_the_nearest_drawing_of_another_name():
+def test_the_hard_negative_is_the_nearest_drawing_of_another_name():
   names = ['ab', 'ab', 'abc', 'abc', 'fgh', 'abd', 'abd', 'a', 'a']
   source = [{'text': name, 'image': np.full((2, 2, 3), index)} for index, name in enumerate(names)]
   drawn = emoji_report._nearest(source, ['ab', 'fg'], FeatureExtractor(), 8).reshape(2, emoji_report.COLUMNS, -1)[
     ..., 0
   ]
-  assert set(drawn[0, :4]) == {2, 3, 5, 6}  # not those of its own name
+  assert set(drawn[0, :4]) == {2, 3, 5, 6}  # not the drawings of the same name
   assert set(drawn[0, 4:]) == {7, 8}
   assert drawn[1, 0] == 4

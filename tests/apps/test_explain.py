@@ -1,11 +1,11 @@
-"""`fmcv explain` on untrained models: every picture is there and shows something; what cannot be is said."""
+"""`fmcv explain` on untrained models: every figure is written and is not empty; unsupported requests are refused."""
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from fmcv_jax import __main__ as door
+from fmcv_jax import __main__ as cli
 from fmcv_jax import experiment
 from fmcv_jax.apps import explain
 from fmcv_jax.errors import UserError
@@ -28,14 +28,14 @@ def clip(folder, tmp_path_factory):
 
 
 def shows_something(path):
-  picture = np.asarray(Image.open(path).convert('RGB'))
-  return min(picture.shape[:2]) > 200 and picture.std() > 10
+  figure = np.asarray(Image.open(path).convert('RGB'))
+  return min(figure.shape[:2]) > 200 and figure.std() > 10
 
 
-def test_texts_are_looked_for_in_several_images(folder, clip, tmp_path, capsys):
+def test_texts_are_located_in_several_images(folder, clip, tmp_path, capsys):
   images = [str(folder / 'a' / '0.png'), str(folder / 'b' / '1.png')]
-  args = ['explain', *images, '--model', str(clip), '--text', 'a red picture', 'green', '--output', str(tmp_path)]
-  assert door.main([*args, '--size', '24']) == 0
+  args = ['explain', *images, '--model', str(clip), '--text', 'a red image', 'green', '--output', str(tmp_path)]
+  assert cli.main([*args, '--size', '24']) == 0
   names = {path.stem for path in tmp_path.iterdir()}
   assert names == {'attention', 'rollout', 'features', 'similarity', 'relevance'}
   assert all(shows_something(path) for path in tmp_path.iterdir())
@@ -45,11 +45,12 @@ def test_texts_are_looked_for_in_several_images(folder, clip, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_classifier_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
+def test_classifier_figures_are_attention_rollout_features_and_relevance(folder, tmp_path, capsys):
   workdir = runs.untrained(runs.classification(folder), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
   assert [path.stem for path in written] == ['attention', 'rollout', 'features', 'relevance']
-  assert 'likeliest class a' in capsys.readouterr().out.replace('\n', ' ')  # its head is born zero: the first of equals
+  # Its head is initialized to zero, so all classes tie and the first one is shown.
+  assert 'likeliest class a' in capsys.readouterr().out.replace('\n', ' ')
   with pytest.raises(UserError, match='knows no texts'):
     explain.run([str(folder / 'c' / '2.png')], str(workdir), ['a cat'], tmp_path)
 
@@ -68,7 +69,7 @@ def test_masked_autoencoder_shows_what_it_fills_in(folder, tmp_path):
   assert all(shows_something(path) for path in written)
 
 
-def test_what_cannot_be_explained_is_one_clear_line(folder, clip, tmp_path):
+def test_unsupported_explanations_are_one_clear_line(folder, clip, tmp_path):
   image = str(folder / 'a' / '0.png')
   with pytest.raises(UserError, match='--size: 20 does not divide into patches of 8'):
     explain.run([image], str(clip), output=tmp_path, size=20)
@@ -94,7 +95,7 @@ def swin_classifier(folder):
   )
 
 
-def test_a_swin_shows_what_its_answer_comes_from(folder, tmp_path, capsys):
+def test_swin_figures_are_features_and_relevance(folder, tmp_path, capsys):
   workdir = runs.untrained(swin_classifier(folder), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out', size=44)
   assert [path.stem for path in written] == ['features', 'relevance']
@@ -107,19 +108,19 @@ def test_a_convolutional_dual_encoder_shows_where_a_text_is(folder, tmp_path):
   config = runs.contrastive(folder, objective__network=network, data__image={'name': 'resize', 'size': 32})
   workdir = runs.untrained(config, tmp_path)
   image = [str(folder / 'c' / '2.png')]
-  written = explain.run(image, str(workdir), ['a red picture'], output=tmp_path / 'out', size=96)
+  written = explain.run(image, str(workdir), ['a red image'], output=tmp_path / 'out', size=96)
   assert [path.stem for path in written] == ['features', 'similarity']
 
 
 @pytest.mark.parametrize(
   'network', [swin('mu', image_size=32, window=4, num_classes=5), efficientnet('mu', num_classes=5)]
 )
-def test_what_the_places_give_is_on_average_the_output(network):
+def test_activation_maps_average_to_the_output(network):
   images = jax.random.normal(jax.random.key(0), (2, 52, 68, 3))
-  born = jax.jit(network.init)(jax.random.key(1), images)
-  head = jax.random.normal(jax.random.key(2), born['params']['head']['kernel'].shape)
-  params = {**born['params'], 'head': {'kernel': head, 'bias': np.arange(5, dtype=np.float32)}}
-  stats = {name: tree for name, tree in born.items() if name != 'params'}
+  initial = jax.jit(network.init)(jax.random.key(1), images)
+  head = jax.random.normal(jax.random.key(2), initial['params']['head']['kernel'].shape)
+  params = {**initial['params'], 'head': {'kernel': head, 'bias': np.arange(5, dtype=np.float32)}}
+  stats = {name: tree for name, tree in initial.items() if name != 'params'}
   variables = {'params': params, **stats}
   _, given = jax.jit(activation_maps.class_activation_maps, static_argnums=0)(network, variables, images)
   output = jax.jit(network.apply)(variables, images).output

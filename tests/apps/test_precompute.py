@@ -41,9 +41,9 @@ def config_file(path, config):
 
 
 def with_coder(tmp_path, coder):
-  """A painter whose autoencoder is that of the run `coder`."""
+  """A text-to-image config whose autoencoder comes from the run `coder`."""
   begin = {'extra/autoencoder': {'workdir': str(coder), 'part': 'extra/autoencoder'}}
-  return config_file(tmp_path / 'c.py', {**runs.painter(tmp_path / 'images', seed=1), 'init_from': begin})
+  return config_file(tmp_path / 'c.py', {**runs.text_to_image(tmp_path / 'images', seed=1), 'init_from': begin})
 
 
 def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_path, monkeypatch):
@@ -86,10 +86,10 @@ def test_latents_of_the_frozen_autoencoder_are_written_once_for_each_record(tmp_
 
 
 @pytest.mark.slow
-def test_training_on_latents_is_training_on_the_images(tmp_path):
+def test_training_on_latents_equals_training_on_the_images(tmp_path):
   runs.image_folder(tmp_path / 'images')
   (tmp_path / 'coder').mkdir()
-  config = with_coder(tmp_path, runs.untrained(runs.painter(tmp_path / 'images'), tmp_path / 'coder'))
+  config = with_coder(tmp_path, runs.untrained(runs.text_to_image(tmp_path / 'images'), tmp_path / 'coder'))
   precompute.run(['latents'], str(tmp_path / 'latents'), config=config)
   run = Run(experiment.load_config(config))
   cached = Run(experiment.load_config(config, ['objective.latent_space.precomputed=True']))
@@ -107,24 +107,24 @@ def test_training_on_latents_is_training_on_the_images(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('padding', ['masked', 'end'])
-def test_training_on_words_is_training_on_the_texts(tmp_path, padding):
+def test_training_on_precomputed_text_equals_training_on_the_texts(tmp_path, padding):
   runs.image_folder(tmp_path / 'images')
-  config = runs.painter(
+  config = runs.text_to_image(
     tmp_path / 'images', objective__text_condition__padding=padding, objective__condition_dropout=0.5
   )
   model = runs.untrained(config, tmp_path / 'model', changed=shaken)
-  precompute.run(['words', 'whole_text'], str(tmp_path / 'told'), model=str(model), images=True)
+  precompute.run(['words', 'whole_text'], str(tmp_path / 'embedded'), model=str(model), images=True)
   cached = Run(experiment.resolve(override(config, ['objective.text_condition.precomputed=True'])))
-  batch = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
+  batch = first_batch(cached, Pipeline(ArrayRecord(str(tmp_path / 'embedded')), Resize(16)))
   run, state = Run(config), load_trained_params(str(model))
-  told = first_batch(run, Pipeline(ArrayRecord(str(tmp_path / 'told')), Resize(16)))
-  np.testing.assert_array_equal(batch['image'], told['image'])
-  # Of two texts the first was written, and training draws one.
-  source = {bytes(row['whole_text']): row['texts'][0] for row in ArrayRecord(str(tmp_path / 'told'))}
-  told['tokens'] = run.experiment.tokenizer([source[bytes(whole)] for whole in batch['whole_text']])
+  from_texts = first_batch(run, Pipeline(ArrayRecord(str(tmp_path / 'embedded')), Resize(16)))
+  np.testing.assert_array_equal(batch['image'], from_texts['image'])
+  # Of two texts the first one was written; training draws one of them.
+  source = {bytes(row['whole_text']): row['texts'][0] for row in ArrayRecord(str(tmp_path / 'embedded'))}
+  from_texts['tokens'] = run.experiment.tokenizer([source[bytes(whole)] for whole in batch['whole_text']])
   losses = [
     float(jax.jit(run.experiment.objective.loss)(state['params'], given, jax.random.key(2), state['extra'])[0])
-    for run, given in ((run, told), (cached, batch))
+    for run, given in ((run, from_texts), (cached, batch))
   ]
   assert losses[0] == pytest.approx(losses[1], rel=1e-4)
   other = np.roll(batch['words'], 1, axis=0), np.roll(batch['whole_text'], 1, axis=0)
@@ -135,7 +135,7 @@ def test_training_on_words_is_training_on_the_texts(tmp_path, padding):
 
 
 @pytest.mark.slow
-def test_embeddings_are_those_that_evaluators_see(tmp_path):
+def test_embeddings_equal_those_of_the_evaluators(tmp_path):
   folder, workdir = runs.image_folder(tmp_path / 'images'), tmp_path / 'clip'
   workdir.mkdir()
   runs.untrained(runs.contrastive(folder, data__image={'name': 'resize', 'size': 16}), workdir)
@@ -151,8 +151,8 @@ def test_embeddings_are_those_that_evaluators_see(tmp_path):
       np.testing.assert_allclose(source[index][name], expected[index], atol=1e-6)
 
 
-def test_networks_that_nothing_fills_do_not_compute(tmp_path):
-  bare = config_file(tmp_path / 'bare.py', runs.painter(runs.image_folder(tmp_path / 'images')))
+def test_networks_without_weights_are_refused(tmp_path):
+  bare = config_file(tmp_path / 'bare.py', runs.text_to_image(runs.image_folder(tmp_path / 'images')))
   with pytest.raises(UserError, match=r"latents: needs more than the frozen networks .*'autoencoder'.* give --model"):
     precompute.run(['latents'], str(tmp_path / 'other'), config=bare)
   with pytest.raises(UserError, match="'latent' is not an output of this objective; did you mean 'latents'"):
@@ -185,8 +185,8 @@ def test_arrays_of_records_survive_encoding_and_are_given_by_their_names():
     ),
   ],
 )
-def test_latents_leave_no_images_to_change(tmp_path, changes, message):
-  config = runs.painter(tmp_path, objective__latent_space__precomputed=True, **changes)
+def test_augmentation_of_latents_is_refused(tmp_path, changes, message):
+  config = runs.text_to_image(tmp_path, objective__latent_space__precomputed=True, **changes)
   with pytest.raises(UserError, match=message):
     Run(config)
 

@@ -3,14 +3,14 @@ import json
 import pytest
 from etils import epath
 
-from fmcv_jax import __main__ as door
+from fmcv_jax import __main__ as cli
 from fmcv_jax import trainer
 from fmcv_jax.apps.report import curve
 from fmcv_jax.train import goodput
 from tests import runs
 
 
-def test_a_run_that_was_gone_on_with_is_reported(tmp_path, capsys):
+def test_a_resumed_run_is_reported(tmp_path, capsys):
   folder, workdir = runs.image_folder(tmp_path / 'images'), tmp_path / 'run'
   trainer.train(runs.classification(folder, train__steps=4, evaluators={}), workdir)
   (session,) = goodput.sessions(epath.Path(workdir / goodput.FILE))
@@ -24,7 +24,7 @@ def test_a_run_that_was_gone_on_with_is_reported(tmp_path, capsys):
   later = {**row, 'session': row['time'] + 60, 'time': row['time'] + 160, 'from': 3, 'step': 8, 'input': 80.0}
   path.write_text(f'{json.dumps(row)}\n{json.dumps(later)}\n{{"half')
   capsys.readouterr()
-  assert door.main(['report', '--workdir', str(workdir)]) == 0
+  assert cli.main(['report', '--workdir', str(workdir)]) == 0
   printed = capsys.readouterr().out
   assert 'restart 1 at step 3: 1.0 min after the last word, 1 steps computed again' in printed
   assert 'input-bound' in printed
@@ -32,7 +32,7 @@ def test_a_run_that_was_gone_on_with_is_reported(tmp_path, capsys):
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
-  assert door.main(['report', '--workdir', str(tmp_path)]) == 2
+  assert cli.main(['report', '--workdir', str(tmp_path)]) == 2
   assert 'no record of a run here' in capsys.readouterr().err
 
 

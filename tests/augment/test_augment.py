@@ -27,7 +27,7 @@ KEY = jax.random.key(0)
 
 
 def photo(height=HEIGHT, width=WIDTH):
-  """Noise over a slope whose colours do not reach every value, so that autocontrast and equalize have work to do."""
+  """Noise over a slope whose colors do not reach every value, so that autocontrast and equalize have work to do."""
   slope = np.linspace(20, 130, height * width).reshape(height, width, 1) * [1.0, 0.8, 1.2]
   return (slope + RNG.integers(0, 70, (height, width, 3))).astype(np.uint8)
 
@@ -68,14 +68,14 @@ def operations(increasing):
   return jax.jit(functools.partial(apply_operations, names=OPERATIONS, increasing=increasing, fill=128))
 
 
-def through(name, level, sign=1, image=PHOTO, increasing=False, centre=(0.5, 0.5)):
+def through(name, level, sign=1, image=PHOTO, increasing=False, center=(0.5, 0.5)):
   """One RandAugment operation on one uint8 image."""
   out = operations(increasing)(
     image[None].astype(np.float32),
     np.array([OPERATIONS.index(name)]),
     np.array([level], np.float32),
     np.array([sign], np.float32),
-    np.array([centre], np.float32),
+    np.array([center], np.float32),
   )
   assert (out == jnp.round(out)).all()
   return np.asarray(out[0]).astype(np.int32)
@@ -83,30 +83,30 @@ def through(name, level, sign=1, image=PHOTO, increasing=False, centre=(0.5, 0.5
 
 def by_pil(name, level, sign, image, increasing):
   """The same by PIL, with the magnitudes of timm's `..._level_to_arg`, written out."""
-  picture, affine = Image.fromarray(image), Image.Transform.AFFINE
+  pil_image, affine = Image.fromarray(image), Image.Transform.AFFINE
   factor = max(0.1, 1 + sign * level * 0.9) if increasing else level * 1.8 + 0.1
-  size, keywords = picture.size, {'resample': Image.Resampling.BILINEAR, 'fillcolor': (128, 128, 128)}
+  size, keywords = pil_image.size, {'resample': Image.Resampling.BILINEAR, 'fillcolor': (128, 128, 128)}
   bits, threshold = int(level * 4), int(level * 256)
   if increasing:
     bits, threshold = 4 - bits, 256 - threshold
   amount = sign * level
   result = {
-    'identity': lambda: picture,
-    'auto_contrast': lambda: ImageOps.autocontrast(picture),
-    'equalize': lambda: ImageOps.equalize(picture),
-    'invert': lambda: ImageOps.invert(picture),
-    'posterize': lambda: ImageOps.posterize(picture, max(1, bits)),
-    'solarize': lambda: ImageOps.solarize(picture, threshold),
-    'solarize_add': lambda: picture.point([min(255, i + int(level * 110)) if i < 128 else i for i in range(256)] * 3),
-    'color': lambda: ImageEnhance.Color(picture).enhance(factor),
-    'contrast': lambda: ImageEnhance.Contrast(picture).enhance(factor),
-    'brightness': lambda: ImageEnhance.Brightness(picture).enhance(factor),
-    'sharpness': lambda: ImageEnhance.Sharpness(picture).enhance(factor),
-    'rotate': lambda: picture.rotate(30 * amount, **keywords),
-    'shear_x': lambda: picture.transform(size, affine, (1, 0.3 * amount, 0, 0, 1, 0), **keywords),
-    'shear_y': lambda: picture.transform(size, affine, (1, 0, 0, 0.3 * amount, 1, 0), **keywords),
-    'translate_x': lambda: picture.transform(size, affine, (1, 0, 0.45 * amount * size[0], 0, 1, 0), **keywords),
-    'translate_y': lambda: picture.transform(size, affine, (1, 0, 0, 0, 1, 0.45 * amount * size[1]), **keywords),
+    'identity': lambda: pil_image,
+    'auto_contrast': lambda: ImageOps.autocontrast(pil_image),
+    'equalize': lambda: ImageOps.equalize(pil_image),
+    'invert': lambda: ImageOps.invert(pil_image),
+    'posterize': lambda: ImageOps.posterize(pil_image, max(1, bits)),
+    'solarize': lambda: ImageOps.solarize(pil_image, threshold),
+    'solarize_add': lambda: pil_image.point([min(255, i + int(level * 110)) if i < 128 else i for i in range(256)] * 3),
+    'color': lambda: ImageEnhance.Color(pil_image).enhance(factor),
+    'contrast': lambda: ImageEnhance.Contrast(pil_image).enhance(factor),
+    'brightness': lambda: ImageEnhance.Brightness(pil_image).enhance(factor),
+    'sharpness': lambda: ImageEnhance.Sharpness(pil_image).enhance(factor),
+    'rotate': lambda: pil_image.rotate(30 * amount, **keywords),
+    'shear_x': lambda: pil_image.transform(size, affine, (1, 0.3 * amount, 0, 0, 1, 0), **keywords),
+    'shear_y': lambda: pil_image.transform(size, affine, (1, 0, 0, 0.3 * amount, 1, 0), **keywords),
+    'translate_x': lambda: pil_image.transform(size, affine, (1, 0, 0.45 * amount * size[0], 0, 1, 0), **keywords),
+    'translate_y': lambda: pil_image.transform(size, affine, (1, 0, 0, 0, 1, 0.45 * amount * size[1]), **keywords),
   }[name]()
   return np.asarray(result).astype(np.int32)
 
@@ -135,11 +135,11 @@ def test_histogram_operations_equal_pil_on_images_with_few_values(name):
 
 def test_cutout_is_a_gray_square_cut_off_at_the_border():
   # At 224 pixels and magnitude 10 the square is 80 wide; here 2 * floor(40 / 224 * 21) = 6.
-  hidden = (through('cutout', 1.0, centre=(0.5, 0.5)) != PHOTO).any(-1)
+  hidden = (through('cutout', 1.0, center=(0.5, 0.5)) != PHOTO).any(-1)
   assert hidden.nonzero()[0].min() == 10 - 3
   assert hidden.nonzero()[1].max() == 13 + 2
   assert hidden.sum() == 36
-  assert (through('cutout', 1.0, centre=(0.0, 0.0)) != PHOTO).any(-1).sum() == 9
+  assert (through('cutout', 1.0, center=(0.0, 0.0)) != PHOTO).any(-1).sum() == 9
 
 
 def test_the_matmul_forms_for_tpu_equal_indexing():
@@ -153,11 +153,11 @@ def test_the_matmul_forms_for_tpu_equal_indexing():
   np.testing.assert_array_equal(randaugment_ops.lookup_by_index(pixels, table), entries)
 
 
-def test_affine_zooms_and_stretches_about_the_centre():
+def test_affine_zooms_and_stretches_about_the_center():
   ours = compiled(Affine(scale=(2.0, 2.0), ratio=(4.0, 4.0)))(PHOTO[None] / 255.0, KEY)[0]
-  picture, affine = Image.fromarray(PHOTO), Image.Transform.AFFINE
+  pil_image, affine = Image.fromarray(PHOTO), Image.Transform.AFFINE
   reference = (0.25, 0, WIDTH * 3 / 8, 0, 1, 0)  # four times as wide, and as high as before
-  theirs = picture.transform(picture.size, affine, reference, Image.Resampling.BILINEAR)
+  theirs = pil_image.transform(pil_image.size, affine, reference, Image.Resampling.BILINEAR)
   np.testing.assert_allclose(ours, np.asarray(theirs) / 255, atol=1.01 / 255)
 
 
@@ -170,8 +170,8 @@ def test_affine_draws_each_parameter_within_its_bounds():
   angle = np.arctan2(right[:, 1], right[:, 0])
   across, along = np.hypot(*right.T), down[:, 1] / np.cos(angle)
   shear = down[:, 0] / along + np.sin(angle)
-  centre = np.array([width, height]) / 2
-  move = np.linalg.solve(matrices[..., :2], (centre - shift)[..., None])[..., 0] - centre  # of the point in the centre
+  center = np.array([width, height]) / 2
+  move = np.linalg.solve(matrices[..., :2], (center - shift)[..., None])[..., 0] - center  # of the point in the center
   for drawn, most in [
     (-np.log(across * along) / 2, math.log(1.25)),
     (np.log(along / across), math.log(2)),
@@ -196,11 +196,11 @@ def jitter(brightness=1.0, contrast=1.0, saturation=1.0, turn=0.0, gray=False):
 def test_brightness_contrast_and_saturation_equal_pils(field, enhance):
   for factor in (0.0, 0.4, 1.0, 1.7):
     theirs = np.asarray(enhance(Image.fromarray(PHOTO)).enhance(factor)) / 255
-    # PIL rounds the mean grey first, which a factor of up to 1.7 passes on, and rounds the result down.
+    # PIL rounds the mean gray first, which a factor of up to 1.7 passes on, and rounds the result down.
     np.testing.assert_allclose(jitter(**{field: factor}), theirs, atol=1.5 / 255)
 
 
-def test_hue_turns_colours_about_the_gray_axis():
+def test_hue_rotates_colors_about_the_gray_axis():
   turned = jitter(turn=1 / 3)
   np.testing.assert_allclose(turned, PHOTO[..., [2, 0, 1]] / 255, atol=1e-5)  # red becomes green becomes blue
   sixth = jitter(turn=0.1)
@@ -210,7 +210,7 @@ def test_hue_turns_colours_about_the_gray_axis():
   np.testing.assert_allclose(*distance, atol=1e-5)
 
 
-def test_all_colour_changes_together_are_one_after_the_other_clipped_once():
+def test_combined_color_changes_equal_a_sequence_clipped_once():
   image = PHOTO / 255 * 1.2
   image = 0.7 * image + 0.3 * (image @ [0.299, 0.587, 0.114]).mean()
   image = 1.3 * image - 0.3 * (image @ [0.299, 0.587, 0.114])[..., None]
@@ -283,7 +283,7 @@ def test_probability_0_and_neutral_parameters_change_nothing(augment):
 
 
 @pytest.mark.parametrize('augment', EVERY, ids=show)
-def test_each_image_draws_its_own_the_same_for_the_same_key(augment):
+def test_each_image_draws_its_own_parameters_and_the_same_for_the_same_key(augment):
   same = np.broadcast_to(batch(1), (16, HEIGHT, WIDTH, 3))
   one, again, other = (np.asarray(compiled(augment)(same, jax.random.key(seed))) for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, again)
@@ -355,7 +355,7 @@ def test_randaugment_spreads_its_magnitude_between_0_and_10():
   assert np.mean(factor <= 0.1) == pytest.approx(stats.norm.cdf(-0.5), abs=0.05)
 
 
-def test_augmented_applies_all_in_order_with_keys_of_their_own():
+def test_apply_augments_applies_all_in_order_with_keys_of_their_own():
   images = RNG.integers(0, 256, (8, 6, 6, 3)).astype(np.uint8)
   dark, light = np.minimum(images, 255 - images) / 255, np.maximum(images, 255 - images) / 255
   np.testing.assert_allclose(apply_augments(images, [Invert(1.0), Solarize(0.5, 1.0)], KEY), dark, atol=1e-6)

@@ -15,14 +15,14 @@ def test_edges_of_a_disc_are_its_outline_one_pixel_wide():
   edges = np.asarray(jax.jit(Edges())(images))[..., 0]
   found = edges[0] > 0
   assert np.abs(distance[found] - radius).max() < 1.5
-  # Every direction from the centre meets the outline; nowhere does it fill a square of four pixels.
+  # Every direction from the center meets the outline; nowhere does it fill a square of four pixels.
   angles = np.arctan2(y, x)[found]
   assert np.diff(np.sort(angles)).max() < np.radians(8)
   assert not (found[1:, 1:] & found[1:, :-1] & found[:-1, 1:] & found[:-1, :-1]).any()
   assert not edges[1].any()
 
 
-def test_a_weak_edge_counts_where_it_goes_on_from_a_strong_one():
+def test_a_weak_edge_counts_where_it_continues_a_strong_one():
   """A step down the middle whose height falls along the rows: strong at the top, below `high` from row 20 on."""
   height = np.linspace(1, 0, 40)[:, None] * np.ones(16)
   image = np.where(np.arange(16) < 8, 0.0, height)[None, ..., None].astype(np.float32).repeat(3, -1)

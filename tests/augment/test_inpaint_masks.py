@@ -5,7 +5,7 @@ import pytest
 from fmcv_jax.augment.inpaint_masks import RandomInpaintMask, _distance
 
 
-def test_every_picture_has_a_hole_of_its_own_key_and_the_given_share_is_one():
+def test_every_image_draws_a_mask_from_its_own_key_and_the_given_fraction_is_fully_masked():
   count = 400
   keys = jax.random.split(jax.random.key(0), count)
   drawn = jax.jit(RandomInpaintMask(), static_argnums=1)
@@ -24,6 +24,6 @@ def test_distance_from_a_line_that_ends():
   np.testing.assert_allclose(_distance(0.5, 0.5, start.T, end.T), [0, 0.5, 0.3, 0.5**0.5], atol=1e-6)
 
 
-def test_no_holes_at_all_are_refused():
+def test_a_config_that_never_masks_is_refused():
   with pytest.raises(ValueError, match='boxes, strokes'):
     RandomInpaintMask(boxes=0, strokes=0)

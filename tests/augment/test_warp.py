@@ -29,7 +29,7 @@ MATRICES = np.array(
 def test_the_warp_equals_scipys_affine_transform_in_the_inside_and_the_edge(form, fill):
   image, matrix = IMAGES[2], MATRICES[2].astype(np.float64)
   ours = jax.jit(form, static_argnums=2)(IMAGES, MATRICES, fill)[2]
-  # scipy counts (row, column) from the centre of the first pixel.
+  # scipy counts (row, column) from the center of the first pixel.
   swapped, half = matrix[::-1, 1::-1], np.array([0.5, 0.5])
   offset = matrix[::-1, 2] + swapped @ half - half
   theirs = [ndimage.affine_transform(image[..., c], swapped, offset, order=1, mode='nearest') for c in range(3)]
@@ -44,7 +44,7 @@ def test_the_warp_equals_scipys_affine_transform_in_the_inside_and_the_edge(form
 
 @pytest.mark.parametrize('fill', [0.25, None])
 @pytest.mark.parametrize('width', [150, 128, 40])
-def test_the_kernel_for_tpu_sees_what_gathers_see(fill, width):
+def test_the_tpu_kernel_equals_gathers(fill, width):
   images = jnp.asarray(IMAGES[:, :, :width])
   gathered, ours = (jax.jit(form, static_argnums=2)(images, MATRICES, fill) for form in FORMS)
   np.testing.assert_allclose(ours, gathered, atol=1e-6)

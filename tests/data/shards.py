@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(index, size=(20, 24)):
+def encoded_image(index, size=(20, 24)):
   """An encoded image of noise; JPEG, PNG or WebP by turns."""
   noise = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
   kind = ('JPEG', 'PNG', 'WEBP')[index % 3]
@@ -18,12 +18,12 @@ def picture(index, size=(20, 24)):
 
 
 def write_tars(folder, samples, shards=3, **options):
-  """Samples 0 to `samples` as img2dataset writes them, with a class beside."""
+  """Samples 0 to `samples` as img2dataset writes them, with a class each."""
   folder.mkdir(exist_ok=True)
   for shard in range(shards):
     with tarfile.open(folder / f'{shard:05d}.tar', 'w', **options) as out:
       for index in range(samples * shard // shards, samples * (shard + 1) // shards):
-        image, extension = picture(index)
+        image, extension = encoded_image(index)
         members = {
           extension: image,
           'txt': f'caption {index}'.encode(),
@@ -48,7 +48,7 @@ def write_parquet(folder, samples, files=2, group=3, damage=None, **options):
     rows = range(samples * number // files, samples * (number + 1) // files)
     table = pyarrow.table(
       {
-        'image': [{'bytes': picture(index)[0], 'path': None} for index in rows],
+        'image': [{'bytes': encoded_image(index)[0], 'path': None} for index in rows],
         'label': [index % 7 for index in rows],
         'caption': [f'caption {index}' for index in rows],
         'captions': [[f'caption {index}', f'other {index}'] for index in rows],

@@ -70,9 +70,9 @@ def test_batches_have_the_documented_shapes_and_types():
 @settings(max_examples=25, deadline=None)
 def test_every_record_comes_once_per_epoch_and_batches_straddle_epochs(records, batch, shuffle, seed):
   pipeline = Pipeline(Counting(records), shuffle=shuffle)
-  seen = labels(take(pipeline, -(-3 * records // batch), batch=batch, seed=seed))
+  drawn = labels(take(pipeline, -(-3 * records // batch), batch=batch, seed=seed))
   for epoch in range(3):
-    assert sorted(seen[epoch * records : (epoch + 1) * records]) == list(range(records))
+    assert sorted(drawn[epoch * records : (epoch + 1) * records]) == list(range(records))
 
 
 @pytest.mark.parametrize('processes', [1, 2, 3, 4])
@@ -100,7 +100,7 @@ def test_a_resumed_run_continues_bitwise(stop):
 
 
 class Blocks(Counting):
-  """Read in blocks of three neighbours."""
+  """Read in blocks of three neighbors."""
 
   def order(self, seed, shuffle):
     return WindowedOrder(np.array([*range(3, self.records, 3), self.records]), 2, seed, shuffle)
@@ -113,16 +113,16 @@ class Blocks(Counting):
   seed=st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None)
-def test_whatever_the_processes_and_batches_of_each_leg_the_order_goes_on(kind, records, legs, seed):
-  pipeline, seen = Pipeline(kind(records)), []
+def test_the_order_continues_whatever_the_processes_and_batch_sizes_of_each_run(kind, records, legs, seed):
+  pipeline, drawn = Pipeline(kind(records)), []
   for processes, share, steps in legs:
-    position = {'process_count': processes, 'batch': processes * share, 'start': len(seen)}
+    position = {'process_count': processes, 'batch': processes * share, 'start': len(drawn)}
     shares = [take(pipeline, steps, seed=seed, process_index=index, **position) for index in range(processes)]
-    seen += [label for step in zip(*shares, strict=True) for batch in step for label in batch['label'].tolist()]
-  assert not seen or seen == labels(take(pipeline, len(seen), batch=1, seed=seed))
+    drawn += [label for step in zip(*shares, strict=True) for batch in step for label in batch['label'].tolist()]
+  assert not drawn or drawn == labels(take(pipeline, len(drawn), batch=1, seed=seed))
   every = sorted(pipeline.source[index]['label'] for index in range(len(pipeline.source)))
-  for epoch in range(len(seen) // len(every)):
-    assert sorted(seen[epoch * len(every) : (epoch + 1) * len(every)]) == every
+  for epoch in range(len(drawn) // len(every)):
+    assert sorted(drawn[epoch * len(every) : (epoch + 1) * len(every)]) == every
 
 
 def test_start_may_be_any_number_of_examples():
@@ -226,9 +226,9 @@ def test_more_bad_records_than_allowed_stop_the_run_with_their_names():
   assert loader.state()['examples'] == 200
 
 
-def test_a_share_below_the_limit_does_not_stop_the_run():
-  seen = labels(take(Pipeline(Counting(3000, bad=tuple(range(0, 3000, 200))), max_bad=0.01), 60, batch=100))
-  assert len(seen) == 6000
+def test_a_fraction_of_bad_records_below_the_limit_does_not_stop_the_run():
+  drawn = labels(take(Pipeline(Counting(3000, bad=tuple(range(0, 3000, 200))), max_bad=0.01), 60, batch=100))
+  assert len(drawn) == 6000
 
 
 def test_no_bad_record_is_allowed_when_max_bad_is_zero():
@@ -240,7 +240,7 @@ def test_no_bad_record_is_allowed_when_max_bad_is_zero():
     next(loader)
 
 
-def test_a_bug_in_a_source_is_not_taken_for_a_bad_record():
+def test_a_bug_in_a_source_is_not_counted_as_a_bad_record():
   class Broken(Counting):
     def __getitem__(self, index):
       raise KeyError('a typing mistake')
@@ -277,7 +277,7 @@ class Bare(Counting):
     (Pipeline(Counting(0)), {}, 'the source Counting has no records'),
   ],
 )
-def test_what_cannot_be_given_is_one_clear_line(pipeline, kwargs, message):
+def test_fields_that_are_not_available_are_one_clear_line(pipeline, kwargs, message):
   with pytest.raises(UserError, match=message):
     TrainLoader(pipeline, **{'batch': 2, 'seed': 0, 'fields': ('label',), **kwargs})
 

@@ -32,7 +32,7 @@ def test_a_source_beyond_32_bits_is_shuffled():
 
 
 @pytest.mark.parametrize('records', [8, 70_000])
-def test_epochs_and_seeds_have_orders_of_their_own(records):
+def test_every_epoch_and_seed_has_its_own_order(records):
   def head(seed, epoch):
     order = Order(records, seed)
     return tuple(order(epoch * records + i) for i in range(8))
@@ -50,14 +50,14 @@ def test_small_shuffles_are_uniform():
 
 
 @pytest.mark.parametrize('records', [8000, 70_000])
-def test_classes_that_lie_together_are_spread_over_batches_as_by_chance(records):
+def test_classes_that_lie_together_are_spread_over_batches_as_at_random(records):
   order, classes, batch = Order(records, seed=1), 10, 200
   drawn = np.array([order(position) for position in range(records)])
   counts = np.apply_along_axis(np.bincount, 1, (drawn * classes // records).reshape(-1, batch), minlength=classes)
-  # Without replacement the statistic of a batch is that of chance times (N - batch) / (N - 1).
+  # Without replacement the statistic of a batch is the random one times (N - batch) / (N - 1).
   statistic = (np.square(counts - batch / classes) / (batch / classes)).sum() * (records - 1) / (records - batch)
   assert 0.001 < stats.chi2.cdf(statistic, (records // batch) * (classes - 1)) < 0.999
-  assert np.mean(np.abs(np.diff(drawn)) == 1) < 4 * 2 / records  # neighbours stay together no more often than by chance
+  assert np.mean(np.abs(np.diff(drawn)) == 1) < 4 * 2 / records  # neighbors stay together no more often than at random
   assert abs(stats.spearmanr(drawn, np.arange(records)).statistic) < 4 / np.sqrt(records)
 
 
@@ -95,7 +95,7 @@ def test_the_order_of_a_seed_never_changes():
   assert [Order(100_000, seed=1)(i) for i in range(4)] == [66178, 77538, 54926, 26846]
 
 
-def test_nonsense_is_refused():
+def test_invalid_arguments_are_refused():
   for bad in ({'records': 0}, {'records': 3, 'seed': -1}):
     with pytest.raises(ValueError, match='at least'):
       Order(**bad)

@@ -20,7 +20,7 @@ from fmcv_jax.data.tokenizers import ClipBpe
 from fmcv_jax.data.transforms import RandomResizedCrop
 from fmcv_jax.errors import UserError
 from tests.data.counting import Counting, Suicidal
-from tests.data.shards import picture, write_parquet, write_tars
+from tests.data.shards import encoded_image, write_parquet, write_tars
 
 EVERYTHING = ('image', 'label', 'tokens')
 
@@ -34,7 +34,7 @@ def write_folder(folder, samples):
     (folder / label).mkdir(parents=True)
   lines = []
   for index in range(samples):
-    image, extension = picture(index)
+    image, extension = encoded_image(index)
     (folder / f'{index:09d}.{extension}').write_bytes(image)
     lines.append(json.dumps({'image': f'{index:09d}.{extension}', 'caption': f'caption {index}'}))
   (folder / 'captions.jsonl').write_text('\n'.join(lines))
@@ -75,12 +75,12 @@ def test_batches_of_a_seed_are_the_same_bytes_in_every_format_and_after_packing(
 
 
 def test_a_packed_set_has_counts_and_checksums_that_sha256sum_knows(tmp_path):
-  seen = []
-  made = pack(Counting(23), tmp_path / 'set', origin={'a': 1}, shards=4, progress=lambda *at: seen.append(at))
+  reports = []
+  made = pack(Counting(23), tmp_path / 'set', origin={'a': 1}, shards=4, progress=lambda *at: reports.append(at))
   info = json.loads((tmp_path / 'set/info.json').read_text())
   assert info == {'records': 23, 'shards': 4, 'names': [], 'counts': [5, 6, 6, 6], 'skipped': 0, 'origin': {'a': 1}}
-  assert seen[0] == (0, 23)
-  assert seen[-1] == (23, 23)
+  assert reports[0] == (0, 23)
+  assert reports[-1] == (23, 23)
   files = tree(tmp_path / 'set')
   sums = dict(line.split('  ')[::-1] for line in files.pop('SHA256SUMS').decode().splitlines())
   del files['info.json']
@@ -98,7 +98,7 @@ pack(WebDataset({tars!r}), {to!r}, origin=1, shards=60)
 """
 
 
-def test_a_killed_pack_goes_on_and_gives_the_bytes_of_one_left_alone(tmp_path):
+def test_a_killed_pack_resumes_and_writes_the_bytes_of_an_uninterrupted_one(tmp_path):
   write_tars(tmp_path / 'tars', 300, shards=2)
   source = WebDataset(str(tmp_path / 'tars'))
   pack(source, tmp_path / 'alone', origin=1, shards=60)
@@ -126,7 +126,7 @@ def test_a_killed_pack_goes_on_and_gives_the_bytes_of_one_left_alone(tmp_path):
   assert [old == new for old, new in zip(times, now)] == [index != 1 for index in range(len(kept))]
 
 
-def test_records_that_cannot_be_read_are_left_out_and_named_up_to_a_share(tmp_path):
+def test_unreadable_records_are_left_out_and_named_up_to_a_fraction(tmp_path):
   source = Counting(40, bad=(3, 30))
   with pytest.raises(UserError, match=r'2 of 40 records cannot be read, more than --max-bad 0.01; .*/3: is bad'):
     pack(source, tmp_path / 'set', origin=1, shards=2)
@@ -165,7 +165,7 @@ def test_the_command_packs_and_says_how_to_read_it(tmp_path, capsys):
 def test_what_is_packed_is_a_config_a_path_or_a_name(tmp_path):
   write_tars(tmp_path / 'tars', 3)
   (tmp_path / 'images').mkdir()
-  (tmp_path / 'images/a.png').write_bytes(picture(1)[0])
+  (tmp_path / 'images/a.png').write_bytes(encoded_image(1)[0])
   pack(Counting(3), tmp_path / 'packed', origin=1)
   (tmp_path / 'images/metadata.parquet').write_bytes(b'')
   (tmp_path / 'hive/year=2024').mkdir(parents=True)

@@ -202,7 +202,7 @@ def odd_texts(count):
 
 
 def train_sentencepiece(prefix, texts, **options):
-  """Writes PREFIX.model, a vocabulary of 400 pieces with SigLIP's ids of the end and of what is unknown."""
+  """Writes PREFIX.model, a vocabulary of 400 pieces with SigLIP's end and unknown ids."""
   sentencepiece = pytest.importorskip('sentencepiece', reason='pip install fmcv-jax[parity]')
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter([text.replace('\n', ' ') for text in texts]),

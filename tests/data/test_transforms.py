@@ -42,7 +42,7 @@ def test_random_crops_lie_inside_images_of_any_shape():
       assert 0 <= top <= top + h <= height
 
 
-def test_a_long_strip_is_cropped_in_its_centre_within_the_ratio():
+def test_a_long_strip_is_cropped_in_its_center_within_the_ratio():
   assert sample_box(30, 1000, (0.9, 1.0), (3 / 4, 4 / 3), rng()) == (480, 0, 40, 30)
 
 
@@ -59,7 +59,7 @@ def test_random_crop_of_everything_is_a_resize():
 
 @pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear', 'lanczos'])
 @pytest.mark.parametrize('shape', [(61, 83), (83, 61), (61, 61), (20, 300), (5, 7)])
-def test_resize_crop_equals_resizing_everything_and_cropping_its_centre(interpolation, shape):
+def test_resize_crop_equals_resizing_everything_and_cropping_its_center(interpolation, shape):
   image = np.asarray(Image.fromarray(PHOTO).resize(shape[::-1]))
   size, short = 28, 32
   width, height = (int(short * side / min(shape)) for side in shape[::-1])
@@ -85,7 +85,7 @@ CROPS = [
 
 
 @pytest.mark.parametrize(('size', 'crop'), CROPS)
-def test_the_centre_crop_is_that_of_timm(size, crop):
+def test_the_center_crop_is_that_of_timm(size, crop):
   timm, torch = pytest.importorskip('timm.data'), pytest.importorskip('torch')
   image = Image.fromarray(PHOTO).resize((500, 375), Image.Resampling.BICUBIC)
   theirs = timm.create_transform(input_size=size, crop_pct=crop, interpolation='bicubic', mean=(0,) * 3, std=(1,) * 3)
@@ -138,7 +138,7 @@ def test_encoded_and_decoded_images_give_the_same_pixels(transform):
 
 
 @pytest.mark.parametrize('transform', [RandomResizedCrop(20), ResizeCrop(20), Resize(20)])
-def test_what_is_no_rgb_image_is_a_bad_record(transform):
+def test_data_that_is_not_an_rgb_image_is_a_bad_record(transform):
   for image in (b'no image', PHOTO[..., 0], PHOTO.astype(np.float32), np.dstack([PHOTO, PHOTO[..., :1]]), PHOTO[:0]):
     with pytest.raises(BadRecord):
       transform(image, rng())

@@ -1,4 +1,4 @@
-"""Several pictures of each image: their shapes, their chance, and the same however many processes share the work."""
+"""Several views of each image: their shapes, their randomness, and independence of the number of processes."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def take(pipeline, count=2, **options):
     loader.close()
 
 
-def test_views_are_stacks_of_different_pictures_of_one_image():
+def test_views_are_stacks_of_different_crops_of_one_image():
   first, second = take(Pipeline(Textured(6), views=VIEWS, shuffle=False))
   assert {name: (x.shape, x.dtype.name) for name, x in first.items()} == {
     'global_views': ((6, 2, 8, 8, 3), 'uint8'),

@@ -24,9 +24,9 @@ def network(x, time, where):
   return 0.8 * where.tanh(x)
 
 
-def ours(process, solver, start, times, draws=None, told=lambda time: time, **options):
+def ours(process, solver, start, times, draws=None, network_time=lambda time: time, **options):
   def denoise(x, time):
-    return network(x, told(time.reshape(-1, 1, 1, 1)), jnp)
+    return network(x, network_time(time.reshape(-1, 1, 1, 1)), jnp)
 
   with pytest.MonkeyPatch.context() as patch:
     if draws is not None:
@@ -50,7 +50,7 @@ def theirs(scheduler, start, steps, monkeypatch, draws=None, steps_of=None):
 
 
 def start_of(process, times, scheduler):
-  """The same noise for both: theirs is scaled by `init_noise_sigma`, ours by sigma."""
+  """The same noise for both: diffusers scales it by `init_noise_sigma`, ours by sigma."""
   noise = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
   alpha, sigma = process.alpha_sigma(np.asarray(times[0]))
   scaled_by_alpha = scheduler.__class__.__name__.startswith(('Euler', 'Heun'))
@@ -81,7 +81,7 @@ PAIRS = {
 }
 
 
-# These of theirs take no network that predicts the image.
+# These schedulers of diffusers do not support prediction of the image.
 OF_NO_IMAGES = ('HeunDiscreteScheduler', 'EulerAncestralDiscreteScheduler')
 THERE = [
   (pair, prediction)
@@ -96,7 +96,7 @@ def test_variance_preserving(pair, prediction, monkeypatch):
   solver, name, options = PAIRS[pair]
   process = Process(prediction=prediction)
   karras = 'use_karras_sigmas' in options
-  # With the large variance theirs adds noise to the picture itself, unless the last time is 0.
+  # With the large variance diffusers adds noise to the image itself, unless the last time is 0.
   spacing = 'leading' if pair == 'ddpm-large' else 'linspace' if karras else 'trailing'
   options = {**VP, 'prediction_type': PREDICTIONS[prediction], 'timestep_spacing': spacing, **options}
   steps = 10
@@ -106,9 +106,9 @@ def test_variance_preserving(pair, prediction, monkeypatch):
   start, their_start = start_of(process, times, scheduler)
   extra = {'eta': 0.7} if pair == 'ddim-eta' else None
   want = theirs(scheduler, their_start, steps, monkeypatch, draws, extra)
-  # Between the times of its table theirs tells some networks the nearest of them, others the time itself.
-  told = jnp.round if karras and 'Multistep' in name else lambda time: time
-  got = ours(process, solver, start, times, draws, told)
+  # Between the times of its table, diffusers rounds the time in some solvers and gives the exact time in others.
+  network_time = jnp.round if karras and 'Multistep' in name else lambda time: time
+  got = ours(process, solver, start, times, draws, network_time)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
@@ -186,14 +186,14 @@ def test_edm(solver, name, monkeypatch):
   noise = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
   _, sigma = process.alpha_sigma(times[0])
   want = theirs(scheduler, (80 * noise).astype(np.float32), 10, monkeypatch)
-  # Theirs are told a quarter of the logarithm of the noise, ours the same in thousandths.
-  got = ours(process, solver, (sigma * noise).astype(np.float32), times, told=lambda time: time / 1000)
+  # The time input is a quarter of the log noise level in diffusers, and 1000 times that here.
+  got = ours(process, solver, (sigma * noise).astype(np.float32), times, network_time=lambda time: time / 1000)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
 def test_learned_variance(monkeypatch):
   process = Process('linear', 'noise', learned_variance=True)
-  # Theirs adds noise to the picture itself, unless the last time is 0.
+  # Diffusers adds noise to the image itself, unless the last time is 0.
   scheduler = schedulers.DDPMScheduler(
     beta_end=0.02, clip_sample=False, variance_type='learned_range', timestep_spacing='leading'
   )

@@ -47,7 +47,7 @@ def test_a_wrong_option_is_a_type_error_of_the_public_function_with_the_nearest_
     options.changed({'controls': 2.0}, 'edit', ['control'])
 
 
-def test_an_edit_begins_at_the_last_times():
+def test_an_edit_starts_at_the_last_times():
   times = SamplingOptions(steps=10).times(Process('flow', 'flow'))
   assert times == (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100)
   assert SamplingOptions(steps=10).times(Process('flow', 'flow'), 0.3) == (300, 200, 100)

@@ -11,7 +11,7 @@ CASES = [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) != ('zero_snr'
 
 
 @pytest.mark.parametrize(('schedule', 'prediction'), CASES)
-def test_the_picture_and_the_noise_come_back_from_every_target(schedule, prediction):
+def test_image_and_noise_are_recovered_from_every_target(schedule, prediction):
   process = Process(schedule, prediction)
   image, noise = np.random.default_rng(0).normal(size=(2, 6, 2, 2, 3)).astype(np.float32)
   time = jnp.array([50.0, 250.5, 400.0, 500.0, 700.25, 800.0])
@@ -24,7 +24,7 @@ def test_the_picture_and_the_noise_come_back_from_every_target(schedule, predict
 @pytest.mark.parametrize('name', ['min_snr', 'p2', 'sigmoid'])
 @pytest.mark.parametrize('prediction', PREDICTIONS)
 def test_a_weighting_is_the_same_loss_for_every_prediction(prediction, name):
-  """An error of the picture costs what it costs when the network predicts the noise."""
+  """An error in the image costs the same as when the network predicts the noise."""
   image, noise, off = np.random.default_rng(0).normal(size=(3, 4, 2, 2, 3)).astype(np.float32)
   time = jnp.array([100.0, 300.0, 500.0, 700.0])
 

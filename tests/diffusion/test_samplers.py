@@ -46,7 +46,7 @@ def test_order_of_convergence(solver, order, process, spacing):
     _, images = jax.jit(
       lambda x, times=times: sample(gaussian(process), process, x, times, solver=SOLVERS[solver], trace=True)
     )(start)
-    # The last call's picture, of the x that the solver came to there.
+    # The image predicted by the last call, at the x that the solver reached.
     there = along(process, start.astype(np.float64), times[0], times[-1])
     alpha, sigma = process.alpha_sigma(times[-1])
     exact = (alpha * STD**2 * there + sigma**2 * MEAN) / (alpha**2 * STD**2 + sigma**2)
@@ -60,12 +60,12 @@ def test_stochastic_solvers_reach_the_distribution(solver, process):
   keys = jax.random.split(jax.random.key(0), 64)
   times = sampling_timesteps(process, 1000)
   x = add_noise(process, 0.0, keys, (16, 16, 1), times[0])
-  pictures = jax.jit(lambda x, keys: sample(gaussian(process), process, x, times, solver=SOLVERS[solver], keys=keys))(
+  images = jax.jit(lambda x, keys: sample(gaussian(process), process, x, times, solver=SOLVERS[solver], keys=keys))(
     x, keys
   )
   # 16,384 pixels: standard errors of 0.003 and 0.002, and 1000 steps are not infinitely many.
-  assert float(pictures.mean()) == pytest.approx(MEAN, abs=0.015)
-  assert float(pictures.std()) == pytest.approx(STD, rel=0.02)
+  assert float(images.mean()) == pytest.approx(MEAN, abs=0.015)
+  assert float(images.std()) == pytest.approx(STD, rel=0.02)
 
 
 def test_learned_variance_lies_between_its_bounds():
@@ -86,7 +86,7 @@ def test_learned_variance_lies_between_its_bounds():
   np.testing.assert_allclose(run('learned', 1.0), run('large', 0.0), atol=1e-4)
 
 
-def test_a_picture_depends_on_its_key_alone():
+def test_an_image_depends_only_on_its_key():
   process = Process('flow', 'flow')
   keys, times = jax.random.split(jax.random.key(0), 4), sampling_timesteps(process, 5)
 

@@ -34,7 +34,7 @@ def test_cmmd_of_two_points_is_known():
   assert cmmd(x, x) == 0
 
 
-def test_precision_falls_with_pictures_of_nothing_and_recall_with_pictures_left_out():
+def test_precision_falls_with_unrealistic_images_and_recall_with_missing_ones():
   generator = np.random.default_rng(0)
   left, right = generator.normal(size=(200, 4)) - 20, generator.normal(size=(200, 4)) + 20
   real = np.concatenate([left, right])

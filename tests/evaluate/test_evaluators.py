@@ -31,8 +31,8 @@ NAMES = ('red', 'green', 'blue')
 
 
 @dataclasses.dataclass(frozen=True)
-class Colours(Source):
-  """29 images of one colour each; record `broken` cannot be read."""
+class Colors(Source):
+  """29 images of one color each; record `broken` cannot be read."""
 
   broken: int = -1
 
@@ -71,15 +71,15 @@ class Words(Tokenizer):
     return [NAMES[row[0]] for row in tokens]
 
 
-def colour_of(params, extra, batch):
+def color_of(params, extra, batch):
   image = batch['image'].astype(jnp.float32).mean((1, 2))
   return image / jnp.linalg.norm(image, axis=1, keepdims=True)
 
 
 OUTPUTS = {
-  'logits': Output(colour_of, 'logits'),
-  'features': Output(colour_of, 'embedding'),
-  'embed_image': Output(colour_of, 'embedding'),
+  'logits': Output(color_of, 'logits'),
+  'features': Output(color_of, 'embedding'),
+  'embed_image': Output(color_of, 'embedding'),
   'embed_text': Output(lambda params, extra, batch: jax.nn.one_hot(batch['tokens'][:, 0], 3), 'embedding', ('tokens',)),
 }
 
@@ -90,7 +90,7 @@ def subject():
 
 
 def test_outputs_come_in_order_without_padding(subject):
-  values, index, truth = subject.map_dataset('logits', Pipeline(Colours()), 8, truth=('label',))
+  values, index, truth = subject.map_dataset('logits', Pipeline(Colors()), 8, truth=('label',))
   np.testing.assert_array_equal(index, np.arange(29))
   np.testing.assert_array_equal(truth['label'], np.arange(29) % 3)
   np.testing.assert_array_equal(values.argmax(1), np.arange(29) % 3)
@@ -98,23 +98,23 @@ def test_outputs_come_in_order_without_padding(subject):
 
 @pytest.mark.parametrize('evaluator', [Accuracy, ZeroShot])
 def test_perfect_model_scores_one_and_unreadable_images_do_not_count(subject, evaluator):
-  data = Pipeline(Colours(broken=5), max_bad=0.1)
+  data = Pipeline(Colors(broken=5), max_bad=0.1)
   assert evaluator(data, batch_size=8)(subject) == {'top1': 1.0, 'top5': 1.0}
   assert len(subject.map_dataset('logits', data, 8).indices) == 28
 
 
 def test_zero_shot_averages_templates(subject):
-  assert ZeroShot(Pipeline(Colours()), templates=('a {}', 'the {}'), batch_size=8)(subject)['top1'] == 1.0
+  assert ZeroShot(Pipeline(Colors()), templates=('a {}', 'the {}'), batch_size=8)(subject)['top1'] == 1.0
 
 
 def test_retrieval_counts_any_image_of_a_shared_caption_as_right(subject):
-  figures = Retrieval(Pipeline(Colours(broken=5), max_bad=0.1), batch_size=8)(subject)
+  figures = Retrieval(Pipeline(Colors(broken=5), max_bad=0.1), batch_size=8)(subject)
   assert set(figures.values()) == {1.0}
   assert len(figures) == 6
 
 
 def test_knn_uses_its_bank(subject):
-  assert Knn(Pipeline(Colours()), Pipeline(Colours()), ks=(1, 3), batch_size=8)(subject) == {
+  assert Knn(Pipeline(Colors()), Pipeline(Colors()), ks=(1, 3), batch_size=8)(subject) == {
     'k1_top1': 1.0,
     'k3_top1': 1.0,
   }
@@ -123,7 +123,7 @@ def test_knn_uses_its_bank(subject):
 def test_model_without_the_function_is_one_clear_line(subject):
   lacking = EvaluatedModel({'logits': OUTPUTS['logits']}, subject.placement, params={}, extra={})
   with pytest.raises(UserError, match=r"'features' is not an output of this model \(logits\)"):
-    lacking.map_dataset('features', Pipeline(Colours()), 8)
+    lacking.map_dataset('features', Pipeline(Colors()), 8)
 
 
 @pytest.mark.parametrize('write', ['tars', 'parquet'])
@@ -135,7 +135,7 @@ def test_labels_of_data_without_class_names_count(subject, tmp_path, write):
     source = unnamed_parquet(tmp_path / 'set', 21)
   assert source.names == ()
   data = Pipeline(source, Resize(4))
-  # The model knows each record by its index, and answers with the class that the file holds.
+  # The model knows each record by its index, and predicts the class in the file.
   right = Output(lambda params, extra, batch: jax.nn.one_hot(batch['index'] % 7, 7), 'logits')
   model = dataclasses.replace(subject, outputs={'logits': right, 'features': right})
   assert Accuracy(data, batch_size=8)(model) == {'top1': 1.0, 'top5': 1.0}
@@ -150,15 +150,15 @@ def unnamed_parquet(folder, samples):
   from pyarrow import table
 
   folder.mkdir()
-  images = [{'bytes': shards.picture(index)[0], 'path': None} for index in range(samples)]
+  images = [{'bytes': shards.encoded_image(index)[0], 'path': None} for index in range(samples)]
   columns = {'image': images, 'label': [index % 7 for index in range(samples)]}
   parquet.write_table(table(columns), folder / 'train.parquet')
   return Parquet(str(folder), label='label')
 
 
 @dataclasses.dataclass(frozen=True)
-class Renumbered(Colours):
-  """The same colours with classes in another order, or fewer of them."""
+class Renumbered(Colors):
+  """The same colors with classes in another order, or fewer of them."""
 
   order: tuple[str, ...] = NAMES
 
@@ -170,19 +170,19 @@ class Renumbered(Colours):
     return self.order
 
 
-def test_classes_are_joined_by_name_with_those_of_training(subject):
+def test_classes_are_matched_by_name_with_those_of_training(subject):
   model = dataclasses.replace(subject, class_names=lambda: NAMES)
   for order in (('blue', 'green', 'red'), ('blue', 'cyan', 'green', 'red')):
     data = Pipeline(Renumbered(order=order))
     assert Accuracy(data, batch_size=8)(model)['top1'] == 1.0
-    assert Knn(data, Pipeline(Colours()), ks=(1,), batch_size=8)(subject) == {'k1_top1': 1.0}
-    assert LinearProbe(data, Pipeline(Colours()), batch_size=8)(subject)['top1'] == 1.0
+    assert Knn(data, Pipeline(Colors()), ks=(1,), batch_size=8)(subject) == {'k1_top1': 1.0}
+    assert LinearProbe(data, Pipeline(Colors()), batch_size=8)(subject)['top1'] == 1.0
   unknown = dataclasses.replace(subject, class_names=lambda: ('red', 'green', 'violet'))
   with pytest.raises(UserError, match=r"class 'blue' of the evaluation data is not a class of the training data"):
-    Accuracy(Pipeline(Colours()), batch_size=8)(unknown)
+    Accuracy(Pipeline(Colors()), batch_size=8)(unknown)
 
 
-def test_a_class_name_that_is_there_twice_joins_nothing():
+def test_a_duplicate_class_name_is_refused_unless_both_lists_are_equal():
   labels = np.array([0, 1])
   np.testing.assert_array_equal(align_labels(labels, ('crane', 'crane'), ('crane', 'crane'), 'train_data'), labels)
   with pytest.raises(UserError, match="class 'crane' of the evaluation data occurs twice"):
@@ -196,14 +196,14 @@ def test_an_output_is_fed_what_it_reads_and_keeps_its_tree_and_dtypes(subject):
     return {'ids': batch['tokens'] + 49_405, 'half': batch['label'].astype(jnp.bfloat16), 'drawn': drawn}
 
   model = dataclasses.replace(subject, outputs={'words': Output(call, 'tokens', ('tokens', 'label'))})
-  found = model.map_dataset('words', Pipeline(Colours(broken=5), max_bad=0.1), 8, truth=('label', 'image'))
+  found = model.map_dataset('words', Pipeline(Colors(broken=5), max_bad=0.1), 8, truth=('label', 'image'))
   kept = np.delete(np.arange(29), 5)
   np.testing.assert_array_equal(found.indices, kept)
   np.testing.assert_array_equal(found.values['ids'], np.stack([kept % 3 + 49_405, np.full(28, 49_408)], axis=1))
   assert (found.values['ids'].dtype, found.values['half'].dtype) == (np.int32, jnp.bfloat16)
-  np.testing.assert_array_equal(found.truth['image'], [Colours()[index]['image'] for index in kept])
+  np.testing.assert_array_equal(found.truth['image'], [Colors()[index]['image'] for index in kept])
   assert (found.truth['image'].dtype, found.truth['label'].tolist()) == (np.uint8, (kept % 3).tolist())
-  again = model.map_dataset('words', Pipeline(Colours(broken=5), max_bad=0.1), 8)
+  again = model.map_dataset('words', Pipeline(Colors(broken=5), max_bad=0.1), 8)
   np.testing.assert_array_equal(again.values['drawn'], found.values['drawn'])
   assert len(set(found.values['drawn'].tolist())) == 28
 
@@ -213,4 +213,4 @@ def test_a_field_that_the_data_lacks_is_named(subject):
     subject, outputs={'boxes': Output(lambda p, e, batch: batch['boxes'], 'boxes', ('boxes',))}
   )
   with pytest.raises(UserError, match='boxes'):
-    model.map_dataset('boxes', Pipeline(Colours()), 8)
+    model.map_dataset('boxes', Pipeline(Colors()), 8)

@@ -13,7 +13,7 @@ def unit(x):
   return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def test_topk_hits_by_hand():
+def test_topk_accuracy_by_hand():
   scores = np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1], [0.0, 0.1, 0.2]])
   assert topk_accuracy(scores, np.array([1, 1, 0]), 1) == pytest.approx(1 / 3)
   assert topk_accuracy(scores, np.array([2, 1, 0]), 2) == pytest.approx(2 / 3)

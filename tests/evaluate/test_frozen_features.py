@@ -18,7 +18,7 @@ from fmcv_jax.evaluate.object_masks import ObjectMasks, jaccard
 from fmcv_jax.objectives.outputs import Output
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
-from tests.evaluate.test_evaluators import OUTPUTS, Colours
+from tests.evaluate.test_evaluators import OUTPUTS, Colors
 
 PLACEMENT = Placement(make_mesh(MeshShape()))
 
@@ -73,7 +73,7 @@ def test_cross_validation_takes_the_strength_that_does_best_on_folds_left_out():
 @pytest.mark.parametrize('method', ['ridge', 'logistic'])
 def test_linear_probe_of_separable_features_is_right(method):
   subject = EvaluatedModel(OUTPUTS, PLACEMENT, params={}, extra={})
-  probe = LinearProbe(Pipeline(Colours()), Pipeline(Colours()), method, strengths=(1e-4, 1e-3), batch_size=8)
+  probe = LinearProbe(Pipeline(Colors()), Pipeline(Colors()), method, strengths=(1e-4, 1e-3), batch_size=8)
   assert probe(subject) == {'top1': 1.0, 'top5': 1.0, 'strength': 1e-3}
 
 
@@ -90,7 +90,7 @@ def test_few_shot_by_hand():
 
 
 def test_few_shot_over_the_mesh():
-  figures = FewShot(Pipeline(Colours()), ways=3, shots=(1, 4), episodes=20, batch_size=8)(
+  figures = FewShot(Pipeline(Colors()), ways=3, shots=(1, 4), episodes=20, batch_size=8)(
     EvaluatedModel(OUTPUTS, PLACEMENT, params={}, extra={})
   )
   assert figures['3_way_4_shot'] == 1.0
@@ -103,7 +103,7 @@ def test_pixels_are_features_of_every_model():
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3)).astype(np.uint8)
   blocks = images.reshape(2, 16, 2, 16, 3, 3).mean((2, 4)) / 255
   np.testing.assert_allclose(pixels({}, {}, {'image': images}), blocks.reshape(2, -1), rtol=1e-5)
-  same = Pipeline(Colours())
+  same = Pipeline(Colors())
   assert Knn(same, same, ks=(1,), features='pixels', batch_size=8)(subject) == {'k1_top1': 1.0}
   assert LinearProbe(same, same, features='pixels', batch_size=8)(subject)['top1'] == 1.0
 

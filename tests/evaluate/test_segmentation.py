@@ -24,7 +24,7 @@ def test_mean_iou_by_hand():
   assert figures == pytest.approx({'mean_iou': (1 / 3 + 2 / 3 + 0) / 3, 'pixel_accuracy': 3 / 5})
 
 
-def test_over_the_mesh_an_answer_that_is_the_truth_scores_one_and_the_ground_alone_an_eleventh():
+def test_over_the_mesh_perfect_predictions_score_one_and_background_alone_an_eleventh():
   placement = Placement(make_mesh(MeshShape(data=4, fsdp=2)))
   scenes = Pipeline(Scattered('test', copies=1, clutter=1))
   for answer, right in ((lambda segments: segments, True), (lambda segments: segments * 0, False)):

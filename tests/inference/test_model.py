@@ -41,13 +41,13 @@ def test_one_image_gives_what_a_list_gives_without_its_axis(folder, clip, classi
     for image in same:
       np.testing.assert_allclose(call(image), many[0], atol=1e-6)
   np.testing.assert_allclose(classifier.classify(file).sum(), 1, atol=1e-6)
-  np.testing.assert_array_equal(clip.encode_text('a red picture'), clip.encode_text(['a red picture'])[0])
-  np.testing.assert_allclose(np.linalg.norm(clip.encode_text('a red picture')), 1, atol=1e-6)
+  np.testing.assert_array_equal(clip.encode_text('a red image'), clip.encode_text(['a red image'])[0])
+  np.testing.assert_allclose(np.linalg.norm(clip.encode_text('a red image')), 1, atol=1e-6)
 
 
 def test_classify_is_the_softmax_of_scaled_cosines_with_the_label_texts(folder, clip):
   images, labels = [folder / 'a' / '0.png', folder / 'b' / '1.png'], ['red', 'green', 'blue']
-  assert clip.templates == ('{}',)  # those of the captions in training
+  assert clip.templates == ('{}',)  # the templates of training captions
   cosines = clip.encode_image(images).astype(np.float64) @ clip.encode_text(labels).T
   logits = np.exp(float(clip._subject.params['temperature'])) * cosines
   expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -107,18 +107,18 @@ def test_mistakes_are_one_clear_line(folder, clip, classifier):
 
 
 def test_a_wrong_keyword_is_a_type_error_of_the_public_function(folder, clip, tmp_path):
-  with pytest.raises(TypeError, match=r"classify\(\) got an unexpected keyword argument 'lables'"):
-    clip.classify(folder / 'a' / '0.png', lables=['cat'])
+  with pytest.raises(TypeError, match=r"classify\(\) got an unexpected keyword argument 'labelz'"):
+    clip.classify(folder / 'a' / '0.png', labelz=['cat'])
   with pytest.raises(TypeError, match=r"load\(\) got an unexpected keyword argument 'stepz'"):
     fmcv_jax.load(str(tmp_path), stepz=3)
-  painter = fmcv_jax.load(runs.untrained(runs.class_painter(folder), tmp_path / 'painter'), batch=8)
-  with pytest.raises(TypeError, match=r"^generate.* unexpected .*'guidence'; did you mean 'guidance'"):
-    painter.generate(['a'], guidence=3.0)
+  generator = fmcv_jax.load(runs.untrained(runs.class_to_image(folder), tmp_path / 'class_to_image'), batch=8)
+  with pytest.raises(TypeError, match=r"^generate.* unexpected .*'guidanse'; did you mean 'guidance'"):
+    generator.generate(['a'], guidanse=3.0)
 
 
 def test_a_diffusion_samples_as_its_generator_does(folder, tmp_path):
-  painter = fmcv_jax.load(runs.untrained(runs.class_painter(folder), tmp_path, changed=shaken), batch=8)
+  generator = fmcv_jax.load(runs.untrained(runs.class_to_image(folder), tmp_path, changed=shaken), batch=8)
   batch = {'label': jnp.array([0, 2]), 'index': jnp.arange(2)}
-  sampled = jax.jit(painter.outputs['samples'].call)(painter._subject.params, painter._subject.extra, batch)
-  expected = painter.generate(['a', 'c'], steps=20, guidance=1.0, seed=0)
+  sampled = jax.jit(generator.outputs['samples'].call)(generator._subject.params, generator._subject.extra, batch)
+  expected = generator.generate(['a', 'c'], steps=20, guidance=1.0, seed=0)
   np.testing.assert_allclose(np.asarray(sampled, int), expected.astype(int), atol=1)

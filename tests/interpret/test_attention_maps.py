@@ -84,14 +84,14 @@ def test_mass_masks_take_the_fewest_patches():
   assert attention_maps.attention_mass_masks(attention, 0.8).tolist() == [[[True, False], [True, True]]]
 
 
-def test_principal_colours_follow_the_directions_of_largest_variance():
+def test_principal_colors_follow_the_directions_of_largest_variance():
   generator = np.random.default_rng(0)
   sources = generator.exponential(size=(2, 5, 5, 3)) * [10, 3, 1]
   basis = np.linalg.qr(generator.normal(size=(8, 8)))[0][:3]
-  colours = attention_maps.pca_rgb(sources @ basis + 4)
+  colors = attention_maps.pca_rgb(sources @ basis + 4)
   for channel in range(3):
-    assert abs(np.corrcoef(colours[..., channel].ravel(), sources[..., channel].ravel())[0, 1]) > 0.9
-  assert (colours.min(), colours.max()) == (0, 1)
+    assert abs(np.corrcoef(colors[..., channel].ravel(), sources[..., channel].ravel())[0, 1]) > 0.9
+  assert (colors.min(), colors.max()) == (0, 1)
 
 
 @pytest.mark.parametrize('pool', ['gap', 'map'])
@@ -103,7 +103,7 @@ def test_the_only_patch_of_an_image_is_embedded_as_the_image(pool, random_variab
   np.testing.assert_allclose(patches[:, 0, 0], output / np.linalg.norm(output, axis=1, keepdims=True), atol=1e-6)
 
 
-def test_patches_beside_a_class_token_are_embedded_by_their_values(random_variables):
+def test_patches_of_a_network_with_a_class_token_are_embedded_by_their_values(random_variables):
   """MaskCLIP written out for one block: head(norm(out(value(norm1(patch)))))."""
   network = vit('mu/8', image_size=32, depth=1, num_classes=6, head_bias=False)
   params = random_variables(network, IMAGES)['params']

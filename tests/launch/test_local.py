@@ -77,7 +77,7 @@ def written(path):
   return path.exists() and path.read_text() != ''
 
 
-def test_every_process_is_told_its_place_and_the_users_flags_are_kept(launch, tmp_path):
+def test_every_process_gets_its_index_and_the_users_flags_are_kept(launch, tmp_path):
   body = """
     names = ('FMCV_COORDINATOR', 'FMCV_PROCESSES', 'FMCV_PROCESS', 'JAX_PLATFORMS', 'XLA_FLAGS')
     (here / f'env-{me}').write_text(json.dumps({name: os.environ[name] for name in names} | {'argv': sys.argv[1:]}))
@@ -87,13 +87,13 @@ def test_every_process_is_told_its_place_and_the_users_flags_are_kept(launch, tm
   launcher = launch(body, '--devices', '4', processes=3, env={'XLA_FLAGS': own})
   assert launcher.returncode == 0
   assert launcher.output == 'shown by 0\n'
-  seen = [json.loads((tmp_path / f'env-{process}').read_text()) for process in range(3)]
-  assert [each['FMCV_PROCESS'] for each in seen] == ['0', '1', '2']
-  assert len({each['FMCV_COORDINATOR'] for each in seen}) == 1
-  host, _, port = seen[0]['FMCV_COORDINATOR'].partition(':')
+  environments = [json.loads((tmp_path / f'env-{process}').read_text()) for process in range(3)]
+  assert [each['FMCV_PROCESS'] for each in environments] == ['0', '1', '2']
+  assert len({each['FMCV_COORDINATOR'] for each in environments}) == 1
+  host, _, port = environments[0]['FMCV_COORDINATOR'].partition(':')
   assert host == '127.0.0.1'
   assert int(port) > 1023
-  for each in seen:
+  for each in environments:
     assert each['FMCV_PROCESSES'] == '3'
     assert each['JAX_PLATFORMS'] == 'cpu'
     flags = each['XLA_FLAGS'].split()
@@ -105,11 +105,11 @@ def test_every_process_is_told_its_place_and_the_users_flags_are_kept(launch, tm
 @pytest.mark.parametrize('loser', [0, 1])
 def test_when_one_fails_the_others_are_ended_and_its_status_is_passed_on(launch, tmp_path, loser):
   body = f"""
-    def told(*_):
-      (here / 'told').touch()
+    def signaled(*_):
+      (here / 'signaled').touch()
       sys.exit(75)
     if me != '{loser}':
-      signal.signal(signal.SIGTERM, told)
+      signal.signal(signal.SIGTERM, signaled)
       (here / 'ready').touch()
       time.sleep(60)
     while not (here / 'ready').exists():
@@ -120,7 +120,7 @@ def test_when_one_fails_the_others_are_ended_and_its_status_is_passed_on(launch,
   start = time.monotonic()
   launcher = launch(body, '--restarts', '3')
   assert launcher.returncode == 3
-  assert (tmp_path / 'told').exists()
+  assert (tmp_path / 'signaled').exists()
   assert time.monotonic() - start < 20
   assert 'what went wrong' in launcher.output + launcher.errors
   assert f'process {loser} of 2 ended with 3' in launcher.errors

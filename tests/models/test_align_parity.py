@@ -84,7 +84,7 @@ def with_gradients(reference):
 
 
 def shaken(reference):
-  """Random running statistics too; scales are about 1 (born near 0 there), so that images differ to the end."""
+  """Random running statistics too; scales are about 1 (initialized near 0 there), so that images differ to the end."""
   generator = torch.Generator().manual_seed(1)
   for module in reference.modules():
     if isinstance(module, torch.nn.BatchNorm2d):

@@ -96,7 +96,7 @@ def test_real_token_counts_and_head_dimensions(backend, mesh, tokens, dim):
 
 
 @pytest.mark.parametrize(('backend', 'mesh'), [('xla', None), ('ring', 'tokens'), ('short', 'one'), ('splash', 'one')])
-def test_a_query_that_may_look_nowhere_gives_a_finite_output_and_finite_gradients(backend, mesh):
+def test_a_fully_masked_query_gives_a_finite_output_and_finite_gradients(backend, mesh):
   q, k, v = inputs()
   mask = jnp.ones((B, 1, 1, T), bool).at[1].set(False)
 
@@ -143,7 +143,7 @@ def test_the_ring_holds_no_matrix_of_queries_and_keys():
 
 
 def test_a_network_over_split_tokens_equals_the_whole_one():
-  """17 tokens (a class token) over 2 devices: the partitioner pads what does not divide."""
+  """17 tokens (a class token) over 2 devices: the partitioner pads a size that is not divisible."""
   network = vit('Ti/16', image_size=64, depth=2, width=32, num_heads=2)
   images = jax.random.normal(jax.random.key(0), (4, 64, 64, 3))
   params = network.init(jax.random.key(1), images)
@@ -197,7 +197,7 @@ def test_attention_over_a_context_of_another_length():
   assert y.shape == x.shape
 
 
-def test_heads_that_do_not_divide_the_width_are_an_error():
+def test_a_width_not_divisible_by_the_heads_is_an_error():
   with pytest.raises(ValueError, match='width of 16 does not divide into 3 heads'):
     Attention(BlockConfig(num_heads=3, mlp_dim=32)).init(jax.random.key(0), jnp.ones((1, 2, 16)))
 

@@ -162,7 +162,7 @@ def test_autoencoder():
   for a, b in ((ours.mean, latent.mean), (ours.log_variance, latent.logvar)):
     np.testing.assert_allclose(a, np.moveaxis(b.detach().numpy(), 1, -1), rtol=0, atol=1e-5)
   np.testing.assert_allclose(ours.kl(), latent.kl().detach(), rtol=1e-5)
-  # The variance's half of the encoder's output does not reach the picture: let it in by a sum.
+  # Decoding the mean alone would not test the variance half of the encoder's output, so add it.
   theirs = reference.decode(latent.mean + latent.logvar).sample
 
   def apply(params):
@@ -227,12 +227,12 @@ def test_stable_diffusions_unet():
     config=dataclasses.replace(made.config, num_heads=(4, 4)),
   )
   rng = np.random.default_rng(0)
-  x, beside, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 8, 8, 5), (2, 7, 24)))
-  told = make_condition(text=text, image=beside)
-  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
-  both = nchw(np.concatenate([x, beside], axis=-1))
+  x, concatenated, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 8, 8, 5), (2, 7, 24)))
+  condition = make_condition(text=text, image=concatenated)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, condition))['params']
+  both = nchw(np.concatenate([x, concatenated], axis=-1))
   theirs = reference(both, torch.from_numpy(EARLY), torch.from_numpy(text).double()).sample
-  compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY, told), shapes, UNET)
+  compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY, condition), shapes, UNET)
 
 
 def test_stable_diffusion_xls_unet():
@@ -250,16 +250,16 @@ def test_stable_diffusion_xls_unet():
   rng = np.random.default_rng(0)
   x, text, whole = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
   sizes = rng.integers(0, 64, (2, 6)).astype(np.float32)  # of the original and of the crop, and where it begins
-  told = make_condition(
+  condition = make_condition(
     text=text, pooled_text=np.concatenate([whole, timestep_embedding(sizes.ravel(), 8).reshape(2, -1)], axis=-1)
   )
-  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, condition))['params']
   added = {'text_embeds': torch.from_numpy(whole).double(), 'time_ids': torch.from_numpy(sizes)}
   theirs = reference(nchw(x), torch.from_numpy(EARLY), torch.from_numpy(text).double(), added_cond_kwargs=added).sample
-  compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY, told), shapes, UNET)
+  compare(reference, theirs, lambda p: network.apply({'params': p}, x, EARLY, condition), shapes, UNET)
 
 
-def test_controlnet_steers_the_unet():
+def test_controlnet_residuals_enter_the_unet():
   widths = (128, 160)
   shape = dict(block_out_channels=widths, layers_per_block=1, cross_attention_dim=24, attention_head_dim=4)
   down = ('CrossAttnDownBlock2D', 'DownBlock2D')
@@ -270,21 +270,21 @@ def test_controlnet_steers_the_unet():
   reference = randomized(diffusers.ControlNetModel(**shape, down_block_types=down))
   made = unet('sd1', image_size=4, block_out_channels=widths, depths=(1, 0), layers=1, cross_attention_dim=24)
   network = dataclasses.replace(made, config=dataclasses.replace(made.config, num_heads=(4, 4)))
-  steering = controlnet(network, 8)
+  control_network = controlnet(network, 8)
   rng = np.random.default_rng(0)
   x, text = (rng.normal(size=s).astype(np.float32) for s in ((2, 4, 4, 4), (2, 7, 24)))
-  told = make_condition(text=text, control=rng.uniform(size=(2, 32, 32, 3)).astype(np.float32))
-  told = {**told, 'control_scale': np.array([0.7, 0.7], np.float32)}
-  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
+  condition = make_condition(text=text, control=rng.uniform(size=(2, 32, 32, 3)).astype(np.float32))
+  condition = {**condition, 'control_scale': np.array([0.7, 0.7], np.float32)}
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, condition))['params']
   unet_params = adopted(dict(base.named_parameters()), shapes, UNET)
-  shapes = jax.eval_shape(lambda: steering.init(jax.random.key(0), x, EARLY, told))['params']
+  shapes = jax.eval_shape(lambda: control_network.init(jax.random.key(0), x, EARLY, condition))['params']
   inputs = nchw(x), torch.from_numpy(EARLY), torch.from_numpy(text).double()
-  down, middle = reference(*inputs, nchw(told['control']), conditioning_scale=0.7, return_dict=False)
+  down, middle = reference(*inputs, nchw(condition['control']), conditioning_scale=0.7, return_dict=False)
   theirs = base(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
 
   def apply(params):
-    residuals = steering.apply({'params': params}, x, EARLY, told)
-    return network.apply({'params': unet_params}, x, EARLY, told, residuals=residuals)
+    residuals = control_network.apply({'params': params}, x, EARLY, condition)
+    return network.apply({'params': unet_params}, x, EARLY, condition, residuals=residuals)
 
   spelling = (
     (r'controlnet_cond_embedding/blocks/', 'hint/conv'),
@@ -334,8 +334,8 @@ def test_mmdit(qk_norm):
   network = mmdit('mu/2', image_size=8, channels=4, depth=3, num_heads=4, qk_norm=qk_norm, positions=(4, 6))
   rng = np.random.default_rng(0)
   x, text, pooled = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (2, 7, 24), (2, 20)))
-  told = make_condition(text=text, pooled_text=pooled)
-  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, told))['params']
+  condition = make_condition(text=text, pooled_text=pooled)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, EARLY, condition))['params']
   theirs = reference(
     nchw(x), torch.from_numpy(text).double(), torch.from_numpy(pooled).double(), torch.from_numpy(EARLY)
   ).sample
@@ -344,6 +344,6 @@ def test_mmdit(qk_norm):
     # Two of their modulations give the scale before the shift.
     for part in (params, params['last']['text']):
       part['modulation'] = jax.tree.map(lambda x: jnp.roll(x, x.shape[-1] // 2, axis=-1), part['modulation'])
-    return network.apply({'params': params}, x, EARLY, told)
+    return network.apply({'params': params}, x, EARLY, condition)
 
   compare(reference, theirs, apply, shapes, MMDIT)

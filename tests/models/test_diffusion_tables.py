@@ -99,11 +99,11 @@ def test_unets(variant, options, parameters, size, words, gmac):
   network = unet(variant, **options)
   label = abstract(1, dtype=jnp.int32)
   text = abstract(1, words, network.config.cross_attention_dim) if words else None
-  beside = abstract(1, size, size, network.extra_in_channels)
+  concatenated = abstract(1, size, size, network.extra_in_channels)
   inputs = (
     abstract(1, size, size, network.channels),
     abstract(1),
-    make_condition(label=label, text=text, pooled_text=abstract(1, 2816), image=beside),
+    make_condition(label=label, text=text, pooled_text=abstract(1, 2816), image=concatenated),
   )
   variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
   assert count(variables) == parameters
@@ -114,8 +114,8 @@ def test_unets(variant, options, parameters, size, words, gmac):
 @pytest.mark.slow
 def test_controlnet_of_stable_diffusion():
   network = controlnet(unet('sd1'), 8)
-  told = make_condition(text=abstract(1, 77, 768), control=abstract(1, 512, 512, 3))
-  inputs = abstract(1, 64, 64, 4), abstract(1), told
+  condition = make_condition(text=abstract(1, 77, 768), control=abstract(1, 512, 512, 3))
+  inputs = abstract(1, 64, 64, 4), abstract(1), condition
   variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
   assert count(variables) == 361_279_120
   assert_gmac('141.646', network.apply, variables, *inputs)
@@ -133,8 +133,7 @@ def test_controlnet_of_stable_diffusion():
   ],
 )
 def test_mmdit_with_the_text_towers_of_stable_diffusion_3(variant, qk_norm, parameters):
-  told = make_condition(text=abstract(1, 154, 4096), pooled_text=abstract(1, 2048))
+  condition = make_condition(text=abstract(1, 154, 4096), pooled_text=abstract(1, 2048))
   network = mmdit(variant, qk_norm=qk_norm, positions=(64, 192))
-  assert (
-    count(jax.eval_shape(network.init, jax.random.key(0), abstract(1, 128, 128, 16), abstract(1), told)) == parameters
-  )
+  inputs = abstract(1, 128, 128, 16), abstract(1), condition
+  assert count(jax.eval_shape(network.init, jax.random.key(0), *inputs)) == parameters

@@ -25,11 +25,11 @@ TEXT = make_condition(
   text_mask=np.arange(5) < np.array([1, 2, 3, 4, 5, 1, 2, 3])[:, None],
   pooled_text=RNG.normal(size=(8, 16)).astype(np.float32),
 )
-TOLD = dict(image_size=8, cross_attention=True, pooled_text=True)
+TEXT_CONDITION = dict(image_size=8, cross_attention=True, pooled_text=True)
 MMDIT = mmdit('mu/2', image_size=8, channels=4, positions=(4, 6))
 
 
-def test_picture_of_undoes_patches_of_on_oblong_pictures_of_any_channels():
+def test_unpatchify_inverts_patchify_on_oblong_images_of_any_channels():
   x = RNG.normal(size=(2, 8, 12, 5)).astype(np.float32)
   np.testing.assert_array_equal(unpatchify(*patchify(x, 2), 2), x)
 
@@ -43,8 +43,8 @@ def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
   np.testing.assert_array_equal(first, last)
 
 
-@pytest.mark.parametrize('network', [dit('mu/2', **TOLD), MMDIT], ids=['dit', 'mmdit'])
-def test_text_reaches_the_picture_and_masked_words_do_not(network, random_variables):
+@pytest.mark.parametrize('network', [dit('mu/2', **TEXT_CONDITION), MMDIT], ids=['dit', 'mmdit'])
+def test_text_reaches_the_image_and_masked_tokens_do_not(network, random_variables):
   variables = random_variables(network, X, TIME, TEXT)
   apply = jax.jit(network.apply)
   before = apply(variables, X, TIME, TEXT)
@@ -68,7 +68,7 @@ def test_an_mmdit_taps_every_block_and_the_last_one_ends_the_scan(random_variabl
 
 
 def test_remat_and_unrolling_change_no_result(random_variables):
-  network = dit('mu/2', **TOLD)
+  network = dit('mu/2', **TEXT_CONDITION)
   variables = random_variables(network, X, TIME, TEXT)
 
   def gradient(network):
@@ -77,7 +77,7 @@ def test_remat_and_unrolling_change_no_result(random_variables):
   expected = gradient(network)
   # Of the largest gradient of all: that of the keys' bias, to which softmax is blind, is rounding only.
   atol = 1e-5 * max(np.abs(x).max() for x in jax.tree.leaves(expected))
-  for other in (dit('mu/2', **TOLD, remat='full'), dit('mu/2', **TOLD, unroll=2)):
+  for other in (dit('mu/2', **TEXT_CONDITION, remat='full'), dit('mu/2', **TEXT_CONDITION, unroll=2)):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), gradient(other), expected)
 
 
@@ -103,7 +103,7 @@ def assert_same_on_a_mesh(network, variables, *inputs):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize('network', [dit('mu/2', **TOLD), MMDIT], ids=['dit', 'mmdit'])
+@pytest.mark.parametrize('network', [dit('mu/2', **TEXT_CONDITION), MMDIT], ids=['dit', 'mmdit'])
 def test_denoisers_split_over_eight_devices_equal_one(network, random_variables):
   assert_same_on_a_mesh(network, random_variables(network, X, TIME, TEXT), X, TIME, TEXT)
 

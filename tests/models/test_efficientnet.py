@@ -14,7 +14,7 @@ IMAGES = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
 
 def test_training_uses_the_batchs_statistics_and_hands_back_the_running_ones():
   variables = jax.jit(NET.init)(jax.random.key(0), IMAGES)
-  assert jax.tree.leaves(variables['batch_stats']['norm']['mean'])[0].max() == 0  # init has seen nothing
+  assert jax.tree.leaves(variables['batch_stats']['norm']['mean'])[0].max() == 0  # init uses no data
 
   def train(variables):
     return NET.apply(variables, IMAGES, train=True, rngs={'dropout': jax.random.key(1)}, mutable=['batch_stats'])

@@ -77,7 +77,7 @@ def test_unroll_and_remat_change_no_parameter(x):
   jax.tree.map(np.testing.assert_array_equal, plain, changed)
   kernels = plain['params']['blocks']['mlp']['up']['kernel']
   assert kernels.shape == (3, 16, 24)
-  assert not np.allclose(kernels[0], kernels[1])  # each block is born different
+  assert not np.allclose(kernels[0], kernels[1])  # each block has its own initial values
 
 
 IMAGES, LATENT, TEXT = (np.zeros(shape, np.float32) for shape in ((1, 16, 16, 3), (1, 8, 8, 4), (1, 3, 16)))
@@ -140,8 +140,8 @@ def test_a_parallel_block_adds_attention_of_normalized_queries_and_keys_and_mlp_
   assert p.keys() == {'norm1', 'attention', 'mlp'}
 
   def norm(y, p):
-    centred = y - y.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
+    centered = y - y.mean(-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
 
   def project(y, p):
     return y @ p['kernel'] + p['bias']
@@ -179,7 +179,7 @@ def test_drop_path_skips_whole_branches_of_examples_and_keeps_the_expectation(va
   np.testing.assert_allclose(y.mean(axis=0), (many + branch)[0], atol=6 * sigma * np.abs(branch).max())
 
 
-def test_drop_path_rises_from_nothing_in_the_first_block_to_its_rate_in_the_last(variables, x):
+def test_drop_path_rises_from_zero_in_the_first_block_to_its_rate_in_the_last(variables, x):
   one, two = (jax.tree.map(lambda p, n=n: p[:n], variables) for n in (1, 2))
   y = apply(tower(depth=2, drop_path=1 - 1e-6), two, x, train=True, rngs=RNG)
   np.testing.assert_allclose(y, apply(tower(depth=1), one, x), rtol=1e-4, atol=1e-5)

@@ -73,16 +73,16 @@ def test_orders_are_permutations_and_differ_between_images():
   assert len(np.unique(order, axis=0)) == 8
 
 
-def test_reconstruct_shows_the_true_pixels_where_they_were_seen():
+def test_reconstruct_keeps_the_true_pixels_where_they_are_visible():
   objective = MaskedAutoencoding(small())
   params, _ = drawn(jax.eval_shape(objective.init, jax.random.key(0)))
   batch = {'image': np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)}
   masked, filled = np.moveaxis(np.asarray(jax.jit(objective.reconstruct)(params, {}, batch)), 1, 0)
-  seen = (masked != 0.5).any(-1)
-  assert seen.mean() == pytest.approx(0.25, abs=0.01)
-  np.testing.assert_allclose(filled[seen], batch['image'][seen] / 255, atol=1e-6)
+  visible = (masked != 0.5).any(-1)
+  assert visible.mean() == pytest.approx(0.25, abs=0.01)
+  np.testing.assert_allclose(filled[visible], batch['image'][visible] / 255, atol=1e-6)
   # What is filled in has the patches' own mean: the network is asked for the rest only.
-  assert np.abs(filled[~seen] - batch['image'][~seen] / 255).max() > 0.1
+  assert np.abs(filled[~visible] - batch['image'][~visible] / 255).max() > 0.1
 
 
 def test_parity_with_transformers():

@@ -34,10 +34,10 @@ def test_a_larger_grid_extends_a_smaller_one():
 
 
 def cubic_weights(old, new):
-  """[new, old]: Keys' cubic (a = -0.5) between pixel centres, pad_input_channels where it shrinks."""
+  """[new, old]: Keys' cubic (a = -0.5) between pixel centers, pad_input_channels where it shrinks."""
   shrink = max(1.0, old / new)
-  centre = (np.arange(new) + 0.5) * old / new - 0.5
-  t = np.abs(np.arange(old)[None] - centre[:, None]) / shrink
+  center = (np.arange(new) + 0.5) * old / new - 0.5
+  t = np.abs(np.arange(old)[None] - center[:, None]) / shrink
   near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
   weights = np.where(t <= 1, near, np.where(t < 2, far, 0))
   return weights / weights.sum(axis=1, keepdims=True)
@@ -81,7 +81,7 @@ def test_rotation_keeps_lengths_and_takes_angles_of_each_example():
   np.testing.assert_allclose(rotate(x, jnp.stack([angles, angles])), rotate(x, angles))
 
 
-def test_widths_that_do_not_divide_are_an_error():
+def test_widths_that_are_not_divisible_are_an_error():
   with pytest.raises(ValueError, match='divisible by 4, got 6'):
     sincos_2d(2, 2, 6)
   with pytest.raises(ValueError, match='divisible by 4, got 6'):

@@ -7,7 +7,7 @@ from fmcv_jax.parallel.mesh import MeshShape
 from tests.train.tiny import Trainer, batch_of, classification
 
 
-def test_a_rolled_window_holds_only_neighbours_of_the_image():
+def test_a_rolled_window_holds_only_neighbors_of_the_image():
   grid, window, shift = (6, 9), 3, 1
   rows, columns = np.indices(grid)
   place = to_windows(np.roll(np.stack([rows, columns], -1), (-shift, -shift), (0, 1))[None], window)[0]

@@ -64,7 +64,7 @@ def test_vit_with_a_thousand_classes(variant, size, parameters, backbone, gmac):
 
 
 def test_the_largest_vit_has_the_parameters_of_its_paper():
-  """Dehghani et al. 2023, table 1: 21,743 M, which are those of the blocks' matrices."""
+  """Dehghani et al. 2023, table 1: 21,743 M, the parameters of the blocks' matrices."""
   network = vit('22B/14', parallel=True, qk_norm=True, qkv_bias=False)
   blocks = variables_of(network, images(224))['params']['blocks']
   kernels = [x for path, x in jax.tree_util.tree_flatten_with_path(blocks)[0] if 'kernel' in str(path[-1])]

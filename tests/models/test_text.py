@@ -29,14 +29,14 @@ def test_what_follows_the_end_of_text_does_not_change_a_causal_feature(variables
   assert np.abs(a.tokens[:, -1] - b.tokens[:, -1]).max() > 1e-3
 
 
-def test_in_a_causal_transformer_each_token_sees_only_earlier_ones(variables):
+def test_in_a_causal_transformer_each_token_attends_only_to_earlier_ones(variables):
   changed = apply(variables, CHANGED).tokens
   whole = apply(variables, TOKENS).tokens
   np.testing.assert_allclose(changed[:, :2], whole[:, :2], atol=1e-6)
   assert (np.abs(changed[:, 2:] - whole[:, 2:]).max(axis=-1) > 1e-5).all()
 
 
-def test_a_bidirectional_transformer_sees_all(variables):
+def test_a_bidirectional_transformer_attends_to_all_tokens(variables):
   changed = apply(variables, CHANGED, causal=False).tokens
   assert (np.abs(changed - apply(variables, TOKENS, causal=False).tokens).max(axis=-1) > 1e-5).all()
 
@@ -52,13 +52,13 @@ def test_padding_that_is_not_attended_to_does_not_change_outputs(variables, caus
   np.testing.assert_allclose(short.tokens[words], long.tokens[:, :6][words], rtol=1e-5, atol=1e-6)
 
 
-def test_padding_is_attended_to_unless_told_otherwise(variables):
+def test_padding_is_attended_to_by_default(variables):
   short = apply(variables, TOKENS, causal=False)
   long = apply(variables, np.pad(TOKENS, ((0, 0), (0, 2))), causal=False)
   assert np.abs(short.output - long.output).max() > 1e-4
 
 
-def test_a_text_of_nothing_but_padding_is_finite(variables):
+def test_a_text_of_padding_only_gives_finite_outputs(variables):
   empty = apply(variables, np.zeros_like(TOKENS), causal=False, pool='mean', attend_padding=False)
   assert np.isfinite(empty.tokens).all()
   np.testing.assert_array_equal(empty.output, 0)

@@ -58,7 +58,7 @@ def test_a_permutation_of_all_patches_changes_only_the_order_of_the_tokens(image
 
 
 @pytest.mark.parametrize('positions', POSITIONS)
-def test_patches_that_are_not_kept_are_not_seen_and_positions_of_the_others_are(images, positions, random_variables):
+def test_dropped_patches_have_no_effect_and_the_others_keep_their_positions(images, positions, random_variables):
   net = network(pos_embed=positions)
   variables = random_variables(net, images)
   keep = np.tile(np.array([0, 3, 7]), (3, 1))
@@ -73,7 +73,7 @@ def test_patches_that_are_not_kept_are_not_seen_and_positions_of_the_others_are(
   assert np.abs(elsewhere.pooled - apply(net, variables, same, keep=keep).pooled).max() > 1e-4
 
 
-def test_a_random_subset_has_its_share_without_repeats():
+def test_a_random_subset_has_the_given_fraction_without_repeats():
   keep = random_keep(jax.random.key(0), 50, PATCHES, 0.25)
   assert keep.shape == (50, 4)
   assert all(len(set(row)) == 4 for row in keep.tolist())
@@ -160,7 +160,7 @@ def test_bfloat16_is_close_to_float32_and_leaves_parameters_and_gradients_in_flo
   assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
 
 
-def test_a_classifier_is_born_undecided(images):
+def test_an_untrained_classifier_gives_equal_logits(images):
   net = network(num_classes=5)
   features = apply(net, jax.jit(net.init)(jax.random.key(0), images), images)
   np.testing.assert_array_equal(features.output, 0)

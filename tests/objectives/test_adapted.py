@@ -17,7 +17,7 @@ PLAIN = classification(vit('mu/8', image_size=16, num_classes=10, depth=2))
 LORA = Lora(rank=3, alpha=6.0, targets=(r'blocks/attention/(query|value)/kernel', 'patch/kernel'))
 
 
-def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
+def test_lora_trains_few_parameters_freezes_the_rest_and_merges_back():
   objective = PartialFineTuning(PLAIN, trainable=('head/.*',), lora=LORA)
   trainer = Trainer(objective, devices=1)
   before = jax.device_get(trainer.state)
@@ -25,7 +25,7 @@ def test_lora_trains_few_leaves_the_rest_as_it_was_and_merges_back():
   assert sum(x.size for x in jax.tree.leaves(before.params)) == added + 32 * 10 + 10
   assert sum(x.size for x in jax.tree.leaves(before.opt_state)) < 2.1 * (added + 330)
   batch = batch_of(objective)
-  np.testing.assert_array_equal(  # `up` is born zero
+  np.testing.assert_array_equal(  # `up` is initialized to zero
     objective.outputs()['features'].call(before.params, before.extra, batch),
     PLAIN.outputs()['features'].call(objective.full_params(before.params, before.extra), {}, batch),
   )
@@ -56,7 +56,7 @@ def test_gradients_of_low_rank_matrices_follow_from_the_kernels():
   np.testing.assert_allclose(ours['head']['kernel'], plain['head']['kernel'], atol=1e-6)
 
 
-def test_what_matches_nothing_is_named():
+def test_patterns_without_a_match_are_named():
   for options, message in [
     ({'trainable': ('heda/.*',)}, r'config.objective.trainable: no parameter matches'),
     ({'lora': Lora(targets=('q',))}, r'config.objective.lora.targets: no parameter matches'),

@@ -29,8 +29,8 @@ def test_training_on_eight_devices_equals_one():
   assert trainer.metrics['adversarial_weight'] > 0
 
 
-def test_the_discriminator_moves_the_last_layer_by_its_share_and_learns_to_tell_pictures_apart():
-  """Each player's gradient is of its own loss, and the two pulls at the last layer stand as the weight says."""
+def test_the_discriminator_gradient_has_the_given_weight_and_it_learns_to_tell_real_from_fake():
+  """Each network follows its own loss, and the gradient norms at the last layer have the ratio of the weight."""
   objective = coder(adversarial=0.5, kl=0.0)
   params, extra = jax.jit(objective.init)(jax.random.key(0))
   batch = {name: jnp.asarray(x) for name, x in batch_of(objective).items()}
@@ -39,9 +39,9 @@ def test_the_discriminator_moves_the_last_layer_by_its_share_and_learns_to_tell_
     return jax.jit(jax.grad(lambda p: objective.loss(p, batch, jax.random.key(1), extra).value))(params)
 
   both, alone = gradient(objective), gradient(coder(adversarial=1e-12, kl=0.0))
-  pull = alone['autoencoder']['conv_out']['kernel']
-  push = both['autoencoder']['conv_out']['kernel'] - pull
-  assert float(optax.tree.norm(push)) == pytest.approx(0.5 * float(optax.tree.norm(pull)), rel=1e-3)
+  reconstruction = alone['autoencoder']['conv_out']['kernel']
+  adversarial = both['autoencoder']['conv_out']['kernel'] - reconstruction
+  assert float(optax.tree.norm(adversarial)) == pytest.approx(0.5 * float(optax.tree.norm(reconstruction)), rel=1e-3)
 
   def hinge(weights):
     x = objective.normalize(batch['image'].astype(jnp.float32) / 255)

@@ -68,7 +68,7 @@ def controlled():
 
 
 @pytest.mark.slow
-def test_a_new_controlnet_changes_nothing_and_one_that_learnt_steers():
+def test_a_new_controlnet_changes_nothing_and_a_trained_one_changes_the_output():
   objective = controlled()
   params, extra = jax.jit(lambda key: (lambda params, extra: (params, shaken(extra)))(*objective.init(key)))(
     jax.random.key(1)
@@ -113,7 +113,7 @@ def test_an_inpainting_network_is_given_the_mask_and_nothing_of_what_is_masked()
   condition = inpaint(images, masks)
   np.testing.assert_array_equal(condition, inpaint(other, masks))
   np.testing.assert_array_equal(condition[..., 0], masks[:, ::2, ::2])
-  # Without a hole it is told all, with one that of a picture which is grey there.
+  # Without a mask the condition is the whole image; with one, the image is gray where it is masked.
   np.testing.assert_allclose(condition[1, ..., 1:], encode(images)[1], atol=1e-5)
   gray = jnp.where(masks[..., None], 0.5, images)
   np.testing.assert_allclose(condition[0, ..., 1:], encode(gray)[0], atol=1e-5)
@@ -179,9 +179,9 @@ def test_variance_bits_are_the_divergence_of_two_gaussians():
     variance = np.exp((between[i] + 1) / 2 * np.log(beta) + (1 - between[i]) / 2 * np.log(small))
     image = (x[i] - np.sqrt(1 - alpha_bar) * predicted[i]) / np.sqrt(alpha_bar)
     means = [
-      np.sqrt(before) * beta / (1 - alpha_bar) * picture
+      np.sqrt(before) * beta / (1 - alpha_bar) * target_image
       + np.sqrt(alpha_bar / before) * (1 - before) / (1 - alpha_bar) * x[i]
-      for picture in (x0[i], image)
+      for target_image in (x0[i], image)
     ]
     divergence = 0.5 * (np.log(variance / small) - 1 + (small + (means[0] - means[1]) ** 2) / variance)
     want.append(divergence.mean() / np.log(2))

@@ -37,7 +37,7 @@ def sampled(objective, params, extra, **fields):
 
 
 def test_images_of_16_x_24_pixels_train_and_are_sampled():
-  """A new DiT says 0: of white images, which are 1, the error is 1, and it samples 0, the middle grey."""
+  """A new DiT says 0: of white images, which are 1, the error is 1, and it samples 0, the middle gray."""
   objective = Diffusion(dit('mu/4', image_size=(16, 24), channels=3, num_classes=10), PREDICTS_X0)
   assert objective.input_shape == objective.image_shape == (16, 24, 3)
   batch = {**batch_of(objective), 'image': np.full((16, 16, 24, 3), 255, np.uint8)}
@@ -51,7 +51,7 @@ def test_images_of_16_x_24_pixels_train_and_are_sampled():
 
 
 @pytest.mark.slow
-def test_latents_that_are_not_square_are_inpainted_and_what_is_known_stays():
+def test_latents_that_are_not_square_are_inpainted_and_known_pixels_stay():
   coder = autoencoder(channels=(4, 4), layers=1, latent_channels=4, image_size=(16, 24), middle_attention=False)
   small = dict(block_out_channels=(16,), depths=(0,), layers=1, cross_attention_dim=0, channels=4)
   network = unet('mu', image_size=(8, 12), extra_in_channels=5, **small)
@@ -75,7 +75,7 @@ def test_latents_that_do_not_fit_the_network_are_refused():
 
 
 def test_positions_of_a_wide_image_are_the_middle_of_the_square_table():
-  """Esser et al. 2024, section 5.3.2: smaller images are a centre crop of one grid."""
+  """Esser et al. 2024, section 5.3.2: smaller images are a center crop of one grid."""
   side, reach = 6, 3
   network = mmdit('mu/2', image_size=(4, 8), channels=4, positions=(reach, side))
   whole = sincos_2d(side, side, network.width, step=reach / side).reshape(side, side, -1)

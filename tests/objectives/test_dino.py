@@ -35,7 +35,7 @@ def torch():
 
 
 def assert_same(ours, x, theirs, leaf):
-  """The value of ours(x) and its gradient are those of the torch scalar `theirs` by its leaf."""
+  """Checks that ours(x) and its gradient equal the torch scalar `theirs` and its gradient by `leaf`."""
   theirs.backward()
   value, gradient = jax.value_and_grad(ours)(x)
   np.testing.assert_allclose(value, theirs.detach(), rtol=1e-5)
@@ -45,20 +45,20 @@ def assert_same(ours, x, theirs, leaf):
 
 def test_view_loss_is_algorithm_1_of_dino(torch):
   """One cross-entropy for each pair of a teacher's crop and another crop of the student, then their mean."""
-  student, teacher, centre = NORMAL(size=(6, 5, 24)), NORMAL(size=(6, 2, 24)), NORMAL(size=24)
+  student, teacher, center = NORMAL(size=(6, 5, 24)), NORMAL(size=(6, 2, 24)), NORMAL(size=24)
   s = torch.tensor(student, dtype=torch.float32, requires_grad=True)
-  t = torch.softmax((torch.tensor(teacher) - torch.tensor(centre)) / 0.04, dim=-1).float()
+  t = torch.softmax((torch.tensor(teacher) - torch.tensor(center)) / 0.04, dim=-1).float()
   losses = [
     -(t[:, i] * torch.log_softmax(s[:, v] / 0.1, dim=-1)).sum(-1).mean() for i in range(2) for v in range(5) if v != i
   ]
   assert len(losses) == 8
-  targets = jax.nn.softmax((teacher - centre) / 0.04)
+  targets = jax.nn.softmax((teacher - center) / 0.04)
   assert_same(
     lambda x: view_loss(x / 0.1, targets.astype(jnp.float32)), jnp.float32(student), sum(losses) / len(losses), s
   )
 
 
-def test_patch_loss_averages_over_each_crops_hidden_patches_then_over_all_crops(torch):
+def test_patch_loss_averages_over_each_crops_masked_patches_then_over_all_crops(torch):
   student, teacher = NORMAL(size=(4, 5, 24)), NORMAL(size=(4, 5, 24))
   hidden = [3, 0, 5, 1]
   s = torch.tensor(student, dtype=torch.float32, requires_grad=True)
@@ -146,18 +146,18 @@ def test_training_on_eight_devices_equals_one(centering):
       np.testing.assert_allclose(b, a, rtol=0, atol=1e-4 * np.abs(a).max() + 1e-7, err_msg=path_of(path))
 
 
-def test_teacher_and_centre_follow_their_closed_forms():
+def test_teacher_and_center_follow_their_closed_forms():
   learner = objective()
   params = {'w': jnp.float32(3.0)}
   extra = {'teacher': {'w': jnp.float32(1.0)}, 'step': jnp.int32(0), 'centre': {'image': jnp.float32(2.0)}}
-  teacher, centre = 1.0, 2.0
+  teacher, center = 1.0, 2.0
   for step in range(11):
     extra = learner.update_extra(extra, params, {'image': jnp.float32(5.0)}, jnp.int32(step))
     momentum = 1 - 0.1 * (math.cos(math.pi * step / 10) + 1) / 2
-    teacher, centre = momentum * teacher + (1 - momentum) * 3, 0.9 * centre + 0.1 * 5
+    teacher, center = momentum * teacher + (1 - momentum) * 3, 0.9 * center + 0.1 * 5
   assert (float(extra['teacher']['w']), float(extra['centre']['image'])) == (
     pytest.approx(teacher),
-    pytest.approx(centre),
+    pytest.approx(center),
   )
   assert int(extra['step']) == 11
   before = float(extra['teacher']['w'])
@@ -165,7 +165,7 @@ def test_teacher_and_centre_follow_their_closed_forms():
   assert float(extra['teacher']['w']) == before  # momentum 1 from the end of the schedule on
 
 
-def test_momentum_lasts_as_long_as_the_run_unless_said_otherwise():
+def test_momentum_schedule_spans_the_run_by_default():
   assert objective(momentum_steps=None).with_total_steps(70).momentum_steps == 70
   assert objective(momentum_steps=10).with_total_steps(70).momentum_steps == 10
 
@@ -189,7 +189,7 @@ def test_teacher_gets_warmer_and_prototypes_thaw():
   np.testing.assert_array_equal(early['bottleneck']['kernel'], late['bottleneck']['kernel'])
 
 
-def test_masks_are_blocks_of_the_wanted_share():
+def test_masks_are_blocks_of_the_given_fraction():
   grid, share = (14, 14), (0.1, 0.5)
   masks = np.asarray(block_masks(jax.random.key(0), 400, grid, share, 0.5)).reshape(400, *grid)
   hidden = masks.sum((1, 2))
@@ -199,12 +199,12 @@ def test_masks_are_blocks_of_the_wanted_share():
   # Shares uniform within (0.1, 0.5), of which the last rectangles leave a little over.
   assert hidden[some].mean() / 196 == pytest.approx(0.3, abs=0.03)
   assert hidden[some].min() >= 0.08 * 196
-  beside = (masks[:, 1:] & masks[:, :-1]).sum() / masks[:, 1:].sum()
-  assert beside > 0.6  # 0.3 if patches were drawn one by one
+  adjacent = (masks[:, 1:] & masks[:, :-1]).sum() / masks[:, 1:].sum()
+  assert adjacent > 0.6  # 0.3 if patches were drawn one by one
   assert len(np.unique(masks[some], axis=0)) == some.sum()
 
 
-def test_hidden_patches_equal_those_of_dinov2_in_transformers(torch):
+def test_masked_patches_equal_those_of_dinov2_in_transformers(torch):
   transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
   from tests.models.test_parity import IMAGES, OURS, TOWER, parameters_of, randomized, to_torch
 

@@ -36,7 +36,7 @@ def test_disagreement_and_its_gradient_equal_torchs(kind, temperature):
   np.testing.assert_allclose(gradient, logits.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_each_head_learns_from_its_own_teacher_and_the_mean_of_both_answers():
+def test_each_head_learns_from_its_own_teacher_and_both_predictions_are_averaged():
   objective = learner(weight=0.25)
   params, extra = objective.init(jax.random.key(0))
   draw = np.random.default_rng(0)

@@ -32,7 +32,7 @@ def test_temperature_is_learned_and_clipped_at_one_hundred():
   assert float(loss.metrics['logit_scale'].value) == pytest.approx(100, rel=1e-5)
 
 
-def test_patch_dropping_looks_at_fewer_tokens_in_training_only():
+def test_patch_dropping_uses_fewer_tokens_in_training_only():
   whole, half = contrastive(), contrastive(patch_keep_ratio=0.5)
   params, extra = whole.init(jax.random.key(0))
   batch = batch_of(whole)
@@ -42,7 +42,7 @@ def test_patch_dropping_looks_at_fewer_tokens_in_training_only():
   np.testing.assert_array_equal(*embeddings)
 
 
-def test_classifier_that_is_born_zero_starts_at_log_classes():
+def test_classifier_with_a_zero_head_starts_at_log_classes():
   objective = classification(label_smoothing=0.1)
   params, extra = objective.init(jax.random.key(0))
   loss = objective.loss(params, batch_of(objective), jax.random.key(1), extra)
@@ -54,7 +54,7 @@ def test_classifier_that_is_born_zero_starts_at_log_classes():
 
 
 @pytest.mark.parametrize(('mixup', 'cutmix'), [(0.4, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixed_labels_have_the_share_of_the_pixels(mixup, cutmix):
+def test_mixed_labels_have_the_fraction_of_the_pixels(mixup, cutmix):
   """Image i is filled with i: what is left of it, in pixels, is the weight of its label."""
   count = 6
   images = jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32)[:, None, None, None], (count, 16, 16, 3))

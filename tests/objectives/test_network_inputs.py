@@ -35,8 +35,8 @@ def given_to(objective, batch, rng):
         calls.append((args, {name: value for name, value in kwargs.items() if isinstance(value, (jax.Array, int))}))
       return call(*args, **kwargs)
 
-    born = jax.eval_shape(objective.init, rng)
-    params, extra = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), born)
+    shapes = jax.eval_shape(objective.init, rng)
+    params, extra = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     with nn.intercept_methods(listen):
       objective.loss(params, batch, rng, extra)
     return calls
@@ -51,7 +51,7 @@ def batch_of(objective):
   }
 
 
-def test_masked_autoencoding_is_seen_as_its_network_is_given_it():
+def test_masked_autoencoding_shows_the_input_of_its_network():
   network = mae(vit('mu/8', image_size=32, depth=1), width=32, depth=1, num_heads=2)
   objective = MaskedAutoencoding(network, augment=AUGMENT, normalize=NORMALIZE)
   batch, rng = batch_of(objective), jax.random.key(5)
@@ -65,7 +65,7 @@ def test_masked_autoencoding_is_seen_as_its_network_is_given_it():
     assert set(np.flatnonzero(example)) == set(row[options['visible'] :].tolist())
 
 
-def test_self_distillation_is_seen_as_its_student_is_given_it():
+def test_self_distillation_shows_the_input_of_its_student():
   encoder = vit('mu/8', image_size=32, depth=1, mask_token=True)
   objective = SelfDistillation(
     dino(encoder, prototypes=8, hidden=16, bottleneck=8),
@@ -89,19 +89,19 @@ def test_self_distillation_is_seen_as_its_student_is_given_it():
   np.testing.assert_array_equal(hidden.reshape(COUNT * 2, -1), options['masked'])
 
 
-def test_what_steers_and_what_is_around_a_hole_are_seen_beside_the_image():
+def test_control_maps_and_masked_images_are_shown_with_the_image():
   small = dict(image_size=16, channels=3, block_out_channels=(16,), depths=(0,), layers=1, cross_attention_dim=0)
-  steered = Diffusion(unet('mu', **small), image_condition=ImageCondition(control=Edges()), normalize=NORMALIZE)
+  controlled = Diffusion(unet('mu', **small), image_condition=ImageCondition(control=Edges()), normalize=NORMALIZE)
   filled = Diffusion(
     unet('mu', **small, extra_in_channels=4),
     image_condition=ImageCondition(inpainting=RandomInpaintMask(full_mask_probability=0.0)),
     normalize=NORMALIZE,
   )
-  for objective in (steered, filled):
+  for objective in (controlled, filled):
     batch, rng = batch_of(objective), jax.random.key(7)
     image, second = seen(objective, batch, rng)
     np.testing.assert_allclose(image[:, 0], batch['image'] / np.float32(255), atol=1e-6)
-    if objective is steered:
+    if objective is controlled:
       np.testing.assert_array_equal(second[:, 0], Edges()(image[:, 0]))
     else:
       hidden = (second[:, 0] != image[:, 0]).any(-1)

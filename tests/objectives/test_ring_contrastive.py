@@ -72,7 +72,7 @@ def test_loss_accuracy_and_gradients_equal_the_whole_matrix(kind, smoothing, mes
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * max(abs(want).max(), 0.1))
 
 
-def test_equal_logits_give_log_batch_and_a_strong_diagonal_nothing():
+def test_equal_logits_give_log_batch_and_a_strong_diagonal_zero():
   same = jnp.zeros((32, 32))
   assert float(pair_loss(same, same, 1.0, 0.0, 'softmax')[0]) == pytest.approx(np.log(32), rel=1e-6)
   assert float(pair_loss(jnp.eye(32), jnp.eye(32), 100.0, 0.0, 'softmax')[0]) == pytest.approx(0, abs=1e-6)

@@ -17,7 +17,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uin
 SEGMENTS = np.random.default_rng(1).integers(0, 3, (4, 16, 16)).astype(np.uint8)
 
 
-def test_loss_by_hand_and_unknown_pixels_have_no_say():
+def test_loss_by_hand_ignores_unknown_pixels():
   """The linear layer, the interpolation and the mean in numpy float64."""
   objective = Segmentation(segmenter(ENCODER, 3))
   params, _ = jax.jit(objective.init)(jax.random.key(0))
@@ -34,8 +34,8 @@ def test_loss_by_hand_and_unknown_pixels_have_no_say():
   weight = np.stack([1 - place, place], -1)
   logits = np.einsum('yi,xj,bijc->byxc', weight, weight, logits)
   known = segments != 255
-  chance = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  expected = -np.log(chance[known, segments[known]]).mean()
+  probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  expected = -np.log(probability[known, segments[known]]).mean()
   assert float(loss.value) == pytest.approx(expected, rel=1e-5)
   assert float(loss.metrics['accuracy'].value) == pytest.approx((logits.argmax(-1) == segments)[known].mean())
 
@@ -56,10 +56,10 @@ def test_a_flip_moves_the_segments_with_the_image():
     float(losses(plain, images, segments)(0))
     for images, segments in ((IMAGES[:1], SEGMENTS[:1]), (IMAGES[:1, :, ::-1], SEGMENTS[:1, :, ::-1]))
   ]
-  seen = [min(range(2), key=lambda side: abs(either[side] - float(flipping(seed)))) for seed in range(8)]
-  for seed, side in enumerate(seen):
+  sides = [min(range(2), key=lambda side: abs(either[side] - float(flipping(seed)))) for seed in range(8)]
+  for seed, side in enumerate(sides):
     assert float(flipping(seed)) == pytest.approx(either[side], rel=1e-6)
-  assert set(seen) == {0, 1}
+  assert set(sides) == {0, 1}
 
 
 def test_what_cannot_be_segmented_is_refused():

@@ -19,6 +19,6 @@ def test_an_earlier_number_of_devices_is_replaced():
   assert again['XLA_FLAGS'].endswith('device_count=8')
 
 
-def test_each_device_gets_threads_to_wait_in_unless_told_otherwise():
+def test_each_device_gets_threads_to_wait_in_by_default():
   assert emulation(8, {})['NPROC'] == '32'
   assert emulation(8, {'NPROC': '5'})['NPROC'] == '5'

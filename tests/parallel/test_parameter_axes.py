@@ -39,7 +39,7 @@ def test_every_parameter_of_every_network_has_the_axes_that_it_had(name):
 
 
 def test_every_network_of_the_registry_is_a_case():
-  """A few names are those of others with published sizes, and the text tower is part of a dual encoder."""
+  """Some names are published sizes of other networks, and the text tower is part of a dual encoder."""
   sizes = {'align', 'clip', 'siglip', 'text_transformer'}
   assert set(KINDS[nn.Module]) - sizes <= {name.split(',')[0] for name in CASES}
 

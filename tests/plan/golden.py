@@ -1,4 +1,4 @@
-"""Runs on pods, as the TPU compiler sees them: what a chip holds and sends. `python -m tests.plan.golden` writes anew.
+"""Runs on pods, as the TPU compiler sees them: what a chip holds and sends. `python -m tests.plan.golden` rewrites it.
 
 A change of these figures is a change of how a run is sharded: look at the difference before writing it.
 """

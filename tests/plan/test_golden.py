@@ -6,7 +6,7 @@ import pytest
 from tests.plan import golden
 
 
-def test_a_sharding_that_changes_is_told_figure_by_figure():
+def test_a_changed_sharding_is_reported_number_by_number():
   before = {'temporaries, MiB': 100.0, 'all-gather over fsdp, times': 4, 'all-reduce over data, times': 1}
   now = {'temporaries, MiB': 101.0, 'all-gather over fsdp, times': 8, 'all-to-all over data, times': 2}
   assert golden.differences(before, now, tolerance=0.02) == [
@@ -18,7 +18,7 @@ def test_a_sharding_that_changes_is_told_figure_by_figure():
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize('name', golden.CASES)
-def test_a_pod_run_holds_and_sends_what_it_did(name):
+def test_a_pod_run_stores_and_sends_what_the_golden_file_says(name):
   pytest.importorskip('libtpu')
   written = json.loads(golden.FILE.read_text())
   if written['libtpu'] != importlib.metadata.version('libtpu'):

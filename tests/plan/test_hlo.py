@@ -148,7 +148,7 @@ ENTRY %main (x: (s32[], f32[3,8], f32[3,8])) -> (s32[], f32[3,8], f32[3,8]) {
 
 
 def test_exchanges_inside_of_fusions_count_once_for_each_channel_and_chain():
-  """As the TPU's compiler writes them, shortened: a gather beside two fusions, the same of another layer, and a
+  """As the TPU's compiler writes them, shortened: a gather next to two fusions, the same of another layer, and a
   sum that is split."""
   groups = 'replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true'
   gather, other = (

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fmcv_jax import __main__ as door
+from fmcv_jax import __main__ as cli
 from fmcv_jax.errors import UserError
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.plan import planning
@@ -12,7 +12,7 @@ from fmcv_jax.plan import planning
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
 
 
-def test_a_topology_that_is_none_is_refused():
+def test_an_unknown_topology_is_refused():
   for name in ('v5e', 'v7x:2x2', 'v5e:2by2'):
     with pytest.raises(UserError, match='--topology'):
       planning.pod(name)
@@ -31,7 +31,7 @@ def test_largest_buffers_are_read_from_the_compilers_complaint():
   assert planning._largest(early).startswith('needs 16.66G of 15.75G bytes of HBM; largest: unknown')
 
 
-def test_what_no_other_choice_beats_is_marked():
+def test_the_pareto_front_is_marked():
   cheap, quick, beaten = planning.Cost(2.0, 1.0, 5), planning.Cost(1.0, 3.0, 5), planning.Cost(2.0, 3.0, 6)
   assert planning.pareto_front([cheap, quick, beaten, cheap]) == [True, True, False, True]
 
@@ -53,7 +53,7 @@ def test_a_search_tries_each_mesh_remat_and_batch_and_keeps_the_other_axes():
 def test_a_plan_of_a_small_step(tmp_path, capsys):
   file = tmp_path / 'plan.json'
   args = ['plan', '--config', 'configs/demo/clip.py', '--topology', 'v5e:2x2', '--json', str(file)]
-  assert door.main(args) == 0
+  assert cli.main(args) == 0
   (plan,) = json.loads(file.read_text())
   assert plan['chips'] == 4
   # Muon keeps one moment of most parameters; nothing of it is split over the data axis.

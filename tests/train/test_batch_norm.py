@@ -40,7 +40,7 @@ def test_align_trains_equally_on_one_device_and_on_eight_with_the_same_statistic
 
 @pytest.mark.slow
 def test_microbatches_average_their_statistics_and_embed_twice_alike():
-  """The gradient is that of embeddings which were made with each piece's own statistics."""
+  """The gradient is that of embeddings computed with the statistics of each microbatch."""
   objective = tiny_align()
   trainer = Trainer(objective, microbatches=2)
   losses = trainer.run([batch_of(objective, seed) for seed in range(3)])

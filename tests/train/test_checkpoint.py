@@ -68,7 +68,7 @@ def test_a_best_metric_that_its_evaluator_does_not_give_names_the_nearest(store)
     store.record(5, {'val/top5': 0.5})
 
 
-@pytest.mark.parametrize('extra', [None, {'centre': jnp.arange(3.0)}])
+@pytest.mark.parametrize('extra', [None, {'center': jnp.arange(3.0)}])
 @pytest.mark.parametrize('ema', [True, False])
 def test_state_comes_back_bitwise_on_another_mesh_with_its_run(tmp_path, ema, extra):
   state = state_at(7, ema=ema, extra=extra)
@@ -145,7 +145,7 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_is_taken(store, ki
   assert len(reports) == 1
   assert name in reports[0]
   assert len(list(pathlib.Path(store.directory.parent / 'damaged').glob('5-*'))) == 1
-  store.save(state_at(5), {'data': {}})  # computed anew
+  store.save(state_at(5), {'data': {}})  # recomputed
   store.wait()
   assert store.restore_newest(abstract, shardings, reports.append)[0].step == 5
   assert len(reports) == 1

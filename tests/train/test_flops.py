@@ -78,14 +78,14 @@ def test_a_while_loop_over_matrix_products_is_an_error_and_one_without_is_free()
   assert matmul_flops(lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x + 1, x) @ x, array(4, 4)) == 2 * 4**3
 
 
-def test_a_conditional_counts_its_dearest_branch():
+def test_a_conditional_counts_its_most_expensive_branch():
   def either(which, x):
     return lax.switch(which, [lambda x: x, lambda x: x @ x @ x, lambda x: x @ x], x)
 
   assert matmul_flops(either, jax.ShapeDtypeStruct((), jnp.int32), array(4, 4)) == 2 * 2 * 4**3
 
 
-def test_jit_and_custom_derivatives_are_seen_through():
+def test_flops_inside_jit_and_custom_derivatives_are_counted():
   @jax.custom_jvp
   def square(x):
     return x @ x
@@ -168,7 +168,7 @@ def test_tiled_attention_computes_its_logits_again_for_each_gradient():
   assert matmul_flops(splash_attention, x, x, x) == 2 * product
   loss = jax.grad(lambda *x: splash_attention(*x).sum(), argnums=(0, 1, 2))
   # Forwards two; by queries the logits, those of the weights, and the gradient; by keys and values the logits, the
-  # weights', and two gradients; besides, a sum for each query.
+  # weights', and two gradients; in addition, a sum for each query.
   assert matmul_flops(loss, x, x, x) == pytest.approx((2 + 3 + 4) * product, rel=1e-3)
 
 

@@ -12,7 +12,7 @@ from tests.train.tiny import batch_of, classification, contrastive
 @pytest.mark.parametrize('pieces', [2, 8])
 def test_gradient_of_pieces_equals_gradient_of_the_whole(objective, pieces):
   params, extra = objective.init(jax.random.key(0))
-  # A head that is born zero would hide the gradient of everything below it.
+  # A head initialized to zero would hide the gradient of everything below it.
   params = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), params)
   batch = batch_of(objective)
   run = jax.jit(lambda n: gradients(objective, params, batch, jax.random.key(1), extra, n), static_argnums=0)

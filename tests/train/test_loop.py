@@ -83,11 +83,11 @@ def test_a_state_is_saved_before_it_is_evaluated_and_a_failing_evaluator_loses_n
   assert run(fails, start=2) == ['save 4', 'evaluate 4', 'ValueError']
 
 
-def test_a_stop_is_heard_inside_an_evaluator_and_the_evaluation_is_made_up_for():
+def test_a_preemption_inside_an_evaluator_is_noticed_and_the_evaluation_is_repeated():
   def stopped(raise_if_stopped):
     os.kill(os.getpid(), signal.SIGTERM)
     raise_if_stopped()
-    raise AssertionError('went on')
+    raise AssertionError('did not stop')
 
   assert run(stopped) == ['evaluate 2', 'save 2', 'Preempted']
   assert run(lambda _: {'val/top1': 1.0}, start=2, first=True)[:2] == ['evaluate 2', 'record 2']

@@ -39,7 +39,7 @@ def test_nan_is_written_as_null_and_a_half_written_last_line_is_left_out(tmp_pat
   assert [row['step'] for row in read_metrics(path)] == [1]
 
 
-def test_the_line_at_the_terminal_tells_loss_speed_wait_and_skips(tmp_path):
+def test_the_terminal_line_shows_loss_speed_wait_and_skips(tmp_path):
   one = writer(tmp_path)
   one.train(5, {**FIGURES, 'utilization': 0.5, 'skipped': 3.0})
   one.evaluation(5, {'val/top1': 0.25})
@@ -49,7 +49,7 @@ def test_the_line_at_the_terminal_tells_loss_speed_wait_and_skips(tmp_path):
   assert 'step 5  val/top1 0.2500' in out
 
 
-def test_tensorboard_holds_the_same_figures(tmp_path):
+def test_tensorboard_holds_the_same_metrics(tmp_path):
   one = writer(tmp_path, tensorboard=True)
   one.train(1, FIGURES)
   one.close()

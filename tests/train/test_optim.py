@@ -60,7 +60,7 @@ def test_weight_decay_follows_half_a_cosine_to_its_end(rule):
   assert (np.diff(shrunk) > 0).all()
 
 
-def test_layers_of_a_stack_go_at_rates_of_their_own():
+def test_each_layer_of_a_stack_has_its_own_learning_rate():
   generator = np.random.default_rng(0)
   shapes = {
     'patch': {'kernel': (4, 3)},

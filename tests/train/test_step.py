@@ -42,7 +42,7 @@ def test_twenty_classification_steps_with_all_randomness_equal_one_device():
   np.testing.assert_allclose(eight, one, rtol=2e-5)
 
 
-def test_state_is_born_sharded_and_stays_so():
+def test_state_is_sharded_from_initialization_on():
   objective = contrastive()
   trainer = Trainer(objective, MESHES['fsdp x tensor'], ema=0.9, rule=Muon())
   trainer.run([batch_of(objective)])

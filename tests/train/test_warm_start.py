@@ -1,4 +1,4 @@
-"""Parts of one run become parts of another: by path, with what is skipped left as it was born."""
+"""Parts of one run initialize parts of another by path; skipped parts keep their initial values."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,37 +10,37 @@ from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.warm_start import InitFrom, load_partial_state, pad_input_channels, resized
 
 
-def born():
+def initial_state():
   params = {'encoder': {'head': {'bias': jnp.zeros(3)}, 'patch': jnp.zeros((2, 2))}, 'scale': jnp.zeros(())}
-  extra = {'teacher': {'patch': jnp.zeros((2, 2))}, 'centre': jnp.zeros(4)}
+  extra = {'teacher': {'patch': jnp.zeros((2, 2))}, 'center': jnp.zeros(4)}
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
     step=zero, skipped=zero, streak=zero, rng=zero, params=params, opt_state={}, extra=extra, ema=params
   )
 
 
-LEARNT = {
+TRAINED = {
   'runs/a': {'params': {'patch': jnp.full((2, 2), 3.0), 'head': {'bias': jnp.full(5, 3.0)}}, 'extra': {}},
-  'runs/b': {'params': {'vision': {'patch': jnp.full((2, 2), 4.0)}}, 'extra': {'centre': jnp.full(4, 5.0)}},
+  'runs/b': {'params': {'vision': {'patch': jnp.full((2, 2), 4.0)}}, 'extra': {'center': jnp.full(4, 5.0)}},
 }
 
 
-def test_parts_of_several_runs_fill_parameters_and_what_is_carried_along():
+def test_parts_of_several_runs_initialize_parameters_and_extra_state():
   state = load_partial_state(
-    born(),
+    initial_state(),
     {
       'params/encoder': InitFrom('runs/a', skip=('head/.*',)),
       'extra/teacher': InitFrom('runs/b', 'params/vision'),
-      'extra/centre': InitFrom('runs/b', 'extra/centre'),
+      'extra/center': InitFrom('runs/b', 'extra/center'),
     },
-    LEARNT.__getitem__,
+    TRAINED.__getitem__,
   )
   np.testing.assert_array_equal(state.params['encoder']['patch'], 3.0)
   np.testing.assert_array_equal(state.ema['encoder']['patch'], 3.0)
   np.testing.assert_array_equal(state.params['encoder']['head']['bias'], 0.0)
   np.testing.assert_array_equal(state.params['scale'], 0.0)
   np.testing.assert_array_equal(state.extra['teacher']['patch'], 4.0)
-  np.testing.assert_array_equal(state.extra['centre'], 5.0)
+  np.testing.assert_array_equal(state.extra['center'], 5.0)
 
 
 @pytest.mark.parametrize(('old', 'new', 'special'), [(17, 37, 1), (16, 9, 0), (18, 51, 2)])
@@ -60,11 +60,11 @@ def test_resolution_changes_where_it_is_asked_for():
   zero = jnp.zeros((), jnp.int32)
   own = {'position': jnp.zeros((10, 3))}
   state = TrainState(step=zero, skipped=zero, streak=zero, rng=zero, params=own, opt_state={}, extra={}, ema=None)
-  learnt = {'runs/a': {'params': position}}.__getitem__
-  state_now = load_partial_state(state, {'params': InitFrom('runs/a', resize=('position',))}, learnt)
+  trained = {'runs/a': {'params': position}}.__getitem__
+  state_now = load_partial_state(state, {'params': InitFrom('runs/a', resize=('position',))}, trained)
   np.testing.assert_allclose(state_now.params['position'], resized(position['position'], 10))
   with pytest.raises(UserError, match=r'or to config\.init_from\.params\.resize for a table of positions'):
-    load_partial_state(state, {'params': InitFrom('runs/a')}, learnt)
+    load_partial_state(state, {'params': InitFrom('runs/a')}, trained)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_resolution_changes_where_it_is_asked_for():
     ),
   ],
 )
-def test_what_is_not_there_or_does_not_fit_is_named(target, part, message):
+def test_missing_and_mismatched_parts_are_named(target, part, message):
   with pytest.raises(UserError, match=message):
-    load_partial_state(born(), {target: part}, LEARNT.__getitem__)
+    load_partial_state(initial_state(), {target: part}, TRAINED.__getitem__)
 
 
-def test_a_kernel_that_reads_more_channels_computes_the_same_of_those_it_knew():
+def test_a_kernel_padded_with_input_channels_computes_the_same():
   rng = np.random.default_rng(0)
   kernel, x = jnp.asarray(rng.normal(size=(3, 3, 4, 5))), rng.normal(size=(3, 3, 9))
   wide = pad_input_channels(kernel, (3, 3, 9, 5))
@@ -101,7 +101,7 @@ def test_a_kernel_that_reads_more_channels_computes_the_same_of_those_it_knew():
   for other in ((3, 3, 3, 5), (3, 3, 4, 5), (9, 5)):
     assert pad_input_channels(kernel, other) is kernel
   state = load_partial_state(
-    born(),
+    initial_state(),
     {'params/encoder': InitFrom('runs/c', skip=('head/.*',), widen=('patch',))},
     {'runs/c': {'params': {'patch': jnp.full((1, 2), 3.0)}, 'extra': {}}}.__getitem__,
   )

@@ -131,7 +131,7 @@ def test_the_captioners_loss_is_the_mean_over_its_tokens():
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])
-def test_a_batch_in_which_nothing_has_a_weight_has_no_loss_and_no_gradient(microbatches):
+def test_a_batch_of_zero_weights_has_zero_loss_and_gradient(microbatches):
   objective, batch = captions()
   params, _ = objective.init(jax.random.key(0))
   batch['length'][:] = 0
@@ -168,7 +168,7 @@ def test_what_is_not_a_loss_is_refused(monkeypatch, returned, error, message):
       gradients(objective, objective.init(jax.random.key(0))[0], batch, jax.random.key(1), {}, microbatches)
 
 
-def test_a_step_is_traced_once_and_a_second_trace_would_be_seen(monkeypatch):
+def test_a_step_is_traced_once_and_a_second_trace_would_be_counted(monkeypatch):
   objective = classification(vit('mu/8', image_size=16, num_classes=10, depth=1))
   chex.clear_trace_counter()
   monkeypatch.setattr(step_lib, 'gradients', chex.assert_max_traces(step_lib.gradients, n=1))
@@ -190,7 +190,7 @@ class Growing(Captioner):
     return {'count': extra['count'] + 0.5}
 
 
-def test_a_state_that_changes_its_form_is_refused():
+def test_a_state_that_changes_its_structure_is_refused():
   placement = Placement(make_mesh(MeshShape(), jax.devices()[:1]))
   objective, batch = captions()
   objective, tx = Growing(), optax.sgd(0.1)

@@ -45,8 +45,8 @@ def batch_of(objective, seed=0):
 
 
 def shaken(tree):
-  """Away from its birth: gates and last layers of zero, behind which nothing could be wrong, have a say."""
-  generator = np.random.default_rng(7)  # numpy's numbers: a program that draws so many would compile for long
+  """Moves parameters away from initialization, so that zero-initialized gates and last layers affect the output."""
+  generator = np.random.default_rng(7)  # numpy, because a JAX program that draws this many arrays compiles slowly
   return jax.tree.map(lambda x: x + 0.1 * generator.normal(size=x.shape).astype(x.dtype), tree)
 
 

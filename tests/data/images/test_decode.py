@@ -33,7 +33,7 @@ def test_lossy_rgb_comes_out_close(kind):
   assert np.abs(decode(encoded(smooth, kind, quality=95)).astype(int) - smooth).mean() < 4
 
 
-def test_grey_is_repeated():
+def test_gray_is_repeated():
   np.testing.assert_array_equal(decode(encoded(PIXELS[..., 0])), np.repeat(PIXELS[..., :1], 3, -1))
 
 
@@ -42,16 +42,16 @@ def test_one_bit_is_black_and_white():
   np.testing.assert_array_equal(decode(encoded(bits))[..., 1], np.where(bits, 255, 0))
 
 
-def test_16_bit_grey_is_scaled_not_clipped():
-  grey = RNG.integers(0, 65536, (6, 9), dtype=np.uint16)
+def test_16_bit_gray_is_scaled_not_clipped():
+  gray = RNG.integers(0, 65536, (6, 9), dtype=np.uint16)
   for kind in ('PNG', 'TIFF'):
-    np.testing.assert_array_equal(decode(encoded(grey, kind))[..., 2], grey >> 8)
+    np.testing.assert_array_equal(decode(encoded(gray, kind))[..., 2], gray >> 8)
 
 
-def test_16_bit_colour_keeps_its_high_bytes():
+def test_16_bit_color_keeps_its_high_bytes():
   wide = RNG.integers(0, 65536, (2, 3, 3), dtype=np.uint16)
   rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in wide)
-  np.testing.assert_array_equal(decode(png(3, 2, bits=16, colour=2, rows=rows)), wide >> 8)
+  np.testing.assert_array_equal(decode(png(3, 2, bits=16, color=2, rows=rows)), wide >> 8)
 
 
 def test_cmyk_becomes_rgb():
@@ -67,7 +67,7 @@ def test_transparent_pixels_lie_on_white():
   np.testing.assert_allclose(decode(encoded(rgba)), PIXELS * alpha + 255 * (1 - alpha), atol=1)
 
 
-def test_grey_with_alpha_lies_on_white():
+def test_gray_with_alpha_lies_on_white():
   la = np.array([[[10, 255], [10, 0], [10, 51]]], np.uint8)
   np.testing.assert_allclose(decode(encoded(Image.fromarray(la, 'LA')))[0, :, 0], [10, 255, 206], atol=1)
 
@@ -106,7 +106,7 @@ def test_image_is_upright_by_its_exif_orientation(orientation, kind):
   np.testing.assert_array_equal(decode(encoded(PIXELS, kind, exif=exif)), UPRIGHT[orientation](PIXELS))
 
 
-def test_damaged_metadata_does_not_cost_a_sound_picture():
+def test_an_intact_image_with_damaged_metadata_is_decoded():
   for exif in (b'Exif\0\0garbage', b'Exif\0\0MM\0*\0\0\0\x08\xff\xff'):
     with warnings.catch_warnings(action='ignore'):
       np.testing.assert_array_equal(decode(encoded(PIXELS, exif=exif)), PIXELS)
@@ -129,13 +129,13 @@ def test_truncated_data_is_refused_wherever_it_ends(kind):
 
 def test_decompression_bomb_is_refused_by_its_header():
   with warnings.catch_warnings(action='ignore'), pytest.raises(BadRecord, match='pixels'):
-    decode(png(12_000, 12_000, bits=8, colour=2, rows=b''))
+    decode(png(12_000, 12_000, bits=8, color=2, rows=b''))
   with pytest.raises(BadRecord, match='9 x 6 pixels are more than the 53 allowed'):
     decode(encoded(PIXELS), max_pixels=53)
   assert decode(encoded(PIXELS), max_pixels=54).shape == (6, 9, 3)
 
 
-def test_what_is_no_image_is_refused():
+def test_data_that_is_not_an_image_is_refused():
   postscript = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n'
   for data in (b'', b'hello', b'<html></html>', postscript):
     with pytest.raises(BadRecord, match='no image'):
@@ -147,9 +147,9 @@ def test_floating_point_pixels_are_refused():
     decode(encoded(Image.fromarray(np.zeros((2, 2), np.float32)), 'TIFF'))
 
 
-def png(width: int, height: int, *, bits: int, colour: int, rows: bytes) -> bytes:
+def png(width: int, height: int, *, bits: int, color: int, rows: bytes) -> bytes:
   def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
 
-  header = struct.pack('>IIBBBBB', width, height, bits, colour, 0, 0, 0)
+  header = struct.pack('>IIBBBBB', width, height, bits, color, 0, 0, 0)
   return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')

@@ -38,7 +38,7 @@ KINDS = {
   '4:2:0': encoded(PHOTO, quality=90),
   '4:4:4': encoded(PHOTO, subsampling=0),
   '4:2:2': encoded(PHOTO, subsampling=1),
-  'grey': encoded(PHOTO[..., 0]),
+  'gray': encoded(PHOTO[..., 0]),
   'progressive': encoded(PHOTO, progressive=True),
   'restarts': encoded(PHOTO, restart_marker_rows=1),
   'optimized': encoded(PHOTO, optimize=True, comment=b'\xff\xd9' * 9),
@@ -59,13 +59,13 @@ def test_the_pixels_around_any_box_are_those_of_pillow(kind):
   for bottom in range(3, image.height, 13):
     pixels, (left, top, right, end), turn = image.region((20, 2, 70, bottom), 50)
     assert turn is None
-    above, beside = int(2 - top), int(20 - left)
+    top_margin, left_margin = int(2 - top), int(20 - left)
     assert (right - left, end - top) == (50, bottom - 2)
-    assert beside <= 17  # three pixels are looked at beyond it
+    assert left_margin <= 17  # three pixels are looked at beyond it
     height, width, _ = pixels.shape
-    assert height >= min(end + 3, image.height - above)
-    assert width >= min(right + 3, image.width - beside)
-    np.testing.assert_array_equal(pixels, whole[above : above + height, beside : beside + width])
+    assert height >= min(end + 3, image.height - top_margin)
+    assert width >= min(right + 3, image.width - left_margin)
+    np.testing.assert_array_equal(pixels, whole[top_margin : top_margin + height, left_margin : left_margin + width])
 
 
 @pytest.mark.parametrize('orientation', [1, 6])
@@ -90,7 +90,7 @@ OTHERS = {
   'WebP': encoded(PHOTO, 'WEBP', quality=90),
   '16 bits': encoded(PHOTO[..., 0].astype(np.uint16) * 256 + 77, 'PNG'),
   'CMYK': encoded(CMYK, quality=95),
-  'grey JPEG': KINDS['grey'],
+  'gray JPEG': KINDS['gray'],
   'PNG, orientation 8': encoded(PHOTO, 'PNG', exif=oriented(8)),
   **{f'JPEG, orientation {number}': encoded(PHOTO, exif=oriented(number)) for number in range(2, 9)},
   'JPEG, orientation 7 by XMP': encoded(PHOTO, xmp=b'<x:xmpmeta tiff:Orientation="7"/>'),

@@ -1,4 +1,4 @@
-"""Crops in C are the bytes that packages make of any picture; machines without a compiler lack nothing but speed."""
+"""Crops in C are byte-identical to those of the Python packages; machines without a compiler only lose speed."""
 
 import os
 import pathlib
@@ -49,8 +49,8 @@ def test_a_resize_in_c_is_that_of_the_package_bit_for_bit(height, width, size, e
     box = (np.floor(box[0]), np.floor(box[1]), np.ceil(box[2]), np.ceil(box[3]))
   if box[2] - box[0] < 0.5 or box[3] - box[1] < 0.5:
     box = (0.0, 0.0, float(width), float(height))
-  seen = np.pad(pixels, ((2, 2), (3, 3), (0, 0)))[2:-2, 3:-3]  # rows that do not follow on each other
-  out = native_crop.resize(seen, box, size, interpolation)
+  strided = np.pad(pixels, ((2, 2), (3, 3), (0, 0)))[2:-2, 3:-3]  # rows that are not contiguous
+  out = native_crop.resize(strided, box, size, interpolation)
   np.testing.assert_array_equal(out, by_package(pixels, box, size, interpolation))
 
 
@@ -155,7 +155,7 @@ def test_a_library_that_makes_other_pixels_is_not_used(monkeypatch):
 
 
 @here
-def test_pictures_that_c_does_not_take_are_left_to_packages():
+def test_images_that_the_c_code_does_not_support_are_left_to_packages():
   pixels = RNG.integers(0, 256, (9, 9, 3), dtype=np.uint8)
   assert native_crop.resize(pixels[:, ::-1], (0.0, 0.0, 9.0, 9.0), 5, 'bilinear') is None
   assert native_crop.resize(pixels, (0.0, 0.0, 9.0, 9.0), 5, 'nearest') is None

@@ -1,4 +1,4 @@
-"""What a source says of itself before a run: counts by name, and nothing that is lost without a word."""
+"""The account of a source before a run: counts by name; everything that is left out is reported."""
 
 from fmcv_jax.data.sources.account import Account, LeftOut, left_out, other_files
 from fmcv_jax.data.sources.array_record import ArrayRecord, write_array_record

@@ -115,7 +115,7 @@ FAULTS = {
   ),
   'text behind quotes': ('image,caption\nx.png,"An x" she said\n', ':2: .*; a quotation mark inside a quoted text is'),
   'two columns': ('image,caption,caption\nx.png,a,b\n', ":1: has two columns 'caption'; rename one"),
-  'Latin-1': ('image,caption\nx.png,caf\xe9\n'.encode('latin-1'), ' is not UTF-8 text .*; save it as UTF-8'),
+  'Latin-1': ('image,caption\nx.png,ol\xe9\n'.encode('latin-1'), ' is not UTF-8 text .*; save it as UTF-8'),
   'UTF-16': ('image,caption\nx.png,a\n'.encode('utf-16'), ' is not UTF-8 text'),
   'semicolons': (
     'image;caption\nx.png;a\n',
@@ -289,10 +289,10 @@ def test_boxes_of_a_detector_next_to_images_are_not_captions(tmp_path):
   source = ImageFolder(str(tmp_path))
   assert (len(source), source.texts_of(0)) == (2, ())
   assert 'files .txt: 2 (a.txt, b.txt)' in map(str, source.account().left_out)
-  assert ImageFolder(str(tmp_path), captions='.txt').texts_of(0)[0].startswith('0 0.5')  # said in so many words
+  assert ImageFolder(str(tmp_path), captions='.txt').texts_of(0)[0].startswith('0 0.5')  # on explicit request
 
 
-def test_class_folders_keep_their_classes_beside_text_files(tmp_path):
+def test_class_folders_with_text_files_keep_their_classes(tmp_path):
   for name in ('cat/a', 'cat/b', 'dog/c'):
     draw(tmp_path / f'{name}.png')
   for name in ('cat/a', 'dog/c'):

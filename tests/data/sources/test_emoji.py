@@ -41,9 +41,9 @@ def test_no_held_out_concept_is_in_training_under_any_artist(train, held_out):
 
 
 def test_no_held_out_drawing_equals_a_training_drawing(train, held_out):
-  every_hand = dataclasses.replace(held_out, artists=ARTISTS)
-  seen = {train[i]['image'].tobytes() for i in range(len(train))}
-  assert not any(every_hand[i]['image'].tobytes() in seen for i in range(len(every_hand)))
+  all_artists = dataclasses.replace(held_out, artists=ARTISTS)
+  train_bytes = {train[i]['image'].tobytes() for i in range(len(train))}
+  assert not any(all_artists[i]['image'].tobytes() in train_bytes for i in range(len(all_artists)))
 
 
 def test_every_word_of_a_held_out_name_occurs_in_two_training_names(train, held_out):
@@ -61,15 +61,15 @@ def test_concepts_have_no_skin_tones():
   assert not any(tones & set(c.key.split('-')) for c in Emoji(split='all').concepts)
 
 
-def test_seen_shares_labels_with_train_and_names_with_all(train):
-  seen = Emoji(image_size=24, split='seen', artists=('twemoji',))
-  assert seen.names == Emoji(split='all').names
-  assert seen.names[: len(train.names)] == train.names
-  for i in (0, 700, len(seen) - 1):
-    row = seen[i]
+def test_the_split_of_trained_names_shares_labels_with_train_and_names_with_all(train):
+  trained = Emoji(image_size=24, split='seen', artists=('twemoji',))
+  assert trained.names == Emoji(split='all').names
+  assert trained.names[: len(train.names)] == train.names
+  for i in (0, 700, len(trained) - 1):
+    row = trained[i]
     assert row['label'] == i
-    assert row['text'] == seen.names[i] == row['texts'][0]
-    assert (row['key'], row['texts']) == (seen.key_of(i), seen.texts_of(i))
+    assert row['text'] == trained.names[i] == row['texts'][0]
+    assert (row['key'], row['texts']) == (trained.key_of(i), trained.texts_of(i))
     assert row['key'].startswith('twemoji/')
 
 

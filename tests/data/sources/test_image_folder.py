@@ -156,7 +156,7 @@ def test_missing_and_empty_folders_and_tables_are_one_clear_line(photos, tmp_pat
   refuse(r'c.parquet is damaged', str(photos), captions='c.parquet')
 
 
-def test_images_beside_class_folders_are_not_lost_silently(classes):
+def test_images_next_to_class_folders_are_not_ignored_silently(classes):
   draw(classes / 'stray.png')
   refuse(r'1 images \(stray.png, ...\) lie beside the class folders \(cat, ...\)', str(classes))
 
@@ -248,5 +248,5 @@ def test_folders_of_splits_are_not_classes(tmp_path, folders):
   assert ImageFolder(str(tmp_path), split='train').names == ('cat', 'dog')
   assert ImageFolder(str(tmp_path), split='all').names == tuple(sorted(folders))
   refuse(r"split 'extra': .* has no subfolders of it; ", str(tmp_path), split='extra')
-  draw(tmp_path / 'bus' / 'x.png')  # beside which a train is a vehicle
+  draw(tmp_path / 'bus' / 'x.png')  # next to a bus, `train` is a vehicle and not a split
   assert 'bus' in ImageFolder(str(tmp_path)).names

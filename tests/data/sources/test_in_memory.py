@@ -15,9 +15,9 @@ from fmcv_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
-GREY, ALPHA = RGB[..., 0], RNG.integers(0, 256, (12, 17, 1), dtype=np.uint8)
+GRAY, ALPHA = RGB[..., 0], RNG.integers(0, 256, (12, 17, 1), dtype=np.uint8)
 WIDE = RNG.integers(0, 65536, (12, 17), dtype=np.uint16)
-PALETTE = Image.fromarray(GREY % 3, 'P')
+PALETTE = Image.fromarray(GRAY % 3, 'P')
 PALETTE.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
 BIG = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)).resize((1200, 800), Image.Resampling.BICUBIC)
 
@@ -35,27 +35,27 @@ def encoded(image, kind='PNG', **options):
 
 
 def white(rgb, alpha):
-  """The colours over white, by hand."""
+  """The colors over white, by hand."""
   a = alpha / 255
   return rgb * a + 255 * (1 - a)
 
 
 FILES = {
   'RGB': (encoded(Image.fromarray(RGB)), RGB),
-  'grey': (encoded(Image.fromarray(GREY)), np.repeat(GREY[..., None], 3, -1)),
+  'gray': (encoded(Image.fromarray(GRAY)), np.repeat(GRAY[..., None], 3, -1)),
   '16 bits': (encoded(Image.fromarray(WIDE)), np.repeat(WIDE[..., None] >> 8, 3, -1)),
   '16 bits, TIFF': (encoded(Image.fromarray(WIDE), 'TIFF'), np.repeat(WIDE[..., None] >> 8, 3, -1)),
   'RGBA': (encoded(Image.fromarray(np.dstack([RGB, ALPHA]))), white(RGB, ALPHA)),
   'LA': (
-    encoded(Image.fromarray(np.dstack([GREY[..., None], ALPHA]), 'LA')),
-    np.repeat(white(GREY[..., None], ALPHA), 3, -1),
+    encoded(Image.fromarray(np.dstack([GRAY[..., None], ALPHA]), 'LA')),
+    np.repeat(white(GRAY[..., None], ALPHA), 3, -1),
   ),
-  'palette': (encoded(PALETTE), np.eye(3)[GREY % 3] * 255),
+  'palette': (encoded(PALETTE), np.eye(3)[GRAY % 3] * 255),
   'transparent palette': (
     encoded(PALETTE, transparency=1),
-    np.where((GREY % 3 == 1)[..., None], 255, np.eye(3)[GREY % 3] * 255),
+    np.where((GRAY % 3 == 1)[..., None], 255, np.eye(3)[GRAY % 3] * 255),
   ),
-  'one bit': (encoded(Image.fromarray(GREY > 127)), np.repeat((GREY[..., None] > 127) * 255, 3, -1)),
+  'one bit': (encoded(Image.fromarray(GRAY > 127)), np.repeat((GRAY[..., None] > 127) * 255, 3, -1)),
   'CMYK': (encoded(Image.fromarray(np.dstack([RGB, ALPHA]), 'CMYK'), 'TIFF'), None),
   'turned PNG': (encoded(Image.fromarray(RGB), exif=turned(6)), np.rot90(RGB, -1)),
   'turned TIFF': (encoded(Image.fromarray(RGB), 'TIFF', exif=turned(6)), np.rot90(RGB, -1)),
@@ -86,13 +86,13 @@ def test_an_image_has_the_same_pixels_as_path_bytes_and_pillow_image(tmp_path, d
   ('array', 'expected'),
   [
     (RGB, RGB),
-    (GREY, np.repeat(GREY[..., None], 3, -1)),
-    (GREY[..., None], np.repeat(GREY[..., None], 3, -1)),
+    (GRAY, np.repeat(GRAY[..., None], 3, -1)),
+    (GRAY[..., None], np.repeat(GRAY[..., None], 3, -1)),
     (WIDE, np.repeat(WIDE[..., None] >> 8, 3, -1)),
     (np.dstack([RGB, ALPHA]), white(RGB, ALPHA)),
-    (np.dstack([GREY[..., None], ALPHA]), np.repeat(white(GREY[..., None], ALPHA), 3, -1)),
+    (np.dstack([GRAY[..., None], ALPHA]), np.repeat(white(GRAY[..., None], ALPHA), 3, -1)),
   ],
-  ids=['RGB', 'grey', 'one channel', '16 bits', 'RGBA', 'LA'],
+  ids=['RGB', 'gray', 'one channel', '16 bits', 'RGBA', 'LA'],
 )
 def test_an_array_is_treated_as_the_file_that_holds_it(array, expected):
   np.testing.assert_allclose(InMemoryImages([array])[0]['image'], expected, atol=1)

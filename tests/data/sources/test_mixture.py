@@ -34,7 +34,7 @@ class Named(Counting):
   start=st.integers(0, 10**12),
 )
 @settings(max_examples=60, deadline=None)
-def test_each_source_has_its_share_of_every_stretch_and_each_record_once_in_its_epochs(parts, start):
+def test_each_source_has_its_fraction_of_every_interval_and_each_record_once_in_its_epochs(parts, start):
   orders = tuple(Order(records, seed) for seed, (records, _) in enumerate(parts))
   weights = np.array([weight for _, weight in parts])
   order = MixedOrder(orders, tuple(weights))
@@ -62,8 +62,8 @@ def test_records_of_each_source_come_once_in_its_epochs_on_any_number_of_process
       )
       shares.append([next(loader)['label'] for _ in range(8)])
       loader.close()
-    seen = np.concatenate([np.concatenate(step) for step in zip(*shares)])
-    assert seen.tolist() == [record if record < 6 else record - 6 for record in whole[16:]]
+    labels = np.concatenate([np.concatenate(step) for step in zip(*shares)])
+    assert labels.tolist() == [record if record < 6 else record - 6 for record in whole[16:]]
 
 
 def test_without_weights_an_epoch_holds_every_record_once():

@@ -8,7 +8,7 @@ from fmcv_jax.data.order import WindowedOrder
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.parquet import Parquet
 from fmcv_jax.errors import UserError
-from tests.data.shards import picture, write_parquet
+from tests.data.shards import encoded_image, write_parquet
 
 pytest.importorskip('pyarrow')
 
@@ -25,7 +25,7 @@ def test_rows_are_images_texts_and_labels_with_their_names(tables):
   assert len(source) == 20
   for index in (19, *range(19)):
     assert {**source[index], 'key': ''} == {
-      'image': picture(index)[0],
+      'image': encoded_image(index)[0],
       'label': index % 7,
       'text': f'caption {index}',
       'texts': (f'caption {index}',),
@@ -44,10 +44,10 @@ def test_training_reads_each_row_group_about_once_an_epoch_and_each_row_once(tmp
   read, groups = source._read, []
   monkeypatch.setattr(Parquet, '_read', lambda self, group: groups.append(group) or read(group))
   loader = TrainLoader(Pipeline(source), batch=6, seed=0, fields=('label',))
-  seen = np.concatenate([next(loader)['label'] for _ in range(10)])
+  drawn = np.concatenate([next(loader)['label'] for _ in range(10)])
   loader.close()
-  assert np.bincount(seen).tolist() == np.bincount(np.arange(60) % 7).tolist()
-  assert len(groups) <= 12 + 5  # and those of the next epoch, which is read ahead
+  assert np.bincount(drawn).tolist() == np.bincount(np.arange(60) % 7).tolist()
+  assert len(groups) <= 12 + 5  # and row groups of the next epoch, which is prefetched
   assert 'records=60 window=3' in fingerprint(Pipeline(source), 0)
 
 
@@ -92,12 +92,12 @@ def test_a_flipped_bit_costs_its_row_group_where_pages_have_checksums(tmp_path):
   write_parquet(tmp_path / 'set', 9, files=1, write_page_checksum=True, compression='none', use_dictionary=False)
   (table,) = (tmp_path / 'set').iterdir()
   sound = table.read_bytes()
-  at = sound.index(picture(4)[0]) + 100
+  at = sound.index(encoded_image(4)[0]) + 100
   table.write_bytes(sound[:at] + bytes([sound[at] ^ 4]) + sound[at + 1 :])
   source, bad = Parquet(str(tmp_path / 'set')), []
   for index in range(9):
     try:
-      assert source[index]['image'] == picture(index)[0]
+      assert source[index]['image'] == encoded_image(index)[0]
     except BadRecord as error:
       bad.append((index, str(error)))
   assert [index for index, _ in bad] == [3, 4, 5]

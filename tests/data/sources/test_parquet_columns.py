@@ -12,12 +12,12 @@ from fmcv_jax.data.sources.parquet import Parquet
 from fmcv_jax.data.tokenizers import ClipBpe
 from fmcv_jax.data.transforms import Resize
 from fmcv_jax.errors import UserError
-from tests.data.shards import picture
+from tests.data.shards import encoded_image
 
 pa = pytest.importorskip('pyarrow')
 pq = pytest.importorskip('pyarrow.parquet')
 
-IMAGES = [picture(index)[0] for index in range(3)]
+IMAGES = [encoded_image(index)[0] for index in range(3)]
 STRUCT = pa.struct({'en': pa.string(), 'fr': pa.string()})
 
 
@@ -206,7 +206,7 @@ def test_a_class_that_is_not_whole_missing_or_unknown_is_a_bad_record_and_never_
     unlabelled[0]
 
 
-def test_images_are_bytes_of_any_type_and_paths_are_said_to_hold_no_picture(tmp_path):
+def test_images_are_bytes_of_any_type_and_paths_are_reported_as_not_being_images(tmp_path):
   for name, kind in {'large': pa.large_binary(), 'plain': pa.binary()}.items():
     table(tmp_path / name, img=pa.array(IMAGES, kind))
     assert Parquet(str(tmp_path / name), image='img')[1]['image'] == IMAGES[1]

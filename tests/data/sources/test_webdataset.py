@@ -12,7 +12,7 @@ from fmcv_jax.data.sources import tar
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.webdataset import WebDataset
 from fmcv_jax.errors import UserError
-from tests.data.shards import picture, write_tars
+from tests.data.shards import encoded_image, write_tars
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_samples_are_images_texts_and_labels(tmp_path, kind):
   source = WebDataset(str(tmp_path / 'set'))
   for index, sample in enumerate(samples(source)):
     assert sample == {
-      'image': picture(index)[0],
+      'image': encoded_image(index)[0],
       'text': f'caption {index}',
       'texts': (f'caption {index}',),
       'label': index % 7,
@@ -96,7 +96,7 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(shards, caplog):
   assert old[9]['label'] == 2
   write_tars(shards, 16)
   assert making(WebDataset(str(shards))) == (16, 1)
-  with pytest.raises(BadRecord, match='has changed since its index'):  # of a run that was going on
+  with pytest.raises(BadRecord, match='has changed since its index'):  # of a run in progress
     old[9]
 
 
@@ -135,7 +135,7 @@ def test_a_truncated_shard_is_refused_or_cut_at_its_last_whole_sample(shards, ca
     assert any(f'its first {taken} samples are taken' in message for message in caplog.messages)
 
 
-def test_what_is_no_tar_empty_or_without_images_is_one_clear_line(tmp_path, caplog):
+def test_invalid_empty_and_imageless_tars_are_one_clear_line(tmp_path, caplog):
   def refuse(pattern, path, **options):
     with pytest.raises(UserError, match=pattern) as error:
       len(WebDataset(str(path), **options))

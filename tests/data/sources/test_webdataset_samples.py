@@ -11,9 +11,9 @@ from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.webdataset import WebDataset
 from fmcv_jax.data.tokenizers import ClipBpe
 from fmcv_jax.errors import UserError
-from tests.data.shards import picture
+from tests.data.shards import encoded_image
 
-JPG, PNG = picture(0)[0], picture(1)[0]
+JPG, PNG = encoded_image(0)[0], encoded_image(1)[0]
 
 
 def shard(path, members, **options):
@@ -216,7 +216,7 @@ def test_shards_of_several_splits_are_not_read_as_one(tmp_path):
   assert "split 'extra': none of the 4 files" in refused(str(tmp_path), split='extra')
 
 
-def test_shards_in_subfolders_are_read_and_those_of_splits_are_told_apart(tmp_path):
+def test_shards_in_subfolders_are_read_and_those_of_splits_are_distinguished(tmp_path):
   shard(tmp_path / 'train' / '0.tar', [('0.jpg', JPG), ('0.txt', 'a')])
   assert len(WebDataset(str(tmp_path))) == 1
   shard(tmp_path / 'test' / '0.tar', [('0.jpg', JPG), ('0.txt', 'b')])

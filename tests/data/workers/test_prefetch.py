@@ -141,7 +141,7 @@ def test_workers_end_with_a_killed_parent_and_leave_no_shared_memory(trainer):
   process.kill()
   process.wait()
   assert wait_until(lambda: not alive(workers), 5)
-  assert wait_until(lambda: not shared_memory() & blocks, 20)  # some may be those of tests that run beside this one
+  assert wait_until(lambda: not shared_memory() & blocks, 20)  # some may belong to tests that run at the same time
   process.stderr.close()
 
 
