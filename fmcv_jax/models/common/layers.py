@@ -182,7 +182,7 @@ class Attention(nn.Module):
     if angles is not None:
       query, key = rotate(query, angles), rotate(key, angles)
     y = attention(query, key, value, causal=causal, mask=mask, backend=backend)
-    # For `attention_maps`; no cost unless the caller of `apply` makes them mutable.
+    # For `attention_maps`; no cost unless the caller of `apply` makes 'intermediates' mutable, or passes 'probes'.
     self.sow('intermediates', 'projections', (query, key, value))
     if self.has_variable('probes', 'mixed'):
       y = y + self.get_variable('probes', 'mixed')

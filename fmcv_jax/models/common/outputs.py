@@ -11,7 +11,7 @@ from fmcv_jax.models.common.layers import Dense, dense
 class Features(NamedTuple):
   """Outputs of a network: output [B, out] (of the head, or pooled), pooled [B, D], tokens [B, T, D].
 
-  heads: for a network with two heads, the outputs of the class and distillation tokens, whose mean is `output`.
+  num_heads: for a network with two heads, the outputs of the class and distillation tokens, whose mean is `output`.
   """
 
   output: jax.Array

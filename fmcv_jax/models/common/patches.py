@@ -40,7 +40,7 @@ def patch_features(network: Any, params, images: jax.Array) -> jax.Array:
 
 
 def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.Array:
-  """Indices int32 [B, N] of a random subset of the patches of each image, without repeats; N = round(share * patches)."""
+  """Indices int32 [B, N] of a random subset of patches per image, without repeats; N = round(share * patches)."""
   noise = jax.random.uniform(rng, (batch, patches))
   return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
 
