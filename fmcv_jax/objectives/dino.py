@@ -77,7 +77,7 @@ class SelfDistillation(Objective):
     if self.ibot_loss_weight and not self.network.encoder.mask_token:
       raise ValueError('patch_weight: masked patches need network.encoder.mask_token=True')
     if not 0 <= self.mask_ratio_min_max[0] <= self.mask_ratio_min_max[1] < 1:
-      raise ValueError(f'hidden: expected shares 0 <= low <= high < 1, got {self.mask_ratio_min_max}')
+      raise ValueError(f'mask_ratio_min_max: expected fractions 0 <= low <= high < 1, got {self.mask_ratio_min_max}')
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -114,8 +114,8 @@ class SelfDistillation(Objective):
     if self.ibot_loss_weight:
       masked, picked, valid = self.masks(mask_rng, images)
 
-    def student(views, **hidden):
-      return self.network.apply({'params': params}, views, train=True, rngs={'dropout': dropout_rng}, **hidden)
+    def student(views, **masks):
+      return self.network.apply({'params': params}, views, train=True, rngs={'dropout': dropout_rng}, **masks)
 
     teacher: Any = self.network.apply({'params': extra['teacher']}, large, picked=picked)
     student_large: Any = student(large, masked=masked, picked=picked)

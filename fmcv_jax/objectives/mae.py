@@ -71,8 +71,8 @@ class MaskedAutoencoding(Objective):
   def masked_patches(self, params, extra, batch):
     """bool [B, 1, rows, columns]: True for masked patches."""
     images, side = len(batch['image']), self.network.image_size // self.network.encoder.patch_size
-    hidden = jnp.argsort(self.order(batch['rng'], images), axis=1) >= self.visible
-    return hidden.reshape(images, 1, side, side)
+    masked = jnp.argsort(self.order(batch['rng'], images), axis=1) >= self.visible
+    return masked.reshape(images, 1, side, side)
 
   def outputs(self):
     return {
@@ -122,5 +122,5 @@ def masked_mse(predicted: jax.Array, target: jax.Array, order: jax.Array, visibl
   errors = jnp.square(predicted.astype(jnp.float32) - target).mean(-1)
   # Every image has the same number of masked patches, so their mean is one sum; masking instead of gathering moves
   # nothing between devices.
-  hidden = jnp.argsort(order, axis=1) >= visible
-  return jnp.sum(errors, where=hidden) / (order.shape[0] * (order.shape[1] - visible))
+  masked = jnp.argsort(order, axis=1) >= visible
+  return jnp.sum(errors, where=masked) / (order.shape[0] * (order.shape[1] - visible))
