@@ -12,7 +12,7 @@ from rich.console import Console
 from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import load_config, resolve
-from fmcv_jax.objectives.network_inputs import masked_patches, seen
+from fmcv_jax.objectives.network_inputs import masked_patches, network_inputs
 from fmcv_jax.run import Run
 
 _LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor
@@ -50,7 +50,7 @@ def examples(shown: Run, batch: dict[str, np.ndarray]) -> list[list[np.ndarray]]
   e = shown.experiment
   # That of the first step; see init_state and make_train_step.
   rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(e.seed), 1), 0)
-  views = [np.array(images) for images in seen(e.objective, batch, rng)]
+  views = [np.array(images) for images in network_inputs(e.objective, batch, rng)]
   hidden = masked_patches(e.objective, batch, rng)
   if hidden is not None:
     views[0] = _greyed(views[0], np.asarray(hidden))
