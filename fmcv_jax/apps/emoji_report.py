@@ -43,7 +43,8 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
     or generator.condition_fields != ('tokens',)
   ):
     raise UserError(
-      f'--feature-extractor {extractor}: needs zero_shot evaluators named seen and held_out, and a text-conditional model'
+      f'--feature-extractor {extractor}: needs zero_shot evaluators named seen and held_out, '
+      'and a text-conditional model'
     )
   name_filter = re.compile(getattr(generator.source, 'name_filter', ''))
   folder = pathlib.Path(model) / 'gallery'
@@ -111,7 +112,7 @@ def _with_labels(source: Source, labels: set[int]):
 
 
 def _nearest(source: Source, prompts: list[str], subject: EvaluatedModel, batch: int) -> np.ndarray:
-  """Baseline: for each prompt COLUMNS drawings of `source`, of the nearest other class names in text embedding space."""
+  """Baseline: COLUMNS drawings of `source` per prompt, of the nearest other class names in text embedding space."""
   examples = [source[index] for index in range(len(source))]
   names = [example['text'] for example in examples]
   known = sorted(set(names))

@@ -45,8 +45,8 @@ def run(workdir: str | pathlib.Path) -> None:
   training = spent['input'] + spent['train']
   if training and spent['input'] / training > INPUT_BOUND:
     console.print(
-      f'input-bound: {spent["input"] / training:.0%} of training time is spent waiting for data; increase data.workers or '
-      f'store smaller images',
+      f'input-bound: {spent["input"] / training:.0%} of training time is spent waiting for data; increase '
+      f'data.workers or store smaller images',
       highlight=False,
     )
 

@@ -213,7 +213,7 @@ def test_stand_ins_are_the_same_after_a_restart_and_on_other_processes():
 
 
 def test_a_source_of_bad_records_only_stops_at_once():
-  with pytest.raises(UserError, match=r'10 records in a row cannot be read; the first, counting/.: is bad'):
+  with pytest.raises(UserError, match=r'10 consecutive records could not be read; the first, counting/.: is bad'):
     TrainLoader(Pipeline(Counting(10, bad=tuple(range(10)))), batch=2, seed=0, fields=('label',))
 
 
