@@ -181,8 +181,8 @@ def _agreed(folder: pathlib.Path, target: pathlib.Path, plan: PackingPlan) -> Pa
   if different := [key for key in now if key != 'shards' and begun[key] != now[key]]:
     key = different[0]
     raise UserError(
-      f'--to {target}: was started from different data ({key} was {begun[key]!r}, now {now[key]!r}); choose another folder, '
-      f'or remove {folder}'
+      f'--to {target}: was started from different data ({key} was {begun[key]!r}, now {now[key]!r}); choose another '
+      f'folder, or remove {folder}'
     )
   return dataclasses.replace(plan, shards=begun['shards'])
 

@@ -21,7 +21,7 @@ _ORIENTATION = 0x0112
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """Height and width as stored; `orientation` by EXIF or XMP, 1 for upright; `frame` is the offset of the SOF marker."""
+  """Stored height and width; `orientation` by EXIF or XMP, 1 for upright; `frame` is the offset of the SOF marker."""
 
   height: int
   width: int

@@ -1,4 +1,4 @@
-"""Crops in C are the bytes that packages make of any lazy_image; machines without a compiler lack nothing but speed."""
+"""Crops in C are the bytes that packages make of any image; machines without a compiler lack nothing but speed."""
 
 import os
 import pathlib
