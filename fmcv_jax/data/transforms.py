@@ -15,7 +15,7 @@ from fmcv_jax.data.images.resize import FILTERS, Interpolation
 
 
 class ImageTransform(abc.ABC):
-  """Maps an image to a square of a fixed `size`. Frozen and picklable; randomness comes from the given generator only."""
+  """Maps an image to a square of a fixed `size`. Frozen and picklable; draws only from the given generator."""
 
   size: int
 
