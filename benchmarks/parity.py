@@ -48,7 +48,7 @@ Apply = Callable[..., Any]
 
 
 class Case(NamedTuple):
-  """A model to compare: theirs(model, dtype) and ours(apply, run, params, extra) return the same outputs, channels last."""
+  """A model to compare: theirs(model, dtype) and ours(apply, run, params, extra) return outputs, channels last."""
 
   family: str
   size: str
@@ -72,17 +72,17 @@ def last(x: torch.Tensor) -> torch.Tensor:
   return x.permute(0, 2, 3, 1)
 
 
-def encoder(family: str, size: str, config: Any, model: Any, output: str = 'logits') -> Case:
-  """An image encoder; compares logits, or with output='token' the class token."""
+def encoder(family: str, size: str, config: Any, model: Any, compared: str = 'logits') -> Case:
+  """An image encoder; compares logits, or with compared='token' the class token."""
   x = images(config.image_size)
 
   def theirs(model, dtype):
     output = model(to_torch(x, dtype))
-    return [output.logits if output == 'logits' else output.last_hidden_state[:, 0]]
+    return [output.logits if compared == 'logits' else output.last_hidden_state[:, 0]]
 
   def ours(apply, run, params, extra):
     output = apply(run.experiment.objective.network, params, x)
-    return [output.output if output == 'logits' else output.pooled]
+    return [output.output if compared == 'logits' else output.pooled]
 
   return Case(family, size, lambda: model(config), theirs, ours)
 
