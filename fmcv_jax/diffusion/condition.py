@@ -12,8 +12,8 @@ Keys used in this package; external networks may define others:
   second_time    float [B], a second time, for networks that predict the step between two times
 
 A network lists its keys in `condition_keys`. Keys that are batch fields of the same name, such as `action` of a world
-model, are also listed in `condition_shapes` (key -> jax.ShapeDtypeStruct of one example). Its `never_dropped`, if it has
-one, lists further keys that classifier-free guidance does not drop, such as the past frames of a world model.
+model, are also listed in `condition_shapes` (key -> jax.ShapeDtypeStruct of one example). Its `never_dropped`, if it
+has one, lists further keys that classifier-free guidance does not drop, such as the past frames of a world model.
 """
 
 from collections.abc import Mapping

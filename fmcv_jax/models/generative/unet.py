@@ -350,7 +350,9 @@ def unet(
     raise ValueError(f'block_out_channels: {block_out_channels} must be multiples of 32, or of 4 below 128')
   num_heads = num_heads or tuple(size.num_heads or w // size.head_dim for w in block_out_channels)
   if len(num_heads) != len(block_out_channels):
-    raise ValueError(f'num_heads: {num_heads} must have one entry per level of block_out_channels, {block_out_channels}')
+    raise ValueError(
+      f'num_heads: {num_heads} must have one entry per level of block_out_channels, {block_out_channels}'
+    )
   if any(w % h for w, h in zip(block_out_channels, num_heads, strict=True)):
     raise ValueError(f'block_out_channels: {block_out_channels} are not divisible by {num_heads} heads')
   config = UNetConfig(
