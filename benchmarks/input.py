@@ -1,10 +1,10 @@
-"""The table of docs/data.md: 500 x 375 JPEGs to random-resized crops of 224 pixels, images a second of one core.
+"""The table of docs/data.md: 500 x 375 JPEGs to random-resized crops of 224 pixels, images per second and core.
 
     python -m venv peers && peers/bin/pip install tensorflow-cpu torch torchvision webdataset pillow
     python benchmarks/input.py --peers peers/bin/python
 
-Contestants take turns, each in a process of its own; counted is the CPU time of all its threads, so that neighbors on
-the machine do not matter. The pictures are cuts of scikit-learn's two photographs.
+The libraries run in turn, each in a process of its own. Measured is the CPU time of all threads, so that other load on
+the machine does not matter. The images are crops of the two photographs of scikit-learn.
 """
 
 import argparse
@@ -28,7 +28,7 @@ WARM, COUNTED = 4, 24  # batches
 
 
 def write_files(folder: pathlib.Path, quality: int) -> float:
-  """FILES pictures as files and as one tar; returns their mean size in bytes."""
+  """Writes FILES images as files and as one tar; returns their mean size in bytes."""
   from sklearn.datasets import load_sample_images
 
   photos = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -155,7 +155,7 @@ def tf_data_antialiased(folder: pathlib.Path):
   return tf_data(folder, antialias=True)
 
 
-CONTESTANTS = {
+LIBRARIES = {
   'fmcv, bilinear': ours,
   'fmcv, bicubic': ours_bicubic,
   'fmcv without a C compiler, bilinear': ours_by_packages,
@@ -169,8 +169,8 @@ CONTESTANTS = {
 
 
 def measure(name: str, folder: pathlib.Path) -> float:
-  """Images a second of CPU time."""
-  batches = CONTESTANTS[name](folder)
+  """Images per second of CPU time."""
+  batches = LIBRARIES[name](folder)
   for _ in range(WARM):
     next(batches)
   start = time.process_time()
@@ -183,7 +183,7 @@ def main() -> None:
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument('--peers', metavar='PYTHON', help='interpreter that has tensorflow, torch and webdataset')
   flags.add_argument('--rounds', type=int, default=5)
-  flags.add_argument('--quality', type=int, default=90, help='of the JPEGs')
+  flags.add_argument('--quality', type=int, default=90, help='JPEG quality (default: 90)')
   flags.add_argument('--one', nargs=2, metavar=('NAME', 'FOLDER'), help=argparse.SUPPRESS)
   args = flags.parse_args()
   if args.one:
@@ -191,19 +191,19 @@ def main() -> None:
     return
   with tempfile.TemporaryDirectory() as folder:
     mean = write_files(pathlib.Path(folder), args.quality)
-    figures: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    rates: dict[str, list[float]] = {name: [] for name in LIBRARIES}
     for _ in range(args.rounds):
-      for name, taken in figures.items():
+      for name, measured in rates.items():
         python = sys.executable if name.startswith('fmcv') else args.peers
         if python:
           command = [python, __file__, '--one', name, folder]
           run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-          taken.append(float(run.stdout.split()[-1]))
-          print(f'{name}: {taken[-1]:,.0f}', file=sys.stderr, flush=True)
-  print(f'{args.rounds} rounds, files of {mean / 1000:.0f} kB, images a second of one core: median (least, most)')
-  for name, taken in figures.items():
-    if taken:
-      print(f'| {name} | {statistics.median(taken):,.0f} | {min(taken):,.0f} to {max(taken):,.0f} |')
+          measured.append(float(run.stdout.split()[-1]))
+          print(f'{name}: {measured[-1]:,.0f}', file=sys.stderr, flush=True)
+  print(f'{args.rounds} rounds, files of {mean / 1000:.0f} kB, images per second and core: median (min to max)')
+  for name, measured in rates.items():
+    if measured:
+      print(f'| {name} | {statistics.median(measured):,.0f} | {min(measured):,.0f} to {max(measured):,.0f} |')
 
 
 if __name__ == '__main__':

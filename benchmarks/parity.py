@@ -1,10 +1,10 @@
-"""Published families against their reference implementations: random weights of the real sizes, in and out.
+"""Numerical parity of published families with their reference implementations: random weights, real sizes.
 
     pip install -e '.[parity]'; python benchmarks/parity.py [FAMILY ...] [--json FILE]
 
-For each: the largest difference of outputs in float32, and of what every linear layer, convolution and norm says, as
-a part of its largest number (layers find each other by their weights); the difference of our bfloat16 and of the
-reference's own bfloat16 from its float32; whether what comes out went in.
+For each case: the largest difference of outputs in float32; the largest difference of the output of any linear layer,
+convolution or norm, relative to its maximum (layers are matched by their weights); the differences of our bfloat16 and
+of the reference's bfloat16 outputs from its float32 outputs; and whether the exported weights equal the imported ones.
 """
 
 import argparse
@@ -40,15 +40,15 @@ from fmcv_jax.pretrained.tensors import open_tensors
 from fmcv_jax.run import Run
 
 RNG = np.random.default_rng(0)
-COPIES = re.compile(r'(?<=transformer_blocks\.)\d+(?=\.norm1\.emb)')  # of one thing in DiT, which stay equal
+COPIES = re.compile(r'(?<=transformer_blocks\.)\d+(?=\.norm1\.emb)')  # copies of one embedding in DiT, which stay equal
 LAYERS = (Dense, nn.Conv, nn.LayerNorm, nn.GroupNorm)
 
-# A network of ours applied to inputs: (network, its parameters, inputs..., options of `apply`) -> what it says.
+# Applies a network of ours: (network, parameters, inputs..., options of `apply`) -> output.
 Apply = Callable[..., Any]
 
 
 class Case(NamedTuple):
-  """theirs(model, dtype) and ours(apply, run, params, extra) give outputs in the same order, channels last."""
+  """A model to compare: theirs(model, dtype) and ours(apply, run, params, extra) return outputs, channels last."""
 
   family: str
   size: str
@@ -56,7 +56,7 @@ class Case(NamedTuple):
   theirs: Callable[[Any, torch.dtype], list[torch.Tensor]]
   ours: Callable[[Apply, Run, Any, Any], list[jax.Array]]
   overrides: tuple[str, ...] = ()
-  beside: Callable[[], dict[str, Any]] = dict  # further networks of the folder, each below its name
+  companions: Callable[[], dict[str, Any]] = dict  # subfolder -> further network of the pipeline
 
 
 def images(size: int, channels: int = 3) -> np.ndarray:
@@ -68,21 +68,21 @@ def to_torch(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def last(x: torch.Tensor) -> torch.Tensor:
-  """[B, C, H, W] with the channels last, as ours."""
+  """[B, C, H, W] -> [B, H, W, C]."""
   return x.permute(0, 2, 3, 1)
 
 
-def encoder(family: str, size: str, config: Any, model: Any, output: str = 'logits') -> Case:
-  """A network of images; `output` of theirs is compared with what ours calls so, or with its pooled token."""
+def encoder(family: str, size: str, config: Any, model: Any, compared: str = 'logits') -> Case:
+  """An image encoder; compares logits, or with compared='token' the class token."""
   x = images(config.image_size)
 
   def theirs(model, dtype):
-    said = model(to_torch(x, dtype))
-    return [said.logits if output == 'logits' else said.last_hidden_state[:, 0]]
+    output = model(to_torch(x, dtype))
+    return [output.logits if compared == 'logits' else output.last_hidden_state[:, 0]]
 
   def ours(apply, run, params, extra):
-    said = apply(run.experiment.objective.network, params, x)
-    return [said.output if output == 'logits' else said.pooled]
+    output = apply(run.experiment.objective.network, params, x)
+    return [output.output if compared == 'logits' else output.pooled]
 
   return Case(family, size, lambda: model(config), theirs, ours)
 
@@ -93,12 +93,12 @@ def pair(family: str, size: str, config: Any, model: Any) -> Case:
   tokens[:, -1] = text.vocab_size - 1
 
   def theirs(model, dtype):
-    said = model(input_ids=torch.from_numpy(tokens), pixel_values=to_torch(x, dtype))
-    return [said.image_embeds, said.text_embeds]
+    output = model(input_ids=torch.from_numpy(tokens), pixel_values=to_torch(x, dtype))
+    return [output.image_embeds, output.text_embeds]
 
   def ours(apply, run, params, extra):
-    said = apply(run.experiment.objective.network, params, x, jnp.asarray(tokens))
-    return [said.image, said.text]
+    output = apply(run.experiment.objective.network, params, x, jnp.asarray(tokens))
+    return [output.image, output.text]
 
   return Case(family, size, lambda: model(config), theirs, ours)
 
@@ -151,14 +151,14 @@ def coder(size: str = 'kl-f8', widths: tuple[int, ...] = (128, 256, 512, 512), *
 
 
 def parts(act: str, **text: Any) -> dict[str, Any]:
-  """What stands beside a UNet in Stable Diffusion."""
+  """The other networks of Stable Diffusion: VAE and text encoder."""
   tokens = {'vocab_size': 49_408, 'max_position_embeddings': 77, 'eos_token_id': 49_407, 'bos_token_id': 49_406}
   config = transformers.CLIPTextConfig(**tokens, hidden_act=act, **text)
   return {'vae': coder().build(), 'text_encoder': transformers.CLIPTextModel(config)}
 
 
 def denoiser(family: str, size: str = 'UNet', channels: int = 4) -> Case:
-  """All parts of Stable Diffusion go in and out; outputs are those of the UNet."""
+  """Stable Diffusion: all networks are imported and exported, the outputs of the UNet are compared."""
   second = family == 'sd2'
   context = 1024 if second else 768
   config = {
@@ -171,37 +171,37 @@ def denoiser(family: str, size: str = 'UNet', channels: int = 4) -> Case:
   x, words, time = images(32, channels), RNG.normal(size=(2, 77, context)).astype(np.float32), np.array([7, 900])
 
   def theirs(model, dtype):
-    said = model(to_torch(x, dtype), torch.from_numpy(time), torch.from_numpy(words).to(dtype)).sample
-    return [last(said)]
+    output = model(to_torch(x, dtype), torch.from_numpy(time), torch.from_numpy(words).to(dtype)).sample
+    return [last(output)]
 
   def ours(apply, run, params, extra):
-    told = make_condition(text=jnp.asarray(words), image=jnp.asarray(x[..., 4:]) if channels > 4 else None)
-    return [apply(run.experiment.objective.network, params['network'], x[..., :4], jnp.asarray(time), told)]
+    condition = make_condition(text=jnp.asarray(words), image=jnp.asarray(x[..., 4:]) if channels > 4 else None)
+    return [apply(run.experiment.objective.network, params['network'], x[..., :4], jnp.asarray(time), condition)]
 
-  def beside():
+  def companions():
     if not second:
       return parts('quick_gelu', hidden_size=768, num_attention_heads=12, intermediate_size=3072)
     return parts('gelu', hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=23)
 
-  return Case(family, size, lambda: diffusers.UNet2DConditionModel(**config), theirs, ours, (), beside)
+  return Case(family, size, lambda: diffusers.UNet2DConditionModel(**config), theirs, ours, (), companions)
 
 
-def steering(family: str, **config: Any) -> Case:
-  """A ControlNet alone; what it steers is given in a workdir beside it."""
+def control_network(family: str, **config: Any) -> Case:
+  """A ControlNet; its Stable Diffusion is loaded from the workdir of another case."""
   config = {'block_out_channels': (320, 640, 1280, 1280), **config}
   context = config['cross_attention_dim']
   x, words, time = images(32, 4), RNG.normal(size=(2, 77, context)).astype(np.float32), np.array([7, 900])
   hint = RNG.uniform(size=(2, 256, 256, 3)).astype(np.float32)
 
   def theirs(model, dtype):
-    told = torch.from_numpy(words).to(dtype), to_torch(hint, dtype)
-    down, middle = model(to_torch(x, dtype), torch.from_numpy(time), *told, return_dict=False)
+    condition = torch.from_numpy(words).to(dtype), to_torch(hint, dtype)
+    down, middle = model(to_torch(x, dtype), torch.from_numpy(time), *condition, return_dict=False)
     return [last(part) for part in (*down, middle)]
 
   def ours(apply, run, params, extra):
     network = controlnet(run.experiment.objective.network, 8)
-    told = make_condition(text=jnp.asarray(words), control=jnp.asarray(hint))
-    down, middle = apply(network, params['control'], x, jnp.asarray(time), told)
+    condition = make_condition(text=jnp.asarray(words), control=jnp.asarray(hint))
+    down, middle = apply(network, params['control'], x, jnp.asarray(time), condition)
     return [*down, middle]
 
   given = {'network': 'params/network', 'autoencoder': 'extra/autoencoder', 'text': 'extra/text'}
@@ -218,16 +218,16 @@ def class_denoiser(size: str, heads: int, layers: int) -> Case:
     model = diffusers.DiTTransformer2DModel(**config)
     first = model.transformer_blocks[0].norm1.emb.state_dict()
     for block in model.transformer_blocks:
-      block.norm1.emb.load_state_dict(first)  # in published files every block has a copy
-      block.norm1.emb.time_proj.downscale_freq_shift = 0  # as in the original, with which the weights were learnt
+      block.norm1.emb.load_state_dict(first)  # published files have a copy in every block
+      block.norm1.emb.time_proj.downscale_freq_shift = 0  # as in the original code, with which the weights were trained
     return model
 
   def theirs(model, dtype):
     return [last(model(to_torch(x, dtype), torch.from_numpy(time), torch.from_numpy(label)).sample)]
 
   def ours(apply, run, params, extra):
-    told = make_condition(label=jnp.asarray(label))
-    return [apply(run.experiment.objective.network, params['network'], x, jnp.asarray(time), told)]
+    condition = make_condition(label=jnp.asarray(label))
+    return [apply(run.experiment.objective.network, params['network'], x, jnp.asarray(time), condition)]
 
   return Case('dit', size, build, theirs, ours, ('objective.latent_space.autoencoder=None',))
 
@@ -280,26 +280,26 @@ def cases() -> list[Case]:
     denoiser('sd1'),
     denoiser('sd1', 'inpainting', 9),
     denoiser('sd2'),
-    steering('controlnet_sd1', **first),
-    steering('controlnet_sd2', **second),
+    control_network('controlnet_sd1', **first),
+    control_network('controlnet_sd2', **second),
   ]
 
 
 def differences(case: Case, root: pathlib.Path) -> dict[str, Any]:
-  """A row of the table: how far outputs, layers, bfloat16 and what is exported are from the reference's."""
+  """A row of the table: differences of outputs, layers, bfloat16 and exported weights from the reference."""
   folder = root / case.family / re.sub(r'\W+', '-', case.size)
   torch.manual_seed(0)
-  several = case.beside()
+  several = case.companions()
   model = case.build().eval()
   with torch.no_grad():
     for name, parameter in model.named_parameters():
-      if parameter.ndim < 2 or not parameter.any():  # what begins as ones or zeros: norms, biases, places, a gate
+      if parameter.ndim < 2 or not parameter.any():  # initialized to ones or zeros: norms, biases, positions, a gate
         torch.manual_seed(zlib.crc32(COPIES.sub('', name).encode()))
         parameter += 0.1 * torch.randn(parameter.shape)
     save(model, folder / 'theirs' / ('unet' if several else ''))
     for name, part in several.items():
       save(part, folder / 'theirs' / name)
-    with heard(model) as layers:
+    with recorded(model) as layers:
       true = case.theirs(model, torch.float32)
     half = case.theirs(model.to(torch.bfloat16), torch.bfloat16)
   del model, several
@@ -307,12 +307,12 @@ def differences(case: Case, root: pathlib.Path) -> dict[str, Any]:
   overrides = [field.replace('BASE', str(base)) for field in case.overrides]
   import_checkpoint(str(folder / 'theirs'), str(folder / 'ours'), case.family, overrides)
   found: dict[str, Any] = {'scale': max(float(x.abs().max()) for x in true), 'theirs': largest(half, true)}
-  own, ours = said(case, Run.reopen(folder / 'ours'), listen=True)
+  own, ours = computed(case, Run.reopen(folder / 'ours'), record=True)
   found['float32'] = largest(own, true)
   found['layers'], found['of'] = worst(ours, layers)
   del own, ours, layers
   narrow = tuple(f'{path}=bfloat16' for path in dtypes_of(folder / 'ours'))
-  found['bfloat16'] = largest(said(case, Run.reopen(folder / 'ours', narrow))[0], true)
+  found['bfloat16'] = largest(computed(case, Run.reopen(folder / 'ours', narrow))[0], true)
   folder_of_parts = (folder / 'theirs' / 'unet').is_dir()
   out = folder / 'out' / ('' if folder_of_parts else 'model.safetensors')
   export_checkpoint(str(folder / 'ours'), str(out), 'transformers' if case.family in HUB else 'diffusers')
@@ -324,8 +324,8 @@ def differences(case: Case, root: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def said(case: Case, run: Run, *, listen: bool = False) -> tuple[list[jax.Array], dict[int, jax.Array]]:
-  """Our outputs and, if asked, what every layer with a weight says, by the weight's fingerprint."""
+def computed(case: Case, run: Run, *, record: bool = False) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+  """Our outputs and, if `record`, the output of every layer with a weight, by the fingerprint of the weight."""
   subject, _ = run.restored_model()
   capture = {'capture_intermediates': lambda module, _: isinstance(module, LAYERS), 'mutable': ['intermediates']}
 
@@ -334,7 +334,7 @@ def said(case: Case, run: Run, *, listen: bool = False) -> tuple[list[jax.Array]
     calls = []
 
     def apply(network, own, *inputs, **options):
-      if not listen:
+      if not record:
         return network.apply({'params': own}, *inputs, **options)
       output, more = network.apply({'params': own}, *inputs, **capture, **options)
       calls.append((own, more['intermediates']))
@@ -366,43 +366,43 @@ def layers_in(tree: Any, path: str = '') -> Iterator[tuple[str, tuple[jax.Array,
 
 
 @contextlib.contextmanager
-def heard(model: Any) -> Iterator[dict[int, torch.Tensor]]:
-  """What every layer of theirs with a weight says while this is open, by the weight's fingerprint."""
+def recorded(model: Any) -> Iterator[dict[int, torch.Tensor]]:
+  """Records the output of every layer of theirs with a weight, by the fingerprint of the weight."""
   found, handles = {}, []
 
-  def listen(module, _, output):
+  def record(module, _, output):
     if isinstance(output, torch.Tensor):
       spatial = isinstance(module, torch.nn.Conv2d | torch.nn.GroupNorm)
       found.setdefault(fingerprint(module.weight.numpy()), output.movedim(1, -1) if spatial else output)
 
   for module in model.modules():
     if getattr(module, 'weight', None) is not None and module.weight.dtype == torch.float32:
-      handles.append(module.register_forward_hook(listen))
+      handles.append(module.register_forward_hook(record))
   yield found
   for handle in handles:
     handle.remove()
 
 
 def fingerprint(weight: np.ndarray) -> int:
-  """The same for an array in any order of its axes, as layouts have them, and for no other array here."""
+  """A hash of the values that does not depend on the order of axes, in which layouts differ."""
   bits = np.ascontiguousarray(weight).view(np.uint32).astype(np.uint64)
   return int((bits * (bits >> np.uint64(7))).sum())  # wraps around
 
 
 def worst(ours: dict[int, jax.Array], theirs: dict[int, torch.Tensor]) -> tuple[float, int]:
-  """The largest difference of a layer, as a part of the largest number it says, and how many were compared."""
-  shares = []
+  """The largest difference of a layer output relative to its maximum, and the number of layers compared."""
+  ratios = []
   for key in ours.keys() & theirs.keys():
     one, other = np.asarray(ours[key]), theirs[key].numpy()
-    if one.size != other.size:  # CLIP's last norm: theirs sees the class token alone
+    if one.size != other.size:  # CLIP's last norm: theirs reads only the class token
       one = one[:, 0]
     one, other = one.ravel(), other.ravel()
-    shares.append(float(np.abs(one - other).max() / np.abs(other).max()))
-  return max(shares), len(shares)
+    ratios.append(float(np.abs(one - other).max() / np.abs(other).max()))
+  return max(ratios), len(ratios)
 
 
 def save(model: Any, folder: pathlib.Path) -> None:
-  """As published: transformers 5 writes two names otherwise than the hub has them."""
+  """Saves as published: two names that transformers 5 writes differ from those on the hub."""
   model.save_pretrained(folder)
   file = next(folder.glob('*.safetensors'))
   arrays = {name.replace('decoder_encoder.layer', 'decoder_layers'): x for name, x in load_file(file).items()}
@@ -419,7 +419,7 @@ def largest(own: Any, theirs: list[torch.Tensor]) -> float:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
-    'families', nargs='*', help='or dit:XL/2; controlnet_sd1 stands on sd1:UNet, controlnet_sd2 on sd2'
+    'families', nargs='*', help='such as dit or dit:XL/2; controlnet_sd1 also needs sd1:UNet, controlnet_sd2 needs sd2'
   )
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
@@ -440,7 +440,7 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=2) + '\n')
   Console(width=120).print(table)
   if not all(holds(row) for row in rows):
-    raise SystemExit('a difference is larger than 1e-4 of the output, or an export is not what was imported')
+    raise SystemExit('a difference exceeds 1e-4 of the output, or an export differs from the import')
 
 
 def holds(row: dict[str, Any]) -> bool:

@@ -1,11 +1,11 @@
-"""The table of docs/generation.md: DDIM steps of a DiT-S/2 on the CPU, beside diffusers' loop with the same weights.
+"""The table of docs/generation.md: DDIM steps of a DiT-S/2 on the CPU, compared with diffusers with the same weights.
 
     pip install torch diffusers
-    GLIBC_TUNABLES=... taskset -c 0 python benchmarks/sampling.py    # the Makefile's, by which XLA keeps its memory
+    GLIBC_TUNABLES=... taskset -c 0 python benchmarks/sampling.py    # as in the Makefile, so that XLA keeps its memory
 
-Both paint the same pictures from the same noise, in turns, in one process, here on one core. Given are seconds
-by the clock and, since neighbors on the machine do not count there, of CPU time. The sampler's own share is that of
-the same program around a network that does next to nothing.
+Both generate the same images from the same noise, in turn, in one process, here on one core. Reported are wall time
+and CPU time, which does not depend on other load on the machine. The overhead of the sampler is measured with a trivial
+network.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PROCESS = Process('linear', 'noise')
 
 
 def reference() -> diffusers.DiTTransformer2DModel:
-  """DiT-S/2 with random weights, none of them as they are born: zero gates would leave the blocks nothing to say."""
+  """DiT-S/2 with random weights, also where it is initialized with zeros: zero gates would disable the blocks."""
   torch.manual_seed(0)
   model = diffusers.DiTTransformer2DModel(
     num_attention_heads=6,
@@ -55,14 +55,14 @@ def reference() -> diffusers.DiTTransformer2DModel:
     for parameter in model.parameters():
       parameter += 0.02 * torch.randn(parameter.shape)
     for block in model.transformer_blocks:
-      # As the authors' DiT: one embedding of time and class, which diffusers stores and computes in every block, and
-      # frequencies that end before 1 / 10,000.
+      # As in the original DiT: a single embedding of time and class, which diffusers stores and computes in every
+      # block, and frequencies above 1 / 10,000.
       block.norm1.emb.load_state_dict(first.state_dict())
       block.norm1.emb.time_proj.downscale_freq_shift = 0
   return model.eval()
 
 
-def adopted(model: torch.nn.Module, network: DiT, shapes: dict) -> dict:
+def converted(model: torch.nn.Module, network: DiT, shapes: dict) -> dict:
   tensors = {name: x.numpy() for name, x in model.state_dict().items()}
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / 'dit.safetensors'
@@ -102,7 +102,7 @@ def main() -> None:
   model, network = reference(), dit('S/2', image_size=SIZE, num_classes=CLASSES)
   inputs = jnp.zeros((1, SIZE, SIZE, CHANNELS)), jnp.zeros(1), make_condition(label=jnp.zeros(1, jnp.int32))
   shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)['params']
-  params = adopted(model, network, {'network': shapes})['network']
+  params = converted(model, network, {'network': shapes})['network']
   times = sampling_timesteps(PROCESS, args.steps)
 
   def sampled(params, noise, label):
@@ -114,30 +114,30 @@ def main() -> None:
   def alone(params, noise, label):
     return sample(lambda x, time: 0.5 * x, PROCESS, noise, times, solver=Ddim())
 
-  table = Table(title=f'{args.steps} steps of DiT-S/2, float32, median of {args.rounds}: seconds (of CPU)')
-  for heading in ('batch', 'diffusers', 'fmcv_jax', 'faster', 'pixels apart', "sampler's own"):
+  table = Table(title=f'{args.steps} steps of DiT-S/2, float32, median of {args.rounds}: wall (CPU) seconds')
+  for heading in ('batch', 'diffusers', 'fmcv_jax', 'speedup', 'difference', 'sampler overhead'):
     table.add_column(heading, justify='right')
   for batch in args.batches:
     draws = np.random.default_rng(batch)
     noise = draws.normal(size=(batch, SIZE, SIZE, CHANNELS)).astype(np.float32)
     label = draws.integers(0, CLASSES, batch).astype(np.int32)
-    contestants = {
+    programs = {
       'theirs': lambda noise=noise, label=label: theirs(model, noise, label, args.steps),
       'ours': functools.partial(jax.jit(sampled).lower(params, noise, label).compile(), params, noise, label),
       'alone': functools.partial(jax.jit(alone).lower(params, noise, label).compile(), params, noise, label),
     }
     theirs(model, noise, label, 1)  # warms up
-    runs: dict[str, list] = {name: [] for name in contestants}
+    runs: dict[str, list] = {name: [] for name in programs}
     for _ in range(args.rounds):
-      for name, call in contestants.items():
+      for name, call in programs.items():
         runs[name].append(timed(call))
     clock, cpu = ({name: statistics.median(run[i] for run in found) for name, found in runs.items()} for i in range(2))
-    apart = np.abs(runs['ours'][0][2] - runs['theirs'][0][2]).max() / np.abs(runs['theirs'][0][2]).max()
+    difference = np.abs(runs['ours'][0][2] - runs['theirs'][0][2]).max() / np.abs(runs['theirs'][0][2]).max()
     table.add_row(
       str(batch),
       *(f'{clock[name]:.2f} ({cpu[name]:.2f})' for name in ('theirs', 'ours')),
       f'{clock["theirs"] / clock["ours"]:.2f}x ({cpu["theirs"] / cpu["ours"]:.2f}x)',
-      f'{apart:.1e} of the largest',
+      f'{difference:.1e} of the maximum',
       f'{clock["alone"] / clock["ours"]:.2%} ({cpu["alone"] / cpu["ours"]:.2%})',
     )
   Console(width=120).print(table)

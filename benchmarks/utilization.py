@@ -1,7 +1,7 @@
-"""The tables of docs/plan.md on how well a chip is used, by the TPU compiler's cycles.
+"""The utilization tables of docs/plan.md, from cycle estimates of the TPU compiler.
 
 python benchmarks/utilization.py pods     # whole steps on pods
-python benchmarks/utilization.py depth    # layers side by side or in a loop, and what they take to compile
+python benchmarks/utilization.py depth    # unrolled and scanned layers, with compile times
 """
 
 import argparse
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fmcv_jax.plan import planning
 
-# Nothing but the step: what a peer's plain recipe does as well.
+# The plain train step, as in the recipes of other libraries.
 PLAIN = ('train.ema_decay=None', 'objective.augment=()', 'objective.mixup=0', 'objective.cutmix=0')
 PLAIN += ('objective.network.drop_path=0', 'train.batch_size=1024')
 MESHES = {'data': ('mesh.data=-1', 'mesh.fsdp=1'), 'fsdp': ('mesh.data=1', 'mesh.fsdp=-1')}
@@ -25,14 +25,14 @@ PODS = [
 ]
 PODS += [
   ('SigLIP B/16, data', 'configs/siglip_b16.py', 'v5e:4x4', PAIRS),
-  ('SigLIP B/16, data, nothing computed again', 'configs/siglip_b16.py', 'v5p:4x4x4', (*PAIRS, *UNSAVED)),
+  ('SigLIP B/16, data, no rematerialization', 'configs/siglip_b16.py', 'v5p:4x4x4', (*PAIRS, *UNSAVED)),
 ]
 
 
 def depth(layers: int, unroll: int, remat: str) -> tuple[str, str, str, tuple[str, ...]]:
   network = {'depth': layers, 'unroll': unroll, 'remat': remat}
   overrides = (f'objective.network.{name}={value}' for name, value in network.items())
-  label = f'{layers} layers, {"side by side" if unroll == layers else "in a loop"}, remat={remat}'
+  label = f'{layers} layers, {"unrolled" if unroll == layers else "scanned"}, remat={remat}'
   return label, 'configs/vit_i1k.py:B/16', 'v5e:4x4', (*PLAIN, 'train.batch_size=256', *MESHES['data'], *overrides)
 
 
@@ -44,7 +44,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('table', choices=('pods', 'depth'))
   console = Console(width=160)
-  console.print('| step | pod | batch | estimate | utilization | HBM of a chip | model/executed | CPU s to compile |')
+  console.print('| step | pod | batch | estimate | utilization | HBM per chip | model/executed | CPU s to compile |')
   for label, config, topology, overrides in PODS if parser.parse_args().table == 'pods' else DEPTHS:
     start = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     plan = planning.make(config, overrides, topology)

@@ -218,10 +218,7 @@ def parser() -> argparse.ArgumentParser:
     help='timm, open_clip, transformers, diffusers, or an original layout: official, dit, compvis, augreg, big_vision',
   )
   sub.add_argument(
-    '--to',
-    required=True,
-    metavar='FILE',
-    help='.safetensors or .npz file, or a folder that the library opens',
+    '--to', required=True, metavar='FILE', help='.safetensors or .npz file, or a folder that the library opens'
   )
   sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
   add(report, 'Summarize a run: time breakdown, restarts and loss curve.', fields=False)
@@ -297,11 +294,7 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--shards', type=int, metavar='N', help='number of files (default: half a GiB each)')
   sub.add_argument('--workers', type=int, metavar='N', help='worker processes (default: one per core)')
   sub.add_argument(
-    '--max-bad',
-    type=float,
-    default=0.01,
-    metavar='FRACTION',
-    help='maximum fraction of unreadable records (default: 0.01)',
+    '--max-bad', type=float, default=0.01, metavar='X', help='maximum fraction of unreadable records (default: 0.01)'
   )
   sub = add(precompute, 'Precompute latents, embeddings or other outputs for every record.', workdir=False)
   sub.add_argument('name', nargs='+', metavar='NAME', help='output name: latents, features, embed_image, ...')
@@ -335,7 +328,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _keep_compiled() -> None:
-  """Programs that take a second or more to compile are kept in the cache, where the next start finds them."""
+  """Enables JAX's persistent compilation cache, for programs that take a second or more to compile."""
   import jax
 
   from fmcv_jax.data.storage import cache_folder
@@ -346,12 +339,12 @@ def _keep_compiled() -> None:
 
 @contextlib.contextmanager
 def _suppress_tensorstore_shutdown_errors() -> Iterator[None]:
-  """Once a write has failed, threads of tensorstore find the event loop of the others closed, and each says so."""
+  """Silences 'Event loop is closed', which every tensorstore thread reports after a failed write."""
   usual = sys.unraisablehook
 
-  def hook(told):
-    if told.exc_type is not RuntimeError or str(told.exc_value) != 'Event loop is closed':
-      usual(told)
+  def hook(unraisable):
+    if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != 'Event loop is closed':
+      usual(unraisable)
 
   sys.unraisablehook = hook
   try:
@@ -361,9 +354,9 @@ def _suppress_tensorstore_shutdown_errors() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; returns the exit status: 0 done, 2 a user's error, 75 stopped and saved."""
+  """Runs one command; returns the exit status: 0 success, 2 user error, 75 preempted after saving."""
   argv = list(sys.argv[1:] if argv is None else argv)
-  # Taken out first: argparse takes an argument with a space in it, such as a dict, for a value of the option before it.
+  # Removed first: argparse takes an argument that contains a space, such as a dict, as a value of the option before it.
   fields = [item for item in argv if item.startswith('--config.')]
   args, unknown = parser().parse_known_args([item for item in argv if not item.startswith('--config.')])
   overrides = [item.removeprefix('--config.') for item in fields]
@@ -376,10 +369,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   if args.cpu_devices:
     distributed.emulate(args.cpu_devices)
-  if args.command != 'plan':  # which compiles to look, not to run
+  if args.command != 'plan':  # compiles for a target that is not attached
     _keep_compiled()
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
-  for library in ('absl', 'asyncio'):  # their own notes; what a user must know, we say
+  for library in ('absl', 'asyncio'):  # not addressed to users
     logging.getLogger(library).setLevel(logging.CRITICAL)
   from fmcv_jax.train.loop import Preempted
 

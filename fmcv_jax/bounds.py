@@ -1,6 +1,6 @@
 """Ranges of config fields, as part of their types: `label_smoothing: Fraction` is a number from 0 to 1.
 
-`config.resolve` checks them, so a value outside is one line that names the field before anything runs.
+`config.resolve` checks them, so a value out of range is a one-line error with the field's path before anything runs.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Interval:
   below: bool = False
 
   def problem(self, value: float) -> str | None:
-    """What is wrong with a value, or None; NaN and infinities are never right."""
+    """Message about an invalid value, or None; NaN and infinities are invalid."""
     inside = self.low <= value <= self.high and not (self.above and value == self.low)
     if inside and math.isfinite(value) and not (self.below and value == self.high):
       return None
@@ -37,7 +37,7 @@ class RegularExpression:
   """Text that compiles as a regular expression."""
 
   def problem(self, value: str) -> str | None:
-    """What is wrong with a pattern, or None."""
+    """Message about an invalid pattern, or None."""
     try:
       re.compile(value)
     except re.error as error:

@@ -1,9 +1,8 @@
-"""Names that configs used before 0.2, and what they are called now.
+"""Config names from before version 0.2, and their replacements.
 
-An old name is taken only where the constructor that the config describes has no field of that name and has the new one,
-so a name may have meant different things in different places. A name with dots is the new place of a field that moved
-into a part of what it belonged to. Workdirs and config files of earlier versions open with a warning that names the new
-word or place.
+An old name is accepted only where the constructor lacks a field of that name and has the new one, so an old name may
+have several replacements. A replacement with dots is a field that moved into a nested config. Workdirs and config files
+of earlier versions still open, with a warning that states the new name.
 """
 
 from collections.abc import Mapping
@@ -69,10 +68,10 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
   'words': ('text_condition.precomputed',),
 }
 
-# Names of constructors, by the name that a config gave them.
+# Old -> new constructor name.
 CONSTRUCTORS: Mapping[str, str] = {'adapted': 'finetune', 'coarse': 'pixelate'}
 
-# Values of fields, by the field's present name: what was written -> what is written now.
+# New field name -> {old value: new value}.
 VALUES: Mapping[str, Mapping[str, str]] = {
   'centering': {'centre': 'centering', 'sinkhorn': 'sinkhorn_knopp'},
   'on_truncated': {'refuse': 'error', 'cut': 'skip_tail'},
@@ -80,9 +79,9 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 
 
 def renamed_field(name: str, parameters: Mapping[str, object]) -> str | None:
-  """The present name of a field that a constructor with these parameters once called `name`; None if it never did.
+  """The current name of the field once called `name`, for a constructor with these parameters; None if there is none.
 
-  It may be a path, such as 'latent_space.scale', into the field of its first word.
+  May be a path into a nested config, such as 'latent_space.scale'.
   """
   if name in parameters:
     return None

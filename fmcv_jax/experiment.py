@@ -1,7 +1,4 @@
-"""From a config to a run: the one room that knows all the others.
-
-`Experiment` is the root of every config: its fields, and those of what they name, are the whole schema.
-"""
+"""Experiment schema: `Experiment` is the root of every config, and its nested fields are the whole schema."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,10 +26,10 @@ class Training:
   """Length and batch of a run.
 
   steps                optimizer steps
-  batch_size           examples of all devices in a step
-  grad_accum_steps     microbatches that a batch is cut into where it does not fit the memory
+  batch_size           examples per step, over all devices
+  grad_accum_steps     microbatches per batch, for batches that do not fit the memory
   ema_decay            decay of the exponential moving average of the parameters, which is evaluated and exported
-  max_nonfinite_steps  number of steps in a row whose loss or gradient is not finite after which the run stops
+  max_nonfinite_steps  consecutive steps with a non-finite loss or gradient after which the run stops
   """
 
   steps: NonNegativeInt
@@ -44,7 +41,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Debug:
-  """nans: stop at the first operation that makes a NaN and show where it stands (slow)."""
+  """nans: stop at the first operation that produces a NaN and report its source line (slow)."""
 
   nans: bool = False
 
@@ -53,8 +50,8 @@ class Debug:
 class Experiment:
   """Everything that defines a run.
 
-  init_from  path in the state, such as 'params', 'params/image' or 'extra/teacher' -> where its values come from
-  topology   the pod that the config is meant for, such as 'v5e:16x16'
+  init_from  path in the state, such as 'params', 'params/image' or 'extra/teacher' -> source of its values
+  topology   target TPU pod of the config, such as 'v5e:16x16'
   """
 
   objective: Objective
@@ -79,5 +76,5 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def resolve(config: dict[str, Any]) -> dict[str, Any]:
-  """Checks a config's every field and fills in the defaults."""
+  """Checks every field of a config and fills in the defaults."""
   return config_lib.resolve(Experiment, config, KINDS)

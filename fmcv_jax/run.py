@@ -170,7 +170,7 @@ class Run:
       if batch % (ways * pieces):
         parts = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes if mesh.shape[axis] > 1) or '1 device'
         more = f' times {pieces} microbatches' if pieces > 1 else ''
-        raise UserError(f'config.{path}: {batch} does not divide over {parts}{more}; use a multiple of {ways * pieces}')
+        raise UserError(f'config.{path}: {batch} is not divisible by {parts}{more}; use a multiple of {ways * pieces}')
 
 
 def _in_run(objective: Objective, e: Experiment) -> Objective:
@@ -205,9 +205,9 @@ def keep_tokenizer(run: Run) -> None:
 
 
 def load_trained_params(workdir: str) -> dict[str, Any]:
-  """What a run has learnt: {'params': the parameters to evaluate, 'extra': what it carried along, 'whole': ...}.
+  """Arrays of a run: {'params': parameters to evaluate, 'extra': frozen networks and other state, 'whole': ...}.
 
-  'whole' is the network's own parameters where the run trained but a part of them, or a LoRA beside them.
+  'whole' holds all parameters of the network, also where the run trained only a part of them, with LoRA merged.
   """
   run = Run.reopen(workdir)
   subject, _ = run.restored_model()

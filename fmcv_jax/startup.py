@@ -1,8 +1,7 @@
-"""The account of a run before its first step: data, labels, texts, parameters and initial weights, as they were found.
+"""Startup report of a run: data, labels, texts, parameters and initial weights, before the first step.
 
-A run that trains on other data than was meant ends in a wrong metric and says nothing. What is compared here is what
-can be compared without decoding an image; a contradiction is a UserError, everything else is printed and kept in the
-workdir.
+Training on the wrong data fails silently, with a wrong metric. The report checks everything that can be checked without
+decoding an image: a contradiction raises UserError, everything else is printed and written to the workdir.
 """
 
 import json
@@ -25,15 +24,14 @@ from fmcv_jax.train.layer_decay import map_by_path
 FILE = 'startup.txt'
 TEXTS = 256  # evenly spaced records whose texts are tokenized
 
-# Fields of a network that say how it is computed, or which a warm start names by itself where they matter.
+# Fields of a network that affect only its computation, or that a warm start reports itself.
 _HOW = ('remat', 'unroll', 'attention', 'dtype', 'dropout', 'drop_path', 'drop_path_rise', 'num_classes', 'variant')
 
 
 def account(run: Run) -> list[str]:
   """Lines that describe the data, the labels, the texts, the trained parameters and the initial weights of a run.
 
-  Raises UserError for labels that the network has no class for, and for texts of which nothing but the template is
-  left.
+  Raises UserError for labels outside the classes of the network, and if only the template is left of all texts.
   """
   e = run.experiment
   training = e.data.source.account()
@@ -97,7 +95,7 @@ def _labels(run: Run, training: Account) -> list[str]:
 
 
 def _texts(run: Run, pipeline: Pipeline, where: str) -> list[str]:
-  """How many texts the tokenizer cuts, of a sample of records; UserError where only the template is left of them."""
+  """The fraction of sampled texts that the tokenizer truncates; UserError if only the template is left of all."""
   e = run.experiment
   if 'tokens' not in e.objective.example_batch or e.tokenizer is None:
     return []

@@ -73,7 +73,7 @@ def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console 
 
 @contextlib.contextmanager
 def _storage_errors(workdir: epath.Path) -> Iterator[None]:
-  """A disk that is full, gone or read-only becomes one line; what was saved stays."""
+  """Turns the error of a full, missing or read-only disk into a UserError."""
   try:
     yield
   except OSError as error:
@@ -81,8 +81,8 @@ def _storage_errors(workdir: epath.Path) -> Iterator[None]:
     if not inside and error.errno not in STORAGE_ERRORS:
       raise
     raise UserError(
-      f'{error.filename or workdir}: cannot be written ({error.strerror}); what was saved before is kept, and the same '
-      f'command goes on from there'
+      f'{error.filename or workdir}: cannot be written ({error.strerror}); earlier checkpoints are kept, and the '
+      f'same command resumes from them'
     ) from error
 
 
@@ -194,7 +194,7 @@ def _check_best(e: Experiment) -> None:
 
 
 def _evaluated(workdir: epath.Path, step: int) -> bool:
-  """Whether the metrics of the evaluators that were due at this step were written."""
+  """True if evaluator metrics of this step were written."""
   rows = [row for row in read_metrics(workdir / METRICS_FILE) if row['step'] == step]
   return any('/' in name and not name.startswith('train/') for row in rows for name in row)
 
@@ -276,7 +276,7 @@ def first_difference(saved: Any, config: Any, path: str = '') -> tuple[str, Any,
 
 
 def identity(run: Run) -> dict[str, Any]:
-  """What one needs to know to repeat a run: versions, machine, mesh, command."""
+  """Versions, machine, mesh and command, to reproduce a run."""
   devices = jax.devices()
   return {
     'command': sys.argv,

@@ -4,7 +4,7 @@
 
 The processes are joined over loopback by the variables that `fmcv_jax/parallel/distributed.py` reads, so what is tested
 here is what runs on a pod. Process 0 shows its output; of the others only the one that fails first does. When one ends
-badly the rest are told to stop (SIGTERM; not after status 75, when they are at the same save) and are killed after
+badly the rest are stopped (SIGTERM; not after status 75, when they are at the same save) and are killed after
 `--grace` seconds, with everything that they started. The exit status is that of the first to fail, 128 + n after signal
 n. A run that was preempted and saved (status 75), or that lost a process to a signal, is started again up to
 `--restarts` times and resumes by itself; a user error (status 2) or any other failure is not. Ctrl-C and SIGTERM are
@@ -33,7 +33,7 @@ _libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
 
 def environment(process: int, processes: int, devices: int, port: int) -> dict[str, str]:
-  """What process `process` finds in its environment; the user's other XLA_FLAGS are kept."""
+  """Environment variables of process number `process`; other XLA_FLAGS of the user are kept."""
   return {
     **os.environ,
     **emulation(devices, os.environ),
@@ -45,7 +45,7 @@ def environment(process: int, processes: int, devices: int, port: int) -> dict[s
 
 
 def free_port() -> int:
-  """A port that is free, below those that systems hand out by themselves: nobody takes it before process 0 does."""
+  """A free port below the ephemeral range, so that no other program takes it before process 0 binds it."""
   while True:
     port = random.randrange(20_000, 32_000)
     with socket.socket() as probe, contextlib.suppress(OSError):
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 def die_with_parent() -> None:
-  """Run in the child: a launcher that is itself killed takes its processes with it (Linux only)."""
+  """Runs in the child: makes the kernel kill it when the launcher dies (Linux only)."""
   if _libc is not None:
     _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

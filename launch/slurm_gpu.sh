@@ -38,7 +38,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 set_process_environment() {
   local gpus=${SLURM_GPUS_ON_NODE:?no GPUs: set --gpus-per-node} tasks=${SLURM_NTASKS_PER_NODE:-1}
   if ((gpus % tasks)); then
-    echo "$gpus GPUs do not divide among $tasks processes a node: change --ntasks-per-node" >&2
+    echo "$gpus GPUs are not divisible by $tasks processes per node: change --ntasks-per-node" >&2
     return 2
   fi
   local share=$((gpus / tasks))

@@ -39,7 +39,7 @@ def test_a_users_error_in_every_process_is_one_line_and_status_2(tmp_path):
   run = runs.start(config, tmp_path / 'run', launcher=runs.LOCAL)
   output, errors = run.communicate(timeout=300)
   assert run.returncode == 2
-  assert 'config.train.batch_size: 18 does not divide over data=4; use a multiple of 4' in errors + output
+  assert 'config.train.batch_size: 18 is not divisible by data=4; use a multiple of 4' in errors + output
   assert 'Traceback' not in errors
 
 

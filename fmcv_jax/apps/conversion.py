@@ -1,4 +1,4 @@
-"""Checkpoints that others published become workdirs, and workdirs become files that others read."""
+"""Imports published checkpoints into workdirs, and exports workdirs to files of other libraries."""
 
 import json
 import math
@@ -37,32 +37,32 @@ from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.storage import write_json
 from fmcv_jax.train.warm_start import InitFrom, load_partial_state
 
-FOR_TRAINING = ('discriminator', 'projector')  # parameters that training alone needs
-# What a library calls the file of arrays in a folder.
+FOR_TRAINING = ('discriminator', 'projector')  # parameters used in training only
+# File name of the arrays in the folder that a library reads.
 WEIGHTS = {'diffusers': 'diffusion_pytorch_model.safetensors', 'open_clip': 'open_clip_model.safetensors'}
 
 
 def import_checkpoint(file: str, to: str, family: str | None = None, overrides: Sequence[str] = ()) -> Run:
-  """Makes a workdir `to` of a published checkpoint, which every command takes as that of a run; returns the run.
+  """Imports a published checkpoint into a new workdir `to`, which every command accepts; returns the run.
 
-  file      what `open_tensors` reads
-  family    a key of FAMILIES; None to judge by names and shapes
-  overrides 'objective.network.num_heads=8' and the like: what a file does not tell; a folder's config.json is read
+  file       a file or folder that `open_tensors` reads
+  family     a key of FAMILIES; None detects it from names and shapes
+  overrides  such as 'objective.network.num_heads=8', for hyper-parameters that the file does not contain; the
+             config.json of a folder is read
 
-  UserError, and nothing written, for what is not whole, of no known family, or of other shapes than its network.
+  Raises UserError, and writes nothing, if the checkpoint is incomplete, of an unknown family, or if its shapes differ
+  from the network's.
   """
   console = Console(stderr=True)
   if pathlib.Path(to).exists() and any(pathlib.Path(to).iterdir()):
-    raise UserError(f'--to {to}: is there and not empty; give a new folder')
+    raise UserError(f'--to {to}: already exists and is not empty; choose a new folder')
   match = matched(open_tensors(file), file, to, family, overrides)
   if family is None:
-    console.print(
-      f'{file} looks like {match.name!r}; if it is another, name it by --as', highlight=False, soft_wrap=True
-    )
+    console.print(f'{file}: detected family {match.name!r}; override with --as', highlight=False, soft_wrap=True)
   for line in (*match.notes, *match.findings.lines()):
     console.print(line, highlight=False, soft_wrap=True, markup=False)
   run, sources = match.run, match.run.experiment.init_from
-  values: dict[str, Any] = dict(match.leaves)  # what comes from elsewhere takes no memory before it is there
+  values: dict[str, Any] = dict(match.leaves)  # parameters from init_from stay abstract until they are loaded
   arrays = read(match.layout, match.tensors, match.shapes, match.network, file)
   for part, value in track(arrays, 'reading', len(match.shapes), console=console, transient=True):
     path = part if part.startswith('extra/') else f'params/{part}'
@@ -74,7 +74,7 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   try:
     _write(run, state, {'file': str(file), 'family': match.name})
   except UserError:
-    run.workdir.rmtree(missing_ok=True)  # it was new or empty: the same command can come again
+    run.workdir.rmtree(missing_ok=True)  # it was new or empty: the same command can be run again
     raise
   count = sum(math.prod(shape) for shape in match.shapes.values())
   console.print(f'{count / 1e6:.1f} M parameters of {match.name!r} in {to}', highlight=False, soft_wrap=True)
@@ -82,12 +82,12 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
 
 
 class Match(NamedTuple):
-  """What a checkpoint turned out to be: its family and layout, a run of its network, and what of it the file holds.
+  """A recognized checkpoint: family `name`, layout, and a run of its network.
 
-  tensors  its arrays, as the layout names them
-  leaves   all that the run learns or carries along, by path, in the order of its tree, with its sharding
-  shapes   of those that the file holds, by path without 'params/'
-  findings what was read beside the weights, and what was assumed
+  tensors  arrays of the file, by the names of the layout
+  leaves   path -> shape, dtype and sharding of every array in `params` and `extra`, in tree order
+  shapes   path without 'params/' -> shape, of the arrays that the file must contain
+  findings  settings read from the files next to the weights, and those that were assumed
   """
 
   name: str
@@ -104,17 +104,17 @@ class Match(NamedTuple):
 
   @property
   def notes(self) -> list[str]:
-    """What of the file was chosen or left out, and what is wanting."""
+    """Notes for the user: arrays that were selected or ignored, and a missing tokenizer."""
     own, e = list(self.tensors.notes), self.run.experiment
     if 'tokens' in e.objective.example_batch and e.tokenizer is None:
-      own.append('no tokenizer that is known goes with its words; give one by --config.tokenizer.name=...')
+      own.append('no known tokenizer matches its vocabulary; set one with --config.tokenizer.name=...')
     return own
 
 
 def matched(
   tensors: Tensors, file: str, to: str | None = None, family: str | None = None, overrides: Sequence[str] = ()
 ) -> Match:
-  """Finds out what a checkpoint is, and holds its names and shapes against the network's; reads and writes nothing."""
+  """Recognizes a checkpoint and checks its names and shapes against the network; reads no arrays, writes nothing."""
   name, form, layout, found, tensors, own = recognize(tensors, family, file)
   folder = hub_config.folder_of(pathlib.Path(file))
   findings = hub_config.read(folder, form, own, _objective(own))
@@ -137,7 +137,7 @@ def matched(
 
 
 def _check_vocabulary(file: str, run: Run) -> None:
-  """UserError for a tokenizer some of whose ids have no row in the text tower's table."""
+  """Raises UserError if the tokenizer has more ids than the text encoder's embedding table has rows."""
   objective, tokenizer = run.experiment.objective, run.experiment.tokenizer
   network = getattr(objective, 'network', None)
   condition = getattr(objective, 'text_condition', None)
@@ -145,8 +145,8 @@ def _check_vocabulary(file: str, run: Run) -> None:
   rows = getattr(text, 'vocab_size', None)
   if tokenizer is not None and rows is not None and tokenizer.vocab_size > rows:
     raise UserError(
-      f'{file}: its table has {rows} words, but the tokenizer {run.config["tokenizer"]["name"]} has '
-      f'{tokenizer.vocab_size}; give its own by --config.tokenizer.name=...'
+      f'{file}: the embedding table has {rows} rows, but the tokenizer {run.config["tokenizer"]["name"]} has '
+      f'{tokenizer.vocab_size}; set the matching one with --config.tokenizer.name=...'
     )
 
 
@@ -164,25 +164,25 @@ def _heads(objective: Any, path: str) -> int:
 
 
 def _leaves(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-  placed = jax.tree.map(_placed, _learnt(run.abstract_state), _learnt(run.shardings))
+  placed = jax.tree.map(_placed, _trained_arrays(run.abstract_state), _trained_arrays(run.shardings))
   return {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(placed)[0]}
 
 
-def _learnt(state: TrainState) -> dict[str, Any]:
+def _trained_arrays(state: TrainState) -> dict[str, Any]:
   return {'params': state.params, 'extra': state.extra}
 
 
 def _is_held(path: str, sources: Mapping[str, InitFrom]) -> bool:
-  """Whether a file is to hold this: what a network has learnt, but for what comes from elsewhere.
+  """True if the file must contain this array: every array of a network, except those that init_from loads.
 
-  Arrays of `extra` that are no part of a network are born.
+  Arrays directly in `extra`, outside a network, are initialized.
   """
-  born = path.startswith('extra/') and path.count('/') == 1
-  return not born and not any(f'{path}/'.startswith(f'{target}/') for target in sources)
+  initialized = path.startswith('extra/') and path.count('/') == 1
+  return not initialized and not any(f'{path}/'.startswith(f'{target}/') for target in sources)
 
 
 def _check_parts(file: str, name: str, layout: Layout, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-  """UserError where a file has nothing of a network that the run carries along, such as an autoencoder."""
+  """Raises UserError if a frozen network of the run, such as an autoencoder, is missing from the file."""
 
   def parts(paths: Mapping[str, Shape]) -> set[str]:
     return {path.split('/')[1] for path in paths if path.startswith('extra/')}
@@ -194,15 +194,15 @@ def _check_parts(file: str, name: str, layout: Layout, shapes: Mapping[str, Shap
     )
     missing = f'{theirs} is missing: ' if theirs else ''
     raise UserError(
-      f'{file}: {missing}{name!r} also needs what is not in it: {", ".join(apart)}; import that to a folder of its '
-      f'own, and give --config.init_from.extra/{apart[0]}.workdir=FOLDER, with .part=params/... where it is there'
+      f'{file}: {missing}{name!r} also needs {", ".join(apart)}, which the file does not contain; import it into '
+      f'another folder and set --config.init_from.extra/{apart[0]}.workdir=FOLDER (and .part=params/... for a part of it)'
     )
 
 
 def _untrained_state(run: Run, values: Sequence[Any]) -> TrainState:
-  """Step 0 of a run that learns nothing, with these values in the order of `_leaves`."""
+  """The state at step 0, with these values in the order of `_leaves`."""
   abstract = run.abstract_state
-  tree = jax.tree.unflatten(jax.tree.structure(_learnt(abstract)), values)
+  tree = jax.tree.unflatten(jax.tree.structure(_trained_arrays(abstract)), values)
   counters = {
     name: _placed(getattr(abstract, name), run.placement.replicated()) for name in ('step', 'skipped', 'streak', 'rng')
   }
@@ -220,11 +220,11 @@ def _write(run: Run, state: TrainState, imported: Mapping[str, str]) -> None:
 
 
 def export_checkpoint(workdir: str, to: str, format: str, step: int | None = None) -> None:
-  """Writes what a workdir has learnt, the average where one is kept, with the names of `format`.
+  """Exports the trained parameters of a workdir (their EMA where there is one) under the names of `format`.
 
-  `to` is a file, .safetensors or .npz, of the arrays alone; or a folder, in which the library that the format is of
-  also finds its configs of the network, of images and of texts, and which it opens. A pipeline of several networks
-  needs the folder. UserError for a model that the format has no place for.
+  `to` is a .safetensors or .npz file for the arrays alone, or a folder that the library of the format opens, with its
+  configs of the network, the image transform and the tokenizer. A pipeline of several networks needs a folder.
+  Raises UserError for a model that the format cannot represent.
   """
   run = Run.reopen(workdir)
   subject, _ = run.restored_model(step)
@@ -234,7 +234,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
   layouts = [layout for name, layout in FAMILIES[family].layouts if name == format]
   if not layouts:
     known = sorted({name for name, _ in FAMILIES[family].layouts})
-    raise UserError(f'--format {format}: unknown for a model such as {family!r}; {did_you_mean(format, known)}')
+    raise UserError(f'--format {format}: not supported for family {family!r}; {did_you_mean(format, known)}')
   frozen = {f'extra/{path}': x for path, x in _arrays(subject.extra).items() if '/' in path}
 
   def held(layout: Layout) -> dict[str, np.ndarray]:
@@ -251,11 +251,11 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
     raise UserError(f'--to {to}: only .safetensors, .npz and folders are written')
   target, is_tower = pathlib.Path(to), family.endswith(('_image', '_text'))
   if is_tower and target.suffix not in ('.safetensors', '.npz'):
-    raise UserError(f'--to {to}: one tower of {family!r} is written as a file; give a name with .safetensors or .npz')
+    raise UserError(f'--to {to}: {family!r} is a single encoder; give a file name ending in .safetensors or .npz')
   more = {} if is_tower else _companions(format, family, run, objective, whole=bool(layout.files))
   if target.suffix in ('.safetensors', '.npz'):
     if layout.files:
-      raise UserError(f'--to {to}: {format} has several networks in a folder; give a folder')
+      raise UserError(f'--to {to}: {format} stores several networks; --to must be a folder')
     write_tensors(target, written)
   else:
     _make_folder(target)
@@ -263,7 +263,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
       of_file = {name.removeprefix(prefix): x for name, x in written.items() if name.startswith(prefix)}
       write_tensors(target / file, of_file)
     for name, content in more.items():
-      _write_beside(target / name, content)
+      _write_companion(target / name, content)
   console = Console(stderr=True)
   for line in export_timm.differences(family, objective) if format == 'open_clip' else ():
     console.print(line, highlight=False, soft_wrap=True)
@@ -271,7 +271,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
 
 
 def _exported(run: Run, subject: EvaluatedModel) -> tuple[Any, dict[str, np.ndarray]]:
-  """The objective and the parameters by path, without what training alone needs: of self-distillation the encoder's."""
+  """The objective and its parameters by path, without those used in training only; the encoder of self-distillation."""
   outer = run.experiment.objective
   objective = getattr(outer, 'objective', outer)
   params = _arrays(outer.full_params(subject.params, subject.extra))
@@ -283,7 +283,7 @@ def _exported(run: Run, subject: EvaluatedModel) -> tuple[Any, dict[str, np.ndar
 
 
 def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bool) -> export_transformers.Files:
-  """What the library of a format wants to find next to the arrays."""
+  """Config files that the library of a format expects next to the arrays: file name -> content."""
   tokenizer, image = run.experiment.tokenizer, evaluated_as(run)
   match format:
     case 'transformers':
@@ -301,10 +301,10 @@ def _make_folder(folder: pathlib.Path) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(f'--to {folder}: cannot be a folder ({error.strerror})') from error
+    raise UserError(f'--to {folder}: cannot create the folder ({error.strerror})') from error
 
 
-def _write_beside(file: pathlib.Path, content: Any) -> None:
+def _write_companion(file: pathlib.Path, content: Any) -> None:
   file.parent.mkdir(parents=True, exist_ok=True)
   if isinstance(content, pathlib.Path):
     shutil.copy(content, file)

@@ -1,4 +1,4 @@
-"""`fmcv data --bench`: what each stage of a config's input gives, and which one holds the training up."""
+"""`fmcv data --bench`: the throughput of every stage of a config's input pipeline, and the bottleneck."""
 
 import dataclasses
 import itertools
@@ -22,13 +22,13 @@ from fmcv_jax.experiment import load_config
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.run import Run
 
-_STEPS = 3  # at least, of a stage
-_MOST_IN_A_ROW = 100  # records that cannot be read
+_STEPS = 3  # least number per stage
+_MOST_IN_A_ROW = 100  # consecutive unreadable records
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """`rate` in images a second; of the stages of one worker, of all of them, or of the devices, as `by` says."""
+  """A pipeline stage: `rate` in images per second, and what runs it, `by` one core, all workers or the devices."""
 
   name: str
   by: str
@@ -36,14 +36,14 @@ class Stage:
 
 
 def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, step: bool = True) -> list[Stage]:
-  """Measures every stage for about so many seconds and prints the table and the bottleneck.
+  """Measures every stage for about `seconds` each and prints a table and the bottleneck.
 
-  step   whether the train step is compiled and measured too, and how long it waits for data
+  step   also compiles and measures the train step, and the time that it waits for data
   """
   if seconds <= 0:
     raise UserError(f'--seconds {seconds:g}: expected more than 0')
   console, benched = Console(), Run(load_config(config, overrides)) if step else on_any_mesh(config, overrides)
-  # The loader first: what stops a run, such as too many bad records, is then said as by the run.
+  # The loader first: errors that stop a run, such as too many bad records, then read as they do in training.
   of_loader, bad = _loader_stages(benched, seconds), dict[str, str]()
   stages = [*_worker_stages(benched, seconds, bad), *of_loader]
   waited = None
@@ -55,24 +55,24 @@ def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, ste
     table.add_row(stage.name, stage.by, f'{stage.rate:,.0f}', f'{1000 / stage.rate:.3f}')
   console.print(table)
   for key, reason in itertools.islice(bad.items(), 1):
-    line = f'{len(bad)} records that were tried cannot be read, the first {key}: {reason}'
+    line = f'{len(bad)} of the tried records cannot be read, the first {key}: {reason}'
     console.print(line, highlight=False, soft_wrap=True)
   if any(stage.name.startswith('decode') for stage in stages):
-    console.print(f'pictures are cropped by: {native_crop.engine()}', highlight=False, soft_wrap=True)
+    console.print(f'images are cropped by: {native_crop.engine()}', highlight=False, soft_wrap=True)
   for line in verdict(stages, benched.experiment.data.workers, waited):
     console.print(line, highlight=False, soft_wrap=True)
   return stages
 
 
 def verdict(stages: Sequence[Stage], workers: int, waited: float | None) -> list[str]:
-  """What to say of the stages: what is slowest, and what would help."""
+  """Lines that name the slowest stage and a remedy; `waited` is the fraction of time that training waits for data."""
   rates = {stage.name: stage.rate for stage in stages}
   ends = [stage for stage in stages if stage.name in ('loader', 'transfer', 'step')]
   slowest = min(ends, key=lambda stage: stage.rate)
   lines = []
   if slowest.name == 'step':
     spare = min(stage.rate for stage in ends if stage.name != 'step') / slowest.rate
-    lines.append(f'bottleneck: the step; data could come {spare:.1f} times as fast')
+    lines.append(f'bottleneck: the step; the input pipeline is {spare:.1f} times as fast')
   elif slowest.name == 'transfer':
     lines.append('bottleneck: the transfer to the devices')
   else:
@@ -89,7 +89,7 @@ def verdict(stages: Sequence[Stage], workers: int, waited: float | None) -> list
 
 
 def _timed(work: Iterator[Any], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
-  """Elements of `work` a second, after the first."""
+  """Elements of `work` per second, not counting the first."""
   next(work)
   start, count = clock(), 0
   while count < _STEPS or clock() - start < seconds:
@@ -99,9 +99,9 @@ def _timed(work: Iterator[Any], seconds: float, clock: Callable[[], float] = tim
 
 
 def _worker_stages(benched: Run, seconds: float, bad: dict[str, str]) -> list[Stage]:
-  """Reading, decoding and tokenizing, one after the other in this thread, over the first records of the run.
+  """Throughput of reading, decoding and tokenizing, each in this thread, over the first records of the run.
 
-  Key and reason of the records that cannot be read are put into `bad`.
+  Adds key -> reason of unreadable records to `bad`.
   """
   e = benched.experiment
   fields, data = tuple(benched.batch_shapes), e.data
@@ -137,7 +137,7 @@ def _worker_stages(benched: Run, seconds: float, bad: dict[str, str]) -> list[St
 def _readable(
   work: Callable[[Any], Any], items: Iterable[tuple[int, Any]], key_of: Callable[[int], str], bad: dict[str, str]
 ) -> Iterator[Any]:
-  """`work` of the second of each pair (record, item), but for records that cannot be read."""
+  """Applies `work` to the item of each pair (record, item) and skips records that cannot be read."""
   in_a_row = 0
   for index, item in items:
     try:
@@ -145,7 +145,9 @@ def _readable(
     except UNREADABLE as error:
       bad[key_of(index)], in_a_row = reason_of(error), in_a_row + 1
       if in_a_row == _MOST_IN_A_ROW:
-        raise UserError(f'data: {in_a_row} records in a row cannot be read; the last: {reason_of(error)}') from error
+        raise UserError(
+          f'data: {in_a_row} consecutive records could not be read; the last: {reason_of(error)}'
+        ) from error
       continue
     in_a_row = 0
     yield result
@@ -170,7 +172,7 @@ def _loader_stages(benched: Run, seconds: float) -> list[Stage]:
 
 
 def _step_stage(benched: Run, seconds: float) -> tuple[Stage, float]:
-  """The train step on one batch that stays; then what share of the time it waits when it is fed by the loader."""
+  """Throughput of the train step on a fixed batch, and the fraction of time that it waits when the loader feeds it."""
   e = benched.experiment
   state = jax.jit(benched.init, out_shardings=benched.shardings)()
   step_fn, with_loader = benched.train_step(), _loader(benched)

@@ -1,4 +1,4 @@
-"""The demo: pretrain a small CLIP on emoji, name drawings by an artist it never saw, and draw what it learnt."""
+"""The demo: pretrain a small CLIP on emoji, classify drawings of an unseen artist, and plot the results."""
 
 import pathlib
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ CREDITS = 'Drawings: OpenMoji (CC BY-SA 4.0), Noto Emoji (Apache-2.0, OFL), Twem
 
 
 def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> None:
-  """Trains `config` in `workdir` (going on where it stands) and writes figures and pictures to workdir/demo."""
+  """Trains `config` in `workdir` (resuming if it exists) and writes figures to workdir/demo."""
   console, workdir = Console(), pathlib.Path(workdir)
   resolved = experiment.load_config(config, overrides)
   kinds = {name: evaluator['name'] for name, evaluator in resolved['evaluators'].items()}
@@ -36,8 +36,8 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   folder.mkdir(exist_ok=True)
   figures.loss_curve(workdir / 'metrics.jsonl', folder / 'loss.png')
 
-  table = Table(title=f'Names of drawings by an artist never seen in training (step {step})')
-  for heading in ('', 'names', 'top-1', 'top-5', 'chance', 'nearest by pixels'):
+  table = Table(title=f'Zero-shot classification of drawings by an artist not in training (step {step})')
+  for heading in ('', 'names', 'top-1', 'top-5', 'random', 'nearest by pixels'):
     table.add_column(heading, justify='left' if not heading else 'right')
   for name, text in (('seen', 'concepts of the training set'), ('held_out', 'concepts held out of training')):
     evaluator = trained.experiment.evaluators[name]
@@ -48,36 +48,36 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
       pixels = f'{nearest_by_pixels(trained.experiment.data, evaluator.data):.3f}'
       _draw_retrieval(subject, evaluator, folder / 'retrieval.png')
     else:
-      pixels = 'cannot name them'
+      pixels = 'not applicable'
     table.add_row(text, str(count), *(f'{value:.3f}' for value in accuracies), f'{1 / count:.4f}', pixels)
   console.print(table)
   last = read_metrics(epath.Path(workdir / 'metrics.jsonl'))[-1]
   retrieval = {name: value for name, value in last.items() if name.startswith('retrieval/')}
   console.print('  '.join(f'{name} {value:.3f}' for name, value in retrieval.items()), highlight=False)
-  console.print(f'figures and pictures: {folder}/   metrics: {workdir / "metrics.jsonl"}\n{CREDITS}', highlight=False)
+  console.print(f'figures: {folder}/   metrics: {workdir / "metrics.jsonl"}\n{CREDITS}', highlight=False)
 
 
 def _zero_shot(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.Path, text: str) -> list[float]:
-  """Top-1 and top-5 among the evaluator's names; draws a sheet of 24 images drawn at random."""
+  """Top-1 and top-5 among the evaluator's names; plots 24 random images."""
   outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch_size, truth=('label',))
   labels, names = outputs.truth['label'], evaluator.data.source.names
   scores = outputs.values @ class_embeddings(subject, names, evaluator.templates, evaluator.batch_size).T
   accuracies = [topk_accuracy(scores, labels, k) for k in (1, 5)]
   chosen = np.random.default_rng(0).choice(len(scores), size=24, replace=False)
   figures.zero_shot_sheet(
-    _pictures(evaluator.data, outputs.indices[chosen]),
+    _images(evaluator.data, outputs.indices[chosen]),
     names,
     labels[chosen],
     scores[chosen],
     path,
-    title=f'{text}, drawn by an artist never seen: the five likeliest of {len(names)} names (right: green)\n'
+    title=f'{text}, drawn by an artist not in training: top 5 of {len(names)} names (correct: green)\n'
     f'top-1 {accuracies[0]:.3f}, top-5 {accuracies[1]:.3f}. {CREDITS}',
   )
   return accuracies
 
 
 def _draw_retrieval(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.Path) -> None:
-  """Ten names drawn at random, each with the five nearest drawings."""
+  """Plots ten random names, each with the five nearest drawings."""
   outputs = subject.map_dataset('embed_image', evaluator.data, evaluator.batch_size)
   texts, truth = captions_of(evaluator.data.source, first_caption_only=True)
   queries = np.random.default_rng(1).choice(len(texts), size=10, replace=False)
@@ -85,21 +85,21 @@ def _draw_retrieval(subject: EvaluatedModel, evaluator: ZeroShot, path: pathlib.
   found = outputs.indices[np.argsort(-embeddings @ outputs.values.T, axis=1)[:, :5]]
   figures.retrieval_sheet(
     [texts[query] for query in queries],
-    [_pictures(evaluator.data, row) for row in found],
+    [_images(evaluator.data, row) for row in found],
     [[query in truth[record] for record in row] for query, row in zip(queries, found, strict=True)],
     path,
     title=f'Text to image: the five nearest of {len(outputs.indices)} drawings\n{CREDITS}',
   )
 
 
-def _pictures(pipeline: Pipeline, records: np.ndarray) -> np.ndarray:
+def _images(pipeline: Pipeline, records: np.ndarray) -> np.ndarray:
   return np.stack([pipeline.source[int(record)]['image'] for record in records])
 
 
 def nearest_by_pixels(train: Pipeline, test: Pipeline, side: int = 16) -> float:
-  """Top-1 accuracy of naming each test image as its nearest training image, by squared distance of side x side pixels.
+  """Top-1 accuracy of a nearest-neighbour classifier on side x side pixels (squared distance).
 
-  The baseline that a learnt representation has to beat: it knows no words, but it has seen every concept drawn.
+  A baseline for learned representations: it uses no text, but its training set has a drawing of every concept.
   """
 
   def pixels(pipeline):

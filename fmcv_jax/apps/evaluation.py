@@ -1,4 +1,4 @@
-"""Evaluates checkpoints of workdirs and keeps the figures beside them."""
+"""Evaluates checkpoints of workdirs and stores the metrics in them."""
 
 from collections.abc import Sequence
 
@@ -14,35 +14,35 @@ from fmcv_jax.train.storage import write_json
 
 
 def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *, step: int | None = None) -> None:
-  """Evaluates every workdir and prints one table, a column for each."""
+  """Evaluates every workdir and prints one table, with one column per workdir."""
   found = {workdir: evaluate_workdir(workdir, overrides, step=step) for workdir in workdirs}
   if not is_main():
     return
   short = {workdir: workdir.rstrip('/').rpartition('/')[2] for workdir in found}
   unique_names = len(set(short.values())) == len(short)
   table = Table()
-  table.add_column('figure', no_wrap=True)
+  table.add_column('metric', no_wrap=True)
   for workdir, (_, at) in found.items():
     table.add_column(f'{short[workdir] if unique_names else workdir}\nstep {at}', justify='right', overflow='fold')
-  for name in dict.fromkeys(name for figures, _ in found.values() for name in figures):
-    table.add_row(name, *(f'{figures[name]:.4f}' if name in figures else '' for figures, _ in found.values()))
+  for name in dict.fromkeys(name for metrics, _ in found.values() for name in metrics):
+    table.add_row(name, *(f'{metrics[name]:.4f}' if name in metrics else '' for metrics, _ in found.values()))
   console = Console()
   if not console.is_terminal:
-    console.width = 1000  # a file has no edge to fold at
+    console.width = 1000  # lines in a file are not folded
   console.print(table)
 
 
 def evaluate_workdir(
   workdir: str | epath.Path, overrides: Sequence[str] = (), *, step: int | None = None
 ) -> tuple[dict[str, float], int]:
-  """Runs every evaluator of a workdir's config (with overrides) on a checkpoint; writes the figures, and gives them."""
+  """Runs every evaluator of a workdir's config (with overrides) on a checkpoint; writes and returns the metrics."""
   run = Run.reopen(workdir, overrides)
   if not run.experiment.evaluators:
-    raise UserError(f'{workdir}: its config names no evaluators; add one with --config.evaluators.NAME.name=...')
+    raise UserError(f'{workdir}: its config has no evaluators; add one with --config.evaluators.NAME.name=...')
   subject, step = run.restored_model(step)
-  figures = evaluate(subject, run.experiment.evaluators)
+  metrics = evaluate(subject, run.experiment.evaluators)
   if is_main():
     path = run.workdir / f'evaluation_{step}.json'
-    write_json(path, {'step': step, **figures})
+    write_json(path, {'step': step, **metrics})
     Console().print(f'written to {path}', highlight=False, soft_wrap=True)
-  return figures, step
+  return metrics, step

@@ -1,4 +1,4 @@
-"""Images of what a trained model looks at: attention, relevance, features, similarity to texts."""
+"""Visualizes a trained model on images: attention, relevance, features, similarity to texts."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -36,16 +36,16 @@ def run(
 ) -> list[pathlib.Path]:
   """Explains image files by the model in a workdir; writes PNGs to `output` and returns their paths.
 
-  Of a vision transformer:
-  attention        how the class token looks at the patches in the last layer, head by head
-  rollout          the same through all layers (Abnar & Zuidema 2020)
-  features         the principal components of the patches' features, of all the images together, as colours
-  relevance        what the likeliest class, or the similarity to each text, was computed from (Chefer et al. 2021)
-  similarity       of each patch with each text
-  reconstruction   of a masked autoencoder: what it sees, and what it makes of that
+  For a vision transformer:
+  attention        attention from the class token to the patches in the last layer, per head
+  rollout          attention rollout over all layers (Abnar & Zuidema 2020)
+  features         the first three principal components of the patch features, over all images, as RGB
+  relevance        relevance of each patch for the top-1 class, or for each text (Chefer et al. 2021)
+  similarity       similarity of each patch to each text
+  reconstruction   masked input and reconstruction (masked autoencoders)
 
-  Of a network that averages its last map (Swin, EfficientNet) features, and as relevance or similarity what each place
-  of that map gives to the likeliest class or to the similarity with a text (Zhou et al. 2016).
+  For a network with global average pooling (Swin, EfficientNet): features, and class activation maps for the top-1
+  class (relevance) or for each text (similarity; Zhou et al. 2016).
   """
   console, reopened = Console(), Run.reopen(model)
   subject, step = reopened.restored_model(step)
@@ -55,49 +55,51 @@ def run(
     raise UserError(f'{model}: {error}') from error
   transformer = 'attention' in available_outputs(tower.network)
   if not transformer and not activation_maps.is_global_average_pooled(tower.network):
-    raise UserError(f'{model}: explain looks into vit, swin and efficientnet; this model has none of them')
+    raise UserError(f'{model}: explain supports ViT, Swin and EfficientNet models only')
   if texts and 'embed_text' not in subject.outputs:
-    raise UserError(f'--text: {model} knows no texts; give a model trained on pairs of images and texts')
+    raise UserError(f'--text: {model} is not an image-text model')
   network, params = tower.network, tower.params
   size, patch = size or network.image_size, getattr(network, 'smallest_patch', network.patch_size)
   if size % patch and not isinstance(network, EfficientNet):
-    raise UserError(f'--size: {size} does not divide into patches of {patch}')
+    raise UserError(f'--size: {size} is not divisible by the patch size {patch}')
 
-  pictures = np.stack([_read(file, size) for file in files])
+  pixels = np.stack([_read(file, size) for file in files])
   folder, written = pathlib.Path(output), []
   folder.mkdir(parents=True, exist_ok=True)
 
   def draw(name, maps, title, **options):
     written.append(folder / f'{name}.png')
-    figures.overlay_sheet(pictures, maps, written[-1], title=f'{title}\n{model}, step {step}', **options)
+    figures.overlay_sheet(pixels, maps, written[-1], title=f'{title}\n{model}, step {step}', **options)
 
-  images = tower.normalized(jnp.asarray(pictures))
+  images = tower.normalized(jnp.asarray(pixels))
   if transformer:
-    attention, rolled, features = jax.device_get(jax.jit(_looks, static_argnums=0)(network, params, images))
+    attention, rolled, features = jax.device_get(jax.jit(_attention, static_argnums=0)(network, params, images))
     heads = {f'head {head}': attention[:, head] for head in range(attention.shape[1])}
     draw('attention', {'mean of heads': attention.mean(1), **heads}, 'Attention of the last layer')
-    draw('rollout', {'rollout': rolled}, 'Attention rolled out over all layers')
+    draw('rollout', {'rollout': rolled}, 'Attention rollout (all layers)')
   else:
-    features = jax.device_get(_places(tower, images)[0])
+    features = jax.device_get(_activation_maps(tower, images)[0])
   draw('features', {'features': attention_maps.pca_rgb(features)}, 'Patch features: principal components')
   if texts:
-    similarity, relevant, scores = (_of_texts if transformer else _places_of_texts)(subject, tower, images, texts)
+    similarity, relevant, scores = (_of_texts if transformer else _activation_maps_of_texts)(
+      subject, tower, images, texts
+    )
     draw('similarity', dict(zip(texts, similarity)), 'Similarity of patches and texts', shared=True)
     if relevant is not None:
-      draw('relevance', dict(zip(texts, relevant)), 'What the similarity to a text comes from')
+      draw('relevance', dict(zip(texts, relevant)), 'Relevance for the similarity to each text')
     for text, row in zip(texts, scores, strict=True):
       for file, score in zip(files, row, strict=True):
         console.print(f'{file}: similarity {score:.3f} to {text!r}', highlight=False)
   elif 'logits' in subject.outputs:
-    relevant, best = (_of_classes if transformer else _places_of_classes)(tower, images)
+    relevant, best = (_of_classes if transformer else _activation_maps_of_classes)(tower, images)
     names = reopened.experiment.data.source.names
-    draw('relevance', {'relevance': relevant}, 'What the likeliest class comes from')
+    draw('relevance', {'relevance': relevant}, 'Relevance for the top-1 class')
     for file, index in zip(files, best, strict=True):
-      console.print(f'{file}: likeliest class {names[index] if names else index}', highlight=False)
+      console.print(f'{file}: top-1 class {names[index] if names else index}', highlight=False)
   if 'reconstruct' in subject.outputs and size == network.image_size:
-    pairs = jax.jit(subject.outputs['reconstruct'].call)(subject.params, subject.extra, {'image': pictures})
-    seen, filled = np.moveaxis(np.asarray(pairs), 1, 0)
-    draw('reconstruction', {'seen': seen, 'filled in': filled}, 'What is seen, and what is made of it')
+    pairs = jax.jit(subject.outputs['reconstruct'].call)(subject.params, subject.extra, {'image': pixels})
+    masked, filled = np.moveaxis(np.asarray(pairs), 1, 0)
+    draw('reconstruction', {'masked input': masked, 'reconstruction': filled}, 'Masked input and reconstruction')
   console.print('\n'.join(map(str, written)), highlight=False)
   return written
 
@@ -112,7 +114,7 @@ def _read(file: str, size: int) -> np.ndarray:
     raise UserError(f'{file}: {error}') from error
 
 
-def _looks(network: ViT, params: Any, images: jax.Array):
+def _attention(network: ViT, params: Any, images: jax.Array):
   """Attention of the last layer [B, H, rows, columns], rollout [B, rows, columns], features [B, rows, columns, D]."""
   _, projections = attention_maps.apply_with_intermediates(network, params, images)
   weights = projections.weights()
@@ -123,14 +125,14 @@ def _looks(network: ViT, params: Any, images: jax.Array):
 
 
 def _relevance(network: ViT, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]):
-  """What each patch gave to the score of its image [B, rows, columns], and the scores [B]."""
+  """Relevance of each patch for the score of its image, [B, rows, columns], and the scores [B]."""
   flow, scores = attention_maps.relevance(network, params, images, score)
-  given = attention_maps.from_class_token(flow - jnp.eye(flow.shape[-1]), network)  # less what a token is of itself
+  given = attention_maps.from_class_token(flow - jnp.eye(flow.shape[-1]), network)  # without the identity term
   return attention_maps.on_grid(given, network, images), scores
 
 
 def _of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]):
-  """Each text's similarity with the patches, its relevance, both [texts, B, rows, columns], and scores [texts, B]."""
+  """Patch similarity and relevance per text, both [texts, B, rows, columns], and scores [texts, B]."""
   network, params = tower.network, tower.params
   assert isinstance(network, ViT)
 
@@ -147,7 +149,7 @@ def _of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, t
 
 
 def _of_classes(tower: ImageEncoder, images: jax.Array):
-  """What the likeliest class of each image comes from, [B, rows, columns], and which class that is, [B]."""
+  """Relevance of each patch for the top-1 class, [B, rows, columns], and that class, [B]."""
   network, params = tower.network, tower.params
   assert isinstance(network, ViT)
 
@@ -160,22 +162,22 @@ def _of_classes(tower: ImageEncoder, images: jax.Array):
   return jax.device_get(explain(params, images))
 
 
-def _places(tower: ImageEncoder, images: jax.Array):
-  """The last map of a network that averages it, and what its places give to the outputs: [B, rows, columns, D or E]."""
+def _activation_maps(tower: ImageEncoder, images: jax.Array):
+  """Last feature map [B, rows, columns, D] of a network with global average pooling, and activation maps [..., E]."""
   maps = jax.jit(activation_maps.class_activation_maps, static_argnums=0)
   return maps(tower.network, tower.variables, images)
 
 
-def _places_of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]):
-  """As _of_texts, without relevance: the mean of the similarities of an image's places is its score."""
-  given = _places(tower, images)[1]
+def _activation_maps_of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]):
+  """As _of_texts, without relevance: the score of an image is the mean of its similarity map."""
+  given = _activation_maps(tower, images)[1]
   whole = jnp.linalg.norm(given.mean((1, 2)), axis=-1)[:, None, None, None]
   similarity = jnp.einsum('brce,te->tbrc', given / whole, subject.embed_texts(texts, jax.device_count()))
   return jax.device_get(similarity), None, jax.device_get(similarity.mean((2, 3)))
 
 
-def _places_of_classes(tower: ImageEncoder, images: jax.Array):
-  """As _of_classes: the mean of what an image's places give is the logit of its likeliest class."""
-  given = _places(tower, images)[1]
+def _activation_maps_of_classes(tower: ImageEncoder, images: jax.Array):
+  """As _of_classes: the mean of the activation map of an image is the logit of its top-1 class."""
+  given = _activation_maps(tower, images)[1]
   best = given.mean((1, 2)).argmax(-1)
   return jax.device_get((jnp.take_along_axis(given, best[:, None, None, None], axis=-1)[..., 0], best))

@@ -1,4 +1,4 @@
-"""Images a person can judge a model by: a loss curve, a zero-shot sheet, a text-to-image retrieval sheet."""
+"""Matplotlib figures: loss curve, zero-shot predictions, text-to-image retrieval, maps over images."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ def _pyplot():
   try:
     import matplotlib
   except ImportError as error:
-    raise UserError('drawing sheets needs matplotlib; pip install fmcv-jax[demo]') from error
+    raise UserError('figures need matplotlib; pip install fmcv-jax[demo]') from error
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
 
@@ -22,7 +22,7 @@ def _pyplot():
 
 
 def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
-  """Training loss over steps, with the evaluators' figures beside it, from a metrics.jsonl."""
+  """Plots the training loss and the metrics of the evaluators over steps, from a metrics.jsonl."""
   plt = _pyplot()
   rows = read_metrics(epath.Path(metrics_file))
   evaluated = sorted({name for row in rows for name in row if '/' in name and not name.startswith('train/')})
@@ -34,7 +34,7 @@ def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
     points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
     axes[0, 1].plot(*zip(*points, strict=True), marker='.', label=name)
   if evaluated:
-    axes[0, 1].set(xlabel='step', ylabel='figure', ylim=(0, None))
+    axes[0, 1].set(xlabel='step', ylabel='metric', ylim=(0, None))
     axes[0, 1].legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.02, 1))
   for axis in axes.flat:
     axis.grid(alpha=0.3)
@@ -53,7 +53,7 @@ def zero_shot_sheet(
   columns: int = 6,
   best: int = 5,
 ) -> None:
-  """Each image (uint8 [N, H, W, 3]) above its `best` most likely names by scores [N, names]; the right one is green."""
+  """Plots each image (uint8 [N, H, W, 3]) above its `best` top names by scores [N, names]; the correct one is green."""
   plt = _pyplot()
   rows = -(-len(images) // columns)
   figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.5 * rows), squeeze=False)
@@ -79,7 +79,7 @@ def retrieval_sheet(
   *,
   title: str,
 ) -> None:
-  """A row a query: its text, then its images (uint8 [k, H, W, 3]), best first; a green frame marks a right one."""
+  """Plots one row per query: text, then images (uint8 [k, H, W, 3]), best first; correct ones have a green frame."""
   plt = _pyplot()
   best = len(images[0])
   figure, axes = plt.subplots(len(queries), best + 1, figsize=(1.25 * (best + 2.2), 1.3 * len(queries)), squeeze=False,
@@ -100,10 +100,10 @@ def retrieval_sheet(
 def overlay_sheet(
   images: np.ndarray, maps: Mapping[str, np.ndarray], path: pathlib.Path, *, title: str, shared: bool = False
 ) -> None:
-  """A row an image (uint8 [N, H, W, 3]): itself, then each map over it.
+  """Plots one row per image (uint8 [N, H, W, 3]): the image, then each map.
 
-  A map is float [N, rows, columns] and is laid over the image, each on its own scale or, `shared`, all of a row on one;
-  or it is a picture [N, rows, columns, 3] in [0, 1] and stands alone.
+  A map float [N, rows, columns] is overlaid on the image, with a color scale of its own or, if `shared`, one per row.
+  A map [N, rows, columns, 3] in [0, 1] is shown as an RGB image.
   """
   plt = _pyplot()
   figure, axes = plt.subplots(

@@ -1,4 +1,4 @@
-"""`fmcv pack`: any source as ArrayRecord shards."""
+"""`fmcv pack`: converts any source to ArrayRecord shards."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ from fmcv_jax.data.sources.folder_index import is_image
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.registry import KINDS
 
-# What a path is taken for, by the files that it names or that lie in it.
+# Suffix of the files at a path, or in it -> name of the source.
 _KINDS = {'.tar': 'webdataset', '.parquet': 'parquet', '.array_record': 'array_record'}
 
 
@@ -29,7 +29,7 @@ def run(
   workers: int | None = None,
   max_bad: float = 0.01,
 ) -> None:
-  """Writes the source `what` (see source_spec) to the folder `to`; run again, it goes on from what is written."""
+  """Writes the source `what` (see source_spec) as shards to the folder `to`; resumes if some are written already."""
   console, spec = Console(), source_spec(what, overrides)
   source = config_lib.build(Source, spec, KINDS, 'config')
   columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -57,25 +57,25 @@ def run(
 
 
 def source_spec(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-  """The resolved description of a source: that of a config file (FILE.py[:ARG]), of a path, or of a name.
+  """The resolved source config of a config file (FILE.py[:ARG]), of a path, or of a source name.
 
-  Overrides are of the config, or of the source's own fields.
+  Overrides apply to the config file, or to the fields of the source.
   """
   if what.partition(':')[0].endswith('.py'):
     return experiment.load_config(what, overrides)['data']['source']
-  spec = {'name': what} if what in KINDS[Source] else {'name': _judged(what), 'path': what}
+  spec = {'name': what} if what in KINDS[Source] else {'name': _source_name(what), 'path': what}
   return config_lib.resolve(Source, config_lib.override(spec, overrides), KINDS)
 
 
-def _judged(path: str) -> str:
-  """The kind of source that lies at a path."""
+def _source_name(path: str) -> str:
+  """Name of the source that reads a path, detected from its files."""
   for suffix, name in _KINDS.items():
     if path.endswith(suffix):
       return name
   if not storage.is_remote(path) and not pathlib.Path(path).expanduser().exists() and not any(c in path for c in '*?{'):
     known = [name for name in KINDS[Source] if name != 'none']
     raise UserError(
-      f'{path!r} is no config (.py), no file, no folder and no source (seen from {os.getcwd()}); '
+      f'{path!r} is not a config file (.py), path or source name (relative to {os.getcwd()}); '
       f'{did_you_mean(path, known)}'
     )
   # Images may have a table next to them, and shards may lie in subfolders, but only where there are no images.

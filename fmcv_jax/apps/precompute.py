@@ -1,4 +1,4 @@
-"""`fmcv precompute`: a model's outputs for every record of a source, as ArrayRecord shards for others to train on."""
+"""`fmcv precompute`: writes outputs of a model for every record of a source as ArrayRecord shards to train on."""
 
 import contextlib
 import dataclasses
@@ -39,31 +39,31 @@ def run(
   images: bool = False,
   dtype: FloatDtype | None = None,
 ) -> None:
-  """Writes for each record of config.data its label, texts and key, and the outputs `names` of a model.
+  """Writes label, texts and key of each record of config.data, and the outputs `names` of a model.
 
-  An output that is a tree of arrays becomes one field for each array, 'name/key'. Where an output reads texts, the
-  first text by the first template is taken.
+  An output that is a tree of arrays becomes one field per array, 'name/key'. An output that reads text receives the
+  first text in the first caption template.
 
-  config   training config, whose frozen networks (config.init_from) suffice for the outputs
-  model    or the workdir of a trained model, at its checkpoint `step`
-  batch    global batch size, default that of training
-  images   whether a record keeps its image too
-  dtype    stores arrays of floats as 'float16' or 'float32', and raises UserError for values that float16 cannot hold.
+  config   training config whose frozen networks (config.init_from) compute the outputs
+  model    workdir of a trained model, at its checkpoint `step`; exactly one of config and model is given
+  batch    global batch size; default: the training batch size
+  images   also stores the images
+  dtype    stores float arrays as 'float16' or 'float32', and raises UserError for values that float16 cannot hold.
            By default each array keeps its own dtype (bfloat16, which numpy lacks, becomes float32): integers are exact,
-           embeddings and features float32. A diffusion's 'latents', 'words' and 'whole_text' are float16 by
-           themselves, as the batch fields of these names that training reads: 2 bytes a value
+           embeddings and features float32. 'latents', 'words' and 'whole_text' of a diffusion objective are float16,
+           as the batch fields of these names that training reads
 
-  All processes compute and the first one writes. Run again, it goes on with the shards that are missing.
+  All processes compute; the first one writes. Running it again writes only the missing shards.
   """
   if (config is None) == (model is None):
-    raise UserError('give --config FILE, whose frozen networks compute, or --model DIR, a trained model')
+    raise UserError('pass exactly one of --config and --model')
   job = Run(experiment.load_config(config, overrides)) if config else Run.reopen(str(model), overrides)
   outputs = job.experiment.objective.outputs()
   if unknown := [name for name in names if name not in outputs]:
     raise UserError(f'{unknown[0]!r} is not an output of this objective; {did_you_mean(unknown[0], outputs)}')
   source, batch = job.experiment.data.source, batch or job.experiment.train.batch_size
   if not batch:
-    raise UserError('--batch: this config has no train.batch_size; give one')
+    raise UserError('--batch: this config has no train.batch_size; set one')
   subject = _frozen(job) if config else job.restored_model(step)[0]
   origin = {
     'outputs': list(names),
@@ -86,23 +86,23 @@ def run(
     made = _write(begun, missing, source, computed, images)
   Console().print(
     f'{made["records"]} records with {", ".join(names)}, {made["bytes"] / 1e6:.1f} MB in {to}; '
-    f'{made["skipped"]} were left out',
+    f'{made["skipped"]} were skipped',
     highlight=False,
     soft_wrap=True,
   )
 
 
 def _frozen(job: Run) -> EvaluatedModel:
-  """A subject without parameters, and with those parts of `extra` that config.init_from fills."""
+  """An evaluated model without parameters, with only those parts of `extra` that config.init_from loads."""
   subject, sources = job.subject(), job.experiment.init_from
   filled = {target: part for target, part in sources.items() if target.split('/')[0] == 'extra'}
   keep = {target.split('/')[1] for target in filled if '/' in target}
 
-  def born() -> dict[str, Any]:
+  def initialized() -> dict[str, Any]:
     return {name: tree for name, tree in job.init().extra.items() if name in keep}
 
   shardings = {name: tree for name, tree in job.shardings.extra.items() if name in keep}
-  extra = jax.jit(born, out_shardings=shardings)()
+  extra = jax.jit(initialized, out_shardings=shardings)()
   state = job.abstract_state.replace(params={}, ema=None, extra=extra)
   subject.extra = load_partial_state(state, filled, load_trained_params).extra
   return subject
@@ -111,7 +111,7 @@ def _frozen(job: Run) -> EvaluatedModel:
 def _computed(
   job: Run, subject: EvaluatedModel, names: Sequence[str], batch: int, rows: np.ndarray, dtype: FloatDtype | None
 ) -> Iterator[tuple[int, dict[str, np.ndarray] | None]]:
-  """(record, its fields or None where it cannot be read) for all `rows`, in their order."""
+  """Yields (record index, fields) for all `rows` in order; the fields are None for an unreadable record."""
   if not len(rows):
     return
   pipeline = dataclasses.replace(job.experiment.data, source=Subset(job.experiment.data.source, rows))
@@ -123,11 +123,11 @@ def _computed(
       if subject.params is not None:
         raise
       raise UserError(
-        f'{", ".join(names)}: needs more than the frozen networks that config.init_from fills ({error}); give --model, '
-        f'a trained run, or fill them'
+        f'{", ".join(names)}: needs networks that config.init_from does not load ({error}); load them, or pass '
+        f'--model with a trained run'
       ) from error
     fields = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(values)[0]}
-    for row in range(min(batch, len(rows) - done)):  # the last batch is filled up
+    for row in range(min(batch, len(rows) - done)):  # the last batch is padded
       record = int(rows[done + row])
       readable = (
         {name: _stored(name, record, x[row], dtype) for name, x in fields.items()} if given['mask'][row] else None
@@ -137,15 +137,15 @@ def _computed(
 
 
 def _stored(name: str, record: int, value: np.ndarray, dtype: FloatDtype | None) -> np.ndarray:
-  """An array as it is written: numpy has no bfloat16, and only what is asked for becomes shorter."""
+  """The array in the dtype that is stored: bfloat16, which numpy lacks, becomes float32 unless `dtype` is given."""
   value = np.asarray(value)
   if not jnp.issubdtype(value.dtype, jnp.floating):
     return value
   stored = value.astype(dtype or (value.dtype if value.dtype != jnp.bfloat16 else np.float32))
   if np.isfinite(value).all() and not np.isfinite(stored).all():
     raise UserError(
-      f'--dtype {dtype}: {name} of record {record} has values up to {np.abs(value).max():g}, and float16 ends at '
-      f'65504; leave --dtype out'
+      f'--dtype {dtype}: {name} of record {record} has values up to {np.abs(value).max():g}, the float16 maximum '
+      f'is 65504; omit --dtype'
     )
   return stored
 
@@ -173,8 +173,8 @@ def _write(
           kept = {name: value for name, value in source[record].items() if images or name != 'image'}
           if taken := kept.keys() & values.keys():
             raise UserError(
-              f'precompute: the records have a field {min(taken)!r} already, which the output would replace; take them '
-              f'from a source without it'
+              f'precompute: the records already have a field {min(taken)!r}, which the output would overwrite; use a '
+              f'source without it'
             )
           yield {**kept, **values}
 

@@ -1,4 +1,4 @@
-"""One step of a run again, from its checkpoints: what it looked at, and which operation gave no finite number."""
+"""`fmcv replay`: re-runs one training step, and reports its records and the values that are not finite."""
 
 import itertools
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ SHOWN = 8
 
 
 def run(workdir: str, at: int, overrides: Sequence[str] = ()) -> None:
-  """Prints the loss, the records and the parts of the gradient that are not finite of step `at`, the first being 1.
+  """Prints loss, records and the non-finite parts of the gradient of step `at`, counted from 1.
 
-  The step is reached from the newest checkpoint before it; or from a later one whose steps since were all skipped, for
-  then nothing else has changed. UserError if there is none of either.
+  Starts from the latest checkpoint before the step, or from a later one if all steps in between were skipped, so that
+  the parameters are the same. Raises UserError if there is neither.
   """
   console = Console()
   replayed = Run.reopen(workdir, overrides)
@@ -62,16 +62,16 @@ def run(workdir: str, at: int, overrides: Sequence[str] = ()) -> None:
   jax.config.update('jax_debug_infs', True)
   try:
     _measured(replayed, state, batch)
-    console.print('no single operation is to blame when they run one by one', highlight=False)
+    console.print('no single operation produced a non-finite value when run op by op', highlight=False)
   except FloatingPointError as error:
-    console.print(f'first seen: {str(error).strip().splitlines()[0]}', highlight=False)
+    console.print(f'first in: {str(error).strip().splitlines()[0]}', highlight=False)
   finally:
     jax.config.update('jax_debug_nans', e.debug.nans)
     jax.config.update('jax_debug_infs', False)
 
 
 def _before(run: Run, at: int) -> tuple[TrainState, int]:
-  """A state from which step `at` follows, and the number of examples behind it."""
+  """The state before step `at`, and the number of examples consumed until then."""
   checkpointer = Checkpointer(run.workdir, run.experiment.checkpoint, create=False)
   try:
     steps = checkpointer.steps()
@@ -87,7 +87,7 @@ def _before(run: Run, at: int) -> tuple[TrainState, int]:
         return state.replace(step=first), examples - back * run.experiment.train.batch_size
   finally:
     checkpointer.close()
-  raise UserError(f'{run.workdir}: step {at} lies before its checkpoints, which are of {", ".join(map(str, steps))}')
+  raise UserError(f'{run.workdir}: step {at} is older than the available checkpoints: {", ".join(map(str, steps))}')
 
 
 def _measured(run: Run, state: TrainState, batch: Any) -> tuple[float, float, list[str]]:

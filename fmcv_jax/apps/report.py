@@ -1,4 +1,4 @@
-"""What became of a run: its loss, and where its time went."""
+"""`fmcv report`: loss curve and time breakdown of a run."""
 
 import itertools
 import pathlib
@@ -12,11 +12,11 @@ from fmcv_jax.train import goodput
 from fmcv_jax.train.storage import read_metrics
 
 BLOCKS = '▁▂▃▄▅▆▇█'
-INPUT_BOUND = 0.1  # share of the training time spent waiting for input from which on a run is told so
+INPUT_BOUND = 0.1  # fraction of training time waiting for data above which a run is reported as input-bound
 
 
 def run(workdir: str | pathlib.Path) -> None:
-  """Prints the loss, the time by cause over all sessions, and the restarts of the run in a workdir."""
+  """Prints the loss curve, the time by cause over all sessions, and the restarts of the run in a workdir."""
   console, folder = Console(), epath.Path(workdir)
   found = goodput.sessions(folder / goodput.FILE)
   if not found:
@@ -32,27 +32,27 @@ def run(workdir: str | pathlib.Path) -> None:
   spent['stopped'] = sum(gaps)
   total = sum(spent.values())
   table = Table(title=f'{workdir}: {_duration(total)} since its start')
-  for heading in ('cause', 'time', 'share'):
+  for heading in ('cause', 'time', 'fraction'):
     table.add_column(heading, justify='left' if heading == 'cause' else 'right')
   for cause, seconds in spent.items():
     table.add_row(cause, _duration(seconds), f'{seconds / total:.1%}')
   console.print(table)
   for number, (session, gap, steps) in enumerate(zip(found[1:], gaps, again), 1):
     console.print(
-      f'restart {number} at step {session.first}: {_duration(gap)} after the last word, {steps} steps computed again',
+      f'restart {number} at step {session.first}: {_duration(gap)} after the last heartbeat, {steps} steps recomputed',
       highlight=False,
     )
   training = spent['input'] + spent['train']
   if training and spent['input'] / training > INPUT_BOUND:
     console.print(
-      f'input-bound: {spent["input"] / training:.0%} of the training time waits for data; raise data.workers, or store '
-      f'smaller images',
+      f'input-bound: {spent["input"] / training:.0%} of training time is spent waiting for data; increase '
+      f'data.workers or store smaller images',
       highlight=False,
     )
 
 
 def curve(values: list[float], width: int = 60) -> str:
-  """Values as one line of blocks, means of equal parts, from the lowest to the highest."""
+  """Sparkline of the means of `width` equal parts of the values, scaled from the lowest to the highest."""
   count = min(width, len(values))
   parts = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
   means = [sum(part) / len(part) for part in parts]

@@ -24,7 +24,7 @@ class Invert(Augment):
 
 @dataclasses.dataclass(frozen=True)
 class Solarize(Augment):
-  """The negative of what is at least as light as the threshold, with the given probability (as in BYOL and DINO)."""
+  """Inverts pixel values at or above the threshold, with the given probability (as in BYOL and DINO)."""
 
   threshold: float = 0.5
   probability: float = 0.2
@@ -40,16 +40,16 @@ class Solarize(Augment):
 
 @dataclasses.dataclass(frozen=True)
 class ColorJitter(Augment):
-  """Brightness, contrast, saturation and hue, with torchvision's meaning of the factors; then perhaps all grey.
+  """Brightness, contrast, saturation and hue with torchvision's factors, then optional conversion to grayscale.
 
-  brightness, contrast, saturation   the factor is drawn from max(0, 1 - x) to 1 + x
-  hue                                share of a full turn, at most 0.5, drawn from -x to x
-  probability                        that an image is jittered at all
-  grayscale                          probability that an image is grey in the end, jittered or not
+  brightness, contrast, saturation   the factor is drawn uniformly from [max(0, 1 - x), 1 + x]
+  hue                                fraction of a full turn, at most 0.5, drawn from [-x, x]
+  probability                        probability that an image is jittered
+  grayscale                          probability that an image is converted to grayscale, jittered or not
 
-  All of it is one 3 x 3 matrix and one offset for each image. Three things differ from torchvision: the order is the
-  one above instead of random; values leave [0, 1] in between and are clipped once, at the end; and hue turns colours
-  about the grey axis of the RGB cube instead of in HSV, which keeps the mean of the channels.
+  All factors of an image are combined into one 3 x 3 matrix and one offset. Three differences from torchvision: the
+  order is fixed (as listed) instead of random; values may leave [0, 1] in between and are clipped once, at the end; and
+  hue rotates colors about the gray axis of the RGB cube instead of in HSV, which preserves the channel mean.
   """
 
   brightness: float = 0.0
@@ -64,7 +64,7 @@ class ColorJitter(Augment):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}: expected at least 0, got {getattr(self, name)}')
     if not 0 <= self.hue <= 0.5:
-      raise ValueError(f'hue: expected a share of a turn between 0 and 0.5, got {self.hue}')
+      raise ValueError(f'hue: expected a fraction of a turn between 0 and 0.5, got {self.hue}')
     check_share('grayscale', self.grayscale)
     check_share('probability', self.probability)
 
@@ -88,7 +88,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def apply_color_matrix(images, brightness, contrast, saturation, turn, grayscale):
-  """Images [B, H, W, 3] with their factors, turns of the hue and whether they become grey, each [B]."""
+  """Applies per-image factors, hue turns and grayscale flags, each [B], to images [B, H, W, 3]."""
   identity, luma = jnp.eye(3), jnp.broadcast_to(jnp.array(LUMA), (3, 3))
 
   def from_gray(factor):
@@ -103,7 +103,7 @@ def apply_color_matrix(images, brightness, contrast, saturation, turn, grayscale
   matrix = jnp.matmul(hue, from_gray(saturation), precision='highest')
   matrix = jnp.matmul(from_gray(1 - grayscale.astype(jnp.float32)), matrix, precision='highest')
   matrix *= (brightness * contrast)[:, None, None]
-  # Contrast moves towards the image's mean grey, which no later step changes.
+  # Contrast interpolates towards the mean gray of the image, which no later step changes.
   offset = brightness * (1 - contrast) * (images * jnp.array(LUMA)).sum(-1).mean((1, 2))
 
   red, green, blue = (images[..., channel, None] * matrix[:, None, None, :, channel] for channel in range(3))
@@ -114,8 +114,8 @@ def apply_color_matrix(images, brightness, contrast, saturation, turn, grayscale
 class Blur(Augment):
   """Gaussian blur with the given probability; sigma in pixels is drawn uniformly (as in SimCLR and DINO).
 
-  The kernel reaches a twentieth of the short side to either side, so that it has 23 taps at 224 pixels as in SimCLR,
-  and the border reflects. Each image has its own kernel: as a band matrix from the left and one from the right.
+  The kernel radius is a twentieth of the short side, which gives 23 taps at 224 pixels as in SimCLR; the border is
+  reflected. Each image has its own kernel, applied as one band matrix from the left and one from the right.
   """
 
   probability: float = 0.5
@@ -132,7 +132,7 @@ class Blur(Augment):
 
 
 def blurred(images: jax.Array, sigma: jax.Array) -> jax.Array:
-  """Images [B, H, W, C] after a Gaussian of sigma [B] pixels."""
+  """Images [B, H, W, C] blurred by a Gaussian of sigma [B] pixels."""
   radius = max(1, min(images.shape[1:3]) // 20)
 
   def weights(size):  # [B, size, size], from the pixel in the last axis to the one before it

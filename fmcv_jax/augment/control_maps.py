@@ -22,10 +22,10 @@ class Control(abc.ABC):
 class Edges(Control):
   """White edges, one pixel wide, on black (Canny 1986).
 
-  low, high   an edge is where the gradient (by Sobel's operator, of images in [0, 1]) is largest across it and above
-              `high`, or above `low` and joined to such a place; the defaults are OpenCV's 100 and 200 of bytes
-  sigma       in pixels, of the blur before
-  reach       how many pixels far an edge is followed from where it is strong
+  low, high   hysteresis thresholds of the Sobel gradient of images in [0, 1]: a local maximum is an edge above `high`,
+              or above `low` if connected to one above `high`; the defaults are 100 and 200 on OpenCV's scale of bytes
+  sigma       standard deviation of the preceding Gaussian blur, in pixels
+  reach       maximum distance in pixels over which an edge is followed from a strong pixel
   """
 
   low: float = 100 / 255
@@ -43,9 +43,9 @@ class Edges(Control):
     gray = blurred((images * jnp.array(LUMA)).sum(-1, keepdims=True), jnp.full(len(images), self.sigma))[..., 0]
     smooth = {axis: 2 * gray + _shifted(gray, axis, 1) + _shifted(gray, axis, -1) for axis in (1, 2)}
     down, right = ((_shifted(smooth[3 - axis], axis, 1) - _shifted(smooth[3 - axis], axis, -1)) for axis in (1, 2))
-    # Coarser than rounding, so that equals are equal in every program.
+    # Quantized more coarsely than rounding errors, so that ties are ties in every compiled program.
     size = jnp.round(jnp.hypot(down, right) * 4096) / 4096
-    # The neighbours on both sides, in the nearest of four directions.
+    # The neighbors on both sides, in the nearest of four directions.
     slope = np.tan(np.pi / 8)
     across, along = jnp.abs(right) * slope > jnp.abs(down), jnp.abs(down) * slope > jnp.abs(right)
     same = down * right > 0
@@ -54,7 +54,7 @@ class Edges(Control):
       jnp.select([across, along, same, ~same], [_shifted(_shifted(size, 1, s * y), 2, s * x) for y, x in steps])
       for s in (1, -1)
     )
-    # Of two equal neighbours one remains.
+    # Of two equal neighbors one remains.
     ridge = (size > ahead) & (size >= behind)
     weak = ridge & (size > self.low)
     window = (1, 3, 3)
@@ -68,7 +68,7 @@ class Edges(Control):
 
 @dataclasses.dataclass(frozen=True)
 class Gray(Control):
-  """The image without its colours."""
+  """Grayscale copy of the image."""
 
   def __call__(self, images):
     return jnp.broadcast_to((images * jnp.array(LUMA)).sum(-1, keepdims=True), images.shape)
@@ -76,7 +76,7 @@ class Gray(Control):
 
 @dataclasses.dataclass(frozen=True)
 class Pixelate(Control):
-  """The image in squares of `factor` x `factor` pixels, each of its mean colour."""
+  """Replaces each square of `factor` x `factor` pixels by its mean color."""
 
   factor: int = 8
 
@@ -87,13 +87,13 @@ class Pixelate(Control):
   def __call__(self, images):
     batch, height, width, _ = images.shape
     if height % self.factor or width % self.factor:
-      raise ValueError(f'control.factor: {height} x {width} pixels do not divide by {self.factor}')
+      raise ValueError(f'control.factor: {height} x {width} pixels are not divisible by {self.factor}')
     squares = images.reshape(batch, height // self.factor, self.factor, width // self.factor, self.factor, 3)
     return jnp.broadcast_to(squares.mean((2, 4), keepdims=True), squares.shape).reshape(images.shape)
 
 
 def _shifted(x: jax.Array, axis: int, by: int) -> jax.Array:
-  """x [B, H, W], each pixel replaced by that `by` (-1, 0 or 1) further along an axis; the border goes on beyond."""
+  """x [B, H, W] shifted by `by` (-1, 0 or 1) pixels along an axis; the border is replicated."""
   if not by:
     return x
   size = x.shape[axis]

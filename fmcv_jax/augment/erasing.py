@@ -13,9 +13,9 @@ from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_s
 class RandomErasing(Augment):
   """Overwrites a random box with the given probability (Zhong et al. 2020).
 
-  area    bounds of the box's share of the image, drawn uniformly
-  ratio   bounds of width / height, drawn uniformly in the logarithm from those with which the box fits
-  value   'noise', drawn from [0, 1] for each value anew, or what to fill in
+  area    bounds of the box area as a fraction of the image area, drawn uniformly
+  ratio   bounds of width / height, drawn log-uniformly from the values for which the box fits
+  value   'noise' (uniform in [0, 1], independent for each value), or a constant
 
   Cutout (DeVries & Taylor 2017), its square inside the image: probability=1, area=(a, a), ratio=(1, 1), value=0.5.
   """
@@ -42,7 +42,7 @@ class RandomErasing(Augment):
     return jnp.where(inside, value, images)
 
   def boxes(self, shape, rngs):
-    """Whether each row bool [B, H] and each column bool [B, W] crosses the box."""
+    """Rows bool [B, H] and columns bool [B, W] that the box covers."""
     (batch, height, width, _), square = shape, shape[1] / shape[2]
     share = jax.random.uniform(rngs[0], (batch,), minval=self.area[0], maxval=self.area[1])
     low = jnp.log(jnp.maximum(self.ratio[0], share / square))  # narrower than this the box would be too high

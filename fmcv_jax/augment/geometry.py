@@ -25,14 +25,14 @@ class Flip(Augment):
 
 @dataclasses.dataclass(frozen=True)
 class Affine(Augment):
-  """Zooms, turns, shifts and shears the image about its centre, in one warp with bilinear sampling.
+  """Scales, rotates, translates and shears the image about its center, in one warp with bilinear sampling.
 
-  scale      bounds of the zoom, drawn uniformly in the logarithm; at 2 things look twice as large
-  ratio      bounds of the stretch of width over height, the same way
-  rotation   in degrees; it and the two below are drawn from -x to x
-  translate  along each axis, as a share of that side
-  shear      how far a row moves sideways for each row of height
-  fill       what lies outside: 1 is white; None continues the nearest edge
+  scale      bounds of the zoom, drawn log-uniformly; 2 makes objects twice as large
+  ratio      bounds of the change of width over height, drawn log-uniformly
+  rotation   maximum angle in degrees; this and the next two are drawn uniformly from [-x, x]
+  translate  maximum shift along each axis, as a fraction of that side
+  shear      maximum horizontal shift per row
+  fill       value outside the image: 1 is white; None replicates the nearest edge
   """
 
   scale: tuple[float, float] = (1.0, 1.0)
@@ -56,7 +56,7 @@ class Affine(Augment):
     return warp(images, self.matrices(batch, height, width, rng), self.fill)
 
   def matrices(self, batch: int, height: int, width: int, rng: jax.Array) -> jax.Array:
-    """One for each image [B, 2, 3], from the point (x, y) of the result back to the point of the image."""
+    """One matrix per image [B, 2, 3], from output coordinates (x, y) to input coordinates."""
     rngs = jax.random.split(rng, 6)
 
     def within_bounds(rng, bounds):
@@ -69,7 +69,7 @@ class Affine(Augment):
     angle, shear = around_zero(rngs[2], math.radians(self.rotation)), around_zero(rngs[3], self.shear)
     right, down = around_zero(rngs[4], self.translate * width), around_zero(rngs[5], self.translate * height)
 
-    # Backwards, so that every step is its inverse.
+    # From output to input, so every step is the inverse of the forward transform.
     across, along = 1 / (scale * stretch), stretch / scale
     a, b = jnp.cos(angle) * across, (shear - jnp.sin(angle)) * along
     c, d = jnp.sin(angle) * across, jnp.cos(angle) * along

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def mix(images, targets, rng, *, mixup: float, cutmix: float):
   """Mixes each example with its mirror in the batch: images [B, H, W, C], targets [B, classes].
 
-  One weight a batch, as in the authors' code. For cutmix the weight of a label is the share of pixels that it kept.
+  One weight per batch, as in the authors' code. For cutmix the weight of a label is the fraction of pixels it kept.
   """
   if not mixup and not cutmix:
     return images, targets
@@ -17,7 +17,7 @@ def mix(images, targets, rng, *, mixup: float, cutmix: float):
   alpha = jnp.where(use_cutmix, cutmix or 1.0, mixup or 1.0)
   weight = jax.random.beta(weight_rng, alpha, alpha)
 
-  # A box of the share 1 - weight of the area around a uniform centre, cut off at the border.
+  # A box of area fraction 1 - weight around a uniform center, clipped at the border.
   centre = jax.random.uniform(box_rng, (2,)) * jnp.array([height, width])
   half = jnp.sqrt(1 - weight) * jnp.array([height, width]) / 2
   low, high = jnp.round(centre - half), jnp.round(centre + half)

@@ -12,20 +12,20 @@ from fmcv_jax.augment.randaugment_ops import INCREASING, OPERATIONS, RECIPES, ap
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment(Augment):
-  """A few operations on each image, drawn with replacement, all of one magnitude (Cubuk et al. 2020).
+  """Applies random operations, drawn with replacement, at one magnitude (Cubuk et al. 2020).
 
-  layers         operations one after the other
-  magnitude      10 is the largest published; beyond it the scale goes on, as in big_vision's randaug(2, 15)
-  magnitude_std  each operation draws its magnitude around it (timm's mstd), from 0 to the larger of it and 10
-  probability    of each operation (timm's p)
-  recipe         which operations and which scale: 'paper' and 'big_vision' Google's, on which posterize and solarize
-                 grow weaker with the magnitude, 'timm' the increasing one ('inc1'), to use with probability=0.5,
+  layers         number of operations applied in sequence
+  magnitude      10 is the paper's maximum; the scale extends beyond it, as in big_vision's randaug(2, 15)
+  magnitude_std  standard deviation of the magnitude of each operation (timm's mstd), clipped to [0, max(magnitude, 10)]
+  probability    probability of each operation (timm's p)
+  recipe         operations and scale: 'paper' and 'big_vision' are Google's, in which posterize and solarize get weaker
+                 with the magnitude; 'timm' is the increasing scale ('inc1'), for use with probability=0.5,
                  magnitude_std=0.5
-  operations     the operations to draw from, instead of the recipe's
-  fill           what lies outside of a warped image, and in a cutout
+  operations     operations to draw from, in place of the recipe's
+  fill           value outside a warped image, and inside a cutout
 
-  Works on, and returns, multiples of 1/255. Warps are bilinear (nearest or bicubic in the sources), and posterize keeps
-  at least one bit of eight.
+  Inputs and outputs are multiples of 1/255. Warps are bilinear (nearest or bicubic in the sources), and posterize keeps
+  at least one of eight bits.
   """
 
   layers: int = 2

@@ -1,9 +1,8 @@
 """Affine warps with bilinear sampling: by gathers, and on TPUs by a Pallas kernel.
 
-A TPU gathers pixels one by one, eight cycles each: four of them for each pixel of 64 images of 224 x 224 would take
-70 ms of a v5e, more than a ViT-B's step. The kernel holds an image in vector memory. A tile of its result, 8 x 128
-pixels, sees a small box of the image; row by row of that box, a shuffle of lanes brings every pixel of the row to where
-it is seen.
+A TPU gathers pixels one by one, eight cycles each: four gathers per pixel of 64 images of 224 x 224 would take 70 ms on
+a v5e, more than a ViT-B step. The kernel holds an image in vector memory. An output tile of 8 x 128 pixels reads a
+small box of the image; for each row of that box, a lane shuffle moves every pixel to the outputs that sample it.
 """
 
 import functools
@@ -20,7 +19,7 @@ VMEM_BYTES = 64 * 2**20
 
 
 class Neighbourhood(NamedTuple):
-  """Where points of the result lie in the image: among four pixels, in shares of the way from the first to the last."""
+  """Sampling points in the input: the four surrounding pixels and the interpolation weights between them."""
 
   left: jax.Array
   right: jax.Array
@@ -34,8 +33,8 @@ class Neighbourhood(NamedTuple):
 def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
   """Affine warp of images float32 [B, H, W, C] with bilinear sampling, as PIL's Image.transform.
 
-  matrix [B, 2, 3] takes the point (x, y) of the result to the point of the image that is seen there, in pixels from the
-  corner: the first pixel's centre is (0.5, 0.5). What lies outside is `fill`, or with None as the nearest edge.
+  matrix [B, 2, 3] maps output coordinates (x, y) to input coordinates, in pixels from the corner: the center of the
+  first pixel is (0.5, 0.5). Points outside the image have the value `fill`, or that of the nearest edge if None.
   """
   if platform() == 'tpu' and _bytes(images) <= IMAGE_BYTES:
     each = ('batch', None, None, None)
@@ -45,10 +44,10 @@ def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
 
 
 def by_gathers(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
-  """As `warp`, on any platform."""
+  """Implementation of `warp` by gathers, for any platform."""
   batch, height, width, _ = images.shape
   y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing='ij')
-  seen = _neighbourhood(
+  points = _neighbourhood(
     [matrix[:, axis, part, None, None] for axis in (0, 1) for part in range(3)], x, y, height, width
   )
 
@@ -57,12 +56,12 @@ def by_gathers(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.
     pixels = jnp.take_along_axis(images.reshape(batch, height * width, -1), index, axis=1, mode='clip')
     return pixels.reshape(images.shape)
 
-  around = [at(row, column) for row in (seen.top, seen.bottom) for column in (seen.left, seen.right)]
-  return _mixed(around, jax.tree.map(lambda part: part[..., None], seen), fill)
+  around = [at(row, column) for row in (points.top, points.bottom) for column in (points.left, points.right)]
+  return _mixed(around, jax.tree.map(lambda part: part[..., None], points), fill)
 
 
 def by_kernel(images: jax.Array, matrix: jax.Array, fill: float | None, *, interpret: bool = False) -> jax.Array:
-  """As `warp`, on TPUs; elsewhere it has to be interpreted, which is slow."""
+  """Implementation of `warp` by a Pallas kernel for TPUs; on other platforms pass interpret=True, which is slow."""
   # Imported here: Pallas takes a second to load, and few runs need it.
   from jax.experimental import pallas
   from jax.experimental.pallas import tpu
@@ -88,7 +87,7 @@ def by_kernel(images: jax.Array, matrix: jax.Array, fill: float | None, *, inter
 
 
 def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: float | None):
-  """One tile; matrix_ref [1, 1, 6], image_ref [1, C, tiles of columns, H, LANES], out_ref [1, C, ROWS, LANES]."""
+  """Computes one tile: matrix_ref [1, 1, 6], image_ref [1, C, column tiles, H, LANES], out_ref [1, C, ROWS, LANES]."""
   from jax.experimental import pallas
 
   row, tile = pallas.program_id(1), pallas.program_id(2)
@@ -107,13 +106,13 @@ def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: fl
       (start + jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), axis)).astype(jnp.float32) + 0.5
       for axis, start in enumerate((row * ROWS, tile * LANES))
     )
-    seen = _neighbourhood(matrix, x, y, height, width)
-    # Of a column the tile of lanes that it is in, and the lane: `//` and `%` by 128.
-    sides = [(column >> 7, column & (LANES - 1)) for column in (seen.left, seen.right)]
+    points = _neighbourhood(matrix, x, y, height, width)
+    # Tile index and lane of each column: `//` and `%` by 128.
+    sides = [(column >> 7, column & (LANES - 1)) for column in (points.left, points.right)]
 
     def of_tile(number, around):
       def of_row(source, around):
-        taken = [(level == source) & (its == number) for level in (seen.top, seen.bottom) for its, _ in sides]
+        taken = [(level == source) & (its == number) for level in (points.top, points.bottom) for its, _ in sides]
         found: list[jax.Array] = []
         for channel in channels:
           pixels = jnp.broadcast_to(image_ref[0, channel, number, pallas.ds(source, 1)], (ROWS, LANES))
@@ -121,16 +120,16 @@ def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: fl
           found += map(jnp.where, taken, 2 * shuffled, around[4 * channel : 4 * channel + 4])
         return found
 
-      return jax.lax.fori_loop(jnp.min(seen.top), jnp.max(seen.bottom) + 1, of_row, around)
+      return jax.lax.fori_loop(jnp.min(points.top), jnp.max(points.bottom) + 1, of_row, around)
 
     nothing = [jnp.zeros((ROWS, LANES), jnp.float32)] * (4 * len(channels))
     around = jax.lax.fori_loop(jnp.min(sides[0][0]), jnp.max(sides[1][0]) + 1, of_tile, nothing)
     for channel in channels:
-      out_ref[0, channel] = _mixed(around[4 * channel : 4 * channel + 4], seen, fill)
+      out_ref[0, channel] = _mixed(around[4 * channel : 4 * channel + 4], points, fill)
 
 
 def _neighbourhood(matrix: list[Any], x: jax.Array, y: jax.Array, height: int, width: int) -> Neighbourhood:
-  """matrix: its six numbers, row by row; x and y: the centres of pixels of the result."""
+  """matrix: six coefficients in row-major order; x and y: centers of the output pixels."""
   x, y = (a * x + b * y + c for a, b, c in (matrix[:3], matrix[3:]))
   column, row = jnp.clip(x - 0.5, 0, width - 1), jnp.clip(y - 0.5, 0, height - 1)
   left, top = jnp.floor(column), jnp.floor(row)
@@ -141,18 +140,18 @@ def _neighbourhood(matrix: list[Any], x: jax.Array, y: jax.Array, height: int, w
   return Neighbourhood(left, right, top, bottom, across, down, inside)
 
 
-def _mixed(around: list[jax.Array], seen: Neighbourhood, fill: float | None) -> jax.Array:
-  """around: the pixels above, left and right, and those below."""
+def _mixed(around: list[jax.Array], points: Neighbourhood, fill: float | None) -> jax.Array:
+  """Bilinear interpolation; around: the pixels top left, top right, bottom left and bottom right."""
 
-  def between(low, high, share):
-    return low + (high - low) * share
+  def between(low, high, weight):
+    return low + (high - low) * weight
 
-  above, below = (between(left, right, seen.across) for left, right in (around[:2], around[2:]))
-  mixed = between(above, below, seen.down)
-  return mixed if fill is None else jnp.where(seen.inside, mixed, fill)
+  above, below = (between(left, right, points.across) for left, right in (around[:2], around[2:]))
+  mixed = between(above, below, points.down)
+  return mixed if fill is None else jnp.where(points.inside, mixed, fill)
 
 
 def _bytes(images: jax.Array) -> int:
-  """Of one image, twice, in whole registers."""
+  """Bytes of one image in vector memory: double-buffered and padded to whole registers."""
   _, height, width, channels = images.shape
   return 8 * channels * -(-height // ROWS) * ROWS * -(-width // LANES) * LANES

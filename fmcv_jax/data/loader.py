@@ -1,7 +1,7 @@
-"""From a source to batches of numpy arrays: the same ones, in the same order, however many processes share the work.
+"""Batches of numpy arrays from a source, in an order that does not depend on the number of processes.
 
 Global batch t holds positions [t B, (t + 1) B) of the run's order (see `order.py`), of which process p of P takes rows
-[p B / P, (p + 1) B / P). Batches straddle epochs, so every record comes exactly once per epoch.
+[p B / P, (p + 1) B / P). Batches straddle epochs, so every record appears exactly once per epoch.
 """
 
 import copy
@@ -25,13 +25,13 @@ from fmcv_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 FIELDS = ('image', 'label', 'tokens', 'segments')
-_ATTEMPTS = 100  # so many records in a row are unreadable only where all are
-_JUDGED_FROM = 1000  # records; a few early ones do not stop a run that would stay below max_bad
+_ATTEMPTS = 100  # consecutive unreadable records after which all are assumed to be
+_MIN_CHECKED = 1000  # records; a few early failures do not stop a run that would stay below max_bad
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiCrop:
-  """`count` pictures of each image, each by the transform `image` with its own chance (SwAV, Caron et al. 2020)."""
+  """`count` random crops of each image by the transform `image` (multi-crop: SwAV, Caron et al. 2020)."""
 
   image: ImageTransform
   count: int
@@ -43,16 +43,16 @@ class MultiCrop:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-  """How records become examples.
+  """Input pipeline: a source, and the transforms from its records to examples.
 
-  image     makes every image uint8 [size, size, 3]; None for a source whose images are arrays of one size
-  caption_templates  sentences with a '{}' for the caption or class name; training draws one for each example,
-                     evaluation takes
-            the first
-  shuffle   a new order in each epoch of training; evaluation never shuffles
-  workers   decoding processes; 0 reads in two threads of this process
-  max_bad   share of unreadable records above which a run stops
-  timeout   seconds without a batch after which a run stops
+  image              transform to uint8 [size, size, 3]; None for a source whose images are arrays of one size
+  caption_templates  sentences with a '{}' for the caption or class name; training draws one per example, evaluation
+                     uses the first
+  views              name -> MultiCrop; each adds a field of that name
+  shuffle            a new order in each epoch of training; evaluation never shuffles
+  workers            decoding processes; 0 reads in two threads of this process
+  max_bad            fraction of unreadable records above which a run stops
+  timeout            seconds without a batch after which a run stops
   """
 
   source: Source
@@ -72,27 +72,27 @@ class Pipeline:
     if self.workers < 0:
       raise ValueError(f'workers: expected at least 0, got {self.workers}')
     if not 0 <= self.max_bad <= 1:
-      raise ValueError(f'max_bad: expected a share from 0 to 1, got {self.max_bad}')
+      raise ValueError(f'max_bad: expected a fraction from 0 to 1, got {self.max_bad}')
     if self.timeout <= 0:
       raise ValueError(f'timeout: expected seconds above 0, got {self.timeout}')
 
 
 class TrainLoader:
-  """Endless batches: dicts of this process's rows of the wanted `fields`.
+  """Infinite iterator of batches: dicts of this process's rows of the requested `fields`.
 
     image    uint8 [b, H, W, 3]
     label    int32 [b]
-    segments uint8 [b, H, W], the classes of the image's pixels
+    segments uint8 [b, H, W], the class of each pixel
     tokens   int32 [b, L], by `tokenizer`
     the pipeline's views, uint8 [b, count, size, size, 3]
-    and whatever arrays the records hold, such as latents of `fmcv precompute`, [b, ...]
+    and any arrays in the records, such as latents of `fmcv precompute`, [b, ...]
 
   batch   the global batch size, b times `process_count`
-  start   examples of the run that are behind us, from `resume`
+  start   number of examples already consumed, from `resume`
 
-  An unreadable record is replaced by a readable one of the same epoch, so that the order stays arithmetic; it is logged
-  once and kept in `skipped`. More of them than `max_bad`, a field that the source cannot give and a worker that dies
-  raise UserError. `close` ends the workers.
+  An unreadable record is replaced deterministically by another record of the epoch, logged once, and kept in
+  `skipped`. More of them than `max_bad`, a field that the source does not provide, and the death of a worker raise
+  UserError. `close` stops the workers.
   """
 
   def __init__(
@@ -129,12 +129,12 @@ class TrainLoader:
     return arrays
 
   def state(self) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: all of it."""
+    """The position in the data, for a checkpoint."""
     return {'examples': self._examples, 'fingerprint': self._fingerprint}
 
   @property
   def skipped(self) -> dict[str, str]:
-    """Key -> reason of every record of this process that could not be read, in the order they were met."""
+    """Key -> reason of every record that this process could not read, in order of occurrence."""
     return dict(self._tally.reasons)
 
   def close(self) -> None:
@@ -142,12 +142,12 @@ class TrainLoader:
 
 
 def fingerprint(pipeline: Pipeline, seed: int) -> str:
-  """Whatever determines which record stands at which position."""
+  """A string of everything that determines the order of records."""
   return f'{pipeline.source.order_name} shuffle={pipeline.shuffle} seed={seed}'
 
 
 def resume(state: Mapping[str, Any], pipeline: Pipeline, seed: int) -> int:
-  """The `start` that continues a `TrainLoader.state()`; UserError if this pipeline's order is another one."""
+  """The `start` that continues a `TrainLoader.state()`; raises UserError if the order of this pipeline differs."""
   now = fingerprint(pipeline, seed)
   if state['fingerprint'] != now:
     raise UserError(
@@ -158,7 +158,7 @@ def resume(state: Mapping[str, Any], pipeline: Pipeline, seed: int) -> int:
 
 
 def record_keys(pipeline: Pipeline, seed: int, start: int, count: int) -> list[str]:
-  """What the source calls the records at `count` positions of a run's order, from position `start` on."""
+  """Keys of the records at positions `start` to `start + count` of the order of a run."""
   order = _order(pipeline, seed)
   return [pipeline.source.key_of(order(position)) for position in range(start, start + count)]
 
@@ -172,10 +172,10 @@ def evaluation_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """One pass in the source's order, as many batches on every process.
+  """One pass in the order of the source, with the same number of batches on every process.
 
-  To the fields come `index` int32 [b], the record, and `mask` bool [b], False for what must not count: rows that fill
-  up the last batch, and stand-ins for records that cannot be read.
+  Adds the fields `index` int32 [b], the record, and `mask` bool [b], False for rows to ignore: padding of the last
+  batch, and replacements of unreadable records.
   """
   rows = _local_rows(batch, process_index, process_count)
   order = Order(_length(pipeline.source), shuffle=False)
@@ -200,8 +200,8 @@ def _evaluate(batches: '_Batches') -> Iterator[dict[str, np.ndarray]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-  """Element t: this process's rows of global batch t, which rows are stand-ins (bool [b]), and key -> reason of what
-  could not be read. This is all that a worker is given."""
+  """Element t: this process's rows of global batch t, a mask of replaced rows (bool [b]), and key -> reason of
+  unreadable records. Pickled to the workers."""
 
   pipeline: Pipeline
   order: RunOrder
@@ -251,16 +251,16 @@ class _Batches:
     return np.array(column, np.int32) if field == 'label' else column
 
   def check(self) -> None:
-    """Raises UserError if the source, the transform or the tokenizer cannot give the fields."""
+    """Raises UserError if the source, the transform or the tokenizer cannot provide the fields."""
     if 'tokens' in self.fields:
       if self.tokenizer is None:
-        raise UserError('data: tokens are wanted, but there is no tokenizer; set one')
-      self.tokenizer([''])  # trains it, if it is trained, once for all workers
+        raise UserError('data: the objective needs tokens but config.tokenizer is not set')
+      self.tokenizer([''])  # a tokenizer that has to be trained is trained once for all workers
     self._read(self.start, {})
 
   @functools.cached_property
   def _arrays(self) -> list[str]:
-    """The fields that records hold as they are."""
+    """The fields that are taken from records unchanged."""
     return [field for field in self.fields if field not in FIELDS and field not in self.pipeline.views]
 
   def _read(self, position: int, reasons: dict[str, str]) -> tuple[Example, bool]:
@@ -272,7 +272,7 @@ class _Batches:
         reasons[self.pipeline.source.key_of(index)] = reason_of(error)
     key, reason = next(iter(reasons.items()))
     raise UserError(
-      f'data: {min(_ATTEMPTS, self.order.records)} records in a row cannot be read; the first, {key}: {reason}'
+      f'data: {min(_ATTEMPTS, self.order.records)} consecutive records could not be read; the first, {key}: {reason}'
     )
 
   def _example(self, index: int, rng: np.random.Generator) -> Example:
@@ -282,18 +282,18 @@ class _Batches:
       row['tokens'] = self._text(record, rng)
     if 'label' in self.fields:
       row['label'] = self._classes.number(self._given(record, 'label'), 'label')
-    chance = copy.deepcopy(rng) if 'segments' in self.fields else rng  # they are cropped as the image is
+    label_map_rng = copy.deepcopy(rng) if 'segments' in self.fields else rng  # the same crop as the image
     if 'image' in self.fields:
       image = self._given(record, 'image')
       if self.pipeline.image is not None:
         image = self.pipeline.image(image, rng)
       elif not isinstance(image, np.ndarray):
-        raise UserError("data: the source gives encoded images; set the pipeline's image, such as resize_crop")
+        raise UserError("data: the source provides encoded images; set the pipeline's image, such as resize_crop")
       row['image'] = image
     if 'segments' in self.fields:
       row['segments'] = self._given(record, 'segments')
       if self.pipeline.image is not None:
-        row['segments'] = transform_label_map(self.pipeline.image, row['segments'], chance)
+        row['segments'] = transform_label_map(self.pipeline.image, row['segments'], label_map_rng)
     if names := [name for name in self.pipeline.views if name in self.fields]:
       image = self._given(record, 'image')
       image = image if isinstance(image, np.ndarray) else decode(image)  # once for all views
@@ -303,7 +303,7 @@ class _Batches:
     for name in self._arrays:
       if not isinstance(record.get(name), np.ndarray):
         given = ', '.join((*FIELDS, *self.pipeline.views, 'arrays of the records'))
-        raise UserError(f'data: unknown fields {self._arrays}; a loader gives {given} and what data.views names')
+        raise UserError(f'data: unknown fields {self._arrays}; available: {given}, and the names in data.views')
       row[name] = record[name]
     return row
 
@@ -328,29 +328,29 @@ class _Batches:
     if field not in record:
       name, given = type(self.pipeline.source).__name__, ', '.join(sorted(set(record) - {'key'}))
       raise UserError(
-        f'data: {field} is needed ({", ".join(self.fields)} are read), but {name} has none; its records hold {given}'
+        f'data: the objective needs the fields {", ".join(self.fields)}, but {name} has no {field}; it provides {given}'
       )
     return record[field]
 
 
 class _BadRecordCounter:
-  """Counts what was read and what could not be, in the main process, and stops the run when that is too much."""
+  """Counts read and unreadable records in the main process, and stops the run if too many are unreadable."""
 
   def __init__(self, records: int, max_bad: float):
     self._records, self._max_bad = records, max_bad
-    self._seen = self._bad = 0
+    self._read = self._bad = 0
     self.reasons: dict[str, str] = {}
 
-  def add(self, seen: int, bad: int, reasons: Mapping[str, str]) -> None:
-    self._seen, self._bad = self._seen + seen, self._bad + bad
+  def add(self, read: int, bad: int, reasons: Mapping[str, str]) -> None:
+    self._read, self._bad = self._read + read, self._bad + bad
     for key, reason in reasons.items():
       if key not in self.reasons:
         self.reasons[key] = reason
         logger.warning('skipped %s: %s', key, reason)
-    if self._bad > self._max_bad * max(self._seen, min(self._records, _JUDGED_FROM)):
+    if self._bad > self._max_bad * max(self._read, min(self._records, _MIN_CHECKED)):
       first = '; '.join(f'{key}: {reason}' for key, reason in list(self.reasons.items())[:3])
       raise UserError(
-        f'data: {self._bad} of {self._seen} records ({self._bad / self._seen:.1%}) cannot be read, more than '
+        f'data: {self._bad} of {self._read} records ({self._bad / self._read:.1%}) cannot be read, more than '
         f'max_bad={self._max_bad:g}; repair or remove them, the first are {first}'
       )
 

@@ -1,8 +1,8 @@
-"""The order of a training run as arithmetic: a global position to a record, with no state to save.
+"""The order of a training run: a pure function from a global position to a record, without state.
 
-Position g is the g-th example of the whole run, over all hosts. It belongs to epoch g // N and, within it, to a place
-of a permutation that seed and epoch determine. So each record comes once per epoch, and a run is resumed, on any number
-of hosts and at any batch size, from one integer: the number of examples seen.
+Position g is the g-th example of the run, over all hosts. It belongs to epoch g // N and to an element of a permutation
+that depends on seed and epoch. Each record appears once per epoch, and a run resumes, on any number of hosts and at any
+batch size, from one integer: the number of examples consumed.
 """
 
 import abc
@@ -17,23 +17,23 @@ _TABLE_LIMIT = 1 << 16  # index_shuffle walks cycles of 2**16 and more: 4 us a c
 
 
 class RunOrder(abc.ABC):
-  """Which of a source's `records` stands at which position of a run."""
+  """Maps positions of a run to the `records` of a source."""
 
   records: int
   seed: int
 
   @abc.abstractmethod
   def __call__(self, position: int, attempt: int = 0) -> int:
-    """Record for a position; for `attempt` > 0 the one that stands in, if those before it cannot be read."""
+    """Record for a position; `attempt` > 0 gives replacements for unreadable ones."""
 
   def rng(self, position: int) -> np.random.Generator:
-    """The generator for the example at this position: its crop, its caption."""
+    """The random generator of the example at this position (crop, caption)."""
     return np.random.default_rng((self.seed, position))
 
 
 @dataclasses.dataclass(frozen=True)
 class Order(RunOrder):
-  """`records` of a source, permuted anew in each epoch if `shuffle`."""
+  """All `records` of a source in each epoch, in a new permutation per epoch if `shuffle`."""
 
   records: int
   seed: int = 0
@@ -49,8 +49,8 @@ class Order(RunOrder):
       return place
     if self.records <= _TABLE_LIMIT:
       return int(_table(self.records, self.seed, epoch)[place])
-    # grain 0.2.18 is no permutation where max_index is a power of 4: the last record would never come. The next larger
-    # domain is one, and what falls outside is permuted again until it falls inside.
+    # index_shuffle of grain 0.2.18 is not a permutation if max_index is a power of 4: the last record would be missing.
+    # The next larger domain is, and an index outside is permuted again until it is inside (cycle walking).
     last = self.records - 1
     last += last & (last - 1) == 0
     while True:
@@ -61,11 +61,11 @@ class Order(RunOrder):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WindowedOrder(RunOrder):
-  """For a source that is read cheaply only in blocks of neighbours: record r is in the first block with ends[i] > r.
+  """Windowed shuffle, for a source that is read in blocks: record r is in the first block with ends[i] > r.
 
-  In each epoch the blocks are permuted, every `window` of them in a row are taken together, and what they hold is
-  permuted. So a reader has that many blocks in hand at a time, and two records of a batch come from the same block with
-  a probability of 1 / window instead of 1 / blocks: with blocks of one class each, a batch sees about `window` classes.
+  In each epoch the blocks are permuted, and the records of every `window` consecutive blocks are permuted together. A
+  reader therefore holds `window` blocks at a time, and two records of a batch come from the same block with probability
+  1 / window instead of 1 / blocks: with blocks of one class each, a batch has about `window` classes.
   """
 
   ends: np.ndarray
@@ -115,10 +115,10 @@ class WindowedOrder(RunOrder):
 
 @dataclasses.dataclass(frozen=True)
 class MixedOrder(RunOrder):
-  """Several orders interleaved by their shares, as evenly as can be; their records are numbered one after the other.
+  """Interleaves several orders evenly, in proportion to `shares`; their records are numbered consecutively.
 
-  Each order goes through epochs of its own: of its records each comes once before any comes twice. Of any n positions
-  in a row, order k has share_k n, to within the number of orders.
+  Each order has epochs of its own: all of its records appear once before any appears twice. Any n consecutive positions
+  contain share_k n of order k, to within the number of orders.
   """
 
   orders: tuple[RunOrder, ...]
@@ -134,8 +134,8 @@ class MixedOrder(RunOrder):
     return self._offsets[part] + self.orders[part](position, attempt)
 
   def part(self, position: int) -> tuple[int, int]:
-    """Which order stands at a position, and at which position of its own."""
-    for part, (over, under) in enumerate(self._splits):  # one is split from the rest at a time, in whole numbers
+    """Index of the order at a position, and the position within that order."""
+    for part, (over, under) in enumerate(self._splits):  # splits off one order at a time, in integer arithmetic
       before = position * over // under
       if (position + 1) * over // under > before:
         return part, before
@@ -154,8 +154,8 @@ class MixedOrder(RunOrder):
 
 
 def _epoch_and_place(position: int, attempt: int, records: int) -> tuple[int, int]:
-  """Stand-ins are half an epoch away: next to it they would often be in the same batch, where a contrastive loss takes
-  the second copy for a negative."""
+  """(epoch, index in the epoch). Replacements are half an epoch away: a neighbour would often be in the same batch,
+  where a contrastive loss treats the copy as a negative."""
   epoch, place = divmod(position, records)
   return epoch, (place + records // 2 + attempt - 1) % records if attempt else place
 
@@ -166,7 +166,7 @@ def _table(records: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _permutation(count: int, *entropy: int) -> np.ndarray:
-  # numpy promises that raw bits never change between versions; it does not promise that of `permutation`.
+  # numpy guarantees that raw bits are stable between versions, but not `permutation`.
   bits = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
   return np.argsort(bits, kind='stable')
 

@@ -1,8 +1,8 @@
-"""Writing a data set as ArrayRecord shards, by several processes, and going on where an earlier attempt ended.
+"""Writes a dataset as ArrayRecord shards, in several processes, and resumes after an interruption.
 
-Until it is complete a set lies beside its place, as `.NAME.partial`: a shard counts once it is renamed to its name and
-its note (counts, checksum) lies beside it. The last act gives the folder its name, so that no half of a set is ever
-taken for the whole.
+An incomplete dataset is in a hidden folder `.NAME.partial` next to its destination. A shard is complete once it has
+its final name and a note (counts, checksum). The last step renames the folder, so that an incomplete dataset is never
+read as a complete one.
 """
 
 import concurrent.futures
@@ -31,12 +31,12 @@ from fmcv_jax.parallel import distributed
 SHARD_BYTES = 512 << 20
 SUMS = 'SHA256SUMS'
 _PLAN = 'plan.json'
-_NAMED_BAD = 100  # of each shard, in its note
+_NAMED_BAD = 100  # unreadable records listed in the note of a shard
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
-  """What is to be written: `origin`, plain data, says what from; it must be the same when writing goes on."""
+  """The dataset to write. `origin`, plain data, describes the input; it must be unchanged when writing is resumed."""
 
   records: int
   shards: int
@@ -49,14 +49,14 @@ class PackingPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ShardWriter:
-  """A set that is being written; it may travel to other processes, which write shards of it."""
+  """A dataset that is being written. Picklable, so that other processes can write shards of it."""
 
   target: pathlib.Path
   folder: pathlib.Path
   plan: PackingPlan
 
   def missing(self) -> list[int]:
-    """The shards that are not there yet, or not whole."""
+    """Indices of the shards that are missing or incomplete."""
     return [shard for shard in range(self.plan.shards) if self.note(shard) is None]
 
   def note(self, shard: int) -> dict[str, Any] | None:
@@ -68,7 +68,7 @@ class ShardWriter:
       return None
 
   def write(self, shard: int, examples: Iterable[Example], skipped: dict[str, str] | None = None) -> None:
-    """Writes a shard and then its note, with what `skipped` holds at the end: key -> reason of what is left out."""
+    """Writes a shard and then its note, with the content of `skipped` after the last example: key -> reason."""
     path, counted = shard_path(self.folder, shard, self.plan.shards), _Counted(examples)
     write_shard(counted, path)
     with path.open('rb') as file:
@@ -81,10 +81,10 @@ class ShardWriter:
     partial.rename(_note_path(path))
 
   def finish(self) -> dict[str, Any]:
-    """Gives the complete set its name; returns {'records', 'bytes', 'skipped', 'reasons'} of all."""
+    """Renames the complete dataset; returns its total {'records', 'bytes', 'skipped', 'reasons'}."""
     notes = [self.note(shard) for shard in range(self.plan.shards)]
     whole: list[dict[str, Any]] = [note for note in notes if note is not None]
-    assert len(whole) == self.plan.shards, 'finished before all shards are there'
+    assert len(whole) == self.plan.shards, 'finished before all shards were written'
     paths = [shard_path(self.folder, shard, self.plan.shards) for shard in range(self.plan.shards)]
     (self.folder / SUMS).write_text(''.join(f'{note["sha256"]}  {path.name}\n' for note, path in zip(whole, paths)))
     counts = [note['records'] for note in whole]
@@ -119,9 +119,9 @@ def _note_path(shard: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def unfinished(to: str | os.PathLike[str], plan: PackingPlan) -> Iterator[ShardWriter]:
-  """Begins the set `to`, or goes on with it, by the plan of its beginning; only one at a time may.
+  """Starts or resumes the dataset `to`, with the number of shards that it was started with; holds a lock.
 
-  Raises UserError where it is complete, was begun from something else, or is being written.
+  Raises UserError if the dataset is complete, was started from different data, or is being written.
   """
   target = pathlib.Path(to).expanduser()
   if target.exists():
@@ -136,7 +136,7 @@ def unfinished(to: str | os.PathLike[str], plan: PackingPlan) -> Iterator[ShardW
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f'--to {target}: another process is writing it; wait for it') from error
+      raise UserError(f'--to {target}: another process is writing it; wait until it ends') from error
     except OSError:  # a file system without locks
       pass
     yield ShardWriter(target, folder, _agreed(folder, target, plan))
@@ -147,14 +147,14 @@ def unfinished(to: str | os.PathLike[str], plan: PackingPlan) -> Iterator[ShardW
 def open_on_all_processes(
   to: str | os.PathLike[str], plan: PackingPlan, stack: contextlib.ExitStack
 ) -> tuple[ShardWriter | None, int, list[int]]:
-  """For what all processes of a run make together: the set that the first of them writes (None in the others), the
-  number of its shards, and which are to be made. It is held until `stack` closes.
+  """Starts or resumes a dataset that all processes of a run compute: returns the ShardWriter (None in all processes
+  but the first), the number of shards, and the missing ones. The lock is held until `stack` closes.
   """
   begun, failure = None, None
   if distributed.is_main():
     try:
       begun = stack.enter_context(unfinished(to, plan))
-    except UserError as error:  # said once the others are not left waiting
+    except UserError as error:  # raised after the broadcast, for which the others wait
       failure = error
   shards = int(distributed.from_main(np.array(begun.plan.shards if begun else 0)))
   if not shards:
@@ -166,7 +166,7 @@ def open_on_all_processes(
 
 
 def _agreed(folder: pathlib.Path, target: pathlib.Path, plan: PackingPlan) -> PackingPlan:
-  """The plan that the folder was begun with, if it is the same but for the number of shards."""
+  """The plan that the folder was started with; raises UserError if more than the number of shards differs."""
   for leftover in folder.glob('.*.partial'):
     leftover.unlink()
   file = folder / _PLAN
@@ -181,8 +181,8 @@ def _agreed(folder: pathlib.Path, target: pathlib.Path, plan: PackingPlan) -> Pa
   if different := [key for key in now if key != 'shards' and begun[key] != now[key]]:
     key = different[0]
     raise UserError(
-      f'--to {target}: was begun from other data ({key} was {begun[key]!r}, now {now[key]!r}); choose another folder, '
-      f'or remove {folder}'
+      f'--to {target}: was started from different data ({key} was {begun[key]!r}, now {now[key]!r}); choose another '
+      f'folder, or remove {folder}'
     )
   return dataclasses.replace(plan, shards=begun['shards'])
 
@@ -199,9 +199,9 @@ def pack(
 ) -> dict[str, Any]:
   """Writes every record of `source` in its order; returns what `ShardWriter.finish` does.
 
-  shards    by default so many that one holds about half a GiB, and the workers all have some
-  max_bad   share of records that may be left out since they cannot be read; more raise UserError
-  progress  is called with the records done and to be done
+  shards    default: about half a GiB per shard, and enough for all workers
+  max_bad   maximum fraction of unreadable records; more raise UserError
+  progress  called with the number of finished records and the total
   """
   if not len(source):
     raise UserError('pack: the source has no records')
@@ -220,7 +220,7 @@ def pack(
 
 
 def _written(begun: ShardWriter, source: Source, missing: list[int], workers: int) -> Iterator[int]:
-  """The missing shards, each once it is written: by this process, or by several."""
+  """Writes the missing shards, in this process or in several; yields each index when it is written."""
   if workers == 1:
     for shard in missing:
       _pack_shard(begun, source, shard)
@@ -235,8 +235,8 @@ def _written(begun: ShardWriter, source: Source, missing: list[int], workers: in
         yield futures[future]
     except BrokenProcessPool as error:
       raise UserError(
-        'pack: a worker process died, most often for want of memory; the same command goes on from what is written, '
-        'and fewer --workers need less'
+        'pack: a worker process died, usually out of memory; the same command resumes from the shards that are '
+        'written, and fewer --workers need less memory'
       ) from error
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
@@ -255,7 +255,7 @@ def _check_skipped(begun: ShardWriter, max_bad: float) -> None:
 
 
 def _shards(source: Source, workers: int) -> int:
-  """By the size of some records; no fewer than the workers can share out evenly, where there are enough records."""
+  """The default number of shards, by the size of sampled records; at least 4 per worker if there are enough records."""
   sizes = []
   for index in range(0, len(source), max(1, len(source) // 16)):
     with contextlib.suppress(*UNREADABLE):

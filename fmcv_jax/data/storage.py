@@ -1,4 +1,4 @@
-"""Files wherever they lie: on this machine, or at a URL that fsspec knows (gs://, s3://, az://, hf://, https://)."""
+"""Access to files on the local machine and at URLs of fsspec (gs://, s3://, az://, hf://, https://)."""
 
 import collections
 import concurrent.futures
@@ -20,7 +20,7 @@ import fsspec
 
 from fmcv_jax.errors import UserError
 
-_OPEN_FILES = 128  # kept open by each reader
+_OPEN_FILES = 128  # per reader
 _THREADS = 16
 _SYSTEM = ('__MACOSX', '@eaDir')
 _T = TypeVar('_T')
@@ -28,7 +28,7 @@ _T = TypeVar('_T')
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """`stamp` changes when the file does: its modification time in ns, or of a remote file what its store calls it."""
+  """A file and its `stamp`, which changes with it: modification time in ns, or the version tag of a remote store."""
 
   path: str
   size: int
@@ -40,11 +40,11 @@ def is_remote(path: str) -> bool:
 
 
 def find(path: str, suffix: str, what: str, below: bool = False) -> list[File]:
-  """The files that `path` names, sorted: of a folder those that end in `suffix` (in any case), of a pattern (*, ?,
-  [a-z], {00..99}) those that fit, or one file.
+  """The files at `path`, sorted: one file, the matches of a pattern (*, ?, [a-z], {00..99}), or the files of a folder
+  that end in `suffix` (case-insensitive).
 
-  With `below` also those in subfolders, such as year=2024/part.parquet. Files and folders whose name begins with '.' or
-  '_' are not data, as for Arrow and Spark. Raises UserError, begun by `what`, where there is none or a file of {} is
+  `below` includes subfolders, such as year=2024/part.parquet. Files and folders whose name starts with '.' or '_' are
+  ignored, as by Arrow and Spark. Raises UserError, with the prefix `what`, if nothing is found or if a file of {..} is
   missing.
   """
   path = path if is_remote(path) else os.path.expanduser(path)
@@ -58,23 +58,23 @@ def find(path: str, suffix: str, what: str, below: bool = False) -> list[File]:
     raise UserError(f'{what}: no file {error.args[-1] if error.filename is None else error.filename!r}') from error
   if not found:
     raise UserError(
-      f'{what}: no {suffix} at {path!r} (seen from {os.getcwd()}{_instead(path)}); give a folder, a file or a pattern'
+      f'{what}: no {suffix} at {path!r} (relative to {os.getcwd()}{_instead(path)}); give a folder, a file or a pattern'
     )
   return found
 
 
 def others(path: str, read: Iterable[str]) -> list[str]:
-  """The files in and below the folder `path` that are not among those `read`, from it on; none of a pattern or file."""
+  """Relative paths of the files below the folder `path` that are not in `read`; empty for a pattern or a file."""
   path = path if is_remote(path) else os.path.expanduser(path)
   taken = {file.removeprefix(path.rstrip('/') + '/') for file in read}
   return [name for name in files_below(path) or () if name not in taken]
 
 
 def _instead(path: str) -> str:
-  """What a folder holds, by extension, for the message that it does not hold what is looked for."""
+  """Counts of the files in a folder by extension, for the message about a missing file."""
   counts = collections.Counter(os.path.splitext(name)[1].lower() for name in files_below(path) or ())
   held = ', '.join(f'{count} {extension or "without extension"}' for extension, count in counts.most_common(3))
-  return f'; it holds {held}' if held else ''
+  return f'; it contains {held}' if held else ''
 
 
 def in_threads(function: Callable[[Any], _T], items: Iterable[Any]) -> list[_T]:
@@ -140,13 +140,13 @@ def _filesystem(protocol: str) -> Any:
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-  """fsspec's file system of a URL, and the path inside it."""
+  """The fsspec file system of a URL, and the path inside it."""
   fs = _filesystem(path.split('://')[0])
   return fs, fs._strip_protocol(path)
 
 
 def open_file(path: str) -> BinaryIO:
-  """A whole file to be read from its beginning, or at random places."""
+  """Opens a file for sequential or random reads."""
   if not is_remote(path):
     return open(path, 'rb')
   fs, inner = filesystem(path)
@@ -154,17 +154,17 @@ def open_file(path: str) -> BinaryIO:
 
 
 def join(folder: str, path: str) -> str:
-  """The place of `path`, which counts from `folder` if it is not absolute."""
+  """Joins `path` to `folder`, unless it is absolute or a URL."""
   if is_remote(path) or not is_remote(folder):
     return path if is_remote(path) else os.path.join(folder, path)
   return f'{folder.rstrip("/")}/{path}'
 
 
 def files_below(folder: str, deep: bool = True) -> list[str] | None:
-  """The paths of all files in a folder and, if `deep`, those below it, from it on, '/' between their parts, sorted.
+  """Relative paths of the files in a folder and, if `deep`, in its subfolders, '/'-separated and sorted.
 
-  Hidden files and folders are left out, and those that systems make for themselves (`._x.jpg` and __MACOSX of a Mac's
-  archives, @eaDir of network drives). None where there is no such folder.
+  Skips hidden files and folders, and those that systems create (`._x.jpg` and __MACOSX of macOS archives, @eaDir of
+  network drives). Returns None if the folder does not exist.
   """
   if is_remote(folder):
     fs, inner = filesystem(folder)
@@ -184,7 +184,7 @@ def files_below(folder: str, deep: bool = True) -> list[str] | None:
 
 
 def folders_in(folder: str) -> list[str]:
-  """The names of a folder's subfolders, sorted; those are left out that `files_below` leaves out."""
+  """The names of a folder's subfolders, sorted, without those that `files_below` skips."""
   if is_remote(folder):
     fs, inner = filesystem(folder)
     names = [
@@ -200,7 +200,7 @@ def _is_shown(name: str) -> bool:
 
 
 def local(file: File) -> str:
-  """Where the file, or a copy of it in the cache, lies on this machine; of several processes one fetches it."""
+  """Local path of the file, or of its copy in the cache; only one process downloads it."""
   if not is_remote(file.path):
     return file.path
   name = hashlib.sha256(f'{file.path} {file.size} {file.stamp}'.encode()).hexdigest()[:24]
@@ -218,14 +218,14 @@ def local(file: File) -> str:
 
 
 class Ranges:
-  """Reads pieces of files from any thread, and keeps those of this machine open. It travels to other processes."""
+  """Thread-safe reads of byte ranges; keeps local files open. Picklable."""
 
   def __init__(self) -> None:
     self._open: collections.OrderedDict[str, io.FileIO] = collections.OrderedDict()
     self._lock = threading.Lock()
 
   def read(self, path: str, start: int, size: int) -> bytes:
-    """Bytes start to start + size; fewer where the file ends before."""
+    """Bytes start to start + size; fewer at the end of the file."""
     if is_remote(path):
       fs, inner = filesystem(path)
       return fs.cat_file(inner, start=start, end=start + size)
@@ -248,7 +248,7 @@ class Ranges:
 
 
 def cache_folder() -> pathlib.Path:
-  """Where what can be made again is kept: $FMCV_CACHE, or fmcv_jax in the user's cache."""
+  """The cache folder: $FMCV_CACHE, or fmcv_jax in the user's cache folder."""
   if given := os.environ.get('FMCV_CACHE'):
     return pathlib.Path(given).expanduser()
   return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'fmcv_jax'

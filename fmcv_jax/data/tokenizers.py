@@ -111,8 +111,8 @@ class Bpe(Tokenizer):
   which `save` wrote; exactly one of the two is given. A small corpus may not fill the vocabulary: the ids left over are
   never produced, and `vocab_size` holds.
 
-  vocab_size   the embedding table's size: 256 bytes, padding, start and end, and what is learnt
-  lowercase    whether case is dropped; a `file` keeps the choice it was trained with
+  vocab_size   the embedding table's size: 256 bytes, padding, start, end, and learned merges
+  lowercase    lowercases texts; a `file` keeps the choice it was trained with
   """
 
   vocab_size: int
@@ -168,7 +168,7 @@ class Bpe(Tokenizer):
     if self.file is None:
       return _train(self._texts(), self.vocab_size, self.lowercase)
     if not os.path.isfile(self.file):
-      raise UserError(f'tokenizer: no file {self.file!r} (seen from {os.getcwd()}); give the path that save() wrote')
+      raise UserError(f'tokenizer: no file {self.file!r} (relative to {os.getcwd()}); give the path that save() wrote')
     text = pathlib.Path(self.file).read_text(encoding='utf-8', errors='replace')
     try:
       size = _open(text).get_vocab_size()
@@ -326,7 +326,7 @@ class TokenizerJson(Tokenizer):
 
 def _existing(file: str) -> str:
   if not os.path.isfile(file):
-    raise UserError(f'tokenizer: no file {file!r} (seen from {os.getcwd()})')
+    raise UserError(f'tokenizer: no file {file!r} (relative to {os.getcwd()})')
   return file
 
 
@@ -374,7 +374,7 @@ def _train(texts: Iterator[str], vocab_size: int, lowercase: bool) -> str:
 
 
 def _bodies(tokens: np.ndarray, end: int) -> list[list[int]]:
-  """What lies between the start id and the first end id of each row."""
+  """The ids between the start id and the first end id of each row."""
   rows = []
   for row in np.asarray(tokens):
     ends = np.flatnonzero(row == end)
@@ -405,5 +405,5 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
   'tokenizer_json': TokenizerJson,
 }
 
-# Under which name a run keeps the file of its tokenizer.
+# File name of each tokenizer in a workdir.
 KEPT = {'bpe': 'tokenizer.json', 'sentencepiece': 'tokenizer.model', 'tokenizer_json': 'tokenizer.json'}

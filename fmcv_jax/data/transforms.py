@@ -1,6 +1,6 @@
 """Crops and resizes on the host: one image of any size in, uint8 [size, size, 3] out.
 
-Colour, flips, noise and mixing happen on the device, in `augment.py`: the host does only what shrinks the data.
+Color, flips, noise and mixing run on the device, in `augment.py`; the host only does what reduces the data.
 """
 
 import abc
@@ -10,12 +10,12 @@ from typing import TypeGuard
 
 import numpy as np
 
-from fmcv_jax.data.images.decode import picture
+from fmcv_jax.data.images.decode import lazy_image
 from fmcv_jax.data.images.resize import FILTERS, Interpolation
 
 
 class ImageTransform(abc.ABC):
-  """One image to a square of a fixed `size`. Frozen and picklable; all chance comes from the generator given."""
+  """Maps an image to a square of a fixed `size`. Frozen and picklable; draws only from the given generator."""
 
   size: int
 
@@ -31,7 +31,7 @@ class ImageTransform(abc.ABC):
 class RandomResizedCrop(ImageTransform):
   """The Inception crop (Szegedy et al. 2015, section 6): a box of random area and aspect ratio, resized.
 
-  scale: bounds of the box's share of the area, drawn uniformly
+  scale: bounds of the fraction of the area, drawn uniformly
   ratio: bounds of width / height, drawn uniformly in the logarithm
   """
 
@@ -48,16 +48,16 @@ class RandomResizedCrop(ImageTransform):
       raise ValueError(f'ratio: expected 0 < low <= high, got {self.ratio}')
 
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    whole = picture(image, exact=False)
+    whole = lazy_image(image, exact=False)
     left, top, width, height = sample_box(whole.height, whole.width, self.scale, self.ratio, rng)
     return whole.crop((left, top, left + width, top + height), self.size, self.interpolation)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizeCrop(ImageTransform):
-  """The usual evaluation: the short side to floor(size / crop), then the square of `size` in the centre.
+  """The standard evaluation transform: resize the short side to floor(size / crop), then a center crop of `size`.
 
-  As timm and torchvision count: 224 / 0.9 is 248, the long side is truncated, the centre's corner rounded.
+  Rounds as timm and torchvision: 224 / 0.9 is 248, the long side is truncated, the corner of the crop rounded.
   """
 
   size: int
@@ -73,11 +73,11 @@ class ResizeCrop(ImageTransform):
     short = math.floor(self.size / self.crop)
     if short == self.size and _fits(image, self.size):
       return image
-    whole = picture(image)
-    # Whole pixels as torchvision counts them, by which published networks were scored.
+    whole = lazy_image(image)
+    # Rounded to pixels as in torchvision, with which published networks were evaluated.
     width, height = (int(short * side / min(whole.width, whole.height)) for side in (whole.width, whole.height))
     left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-    # One resize out of a box of the original gives the same pixels as resizing everything and cropping.
+    # Resizing a box of the original gives the same pixels as resizing everything and cropping.
     x, y = whole.width / width, whole.height / height
     right, bottom = min((left + self.size) * x, whole.width), min((top + self.size) * y, whole.height)
     box = (left * x, top * y, right, bottom)
@@ -86,7 +86,7 @@ class ResizeCrop(ImageTransform):
 
 @dataclasses.dataclass(frozen=True)
 class Resize(ImageTransform):
-  """The whole image to a square; its aspect ratio is lost."""
+  """Resizes the whole image to a square, ignoring its aspect ratio."""
 
   size: int
   interpolation: Interpolation = 'bicubic'
@@ -97,21 +97,21 @@ class Resize(ImageTransform):
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if _fits(image, self.size):
       return image
-    whole = picture(image)
+    whole = lazy_image(image)
     return whole.crop((0, 0, whole.width, whole.height), self.size, self.interpolation)
 
 
 def transform_label_map(transform: ImageTransform, segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """What the transform makes of a map of classes uint8 [H, W]: the nearest pixel's, since classes do not mix."""
+  """Applies the transform to a label map uint8 [H, W], with nearest-neighbour interpolation."""
   nearest = dataclasses.replace(transform, interpolation='nearest')  # type: ignore[type-var]
   return nearest(np.repeat(segments[..., None], 3, axis=-1), rng)[..., 0]
 
 
 def sample_box(height, width, scale, ratio, rng: np.random.Generator) -> tuple[int, int, int, int]:
-  """(left, top, width, height) of a random box inside the image, of an area and an aspect ratio within the bounds.
+  """(left, top, width, height) of a random box inside the image, with area and aspect ratio within the bounds.
 
-  A box that sticks out is drawn again. After ten of them (a long strip has few good ones) it is the largest box in the
-  centre whose ratio is within the bounds.
+  A box that exceeds the image is redrawn. After ten failures, as for very elongated images, it is the largest centered
+  box with an aspect ratio within the bounds.
   """
   for _ in range(10):
     area = height * width * rng.uniform(*scale)

@@ -1,4 +1,4 @@
-"""Options of sampling, as the Python API, the command line and the evaluators share them."""
+"""Sampling options shared by the Python API, the command line and the evaluators."""
 
 import dataclasses
 import math
@@ -14,21 +14,21 @@ from fmcv_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-  """How images are sampled; UserError, with the option's name first, for a value that makes no sense.
+  """Sampling options; raises UserError, starting with the option name, for an invalid value.
 
-  steps                 default 20; of the solver
-  guidance              default 4.0, 1 for none; classifier-free guidance scale (Ho & Salimans 2022), or one per image
-  interval              (low, high) times outside of which there is no guidance (Kynkaanniemi et al. 2024)
-  rescale               0 to 1, fraction by which guidance's gain in contrast is undone (Lin et al. 2024)
-  negative              text that guidance moves away from, in place of the empty text
+  steps                 default 20. Number of solver steps
+  guidance              default 4.0; 1 disables it. Classifier-free guidance scale (Ho & Salimans 2022), or one per
+                        image
+  interval              (low, high). Guidance is applied only at times in between (Kynkaanniemi et al. 2024)
+  rescale               0 to 1. CFG rescale factor phi (Lin et al. 2024)
+  negative              negative prompt, in place of the empty text
   solver                one of SOLVERS
-  spacing               of the times (`sampling_timesteps`)
+  spacing               timestep spacing, see `sampling_timesteps`
   seed                  0 to 2^31 - 1
-  strength              above 0 and at most 1, of an edit: fraction of the noise that the image is given (Meng et al.
-                        2022, SDEdit)
-  control_scale         conditioning scale of a ControlNet
-  control_preprocessed  the control images are control maps already (edges, say); otherwise they are made from them, as
-                        in training
+  strength              above 0, at most 1. Denoising strength of an edit (Meng et al. 2022, SDEdit)
+  control_scale         ControlNet conditioning scale
+  control_preprocessed  True if the control images are control maps (edges, say); otherwise control maps are computed
+                        from them, as in training
   """
 
   steps: int = 20
@@ -80,11 +80,11 @@ class SamplingOptions:
 
   @property
   def guided(self) -> bool:
-    """Whether there is guidance for some image."""
+    """True if the guidance scale of any image differs from 1."""
     return bool((np.asarray(self.guidance) != 1).any())
 
   def times(self, process: Process, strength: float = 1.0) -> tuple[float, ...]:
-    """The times of the steps, from `strength` of the noise on; UserError where the solver does not suit the process."""
+    """Times of the steps, starting at `strength`; UserError if the solver does not support the process."""
     try:
       times = sampling_timesteps(process, self.steps, self.spacing)
       times = times[len(times) - max(1, round(strength * len(times))) :]

@@ -1,7 +1,7 @@
-"""Solvers of the reverse process: from noise to images in few steps, by one scan.
+"""Solvers of the reverse process, run as one scan over the sampling steps.
 
-All solvers use a network through its prediction of x_0 and of the noise at each time, so each works with every
-schedule and parameterization. Their coefficients are computed beforehand, in float64.
+Solvers use the predicted x_0 and noise, so every solver works with every schedule and parameterization. Their
+coefficients are precomputed in float64.
 """
 
 import abc
@@ -22,11 +22,11 @@ Rows = Mapping[str, np.ndarray]
 
 
 def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> np.ndarray:
-  """The times of a sampler's network evaluations, float64 [steps], decreasing; x_0 follows the last.
+  """Times of the network evaluations of a sampler, float64 [steps], decreasing; the last step leads to x_0.
 
-  'trailing' begins with pure noise, 'leading' ends next to x_0 (Lin et al. 2024, table 2), 'uniform' does both;
-  'quadratic' has more steps near x_0 (Song et al. 2021), 'karras' equal steps of (sigma / alpha)^(1/7) (Karras
-  et al. 2022). Raises ValueError for steps < 1, and for more than a tabulated schedule has.
+  'trailing' starts at pure noise, 'leading' ends next to x_0 (Lin et al. 2024, table 2), 'uniform' does both;
+  'quadratic' has more steps near x_0 (Song et al. 2021), 'karras' has equal steps of (sigma / alpha)^(1/7) (Karras
+  et al. 2022). Raises ValueError for steps < 1, and for more steps than a tabulated schedule has.
   """
   if steps < 1 or (process.tabulated and steps > STEPS):
     raise ValueError(f'steps: {steps} is not between 1 and {STEPS}')
@@ -92,10 +92,10 @@ class Solver(abc.ABC):
 
   @abc.abstractmethod
   def rows(self, process: Process, path: Trajectory) -> Rows:
-    """Arrays [calls]; 'time' is that of the call, 'alpha' and 'sigma' are those of the x that follows it."""
+    """Coefficients, arrays [calls]: 'time' of the call, 'alpha' and 'sigma' of the next x, and the solver's own."""
 
   def start(self, x: jax.Array) -> Any:
-    """What is remembered before the first call."""
+    """Initial solver memory."""
     return ()
 
   @abc.abstractmethod
@@ -130,8 +130,8 @@ class Ddim(Solver):
 
 @dataclasses.dataclass(frozen=True)
 class Ddpm(Solver):
-  """Ancestral sampling (Ho et al. 2020, algorithm 2) with the posterior's variance, that of the forward step ('large'),
-  or the one that the network has learned (Nichol & Dhariwal 2021)."""
+  """Ancestral sampling (Ho et al. 2020, algorithm 2) with the posterior variance, the variance of the forward step
+  ('large'), or the learned variance (Nichol & Dhariwal 2021)."""
 
   variance: Literal['small', 'large', 'learned'] = 'small'
   stochastic = True
@@ -163,7 +163,7 @@ class Ddpm(Solver):
 class Heun(Solver):
   """Heun's second-order method (Karras et al. 2022, algorithm 1), in sigma / alpha or, for 'flow', in t.
 
-  Two calls a step, but for the last, which is one of Euler's.
+  Two network evaluations per step, except for the last, which is an Euler step.
   """
 
   def rows(self, process, path):
@@ -200,7 +200,7 @@ class Heun(Solver):
 
 @dataclasses.dataclass(frozen=True)
 class DpmPlusPlus(Solver):
-  """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), or its form with fresh noise: second order, one call a step."""
+  """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), or its SDE variant: second order, one evaluation per step."""
 
   sde: bool = False
 
@@ -308,11 +308,11 @@ def sample(
   """Images [B, ...] from x [B, ...] at times[0] (see `add_noise`), by one scan over the calls of the network.
 
   denoise   (x, time [B]) -> the network's raw output
-  times     falling, from `sampling_timesteps`, or the last of them for images that were noised only so far
-  keys      one for each example, for the noise of stochastic solvers: an image does not depend on the others
+  times     decreasing, from `sampling_timesteps`, or a suffix of them for img2img
+  keys      one rng key per example, for the noise of stochastic solvers: an image does not depend on the others
   clip      predictions of x_0 are clipped to +-clip
-  adjust    (x, alpha, sigma, call) -> x, after each step: the known part is put in its place
-  trace     also returns the prediction of x_0 at each evaluation, [calls, B, ...]
+  adjust    (x, alpha, sigma, call) -> x, applied after each step, for example to restore the known pixels
+  trace     also return the prediction of x_0 at each evaluation, [calls, B, ...]
   """
   rows = {name: jnp.asarray(values, jnp.float32) for name, values in coefficients(process, solver, times).items()}
   calls = len(rows['time'])
@@ -342,9 +342,9 @@ def sample(
 
 
 def coefficients(process: Process, solver: Solver, times: np.ndarray) -> Rows:
-  """The solver's rows for these times; ValueError where it cannot go with this process."""
+  """Coefficients of a solver for these times; ValueError if the solver does not support the process."""
   if len(times) == 0:
-    raise ValueError('steps: sampling takes at least one')
+    raise ValueError('steps: must be at least 1')
   alpha, sigma = process.alpha_sigma(np.asarray(times))
   return solver.rows(process, Trajectory(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0)))
 
@@ -352,7 +352,7 @@ def coefficients(process: Process, solver: Solver, times: np.ndarray) -> Rows:
 def add_noise(
   process: Process, image: jax.Array | float, keys: jax.Array, shape: tuple[int, ...], time: float
 ) -> jax.Array:
-  """x [B, *shape] at `time`, of x_0 or of 0: where sampling begins. Noise comes from each example's own key."""
+  """Start of sampling: x_0 (or 0) noised to `time`, [B, *shape]. Each example's noise is drawn from its own key."""
   alpha, sigma = process.alpha_sigma(np.asarray(time))
   return jnp.float32(alpha) * image + jnp.float32(sigma) * normal(keys, shape, -1)
 
@@ -363,16 +363,16 @@ def normal(keys: jax.Array, shape: tuple[int, ...], number: Any) -> jax.Array:
 
 
 def _posterior_variance(path: Trajectory) -> np.ndarray:
-  """Variance of each next x given this one and x_0 [n]."""
+  """Variance of the next x given the current x and x_0, [n]."""
   # Products, not ratios: alpha may be zero at the end of noise.
   kept = path.sigma[1:] * path.alpha[:-1] / (path.sigma[:-1] * path.alpha[1:])
   return path.sigma[1:] ** 2 * (1 - kept**2)
 
 
 def _steps(path: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-  """Steps of log(alpha / sigma) [n], and each over the one before [n]: 0 where a step has to be of first order.
+  """Steps of log(alpha / sigma) [n], and the ratio of each to the previous step [n]: 0 for first-order steps.
 
-  These are the first, which knows no other, and the last, which is infinite.
+  First-order steps are the first, which has no predecessor, and the last, which is infinite.
   """
   step = np.diff(path.log_snr)
   ratio = np.zeros(len(step))

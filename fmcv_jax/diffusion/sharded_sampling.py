@@ -1,4 +1,4 @@
-"""Sampling from a trained diffusion model on all devices: any number of images, by one program for each config."""
+"""Sampling from a trained diffusion model on all devices: any number of images, one compiled program per config."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,12 +20,12 @@ NEGATIVE = 'negative_'  # prefix of the fields of the negative condition
 
 
 class SamplerConfig(NamedTuple):
-  """What of the sampling options is compiled into the program.
+  """Sampling options that are compiled into the program.
 
   solver                one of SOLVERS
-  times                 as from `sampling_timesteps`, or the last of them for images that are edited
-  guided                whether there is guidance; interval and rescale: as in `guided`
-  control_preprocessed  whether `control` holds control maps, not images to make them from
+  times                 from `sampling_timesteps`, or a suffix of them for img2img
+  guided                True to apply guidance; interval and rescale are those of `guided`
+  control_preprocessed  True if `control` holds control maps, False if they are computed from the images in `control`
   """
 
   solver: str
@@ -37,10 +37,10 @@ class SamplerConfig(NamedTuple):
 
 
 class ShardedSampler:
-  """The generator of a model, jitted over the mesh once for each config.
+  """Samples from the generator of a model, jitted over the mesh once per config.
 
   generator   (params, extra) -> Generator
-  batch       images at once, rounded up to a multiple of the devices
+  batch       global batch size, rounded up to a multiple of the number of devices
   """
 
   def __init__(self, generator: Callable[[Any, Any], Generator], placement: Placement, batch: int):
@@ -61,12 +61,12 @@ class ShardedSampler:
     """Images uint8 [N, H, W, 3], complete on every process.
 
     fields [N, ...], the same on every process:
-      number                   int32, from which the noise of each image is drawn
+      number                   int32, seed of the noise of each image
       the `condition_fields`   of the generator
       negative_NAME, guidance  the fields of the negative condition (none: the unconditional one), and the scale
-      other_tokens, fraction   a second text, and how far the condition is on the way to it
-      image, mask              an image to edit, and where it is to be replaced (without mask: everywhere)
-      control, control_scale   of a model with ControlNet
+      other_tokens, fraction   a second text, and the interpolation weight towards it
+      image, mask              an image to edit, and True where pixels are regenerated (without mask: everywhere)
+      control, control_scale   control image and conditioning scale (ControlNet models)
     """
     program, made = self._program(config), []
     for start in range(0, len(fields['number']), self._batch):
@@ -93,7 +93,7 @@ class ShardedSampler:
 def sample_batch(
   g: Generator, batch: Mapping[str, jax.Array], seed: jax.Array | int, config: SamplerConfig
 ) -> jax.Array:
-  """Images uint8 [B, *image_shape] of one batch, whose fields are those of `ShardedSampler.sample`."""
+  """Images uint8 [B, *image_shape] of one batch; fields as in `ShardedSampler.sample`."""
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
   image = batch['image'].astype(jnp.float32) / 255 if 'image' in batch else None
 
@@ -140,7 +140,7 @@ def sample_batch(
 
 
 def interpolate_conditions(first: Condition, last: Condition, fraction: jax.Array) -> Condition:
-  """The conditions [B, ...] at a fraction [B] of the way."""
+  """Conditions [B, ...] interpolated between `first` and `last` with weights `fraction` [B]."""
 
   def mix(a, b):
     if a.dtype == bool:

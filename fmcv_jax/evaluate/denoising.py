@@ -1,4 +1,4 @@
-"""How well a diffusion model denoises what it has not seen, by how noisy that is."""
+"""Held-out denoising error of a diffusion model, per noise level."""
 
 import dataclasses
 
@@ -8,9 +8,9 @@ from fmcv_jax.evaluate.base import Evaluator
 
 @dataclasses.dataclass(frozen=True)
 class Denoising(Evaluator):
-  """Mean squared error of the network's output over all images, and at each of several levels of noise.
+  """Mean squared error of the network output over all images, and at several noise levels.
 
-  'level0' is the least. Each record meets the same noise every time, so that figures can be compared.
+  'level0' is the lowest noise. The noise of each record is the same in every evaluation, so metrics are comparable.
   """
 
   data: Pipeline

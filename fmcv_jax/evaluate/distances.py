@@ -1,4 +1,4 @@
-"""How far made pictures are from real ones, by features of any network: FID, KID, CMMD, precision and recall."""
+"""Distribution metrics of generated and real images, on features of any network: FID, KID, CMMD, precision, recall."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from fmcv_jax.evaluate.base import chunks
 
 
 def fid(made: np.ndarray, real: np.ndarray) -> float:
-  """Fréchet distance of two sets of features [N, D], taken for Gaussians (Heusel et al. 2017)."""
+  """Fréchet distance between Gaussian fits of two sets of features [N, D] (Heusel et al. 2017)."""
   a, b = made.astype(np.float64), real.astype(np.float64)
   one, other = (np.cov(x, rowvar=False) for x in (a, b))
-  # The trace of the root of a product is that of a symmetric matrix, whose eigenvalues are real and not negative.
+  # The trace of the square root of the product equals that of a symmetric matrix with real, nonnegative eigenvalues.
   root = _root(one)
   cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ other @ root), 0)).sum()
   return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(one) + np.trace(other) - 2 * cross)
@@ -44,8 +44,8 @@ def cmmd(made: np.ndarray, real: np.ndarray, sigma: float = 10.0) -> float:
 
 
 def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
-  """Share of made features [N, D] within the reach of a real one, and of real within that of a made one; a feature's
-  reach is its distance from its k-th neighbour in its own set (Kynkaanniemi et al. 2019)."""
+  """(precision, recall): fraction of generated features [N, D] within the radius of a real one, and vice versa; the
+  radius of a feature is the distance to its k-th nearest neighbor in its own set (Kynkaanniemi et al. 2019)."""
 
   def within(queries, centres):
     reach = [np.partition(_distances(centres[part], centres), k, axis=1)[:, k] for part in chunks(len(centres), 1024)]
@@ -58,7 +58,7 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
 
 
 def _total(kernel, x: np.ndarray, y: np.ndarray) -> float:
-  """The sum over all pairs, some rows at a time."""
+  """Sum of the kernel over all pairs, in blocks of rows."""
   return sum(float(kernel(x[part], y).sum()) for part in chunks(len(x), 1024))
 
 

@@ -11,11 +11,12 @@ from fmcv_jax.evaluate.base import Evaluator
 
 @dataclasses.dataclass(frozen=True)
 class FewShot(Evaluator):
-  """Accuracy of naming an image by the nearest prototype, the mean of a class's examples (Snell et al. 2017).
+  """Accuracy of nearest-prototype classification; a prototype is the mean of the examples of a class (Snell et al.
+  2017).
 
-  Each episode draws `ways` classes, from each k of `shots` examples and at most `queries` others. Features are taken
-  less their mean over all of `data`, at unit length (SimpleShot, Wang et al. 2019). Comes with the half-width of the
-  95 % interval over episodes. features: the function that is judged; 'pixels' is the baseline.
+  Each episode draws `ways` classes, and from each k of `shots` examples and at most `queries` others. Features are
+  centered by their mean over `data` and scaled to unit length (SimpleShot, Wang et al. 2019). Also reports the
+  half-width of the 95 % confidence interval over episodes. features: the evaluated output; 'pixels' is the baseline.
   """
 
   data: Pipeline
@@ -43,7 +44,7 @@ class FewShot(Evaluator):
 
 
 def episode_accuracies(features, labels, ways: int, shots: int, queries: int, episodes: int) -> np.ndarray:
-  """Features [N, D] with labels [N] -> the share of right answers in each of the episodes."""
+  """Features [N, D] with labels [N] -> accuracy of each episode."""
   features = features - features.mean(0)
   features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
   members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]

@@ -1,4 +1,4 @@
-"""How far a diffusion model's pictures are from real ones, as another network sees them."""
+"""FID, KID, CMMD, precision, recall and CLIP score of the samples of a diffusion model."""
 
 import dataclasses
 from typing import Any
@@ -18,16 +18,16 @@ from fmcv_jax.objectives.outputs import generator_of
 
 @dataclasses.dataclass(frozen=True)
 class Generation(Evaluator):
-  """Paints as many pictures as there are real ones, told the same, and compares the two sets
+  """Generates one image per real example with the same conditioning, and compares both sets
   (`FeatureExtractor.compare`).
 
-  Of a judge that knows texts and a model that is told them there is also 'clip_score': 100 times the mean cosine of a
-  picture and its text, none below 0 (Hessel et al. 2021).
+  An image-text feature extractor and a text-conditional model also give 'clip_score': 100 times the mean cosine
+  similarity of images and texts, clipped at 0 (Hessel et al. 2021).
 
-  data      real pictures, with the labels or captions that the model is told; every process reads all of them
-  judge     workdir of the network that looks, such as `fmcv import` makes of published Inception weights
-  count     how many, at most, evenly spaced in the data; a FID of few pictures is too large, and compares only with one
-            of as many
+  data               real images with labels or captions for conditioning; every process reads all of them
+  feature_extractor  workdir of the feature extractor, such as Inception weights imported by `fmcv import`
+  count              maximum number of images, evenly spaced in the data; FID is biased upwards for few images, so
+                     compare only values for equal numbers
   steps, guidance, solver, spacing, seed   as in `fmcv generate`
   """
 
@@ -44,7 +44,7 @@ class Generation(Evaluator):
 
   def __post_init__(self):
     try:
-      self._options  # noqa: B018 (it checks itself)
+      self._options  # noqa: B018 (the constructor validates)
     except UserError as error:
       raise ValueError(str(error)) from error
     if self.count < 4:
@@ -62,7 +62,7 @@ class Generation(Evaluator):
     generator = make_generator(subject.params, subject.extra)
     if other := [name for name in generator.condition_fields if name not in ('tokens', 'label')]:
       raise UserError(f'config.evaluators: generation is conditioned on texts and classes only, not on {other}')
-    judge = FeatureExtractor(subject, self.feature_extractor, self.batch_size)
+    extractor = FeatureExtractor(subject, self.feature_extractor, self.batch_size)
     sampler = subject.cached(
       ('sampler', self.batch_size), lambda: ShardedSampler(make_generator, subject.placement, self.batch_size)
     )
@@ -72,7 +72,7 @@ class Generation(Evaluator):
     except UserError as error:
       raise UserError(f'config.evaluators: {error}') from error
     sampler_config = SamplerConfig(self.solver, times, guided)
-    made, real, scores, first = [], [], [], 0
+    generated, real, scores, first = [], [], [], 0
     data = dataclasses.replace(self.data, source=evenly_spaced(self.data.source, self.count))
     fields = ('image', *generator.condition_fields)
     for batch in evaluation_batches(data, batch=self.batch_size, fields=fields, tokenizer=subject.tokenizer):
@@ -89,11 +89,11 @@ class Generation(Evaluator):
       if generator.control is not None:
         inputs |= {'control': batch['image'], 'control_scale': np.ones(count, np.float32)}
       images = sampler.sample(subject.params, subject.extra, inputs, sampler_config, seed=self.seed)
-      made.append(judge(images))
-      real.append(judge(batch['image']))
-      if 'tokens' in inputs and judge.reads:
-        texts = judge.read(subject.tokenizer.decode(inputs['tokens']))
-        scores.append(100 * np.maximum((made[-1] * texts).sum(axis=1), 0))
+      generated.append(extractor(images))
+      real.append(extractor(batch['image']))
+      if 'tokens' in inputs and extractor.reads:
+        texts = extractor.read(subject.tokenizer.decode(inputs['tokens']))
+        scores.append(100 * np.maximum((generated[-1] * texts).sum(axis=1), 0))
       first += count
-    figures = judge.compare(np.concatenate(made), np.concatenate(real))
-    return figures | ({'clip_score': float(np.concatenate(scores).mean())} if scores else {})
+    metrics = extractor.compare(np.concatenate(generated), np.concatenate(real))
+    return metrics | ({'clip_score': float(np.concatenate(scores).mean())} if scores else {})

@@ -11,9 +11,9 @@ from fmcv_jax.evaluate.base import Evaluator, chunks
 
 @dataclasses.dataclass(frozen=True)
 class Knn(Evaluator):
-  """Accuracy of the vote of the k most similar images of `bank`, weighted by exp(cosine / temperature).
+  """Accuracy of a vote of the k nearest training images, weighted by exp(cosine / temperature).
 
-  features: the function that is judged; 'pixels' is the baseline.
+  features: the evaluated output; 'pixels' is the baseline.
   """
 
   data: Pipeline
@@ -30,7 +30,7 @@ class Knn(Evaluator):
 
 
 def knn_accuracy(queries, labels, bank, bank_labels, k: int, temperature: float) -> float:
-  """Features [N, D] and [M, D] with labels [N] and [M] -> share of queries whose weighted vote is right."""
+  """Features [N, D] and [M, D] with labels [N] and [M] -> accuracy of the weighted vote over the queries."""
   queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
   bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
   k, classes = min(k, len(bank)), int(max(labels.max(), bank_labels.max())) + 1

@@ -1,4 +1,4 @@
-"""Linear classification of frozen features, without a learning rate to tune: ridge in closed form, or by L-BFGS."""
+"""Linear probe of frozen features without a learning rate: closed-form ridge regression, or logistic by L-BFGS."""
 
 import dataclasses
 from typing import Literal
@@ -16,14 +16,14 @@ from fmcv_jax.parallel.rules import Placement, num_shards
 
 @dataclasses.dataclass(frozen=True)
 class LinearProbe(Evaluator):
-  """Accuracy on `data` of a linear classifier of the features, fitted to `bank`.
+  """Accuracy on `data` of a linear classifier of the features, fitted to `train_data`.
 
   method      'ridge': least squares of one-hot labels, in closed form, in float64 on the host. 'logistic': softmax
-              regression by L-BFGS (as CLIP's probes, Radford et al. 2021, A.3), split over the mesh
-  strengths   of the L2 penalty, of features at zero mean and unit variance, per image; the one that does best by
-              cross-validation within `bank` is taken, of equals the largest
-  folds       parts of the bank; ridge holds out each in turn, logistic the first only
-  features    the function that is judged; 'pixels' is the baseline
+              regression by L-BFGS (as in CLIP, Radford et al. 2021, A.3), split over the mesh
+  strengths   candidate L2 penalties per image, for features of zero mean and unit variance; the best by
+              cross-validation within `train_data` is used, the largest in case of ties
+  folds       cross-validation folds; ridge holds out each in turn, logistic only the first
+  features    the evaluated output; 'pixels' is the baseline
   """
 
   data: Pipeline
@@ -46,7 +46,7 @@ class LinearProbe(Evaluator):
     classes = int(max(labels.max(), bank_labels.max())) + 1
     mean, deviation = bank.mean(0), bank.std(0) + 1e-6
     bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
-    # Every fold has as many of each class as it can.
+    # Folds are stratified by class.
     order = np.lexsort((np.random.default_rng(0).random(len(bank)), bank_labels))
     fold = np.empty(len(bank), int)
     fold[order] = np.arange(len(bank)) % self.folds
@@ -86,7 +86,7 @@ def ridge(features, labels, classes: int, strengths):
 
 
 def best_ridge(features, labels, fold, classes: int, strengths) -> float:
-  """The strength with the most right answers, each image being named without its fold's; of equals the largest."""
+  """The strength with the highest cross-validation accuracy; the largest in case of ties."""
   right = np.zeros(len(strengths))
   for part in np.unique(fold):
     inside = fold == part

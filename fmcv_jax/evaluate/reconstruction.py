@@ -1,4 +1,4 @@
-"""How well an autoencoder gives pictures back: PSNR, and SSIM (Wang et al. 2004)."""
+"""Reconstruction metrics of autoencoders: PSNR, SSIM (Wang et al. 2004) and rFID."""
 
 import dataclasses
 
@@ -14,36 +14,36 @@ from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Evaluator):
-  """Means over the images of PSNR (dB) and SSIM; latent_std is the standard deviation of all latents' values, whose
-  inverse is the `latent_space.scale` for a diffusion on them. With the workdir of a `judge`, also 'rfid', the FID of
-  what is given back, by its features."""
+  """Mean PSNR (dB) and SSIM over the images, and 'latent_std', the standard deviation of all latent values, whose
+  inverse is the `latent_space.scale` of a latent diffusion model. With the workdir of a `feature_extractor` also
+  'rfid', the FID of the reconstructions."""
 
   data: Pipeline
-  judge: str | None = None
+  feature_extractor: str | None = None
   batch_size: int = 256
   every: int = 0
 
   def prepare(self, subject):
-    if self.judge is not None:
-      FeatureExtractor(subject, self.judge, self.batch_size)
+    if self.feature_extractor is not None:
+      FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
   def __call__(self, subject):
     made, _, fields = subject.map_dataset('reconstruction', self.data, self.batch_size, truth=('image',))
     true = fields['image'].astype(np.float32) / 255
     latent = subject.map_dataset('latent', self.data, self.batch_size).values
-    figures = {
+    metrics = {
       'psnr': float(psnr(true, made).mean()),
       'ssim': float(np.mean([ssim(a, b) for a, b in zip(true, made, strict=True)])),
       'latent_std': float(latent.std()),
     }
-    if self.judge is not None:
-      look = FeatureExtractor(subject, self.judge, self.batch_size)
-      figures['rfid'] = fid(*(look(np.round(255 * x).astype(np.uint8)) for x in (made, true)))
-    return figures
+    if self.feature_extractor is not None:
+      extractor = FeatureExtractor(subject, self.feature_extractor, self.batch_size)
+      metrics['rfid'] = fid(*(extractor(np.round(255 * x).astype(np.uint8)) for x in (made, true)))
+    return metrics
 
 
 def psnr(true: np.ndarray, made: np.ndarray) -> np.ndarray:
-  """Peak signal-to-noise ratio in dB of images [N, H, W, C] in [0, 1], [N]; 100 for equal ones."""
+  """Peak signal-to-noise ratio in dB, [N], of images [N, H, W, C] in [0, 1]; 100 for identical images."""
   error = np.square(true.astype(np.float64) - made).mean((1, 2, 3))
   return -10 * np.log10(np.maximum(error, 1e-10))
 

@@ -27,21 +27,21 @@ def _no_progress(ready: int) -> None:
 class ImageGenerator:
   """The diffusion model of a workdir, opened for use on all devices.
 
-  Every method takes a `SamplingOptions`, and its fields as keywords: `generate(prompts, steps=50)`; TypeError for a
-  keyword that is no option. Besides, by keyword:
+  Every method takes a `SamplingOptions`, and its fields as keywords: `generate(prompts, steps=50)`; TypeError for an
+  unknown keyword. Further keyword arguments:
 
-    control     for a model with a ControlNet, control images uint8 [N, H, W, 3]
-    conditions  batch fields [N, ...] that the network reads besides the prompts, such as `action`
-    first       number of the first image, for a request that is made in pieces
-    progress    called with the number of images that became ready
+    control     control images uint8 [N, H, W, 3] (ControlNet models)
+    conditions  batch fields [N, ...] that the network reads in addition to the prompts, such as `action`
+    first       index of the first image, for a request that is split into parts
+    progress    called with the number of images that have been completed
 
   Attributes:
-    condition_fields  what the model is conditioned on: 'tokens' (texts), 'label' (classes), other batch fields, or none
-    has_controlnet    whether it needs control images
+    condition_fields  fields the model is conditioned on: 'tokens' (texts), 'label' (classes), other batch fields; or ()
+    has_controlnet    True if the model needs control images
     image_shape       shape of one image: (H, W, 3)
 
-  batch      images sampled at once, on all devices together; more are sampled in pieces
-  overrides  of its config, such as 'mesh.data=1', 'mesh.fsdp=-1' for a model that no one device holds
+  batch      global batch size for sampling
+  overrides  config overrides, such as 'mesh.data=1', 'mesh.fsdp=-1' for a model that does not fit one device
   """
 
   def __init__(
@@ -74,7 +74,7 @@ class ImageGenerator:
 
   @property
   def takes_prompts(self) -> bool:
-    """Whether the model is conditioned on texts or classes."""
+    """True if the model is conditioned on texts or classes."""
     return any(name in PROMPTS for name in self.condition_fields)
 
   def generate(
@@ -90,7 +90,7 @@ class ImageGenerator:
   ) -> np.ndarray:
     """One image for each prompt: uint8 [N, H, W, 3].
 
-    prompts  texts, or classes by name or index; only their count for a model that is conditioned on neither
+    prompts  texts, or classes by name or index; an unconditional model uses only their number
     """
     options = options.changed(changes, 'generate', _ARGUMENTS)
     request = self._request(prompts, options, control=control, conditions=conditions, first=first)
@@ -108,7 +108,7 @@ class ImageGenerator:
     progress: Progress = _no_progress,
     **changes: Any,
   ) -> np.ndarray:
-    """Images uint8 [N, H, W, 3], noised to `strength` and denoised again (Meng et al. 2022, SDEdit)."""
+    """Img2img: images uint8 [N, H, W, 3] noised to `strength` and denoised again (Meng et al. 2022, SDEdit)."""
     options = options.changed(changes, 'edit', _ARGUMENTS)
     request = self._request(
       prompts, options, images=images, strength=options.strength, control=control, conditions=conditions, first=first
@@ -128,7 +128,7 @@ class ImageGenerator:
     progress: Progress = _no_progress,
     **changes: Any,
   ) -> np.ndarray:
-    """Images uint8 [N, H, W, 3], replaced where masks bool [N, H, W] are true; the rest stays as it is."""
+    """Inpainting: regenerates images uint8 [N, H, W, 3] where masks bool [N, H, W] are True; the rest is unchanged."""
     options = options.changed(changes, 'fill', _ARGUMENTS)
     if masks.shape != images.shape[:-1] or masks.dtype != bool:
       expected = f'{list(images.shape[:-1])} of bool'
@@ -149,18 +149,18 @@ class ImageGenerator:
     progress: Progress = _no_progress,
     **changes: Any,
   ) -> np.ndarray:
-    """`count` images from the same noise, from one text to another: uint8 [count, H, W, 3]."""
+    """Interpolates between two prompts with the same noise: `count` images, uint8 [count, H, W, 3]."""
     options = options.changed(changes, 'interpolate', ('control', 'progress'))
     if self.condition_fields != ('tokens',):
       raise UserError('interpolate: needs a model that is conditioned on texts')
     return self._sample(self._request([first] * count, options, last=last, control=control), options, progress)
 
   def check(self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any) -> None:
-    """Raises the UserError of `generate`, before anything is sampled."""
+    """Raises any UserError of `generate` without sampling."""
     self._request(prompts, options.changed(changes, 'check'))
 
   def truncated_prompt(self, prompt: str) -> str | None:
-    """The part of a text that the model reads, where the text is too long for it; None for one that is not."""
+    """The text truncated to the model's maximum length; None if it is short enough."""
     tokenizer = self._model.tokenizer
     if 'tokens' not in self.condition_fields or tokenizer is None:
       return None
@@ -215,7 +215,7 @@ class ImageGenerator:
     if control is not None:
       fields['control'] = self._images('control', control, count)
       fields['control_scale'] = np.full(count, options.control_scale, np.float32)
-    # All images of an interpolation have the same noise.
+    # All images of an interpolation start from the same noise.
     fields['number'] = np.zeros(count, np.int32) if last is not None else first + np.arange(count, dtype=np.int32)
     config = SamplerConfig(
       options.solver, times, guided, options.interval, options.rescale, options.control_preprocessed
@@ -241,7 +241,9 @@ class ImageGenerator:
   def _other_fields(self, conditions: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     names = [name for name in self.condition_fields if name not in PROMPTS]
     if sorted(conditions) != sorted(names):
-      raise UserError(f'conditions: the network reads {names or "none"} besides prompts, got {sorted(conditions)}')
+      raise UserError(
+        f'conditions: the network reads {names or "none"} in addition to prompts, got {sorted(conditions)}'
+      )
     fields = {}
     for name, x in self._objective.example_batch.items():
       if name in names:

@@ -1,4 +1,4 @@
-"""A trained or imported model for use from Python: images and texts in, arrays out."""
+"""Python API of a trained or imported model: embeddings, classification and generation."""
 
 import dataclasses
 import functools
@@ -33,14 +33,14 @@ CLIP_TEMPLATE = 'a photo of a {}.'  # Radford et al. 2021, section 3.1.4
 
 
 class Model:
-  """The model of a workdir, jitted over all devices; a method that it cannot serve raises UserError.
+  """The model of a workdir, jitted over all devices; a method that the model does not support raises UserError.
 
   Images are files (str or path), encoded bytes, Pillow images or uint8 arrays [H, W, 3]. Where a method takes images or
-  texts, a list of N gives an array [N, ...] and a single one an array without that axis.
+  texts, a list of N returns an array [N, ...], and a single one an array without that axis.
 
   step    checkpoint step, default the latest
-  dtype   of the computation: 'float32' or 'bfloat16'; default that of training
-  batch   images or texts that go through the network at once, on all devices together
+  dtype   computation dtype, 'float32' or 'bfloat16'; default that of training
+  batch   global batch size, in images or texts
   """
 
   def __init__(
@@ -63,19 +63,18 @@ class Model:
 
   @functools.cached_property
   def templates(self) -> tuple[str, ...]:
-    """Sentences that `classify` puts a label in: those of the first zero_shot evaluator in the model's config; without
-    one, those of the captions that it was trained on (data.caption_templates); 'a photo of a {}.' for an imported
-    model."""
+    """Prompt templates of `classify`: those of the first zero_shot evaluator in the config; without one, the caption
+    templates of the training data (data.caption_templates); 'a photo of a {}.' for an imported model."""
     e = self._run.experiment
     evaluated = [evaluator.templates for evaluator in e.evaluators.values() if isinstance(evaluator, ZeroShot)]
     trained = () if isinstance(e.data.source, NoData) else (e.data.caption_templates,)
     return tuple(next(iter([*evaluated, *trained, (CLIP_TEMPLATE,)])))
 
   def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
-    """Embeddings float32 [N, E]: of unit length for a model of images and texts, else the network's pooled features.
+    """Embeddings float32 [N, E]: unit length for an image-text model, otherwise the pooled features of the network.
 
-    Images are scaled and cropped as in the evaluation of the published model; without such a rule the short side is
-    scaled to the network's image size, and the center is cropped.
+    Images are resized and cropped as in the evaluation of the published model; without such a rule the short side is
+    resized to the image size of the network, followed by a center crop.
     """
     return self._of_images('embed_image' if 'embed_image' in self.outputs else 'features', images)
 
@@ -95,18 +94,18 @@ class Model:
     *,
     templates: str | Sequence[str] | None = None,
   ) -> np.ndarray:
-    """Probabilities float32 [N, classes]: of `labels` for a model of images and texts, else of the model's own classes.
+    """Probabilities float32 [N, classes]: of `labels` for an image-text model, otherwise of the model's own classes.
 
     templates  sentences with a '{}' for the label, whose embeddings are averaged; default `self.templates`
 
-    A label text that is longer than the model's texts is cut, with a warning. UserError for a template that leaves no
+    Label texts beyond the maximum text length are truncated, with a warning. UserError for a template that leaves no
     room for a label.
     """
     if isinstance(labels, str):
       raise UserError(f'labels: {labels!r} is one text; give a list of labels')
     if not labels:
       if 'logits' not in self.outputs:
-        raise UserError(f'{self._workdir}: this model has no classes of its own; give labels')
+        raise UserError(f'{self._workdir}: this model has no classifier head; pass labels')
       return _softmax(self._of_images('logits', images))
     self._check_reads_texts()
     templates = self.templates if templates is None else [templates] if isinstance(templates, str) else templates
@@ -121,7 +120,7 @@ class Model:
   def generate(
     self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
   ) -> np.ndarray:
-    """Images uint8 [N, H, W, 3], one for each prompt; arguments as those of `ImageGenerator.generate`."""
+    """Images uint8 [N, H, W, 3], one per prompt; takes the arguments of `ImageGenerator.generate`."""
     return self._generator.generate(prompts, options, **changes)
 
   @functools.cached_property
@@ -140,13 +139,13 @@ class Model:
       raise UserError(f'{self._workdir}: this model has no {name}; its outputs are {listed(self.outputs)}')
     for image in images:
       if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
-        raise UserError(f'images: no file {os.fspath(image)!r} (seen from {os.getcwd()})')
+        raise UserError(f'images: no file {os.fspath(image)!r} (relative to {os.getcwd()})')
     pipeline = Pipeline(InMemoryImages(images), evaluated_as(self._run), max_bad=0.0)
     return self._subject.map_dataset(name, pipeline, self._batch).values
 
   def _check_reads_texts(self) -> None:
     if 'embed_text' not in self.outputs:
-      raise UserError(f'{self._workdir}: this model knows no texts; its outputs are {listed(self.outputs)}')
+      raise UserError(f'{self._workdir}: this model has no text encoder; its outputs are {listed(self.outputs)}')
 
   def _warn_of_truncation(self, texts: Sequence[str]) -> None:
     tokenizer = self._subject.tokenizer
@@ -154,15 +153,15 @@ class Model:
     if cut := truncated_texts(tokenizer, texts):
       first, left = next(iter(cut.items()))
       logger.warning(
-        'labels: %d of %d texts are longer than %d tokens and are cut, the first from %r to %r',
+        'labels: %d of %d texts are longer than %d tokens and are truncated, the first from %r to %r',
         len(cut), len(texts), tokenizer.length, first, left,
       )  # fmt: skip
 
 
 def evaluated_as(run: Run) -> ImageTransform | None:
-  """How a model is shown images: as the config's data says, if by no chance, and else the short side is made to fit.
+  """Evaluation transform of a model: data.image of the config if it is deterministic, otherwise resize and center crop.
 
-  None for a model that is shown none.
+  None for a model without image inputs.
   """
   if isinstance(run.experiment.data.image, PillowResize):
     return run.experiment.data.image
@@ -175,7 +174,7 @@ def evaluated_as(run: Run) -> ImageTransform | None:
 
 
 def dtypes_of(workdir: str | pathlib.Path) -> list[str]:
-  """The config paths of all that computes in a dtype of its choice."""
+  """Config paths of all `dtype` fields of the objective."""
   return paths_of(Run.reopen(workdir).config['objective'], 'dtype', 'objective')
 
 

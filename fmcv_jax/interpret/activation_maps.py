@@ -1,7 +1,7 @@
-"""Class activation maps: what each place of an image gave to an output (Zhou et al. 2016, section 2).
+"""Class activation maps (Zhou et al. 2016, section 2).
 
-For networks that average their last map and then are linear, such as Swin and EfficientNet: there the outputs are the
-mean of what the places would give alone.
+For networks with global average pooling and a linear head, such as Swin and EfficientNet: their output is the mean of
+the head's outputs at each position.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ from fmcv_jax.models.common.outputs import linear_head
 
 
 def is_global_average_pooled(network: nn.Module) -> bool:
-  """Whether a network is of this kind."""
+  """True for networks with global average pooling and a linear head."""
   return isinstance(network, (Swin, EfficientNet))
 
 
 def class_activation_maps(network: Any, variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The last map of normalized images [B, H, W, 3], float32 [B, rows, columns, D], and what each of its places gives to
-  the outputs, float32 [B, rows, columns, E]: their mean over the places is the network's output."""
+  """Last feature map of normalized images [B, H, W, 3], float32 [B, rows, columns, D], and the contribution of each
+  position to the outputs, float32 [B, rows, columns, E], whose mean over positions is the output of the network."""
   tokens = network.apply(variables, images).tokens
   height, width = (-(-side // network.patch_size) for side in images.shape[1:3])
   given = tokens

@@ -1,7 +1,7 @@
-"""Where a transformer looks: attention of every layer, rollout, gradient-weighted relevance, and masks of objects.
+"""Attention maps of transformers: attention of every layer, rollout, gradient-weighted relevance, and object masks.
 
-Networks keep the queries, keys and values of their blocks only when they are asked (`Attention` sows them); everything
-here is computed from those, so that there is no second network and training pays nothing.
+Networks sow the queries, keys and values of their blocks only on request (see `Attention`); everything here is computed
+from them, so there is no second network and no cost in training.
 
 Letters in shapes: L depth, B batch, H heads, T tokens, K head dimension, D width.
 """
@@ -28,25 +28,25 @@ class Projections(NamedTuple):
   value: jax.Array
 
   def weights(self) -> jax.Array:
-    """Attention of every layer, float32 [L, B, H, T, T]: rows are who looks, columns what is looked at."""
+    """Attention of every layer, float32 [L, B, H, T, T]: rows are queries, columns are keys."""
     logits = jnp.einsum('lbqhk,lbthk->lbhqt', self.query, self.key, preferred_element_type=jnp.float32)
     return jax.nn.softmax(logits * self.query.shape[-1] ** -0.5, axis=-1)
 
   def last(self) -> 'Projections':
-    """Those of the last layer, [1, B, T, H, K]."""
+    """Projections of the last layer, [1, B, T, H, K]."""
     return Projections(*(x[-1:] for x in self))
 
 
 def apply_with_intermediates(network: ViT, params: Any, images: jax.Array) -> tuple[Features, Projections]:
-  """What the network makes of normalized images [B, height, width, 3], and what its blocks attended with."""
+  """Features of normalized images [B, height, width, 3], and the attention projections of every block."""
   features, kept = network.apply({'params': params}, images, mutable=['intermediates'])
   return features, Projections(*kept['intermediates']['blocks']['attention']['projections'][0])
 
 
 def class_attention(network: ViT, params: Any, images: jax.Array) -> jax.Array:
-  """How the class token of the last layer looks at the patches: float32 [B, H, rows, columns], summing to 1 at most.
+  """Attention from the class token to the patches in the last layer: float32 [B, H, rows, columns], sum at most 1.
 
-  For a network without a class token: the mean over all patches that look.
+  Without a class token: the mean over all query patches.
   """
   _, projections = apply_with_intermediates(network, params, images)
   return on_grid(from_class_token(projections.last().weights()[0], network), network, images)
@@ -65,9 +65,9 @@ def on_grid(patches: jax.Array, network: ViT, images: jax.Array) -> jax.Array:
 
 
 def rollout(weights: jax.Array) -> jax.Array:
-  """How much of each input token reaches each output token: [L, B, H, T, T] -> [B, T, T], rows sum to 1.
+  """Attention rollout (Abnar & Zuidema 2020): [L, B, H, T, T] -> [B, T, T], rows sum to 1.
 
-  Abnar & Zuidema 2020: the product over layers of (A + 1) / 2, A the mean over heads, 1 the residual path.
+  The product over layers of (A + 1) / 2, where A is the mean over heads and 1 the residual path.
   """
   identity = jnp.eye(weights.shape[-1])
   mixed = (weights.mean(2) + identity) / 2
@@ -77,10 +77,11 @@ def rollout(weights: jax.Array) -> jax.Array:
 def relevance(
   network: ViT, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  """What a score was computed from: (float32 [B, T, T], the score [B]); score(features) gives one number an image.
+  """Relevance of each token for a score: (float32 [B, T, T], the score [B]); score(features) returns one number per
+  image.
 
   Chefer et al. 2021 (Generic attention-model explainability, eq. 5 and 6): R <- R + E_h[max(dS/dA * A, 0)] R, layer by
-  layer from R = 1. The gradient by the weights A is that by what they mix, times the values.
+  layer from R = 1. The gradient of the weights A is the gradient of their output times the values.
   """
   _, projections = apply_with_intermediates(network, params, images)
 
@@ -98,11 +99,11 @@ def relevance(
 
 
 def patch_embeddings(network: ViT, params: Any, images: jax.Array) -> jax.Array:
-  """Each patch alone in the space of the network's outputs: unit vectors, float32 [B, rows, columns, E].
+  """Embedding of each patch in the output space of the network: unit vectors, float32 [B, rows, columns, E].
 
-  For heat maps of the similarity with a text. Without a class token a patch is pooled as though it were the only one.
-  With one, its value in the last block goes to the class token alone (MaskCLIP, Zhou et al. 2022, section 3.2): the
-  last tokens themselves were never trained to be compared with a text.
+  For heat maps of the similarity with a text. Without a class token each patch is pooled alone. With one, the value of
+  the patch in the last block is passed through the class token's path (MaskCLIP, Zhou et al. 2022, section 3.2),
+  because the last patch tokens were not trained to match texts.
   """
   block, (features, projections) = network.stack.block, apply_with_intermediates(network, params, images)
   if network.pool == 'cls':
@@ -125,10 +126,10 @@ def _apply(module: nn.Module, params: Any, x: jax.Array) -> Any:
 
 
 def pca_rgb(tokens: np.ndarray) -> np.ndarray:
-  """The first three principal components of patch features [N, rows, columns, D], together, as RGB in [0, 1].
+  """First three principal components of patch features [N, rows, columns, D], fitted jointly, as RGB in [0, 1].
 
-  As in DINOv2 (Oquab et al. 2023, figure 1), without its mask: like colours are like features. Each component is
-  stretched from its 2nd to its 98th percentile; its sign makes its mean third power positive, so colours are stable.
+  As in DINOv2 (Oquab et al. 2023, figure 1), without its mask: similar colors are similar features. Each component is
+  scaled from its 2nd to its 98th percentile; its sign makes its third moment positive, so colors are stable.
   """
   rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
   rows = rows - rows.mean(0)
@@ -140,18 +141,18 @@ def pca_rgb(tokens: np.ndarray) -> np.ndarray:
 
 
 def attention_mass_masks(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
-  """The fewest patches that hold `mass` of each map [..., rows, columns], as bool (DINO, Caron et al. 2021, fig. 4)."""
+  """Smallest set of patches with `mass` of each map [..., rows, columns], as bool (DINO, Caron et al. 2021, fig. 4)."""
   flat = attention.reshape(*attention.shape[:-2], -1)
   order = np.argsort(-flat, axis=-1, kind='stable')
   ranked = np.take_along_axis(flat, order, -1) / flat.sum(-1, keepdims=True)
-  before = np.cumsum(ranked, -1) - ranked  # held by the better ones
+  before = np.cumsum(ranked, -1) - ranked  # mass of the higher-ranked patches
   mask = np.zeros(flat.shape, bool)
   np.put_along_axis(mask, order, before < mass, -1)
   return mask.reshape(attention.shape)
 
 
 def available_outputs(network: nn.Module) -> dict[str, Callable[[Any, Any, jax.Array], jax.Array]]:
-  """Maps over the patches that a network has, by name: (network, params, normalized images) -> [B, ...]."""
+  """Patch maps that a network supports, by name: (network, params, normalized images) -> [B, ...]."""
   found: dict[str, Callable[[Any, Any, jax.Array], jax.Array]] = {}
   if hasattr(network, 'prefix'):
     found['patch_features'] = patch_features

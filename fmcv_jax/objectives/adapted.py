@@ -1,7 +1,7 @@
-"""Fine-tuning a part of a model: what is frozen is carried along without a gradient, and LoRA (Hu et al. 2022).
+"""Partial fine-tuning: training a subset of the parameters, and LoRA (Hu et al. 2022).
 
-What an objective would train is split by path: some of it is trained, the rest stays in `extra['frozen']`, where it
-costs neither gradients nor moments. Networks know nothing of it: they are given the whole.
+The parameters of an objective are split by path: one part is trained, the rest is kept in `extra['frozen']`, without
+gradients and optimizer moments. Networks are unaware of the split and receive the full parameter tree.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ FROZEN, LORA = 'frozen', 'lora'
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """Adds scale * down @ up, of a low rank, to the kernels whose paths match `targets`; `up` starts at zero.
+  """Adds the low-rank matrix scale * down @ up to the kernels whose paths match `targets`; `up` is zero-initialized.
 
-  alpha: scale = alpha / rank; None for a scale of 1. The matrices of a stack of layers are stacked as they are.
+  alpha: scale = alpha / rank; None for a scale of 1. Kernels of stacked layers have stacked matrices.
   """
 
   rank: int = 8
@@ -43,14 +43,14 @@ class Lora:
     initial: dict[str, jax.Array] = {}
     for index, (path, kernel) in enumerate(sorted(chosen.items())):
       if kernel.ndim != 2 + ('blocks' in path.split('/')):
-        raise UserError(f'config.objective.lora.targets: {path} of shape {kernel.shape} is no matrix')
+        raise UserError(f'config.objective.lora.targets: {path} of shape {kernel.shape} is not a matrix')
       *stack, rows, columns = kernel.shape
       draw = jax.random.normal(jax.random.fold_in(rng, index), (*stack, rows, self.rank))
       initial |= {f'{path}/down': draw * rows**-0.5, f'{path}/up': jnp.zeros((*stack, self.rank, columns))}
     return initial
 
   def merge(self, flat: Mapping[str, jax.Array], added: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The parameters with what was learnt added to them."""
+    """The parameters with the learned low-rank matrices added."""
     scale = 1.0 if self.alpha is None else self.alpha / self.rank
     changed = {
       path: flat[path] + scale * jnp.matmul(added[f'{path}/down'], added[f'{path}/up'], precision='highest')
@@ -61,10 +61,10 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class PartialFineTuning(Objective):
-  """Another objective, of whose parameters only those whose paths match `trained` are trained, and `lora` besides.
+  """Wraps another objective: trains only the parameters whose paths match `trainable`, and the matrices of `lora`.
 
-  `config.init_from` fills what is frozen: the whole of another run is {'extra/frozen': {'workdir': ...}}, and those
-  of its parameters that are trained on, if any, {'params': {'workdir': ..., 'skip': ['lora/.*', ...]}}.
+  `config.init_from` initializes the frozen part: {'extra/frozen': {'workdir': ...}} takes all parameters of another
+  run, and {'params': {'workdir': ..., 'skip': ['lora/.*', ...]}} initializes the trainable ones, if there are any.
   """
 
   objective: Objective
@@ -73,7 +73,7 @@ class PartialFineTuning(Objective):
 
   def __post_init__(self):
     if isinstance(self.objective, PartialFineTuning):
-      raise ValueError('objective: expected one that is not adapted itself')
+      raise ValueError('objective: partial fine-tuning cannot be nested')
 
   @property
   def example_batch(self):
@@ -105,7 +105,7 @@ class PartialFineTuning(Objective):
     if self.lora is not None:
       params[LORA] = _tree(self.lora.init(jax.random.fold_in(rng, 1), flat))
     if not params:
-      raise UserError('config.objective: nothing is trained; give paths in `trained`, or `lora`')
+      raise UserError('config.objective: no trainable parameters; set `trainable` or `lora`')
     return params, {**extra, FROZEN: _tree({path: x for path, x in flat.items() if path not in kept})}
 
   def full_params(self, params, extra):
@@ -157,7 +157,7 @@ class PartialFineTuning(Objective):
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:
-  """Whether one of the regular expressions matches all of the path."""
+  """True if one of the regular expressions matches the full path."""
   return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 

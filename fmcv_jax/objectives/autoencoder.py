@@ -1,4 +1,4 @@
-"""A Gaussian autoencoder against a discriminator of patches (Esser et al. 2021; Rombach et al. 2022)."""
+"""Training of a KL-regularized autoencoder with a PatchGAN discriminator (Esser et al. 2021; Rombach et al. 2022)."""
 
 import dataclasses
 from typing import Any
@@ -21,15 +21,16 @@ from fmcv_jax.objectives.outputs import Output
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoding(Objective):
-  """Absolute error, distance of features, divergence from the normal, and what a discriminator makes of the patches.
+  """Sum of the L1 error, a perceptual loss, the KL divergence from the standard normal, and an adversarial loss.
 
-  kl                   weight of the divergence, which is summed over a latent and divided by the picture's values
-  adversarial          weight of the discriminator's say, relative to the other errors' gradient at the last layer
-                       (Esser et al. 2021, eq. 7); 0 for none
-  adversarial_start    step from which on it has one
-  perceptual           weight of the distance of features (LPIPS of Zhang et al. 2018 without learned weights)
-  features             a vision transformer for it; its values come by init_from, at 'extra/features'
-  features_normalize   what it was trained with
+  kl                   weight of the KL divergence, which is summed over the latent and divided by the number of values
+                       of the image
+  adversarial          adversarial loss weight, relative to the gradient of the other losses at the last layer (Esser et
+                       al. 2021, eq. 7); 0 for none
+  adversarial_start    step at which the adversarial loss starts
+  perceptual           weight of the feature distance (LPIPS of Zhang et al. 2018 without learned weights)
+  features             vision transformer of the perceptual loss; init_from loads its parameters to 'extra/features'
+  features_normalize   normalization that it was trained with
   """
 
   network: nn.Module
@@ -48,7 +49,9 @@ class Autoencoding(Objective):
     if not isinstance(self.network, Autoencoder):
       raise ValueError('network: autoencoding needs network.name=autoencoder')
     if bool(self.perceptual) != (self.features is not None):
-      raise ValueError('perceptual: a weight needs features to weigh, such as features.name=vit, and they a weight')
+      raise ValueError(
+        'perceptual: a weight above 0 requires features, such as features.name=vit, and features require a weight'
+      )
     if self.features is not None and not isinstance(self.features, ViT):
       raise ValueError('features: needs a vision transformer, features.name=vit')
 
@@ -86,53 +89,57 @@ class Autoencoding(Objective):
     before = network.features(latent.sample(latent_rng))
     last = params['autoencoder']['conv_out']
 
-    def picture(last):
+    def decoded(last):
       return self.network.apply({'params': {**params['autoencoder'], 'conv_out': last}}, before, method='pixels')
 
-    def error(picture):
-      value = jnp.abs(x - picture).mean()
-      return value + self.perceptual * self._distance(extra, x, picture) if self.perceptual else value
+    def error(image):
+      value = jnp.abs(x - image).mean()
+      return value + self.perceptual * self._distance(extra, x, image) if self.perceptual else value
 
-    made = picture(last)
-    reconstruction = error(made)
+    fake = decoded(last)
+    reconstruction = error(fake)
     divergence = latent.kl().mean() / (x.size / x.shape[0])
     loss = reconstruction + self.kl * divergence
     metrics = {'reconstruction': reconstruction, 'kl': divergence}
     if self.adversarial:
-      opposed, more = self._adversarial(params, extra, x, picture, made, error)
-      loss += opposed
+      adversarial, more = self._adversarial(params, extra, x, decoded, fake, error)
+      loss += adversarial
       metrics.update(more)
     return mean_loss(loss, metrics)
 
-  def _adversarial(self, params, extra, x, picture, made, error):
-    """What the discriminator adds to the loss, for the autoencoder and for itself."""
+  def _adversarial(self, params, extra, x, decoded, fake, error):
+    """(weighted generator loss + discriminator loss, metrics)."""
 
-    def judged(pictures, weights):
-      return self.discriminator.apply({'params': weights}, pictures)
+    def logits(images, weights):
+      return self.discriminator.apply({'params': weights}, images)
 
     frozen = jax.lax.stop_gradient(params['discriminator'])
 
-    def seen_through(picture):
-      return -judged(picture, frozen).mean()
+    def generator_loss(image):
+      return -logits(image, frozen).mean()
 
-    # By how much each of the two would move the last layer.
+    # Gradient norms of both losses at the last layer.
     last = jax.lax.stop_gradient(params['autoencoder']['conv_out'])
-    pull, push = (
-      optax.tree.norm(jax.grad(lambda last, of=of: of(picture(last)))(last)['kernel']) for of in (error, seen_through)
+    error_norm, generator_norm = (
+      optax.tree.norm(jax.grad(lambda last, of=of: of(decoded(last)))(last)['kernel']) for of in (error, generator_loss)
     )
-    balance = jax.lax.stop_gradient(jnp.clip(pull / (push + 1e-4), 0, 1e4))
-    begun = jnp.where(extra['steps'] >= self.adversarial_start, 1.0, 0.0)
-    fooling = seen_through(made)
-    real, fake = (judged(p, params['discriminator']) for p in (x, jax.lax.stop_gradient(made)))
-    hinge = 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
-    metrics = {'fooling': fooling, 'discriminator': hinge, 'adversarial_weight': begun * self.adversarial * balance}
-    return begun * (self.adversarial * balance * fooling + hinge), metrics
+    balance = jax.lax.stop_gradient(jnp.clip(error_norm / (generator_norm + 1e-4), 0, 1e4))
+    started = jnp.where(extra['steps'] >= self.adversarial_start, 1.0, 0.0)
+    generator = generator_loss(fake)
+    on_real, on_fake = (logits(images, params['discriminator']) for images in (x, jax.lax.stop_gradient(fake)))
+    discriminator = 0.5 * (jax.nn.relu(1 - on_real).mean() + jax.nn.relu(1 + on_fake).mean())
+    metrics = {
+      'generator_loss': generator,
+      'discriminator_loss': discriminator,
+      'adversarial_weight': started * self.adversarial * balance,
+    }
+    return started * (self.adversarial * balance * generator + discriminator), metrics
 
   def update_extra(self, extra, params, aux, step):
     return {**extra, 'steps': extra['steps'] + 1}
 
   def outputs(self):
-    """'reconstruction' [B, H, W, 3] in [0, 1], through the latent's mean; 'latent' [B, h, w, z], that mean."""
+    """'latent' [B, h, w, z], the mean of the Gaussian; 'reconstruction' [B, H, W, 3] in [0, 1], decoded from it."""
 
     def latent(params, extra, batch):
       x = self.normalize(batch['image'].astype(jnp.float32) / 255)
@@ -141,8 +148,8 @@ class Autoencoding(Objective):
 
     def reconstruction(params, extra, batch):
       z = latent(params, extra, batch)
-      picture: Any = self.network.apply({'params': params['autoencoder']}, z, method='decode')
-      return jnp.clip(self.normalize.undo(picture), 0, 1)
+      image: Any = self.network.apply({'params': params['autoencoder']}, z, method='decode')
+      return jnp.clip(self.normalize.undo(image), 0, 1)
 
     return {'latent': Output(latent, 'map'), 'reconstruction': Output(reconstruction, 'image')}
 
@@ -152,10 +159,10 @@ class Autoencoding(Objective):
     images = self.normalize.undo(x)
     return self.features_normalize(images if images.shape == shape else jax.image.resize(images, shape, 'cubic'))
 
-  def _distance(self, extra, x, picture):
-    """Mean squared distance of the patches' unit features."""
+  def _distance(self, extra, x, reconstruction):
+    """Mean squared distance between the unit-length patch features of both images."""
     one, other = (
       l2_normalize(patch_features(self.features, extra['features'], self._for_features(images)))  # type: ignore[arg-type]
-      for images in (x, picture)
+      for images in (x, reconstruction)
     )
     return jnp.square(one - other).sum(-1).mean()

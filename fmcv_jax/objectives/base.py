@@ -1,7 +1,7 @@
-"""What is learnt: the contract between a loss and the one train step.
+"""The Objective interface between losses and the train step.
 
-`params` is whatever the gradient trains, `extra` whatever is carried along without a gradient (EMA teachers, centres,
-queues). Everything is a pure function of its arguments, so one step, one loop and one checkpoint serve all objectives.
+`params` are trained by the gradient; `extra` is state without a gradient (EMA teachers, centers, queues). Everything is
+a pure function of its arguments, so one train step, loop and checkpoint format serve all objectives.
 """
 
 import abc
@@ -15,13 +15,13 @@ from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.objectives.outputs import Batch, Output, Params
 from fmcv_jax.parallel.parameter_axes import Row
 
-# Flax's name for what batch norms keep from step to step. A loss applies its network with mutable=[BATCH_STATS] and
-# hands what came back to update_extra; of a network without batch norms that is nothing.
+# Flax's name of the collection with batch norm statistics. A loss applies its network with mutable=[BATCH_STATS] and
+# passes the updated collection to update_extra; it is empty for a network without batch norms.
 BATCH_STATS = 'batch_stats'
 
 
 class Mean(NamedTuple):
-  """A weighted mean that has not been divided yet, so that the means of unequal parts add up to that of the whole.
+  """A weighted mean as sum and weight, so that means of parts of different sizes add up to the mean of the whole.
 
   total   float32 scalar, sum of the weighted values
   weight  float32 scalar, sum of the weights: a number of examples, tokens, pixels or boxes, at least 0
@@ -32,17 +32,17 @@ class Mean(NamedTuple):
 
   @property
   def value(self) -> jax.Array:
-    """total / weight, and 0 where nothing has a weight."""
+    """total / weight, and 0 if the weight is 0."""
     return weighted_mean(self.total, self.weight)
 
 
 class Loss(NamedTuple):
-  """The loss of a batch, or of a part of it. The train step adds parts and divides once, over all microbatches and
-  devices, so that a token counts as much as any other however the texts are distributed.
+  """The loss of a batch, or of a part of it. The train step sums over all microbatches and devices and divides once, so
+  that every token has the same weight however the texts are distributed.
 
   total    float32 scalar, sum of the weighted losses
   weight   float32 scalar, sum of the weights, at least 0; no gradient flows through it
-  metrics  by name, each with a weight of its own
+  metrics  metrics by name, each with its own weight
   aux      tree of float arrays for update_extra, averaged over microbatches
   """
 
@@ -53,21 +53,21 @@ class Loss(NamedTuple):
 
   @property
   def value(self) -> jax.Array:
-    """total / weight, and 0 where nothing has a weight: what the step logs and differentiates."""
+    """total / weight, and 0 if the weight is 0: the value that the train step logs and differentiates."""
     return weighted_mean(self.total, self.weight)
 
 
 def weighted_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-  """total / weight, and 0 where the weight is 0; differentiable by the total only."""
+  """total / weight, and 0 if the weight is 0; differentiable with respect to the total only."""
   return total / jax.lax.stop_gradient(jnp.where(weight == 0, 1.0, weight))
 
 
 def mean_loss(losses: jax.Array, metrics: Mapping[str, jax.Array] = {}, aux: Any = None) -> Loss:
   """The Loss whose value is the mean of `losses`, bit for bit jnp.mean's.
 
-  losses   float [B], one per example; or a scalar, the loss of a batch that is not a sum over examples (microbatches
-           have equal numbers of examples, so each counts the same)
-  metrics  by name, float or bool [B] or scalar, averaged likewise
+  losses   float [B], one per example; or a scalar, for a loss that is not a sum over examples (microbatches have equal
+           numbers of examples, and so equal weights)
+  metrics  metrics by name, float or bool [B] or scalar, averaged in the same way
   aux      see Loss; {} by default
   """
   means = {name: _mean(values) for name, values in metrics.items()}
@@ -80,21 +80,21 @@ def _mean(values: jax.Array) -> Mean:
 
 
 class Objective(abc.ABC):
-  """A loss family as a frozen dataclass whose fields are networks and numbers."""
+  """Base class of training objectives: frozen dataclasses of networks and hyper-parameters."""
 
   @property
   def coupled(self) -> bool:
-    """Whether the loss couples the examples of a batch, and offers `embed` and `couple` (see CoupledObjective)."""
+    """True if the loss couples the examples of a batch and defines `embed` and `couple` (see CoupledObjective)."""
     return False
 
   @property
   def frozen_networks(self) -> tuple[str, ...]:
-    """Subtrees of `extra` that are parameters of a network, such as a teacher, and placed on the mesh as such."""
+    """Subtrees of `extra` that are parameters of a network, such as a teacher, and are sharded like parameters."""
     return ()
 
   @property
   def logical_axes(self) -> tuple[Row, ...]:
-    """Rows for parameters that no module makes (see parallel/parameter_axes.py); those of modules stand with them."""
+    """Logical axes of parameters that no module creates (see parallel/parameter_axes.py)."""
     return ()
 
   @property
@@ -104,18 +104,18 @@ class Objective(abc.ABC):
 
   @property
   def input_size(self) -> int | None:
-    """Side of the images (or frames) that `outputs` take; None for any, and for a model that takes none."""
+    """Side in pixels of the images or frames that `outputs` take; None for any size, and without image inputs."""
     image = self.example_batch.get('image')
     return None if image is None else image.shape[-3]
 
   @property
   def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
-    """Batch fields that hold classes: field -> (number of classes, the number for 'not labeled' or None)."""
+    """Batch fields that hold classes: field -> (number of classes, value for 'not labeled' or None)."""
     return {}
 
   @abc.abstractmethod
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
-    """(params, extra), float32; traced under eval_shape and jit, so that arrays are born sharded."""
+    """(params, extra), float32; traced under eval_shape and jit, so that arrays are initialized sharded."""
 
   @abc.abstractmethod
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
@@ -126,37 +126,37 @@ class Objective(abc.ABC):
     return extra
 
   def full_params(self, params: Params, extra: Any) -> Params:
-    """All parameters of the network, as an objective that trains all of them has them in `params`."""
+    """The full parameter tree of the network, including parameters that this objective keeps in `extra`."""
     return params
 
   def with_total_steps(self, steps: int) -> 'Objective':
-    """This objective in a run of so many steps, for schedules of its own that last as long as the run."""
+    """A copy of this objective for a run of `steps` steps, for its own schedules over the length of the run."""
     return self
 
   def with_tokenizer(self, tokenizer: Tokenizer) -> 'Objective':
-    """This objective in a run with this tokenizer, for the ids of padding, start and end."""
+    """A copy of this objective for this tokenizer, which defines the ids of padding, start and end."""
     return self
 
   def outputs(self) -> Mapping[str, Output]:
-    """The functions of a trained model, by name.
+    """Functions of a trained model, by name.
 
-    Names that several objectives share:
+    Names shared by several objectives:
       logits          [B, classes]
       features        [B, D]
-      embed_image     and embed_text [B, E], of unit length, in one space
+      embed_image     [B, E], unit length; embed_text [B, E], unit length, in the same space
       patch_features  [B, rows, columns, D]
       attention       [B, heads, rows, columns]
-      masked_patches  bool [B, views, rows, columns]: the patches that are hidden from the network in the first of the
-                      views that it is given, drawn from batch['rng'] as the loss draws them
+      masked_patches  bool [B, views, rows, columns]: True for masked patches, in the first views of the network inputs,
+                      drawn from batch['rng'] as in the loss
       samples         images [B, H, W, 3]
     """
     return {}
 
 
 def flax_variables(params: Params, extra: Mapping[str, Any], owner: str = '') -> dict[str, Any]:
-  """The variables that flax's `apply` takes: the parameters and, for a network with batch norms, their statistics.
+  """Variables for `apply` of flax: the parameters and, for a network with batch norms, the statistics.
 
-  Those are carried in extra['batch_stats']; a frozen network's, such as a teacher's, in extra['teacher_batch_stats'].
+  Statistics are kept in extra['batch_stats'], and those of a frozen teacher in extra['teacher_batch_stats'].
   """
   statistics = extra.get(f'{owner}{BATCH_STATS}')
   return {'params': params} if statistics is None else {'params': params, BATCH_STATS: statistics}
@@ -165,8 +165,8 @@ def flax_variables(params: Params, extra: Mapping[str, Any], owner: str = '') ->
 class CoupledObjective(Objective):
   """A loss that couples the examples of a batch, such as a contrastive one.
 
-  Split in two so that gradient accumulation is exact: `embed` treats examples alone and can run in small pieces,
-  `couple` sees the embeddings of the whole batch (GradCache, Gao et al. 2021).
+  Split in two so that gradient accumulation is exact: `embed` treats examples independently and runs in microbatches;
+  `couple` takes the embeddings of the whole batch (GradCache, Gao et al. 2021).
   """
 
   @property
@@ -175,7 +175,7 @@ class CoupledObjective(Objective):
 
   @abc.abstractmethod
   def embed(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> tuple[Any, dict[str, Any]]:
-    """(a tree of float arrays [B, ...], aux); aux goes to update_extra, averaged over the pieces of a batch."""
+    """(a tree of float arrays [B, ...], aux); aux is averaged over microbatches and passed to update_extra."""
 
   @abc.abstractmethod
   def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:

@@ -1,21 +1,21 @@
-"""Masks of patches made of rectangles (BEiT, Bao et al. 2022, algorithm 1), drawn on the device with fixed shapes."""
+"""Block-wise patch masks (BEiT, Bao et al. 2022, algorithm 1), sampled on the device with fixed shapes."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-SMALLEST = 4  # patches of a rectangle, unless fewer are left to mask
-FLATTEST = 0.3  # height / width of a rectangle, and its inverse
-TRIES = 32  # rectangles drawn for each mask; those that would mask too much are left out
+SMALLEST = 4  # minimum number of patches of a rectangle, unless fewer are left to mask
+FLATTEST = 0.3  # minimum height / width of a rectangle; the inverse is the maximum
+TRIES = 32  # rectangles drawn per mask; those that would mask too much are skipped
 
 
 def block_masks(
   rng: jax.Array, images: int, grid: tuple[int, int], share: tuple[float, float], probability: float
 ) -> jax.Array:
-  """bool [images, rows * columns], True where hidden, for each image with the given probability, else all False.
+  """Masks bool [images, rows * columns], True for masked patches; all False with 1 - the given probability.
 
-  An image hides at most a share of its patches that is drawn uniformly within the bounds, and nearly as much.
+  The target mask ratio of an image is drawn uniformly within the bounds; the actual ratio is at most, and close to, it.
   """
   goal_rng, chosen_rng, blocks_rng = jax.random.split(rng, 3)
   goal = jax.random.uniform(goal_rng, (images,), minval=share[0], maxval=share[1])
@@ -26,7 +26,7 @@ def block_masks(
 
 
 def most_hidden(grid: tuple[int, int], share: tuple[float, float]) -> int:
-  """The most patches that one of those masks can hide."""
+  """Maximum number of masked patches."""
   return max(1, math.floor(share[1] * grid[0] * grid[1]))
 
 

@@ -210,8 +210,8 @@ class Diffusion(Objective):
     loss = jnp.mean(self.process.weight(time, self.weighting, self.weighting_gamma) * errors)
     metrics = {'denoising': jnp.mean(errors)}
     if self.process.learned_variance:
-      metrics['variance_bits'] = variance_bits(self.process, output, x, x0, time)
-      loss += metrics['variance_bits']
+      metrics['vlb_bits_per_dim'] = variance_bits(self.process, output, x, x0, time)
+      loss += metrics['vlb_bits_per_dim']
     if self.repa is not None:
       assert images is not None  # repa refuses precomputed latents
       metrics['alignment'] = self.repa.alignment(params, extra, self.network, tokens, images)

@@ -1,9 +1,9 @@
 """Self-distillation: DINO (Caron et al. 2021), with iBOT's masked patches (Zhou et al. 2022) and DINOv2's additions.
 
-A student sees several crops of an image; a teacher, the moving average of the student, sees the two large ones. What
-prototypes the teacher finds in one crop, the student has to find in every other.
+The student processes several crops of an image; the teacher, an exponential moving average of the student, processes
+the two global crops. The student predicts the teacher's distribution over prototypes from every other crop.
 
-Letters in shapes: B batch, G large crops (2), V all crops, M hidden patches at most, K prototypes, D width.
+Letters in shapes: B batch, G global crops (2), V all crops, M masked patches at most, K prototypes, D width.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ GLOBALS = 2
 
 @dataclasses.dataclass(frozen=True)
 class SelfDistillation(Objective):
-  """Learns from crops of unlabelled images; the trained model is the teacher.
+  """Self-distillation on crops of unlabeled images; the trained model is the teacher.
 
-  momentum              of the teacher, at the start; it rises to 1 by half a cosine
-  momentum_steps        over so many steps; None for those of the run
-  local_views           small crops of local_size x local_size pixels
-  centering             what keeps the teacher from one answer for all: 'centering' takes away the running mean of its
-                        scores, 'sinkhorn_knopp' makes all prototypes equally frequent in the batch (SwAV, Caron et al.
-                        2020)
-  teacher_temperature   at the start and after temperature_steps
-  freeze_steps          steps in which the prototypes stay as they were born
-  patch_weight          of iBOT's loss: the student finds the teacher's prototypes of patches that it cannot see, a
-                        share within `hidden` of the patches of a share `hidden_images` of the large crops
-  koleo_weight          of the term that spreads the features of a batch (Sablayrolles et al. 2019)
-  global_augments       one sequence for each of the two large crops
+  momentum                 initial EMA momentum of the teacher; increases to 1 by a half cosine
+  momentum_steps           length of that schedule in steps; None for the length of the run
+  local_crops_number       number of local crops of local_size x local_size pixels
+  centering                collapse prevention: 'centering' subtracts the running mean of the teacher's logits,
+                           'sinkhorn_knopp' makes all prototypes equally frequent in the batch (SwAV, Caron et al. 2020)
+  teacher_temperature      initial value, and value after temperature_steps
+  freeze_last_layer_steps  steps in which the prototypes keep their initialization
+  ibot_loss_weight         weight of the iBOT loss: the student predicts the teacher's distributions of masked patches
+  mask_ratio_min_max       bounds of the fraction of masked patches of a masked crop
+  mask_sample_probability  probability that a global crop is masked
+  koleo_weight             weight of the KoLeo regularizer, which spreads features (Sablayrolles et al. 2019)
+  global_augments          one sequence for each of the two global crops
   """
 
   network: nn.Module
@@ -72,16 +72,16 @@ class SelfDistillation(Objective):
       )
     if self.local_size % self.network.encoder.patch_size:
       raise ValueError(
-        f'local_size: {self.local_size} does not divide into patches of {self.network.encoder.patch_size}'
+        f'local_size: {self.local_size} is not divisible by the patch size {self.network.encoder.patch_size}'
       )
     if self.ibot_loss_weight and not self.network.encoder.mask_token:
       raise ValueError('patch_weight: masked patches need network.encoder.mask_token=True')
     if not 0 <= self.mask_ratio_min_max[0] <= self.mask_ratio_min_max[1] < 1:
-      raise ValueError(f'hidden: expected shares 0 <= low <= high < 1, got {self.mask_ratio_min_max}')
+      raise ValueError(f'mask_ratio_min_max: expected fractions 0 <= low <= high < 1, got {self.mask_ratio_min_max}')
 
   @property
   def grid(self) -> tuple[int, int]:
-    """Rows and columns of patches of a large crop."""
+    """Rows and columns of patches of a global crop."""
     side = self.network.image_size // self.network.encoder.patch_size
     return side, side
 
@@ -114,8 +114,8 @@ class SelfDistillation(Objective):
     if self.ibot_loss_weight:
       masked, picked, valid = self.masks(mask_rng, images)
 
-    def student(views, **hidden):
-      return self.network.apply({'params': params}, views, train=True, rngs={'dropout': dropout_rng}, **hidden)
+    def student(views, **masks):
+      return self.network.apply({'params': params}, views, train=True, rngs={'dropout': dropout_rng}, **masks)
 
     teacher: Any = self.network.apply({'params': extra['teacher']}, large, picked=picked)
     student_large: Any = student(large, masked=masked, picked=picked)
@@ -141,7 +141,7 @@ class SelfDistillation(Objective):
     return mean_loss(loss, metrics, jax.lax.stop_gradient(aux))
 
   def views(self, batch, global_rng, local_rng):
-    """Augmented, normalized crops [B * G, H, W, 3] and [B * L, h, w, 3] (or None); an image's crops side by side."""
+    """Augmented, normalized crops [B * G, H, W, 3] and [B * L, h, w, 3] (or None); crops of an image are adjacent."""
     large = jnp.stack(
       [
         apply_augments(batch['global_views'][:, view], augments, jax.random.fold_in(global_rng, view))
@@ -156,19 +156,19 @@ class SelfDistillation(Objective):
     return large, self.normalize(apply_augments(small, self.local_augment, local_rng))
 
   def masks(self, rng, images):
-    """What is hidden, bool [B * G, T]; which patches that is, int32 [B * G, M]; whether it really is, float32."""
+    """(mask bool [B * G, T], indices int32 [B * G, M] of the masked patches, float32 [B * G, M]: 0 for padding)."""
     masked = block_masks(rng, images, self.grid, self.mask_ratio_min_max, self.mask_sample_probability)
     picked = jnp.argsort(~masked, axis=1)[:, : most_hidden(self.grid, self.mask_ratio_min_max)].astype(jnp.int32)
     return masked, picked, jnp.take_along_axis(masked, picked, axis=1).astype(jnp.float32)
 
   def masked_patches(self, params, extra, batch):
-    """bool [B, GLOBALS, rows, columns]: the patches of the large crops that are hidden from the student."""
+    """bool [B, GLOBALS, rows, columns]: the patches of the global crops that are masked for the student."""
     images = len(batch['global_views'])
     masked, _, _ = self.masks(jax.random.split(batch['rng'], 4)[2], images * GLOBALS)
     return masked.reshape(images, GLOBALS, *self.grid)
 
   def targets_of(self, scores, extra, name, temperature, valid=None):
-    """The teacher's answers, probabilities [N, K], from its scores."""
+    """Teacher targets: probabilities [N, K] from its logits [N, K]."""
     if self.centering == 'sinkhorn_knopp':
       return sinkhorn(scores / temperature, self.sinkhorn_rounds, valid)
     return jax.nn.softmax((scores - extra['centre'][name]) / temperature)
@@ -178,7 +178,7 @@ class SelfDistillation(Objective):
     return start + (end - start) * jnp.minimum(step / max(self.temperature_steps, 1), 1.0)
 
   def frozen(self, params, step):
-    """params, whose prototypes get no gradient in the first steps."""
+    """params, with the gradient of the prototypes stopped in the first steps."""
 
     def hold(name, w):
       return jnp.where(step < self.freeze_last_layer_steps, jax.lax.stop_gradient(w), w) if name == 'prototypes' else w
@@ -191,7 +191,7 @@ class SelfDistillation(Objective):
 
   def update_extra(self, extra, params, aux, step):
     if self.momentum_steps is None:
-      raise ValueError('momentum_steps is not known yet; train objective.with_total_steps(steps)')
+      raise ValueError('momentum_steps is not set; train objective.with_total_steps(steps)')
     rest = jnp.minimum(step / self.momentum_steps, 1.0)
     momentum = 1 - (1 - self.momentum) * (1 + jnp.cos(math.pi * rest)) / 2
     new = {
@@ -239,8 +239,8 @@ def patch_loss(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.A
 def sinkhorn(logits: jax.Array, rounds: int, valid: jax.Array | None = None) -> jax.Array:
   """Probabilities [N, K] near softmax(logits) under which all prototypes are equally frequent (Cuturi 2013).
 
-  Alternately scales columns and rows of exp(logits) to equal sums, in the logarithm. Rows with valid = 0 (of [N]) have
-  no say in the columns.
+  Alternately scales columns and rows of exp(logits) to equal sums, in log space. Rows with valid = 0 (of [N]) are
+  excluded from the column sums.
   """
   where = None if valid is None else valid[:, None] > 0
   for _ in range(rounds):
@@ -253,19 +253,19 @@ def sinkhorn(logits: jax.Array, rounds: int, valid: jax.Array | None = None) -> 
 def koleo(features: jax.Array, eps: float = 1e-8) -> jax.Array:
   """-mean log distance of each feature [B, D], at unit length, to its nearest other one (Sablayrolles et al. 2019).
 
-  Over the whole batch, on any number of devices; DINOv2's code looks for the nearest on each GPU.
+  The nearest neighbor is searched in the global batch, on any number of devices; DINOv2's code searches per GPU.
   """
   x = l2_normalize(features)
   cosines = jnp.einsum('id,jd->ij', x, x, precision='highest')
   nearest = jnp.max(jnp.where(jnp.eye(len(x), dtype=bool), -2.0, cosines), axis=1)
-  # A pair of equal images has distance 0, whose root has no gradient: such a pair exerts none.
+  # The square root has no gradient at distance 0: pairs of equal images get a zero gradient.
   return -jnp.mean(jnp.log(jnp.sqrt(jnp.maximum(2 - 2 * nearest, 1e-12)) + eps))
 
 
 def diagnosis(targets: jax.Array) -> dict[str, jax.Array]:
-  """How a collapse would show: entropies (of log K at most) of the single answers and of their mean [N, K]."""
+  """Collapse diagnostics: mean entropy of the targets [N, K], and entropy of their mean; both at most log K."""
 
   def entropy(p):
     return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-12)), axis=-1)
 
-  return {'target_entropy': entropy(targets).mean(), 'usage_entropy': entropy(targets.mean(0))}
+  return {'target_entropy': entropy(targets).mean(), 'prototype_entropy': entropy(targets.mean(0))}

@@ -1,4 +1,4 @@
-"""Learning from a teacher's answers: hard (DeiT, Touvron et al. 2021) and soft (Hinton et al. 2015).
+"""Knowledge distillation: hard (DeiT, Touvron et al. 2021) and soft (Hinton et al. 2015).
 
 Letters in shapes: B batch, K classes.
 """
@@ -18,13 +18,13 @@ from fmcv_jax.objectives.base import flax_variables
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-  """What a frozen teacher adds to a classifier's loss: (1 - weight) * loss + weight * its disagreement.
+  """Distillation from a frozen teacher: the total loss is (1 - weight) * loss + weight * distillation loss.
 
-  teacher      a network with as many outputs as the student, fed the same augmented and mixed images; its
-               parameters are `extra/teacher`, to be filled by config.init_from
-  kind         'hard': cross-entropy with the teacher's best class; 'soft': divergence of the two distributions
-  temperature  of the soft one
-  normalize    of the images that the teacher sees
+  teacher      network with the same classes as the student, applied to the same augmented and mixed images;
+               config.init_from loads its parameters to `extra/teacher`
+  kind         'hard': cross-entropy with the teacher's top-1 class; 'soft': KL divergence of the two distributions
+  temperature  temperature of the soft distillation loss
+  normalize    normalization of the teacher's input images
   """
 
   teacher: nn.Module
@@ -35,17 +35,17 @@ class Distillation:
 
   def __post_init__(self):
     if not getattr(self.teacher, 'num_classes', 0):
-      raise ValueError('teacher: it needs num_classes=<number of classes>')
+      raise ValueError('teacher: set num_classes=<number of classes>')
     if not 0 <= self.weight <= 1:
-      raise ValueError(f'weight: expected a share between 0 and 1, got {self.weight}')
+      raise ValueError(f'weight: expected a fraction between 0 and 1, got {self.weight}')
 
   def init(self, rng: jax.Array, image_size: int) -> dict[str, Any]:
-    """What `extra` holds of the teacher, as it is born, for init_from to replace."""
-    born = dict(self.teacher.init(rng, jnp.zeros((1, image_size, image_size, 3))))
-    return {'teacher': born.pop('params'), **{f'teacher_{name}': tree for name, tree in born.items()}}
+    """Initial entries of `extra` for the teacher, which init_from replaces."""
+    initial = dict(self.teacher.init(rng, jnp.zeros((1, image_size, image_size, 3))))
+    return {'teacher': initial.pop('params'), **{f'teacher_{name}': tree for name, tree in initial.items()}}
 
   def loss(self, logits: jax.Array, extra: Mapping[str, Any], images: jax.Array) -> jax.Array:
-    """[B], the disagreement of the student's logits [B, K] with the teacher of images [B, H, W, 3] in [0, 1]."""
+    """Distillation loss [B] of the student's logits [B, K]; the teacher is applied to images [B, H, W, 3] in [0, 1]."""
     features: Any = self.teacher.apply(flax_variables(extra['teacher'], extra, 'teacher_'), self.normalize(images))
     return disagreement(logits, jax.lax.stop_gradient(features.output), self.kind, self.temperature)
 
@@ -53,9 +53,9 @@ class Distillation:
 def disagreement(
   logits: jax.Array, teacher: jax.Array, kind: Literal['hard', 'soft'], temperature: float = 1.0
 ) -> jax.Array:
-  """[B], cross-entropy of logits [B, K] with the teacher's best class (eq. 3), or their divergence at a temperature.
+  """[B], cross-entropy of logits [B, K] with the teacher's top-1 class (eq. 3), or the KL divergence at a temperature.
 
-  The soft one is T^2 KL(teacher || student) / K, as in DeiT's code: eq. 2 does not divide by K.
+  The soft loss is T^2 KL(teacher || student) / K, as in DeiT's code; eq. 2 lacks the division by K.
   """
   logits, teacher = logits.astype(jnp.float32), teacher.astype(jnp.float32)
   if kind == 'hard':

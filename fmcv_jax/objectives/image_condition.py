@@ -1,4 +1,4 @@
-"""Images as the condition of a denoiser: the control image of a ControlNet, or the known part of an inpainted image."""
+"""Image conditions of a denoiser: the control image of a ControlNet, or the masked image for inpainting."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from fmcv_jax.models.generative.unet import UNet
 
 @dataclasses.dataclass(frozen=True)
 class ImageCondition:
-  """What of the images themselves conditions the network; it is never dropped.
+  """Condition computed from the training images; it is never dropped for classifier-free guidance.
 
-  control     makes the control image of each image for a ControlNet, which alone is trained: it begins with a copy of
-              the network's encoder ('params/control/encoder'), and the network is frozen ('extra/network')
-  inpainting  draws what is missing of each image, for a UNet with `extra_in_channels`: the mask and x of the masked
-              image are concatenated to x, as in Stable Diffusion's inpainting model
+  control     computes control maps for a ControlNet. Only the ControlNet is trained, starting from a copy of the
+              encoder of the network ('params/control/encoder'); the network is frozen ('extra/network')
+  inpainting  draws inpainting masks for a UNet with `extra_in_channels`: the mask and x of the masked image are
+              concatenated to x, as in Stable Diffusion's inpainting model
   """
 
   control: Control | None = None
@@ -29,7 +29,7 @@ class ImageCondition:
 
   @property
   def keys(self) -> tuple[str, ...]:
-    """The keys of the condition that it provides."""
+    """Keys of the condition that this provides."""
     control = () if self.control is None else ('control', 'control_scale')
     return control + (() if self.inpainting is None else ('image',))
 
@@ -38,7 +38,7 @@ class ImageCondition:
     return bool(self.keys)
 
   def check(self, network: Any, image_shape: tuple[int, ...]) -> None:
-    """ValueError for a network that cannot be conditioned so."""
+    """Raises ValueError for a network that does not support this condition."""
     extra = getattr(network, 'extra_in_channels', 0)
     expected = 0 if self.inpainting is None else 1 + network.input_shape[-1]
     if extra != expected:
@@ -58,7 +58,7 @@ class ImageCondition:
   def __call__(
     self, images: jax.Array, keys: jax.Array, encode: Callable[[jax.Array], jax.Array], fill: Any
   ) -> dict[str, jax.Array]:
-    """The condition of images [B, H, W, 3] in [0, 1]; each of the keys [B] draws a mask."""
+    """The condition for images [B, H, W, 3] in [0, 1]; masks are drawn from one rng key per image, [B]."""
     condition = {}
     if self.control is not None:
       condition['control'] = self.control(images)
@@ -74,9 +74,9 @@ def inpaint_condition(
   """The mask and x of the masked image, float32 [B, ..., 1 + C].
 
   images  [B, H, W, 3] in [0, 1]
-  masks   bool [B, H, W], true where the image is missing
+  masks   bool [B, H, W], True where pixels are missing
   encode  images -> x
-  fill    color of the missing part, broadcast to [3]
+  fill    color of masked pixels, broadcast to [3]
   """
   x = encode(jnp.where(masks[..., None], jnp.array(fill), images))
   strides = (size // own for size, own in zip(masks.shape[1:], x.shape[1:-1], strict=True))

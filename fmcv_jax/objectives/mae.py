@@ -1,4 +1,4 @@
-"""Masked autoencoding (He et al. 2022): the pixels of hidden patches are predicted from the few that are seen."""
+"""Masked autoencoding (He et al. 2022): predicts the pixels of masked patches from the visible ones."""
 
 import dataclasses
 from typing import Any
@@ -17,10 +17,10 @@ from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
 
 @dataclasses.dataclass(frozen=True)
 class MaskedAutoencoding(Objective):
-  """Mean squared error of the hidden patches; each image hides its own, drawn anew at each step.
+  """Mean squared error on the masked patches; masks are drawn per image at each step.
 
-  hidden       share of the patches that is hidden
-  normalized   the target is each patch less its mean, over its standard deviation: contrast, not brightness
+  mask_ratio     fraction of masked patches
+  norm_pix_loss  normalize each target patch by its mean and standard deviation
   """
 
   network: nn.Module
@@ -33,7 +33,9 @@ class MaskedAutoencoding(Objective):
     if not isinstance(self.network, MaskedAutoencoder):
       raise ValueError('network: masked autoencoding needs network.name=mae')
     if not 0 < self.visible < self.patches:
-      raise ValueError(f'hidden: {self.mask_ratio} of {self.patches} patches leaves none to see, or none to predict')
+      raise ValueError(
+        f'mask_ratio: {self.mask_ratio} of {self.patches} patches leaves no visible or no masked patches'
+      )
 
   @property
   def patches(self) -> int:
@@ -65,14 +67,14 @@ class MaskedAutoencoding(Objective):
     return mean_loss(masked_mse(predicted.pixels, target, order, self.visible))
 
   def order(self, rng, images):
-    """int32 [B, T]: for each image its patches in an order of which the first are seen."""
+    """int32 [B, T]: a random order of the patches of each image; the first ones are visible."""
     return random_order(jax.random.split(rng, 3)[1], images, self.patches)
 
   def masked_patches(self, params, extra, batch):
-    """bool [B, 1, rows, columns]: the patches that are hidden from the network."""
+    """bool [B, 1, rows, columns]: True for masked patches."""
     images, side = len(batch['image']), self.network.image_size // self.network.encoder.patch_size
-    hidden = jnp.argsort(self.order(batch['rng'], images), axis=1) >= self.visible
-    return hidden.reshape(images, 1, side, side)
+    masked = jnp.argsort(self.order(batch['rng'], images), axis=1) >= self.visible
+    return masked.reshape(images, 1, side, side)
 
   def outputs(self):
     return {
@@ -82,10 +84,10 @@ class MaskedAutoencoding(Objective):
     }
 
   def reconstruct(self, params, extra, batch):
-    """[B, 2, H, W, 3] in [0, 1]: what the network sees, and that with the hidden patches as it fills them in.
+    """[B, 2, H, W, 3] in [0, 1]: the masked input, and the input with the masked patches replaced by predictions.
 
-    The same patches are hidden in every call. A network with a normalized target says nothing of a patch's mean and
-    contrast: these are the true patch's.
+    The mask is the same in every call. With norm_pix_loss the network does not predict the mean and standard deviation
+    of a patch: those of the true patch are used.
     """
     images = batch['image'].astype(jnp.float32) / 255
     order = random_order(jax.random.key(0), images.shape[0], self.patches)
@@ -96,9 +98,9 @@ class MaskedAutoencoding(Objective):
     if self.norm_pix_loss:
       _, mean, deviation = normalize_patches(true)
       pixels = pixels * deviation + mean
-    seen = (jnp.argsort(order, axis=1) < self.visible)[..., None]
-    filled = unpatchify(jnp.where(seen, true, pixels), grid, patch)
-    masked = jnp.where(unpatchify(jnp.broadcast_to(seen, true.shape), grid, patch), images, 0.5)
+    visible = (jnp.argsort(order, axis=1) < self.visible)[..., None]
+    filled = unpatchify(jnp.where(visible, true, pixels), grid, patch)
+    masked = jnp.where(unpatchify(jnp.broadcast_to(visible, true.shape), grid, patch), images, 0.5)
     return jnp.stack([masked, jnp.clip(self.normalize.undo(filled), 0, 1)], axis=1)
 
   def _encoder(self, params, extra):
@@ -111,7 +113,7 @@ def random_order(rng: jax.Array, batch: int, patches: int) -> jax.Array:
 
 
 def normalize_patches(patches: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Patches [B, T, P] with mean 0 and (unbiased) variance 1 each; also that mean and deviation, [B, T, 1]."""
+  """Patches [B, T, P] normalized to mean 0 and (unbiased) variance 1; also mean and standard deviation, [B, T, 1]."""
   mean = patches.mean(-1, keepdims=True)
   deviation = jnp.sqrt(patches.var(-1, keepdims=True, ddof=1) + 1e-6)
   return (patches - mean) / deviation, mean, deviation
@@ -120,6 +122,7 @@ def normalize_patches(patches: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
 def masked_mse(predicted: jax.Array, target: jax.Array, order: jax.Array, visible: int) -> jax.Array:
   """Mean over the patches order[:, visible:] of the mean squared error, from patches [B, T, P] in row order."""
   errors = jnp.square(predicted.astype(jnp.float32) - target).mean(-1)
-  # Every image hides as many, so the mean over all of them is one sum; a mask moves nothing between devices.
-  hidden = jnp.argsort(order, axis=1) >= visible
-  return jnp.sum(errors, where=hidden) / (order.shape[0] * (order.shape[1] - visible))
+  # Every image has the same number of masked patches, so their mean is one sum; masking instead of gathering moves
+  # nothing between devices.
+  masked = jnp.argsort(order, axis=1) >= visible
+  return jnp.sum(errors, where=masked) / (order.shape[0] * (order.shape[1] - visible))

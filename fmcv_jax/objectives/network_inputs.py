@@ -1,5 +1,4 @@
-"""What a network is given to see: the images of a batch as a loss hands them over, after all that the device does, and
-the pictures made of them that steer it."""
+"""Network inputs: the images that a loss passes to its network, after augmentation on the device, and control maps."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +14,7 @@ from fmcv_jax.objectives.image_condition import ImageCondition
 
 @dataclasses.dataclass(frozen=True)
 class _Recording(Normalize):
-  """Every loss brings its images to the network's range by `normalize`, last of all: there they can be looked at."""
+  """Records the images before normalization, which is the last step before the network in every loss."""
 
   record: list[jax.Array] = dataclasses.field(default_factory=list, compare=False)
 
@@ -26,7 +25,7 @@ class _Recording(Normalize):
 
 @dataclasses.dataclass(frozen=True)
 class _RecordingControl(Control):
-  """What a ControlNet is shown is another picture that the network is given."""
+  """Records the control maps that are passed to a ControlNet."""
 
   control: Control
   record: list[jax.Array] = dataclasses.field(default_factory=list, compare=False)
@@ -36,10 +35,11 @@ class _RecordingControl(Control):
     return self.record[-1]
 
 
-def seen(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
-  """Each images float32 [B, views, H, W, 3] in [0, 1] that the loss of a batch gives the network, with this rng.
+def network_inputs(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
+  """All images that the loss of a batch passes to the network with this rng, each float32 [B, views, H, W, 3] in [0,
+  1].
 
-  The loss itself is traced, with parameters that are never made; what it computes of the images is left out.
+  The loss is traced with parameters that are never allocated; XLA removes the computation after the recorded images.
   """
   count = len(next(iter(batch.values())))
 
@@ -54,9 +54,9 @@ def seen(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
 
 
 def masked_patches(objective: Objective, batch: Any, rng: jax.Array) -> jax.Array | None:
-  """The patches that the loss of a batch hides from the network, with this rng: bool [B, views, rows, columns].
+  """Masked patches in the loss of a batch with this rng: bool [B, views, rows, columns].
 
-  The views are the first of those in `seen`. None for an objective that hides none.
+  The views are the first ones of `network_inputs`. None for an objective without masks.
   """
   output = objective.outputs().get('masked_patches')
   if output is None:
@@ -71,7 +71,7 @@ def masked_patches(objective: Objective, batch: Any, rng: jax.Array) -> jax.Arra
 
 
 def _zero_state(objective: Objective) -> Any:
-  """(params, extra) of zeros, for a traced function that does not read their values: they are then never made."""
+  """(params, extra) of zeros, for a traced function that does not read their values: they are then never allocated."""
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, jax.random.key(0)))
 
 

@@ -1,7 +1,7 @@
-"""The contrast of every image with every text of a global batch, in a ring: no device ever holds all the logits.
+"""Ring contrastive loss of all images and texts of a global batch: no device holds all the logits.
 
-Each device keeps its images and passes texts around. It meets one block of texts at a time, so that its memory does not
-depend on the number of devices; the backward pass goes round once more and computes the logits again.
+Each device keeps its images, and texts rotate over the devices. Logits are computed for one block of texts at a time,
+so memory does not depend on the number of devices; the backward pass is a second rotation that recomputes the logits.
 
 Letters in shapes: B global batch, b examples of this device, c texts of one block, E embedding.
 """
@@ -17,7 +17,7 @@ from fmcv_jax.parallel.rules import mesh_axes, shard_mapped
 
 LossName = Literal['softmax', 'sigmoid']
 
-# At most so many texts are met at once: [b, c] logits, exponentials and their gradients are all that is alive.
+# Maximum number of texts per block: [b, c] logits, exponentials and their gradients are the largest buffers.
 BLOCK = 1024
 
 PAIRS = ('batch', None)  # the axes of embeddings
@@ -29,7 +29,7 @@ def pair_loss(image, text, scale, bias, loss_name: LossName, label_smoothing: fl
   'softmax' is the mean of the two cross-entropies of InfoNCE (Radford et al. 2021), whose targets label_smoothing mixes
   with the uniform distribution (Jia et al. 2021). 'sigmoid' is SigLIP's eq. 1 (Zhai et al. 2023): the sum over all
   pairs of -log sigmoid(z * logit) over B, z = 1 for the pairs that belong together and -1 for all others. accuracy is
-  the share of images whose own text has the highest logit. Examples are split over the mesh axes of `batch`.
+  the fraction of images whose own text has the highest logit. Examples are split over the mesh axes of `batch`.
   """
   return _pair_loss(loss_name, label_smoothing, image, text, jnp.float32(scale), jnp.float32(bias))
 
@@ -40,7 +40,7 @@ def _pair_loss(loss_name, smoothing, image, text, scale, bias):
 
 
 def _forward(loss_name, smoothing, image, text, scale, bias):
-  """One round: sums over all pairs, and the log-sum-exp of each row (image) and column (text) of the logits."""
+  """First rotation: sums over all pairs, and log-sum-exp of each row (image) and column (text) of the logits."""
 
   def local(image, text, scale, bias):
     rows = len(image)
@@ -61,7 +61,7 @@ def _forward(loss_name, smoothing, image, text, scale, bias):
     row = (lowest, lowest, jnp.zeros(rows), jnp.zeros(()))
     row, by_text = ring_scan(meet, row, text, lowest, jnp.logaddexp, axis='batch', block=BLOCK)
     best, by_image, own_logit, total = row
-    # Summed over the devices: what each pair adds, and what each image adds.
+    # Sums over the devices: the terms of pairs, and the terms of images.
     sums = jnp.stack([total, own_logit.sum(), by_image.sum(), by_text.sum(), jnp.sum(own_logit >= best)])
     return _over_devices(sums), by_image, by_text
 
@@ -78,7 +78,7 @@ def _forward(loss_name, smoothing, image, text, scale, bias):
 
 
 def _backward(loss_name, smoothing, saved, cotangents):
-  """Another round: the gradient by each logit is needed once, for its image, its text, the scale and the bias."""
+  """Second rotation: recomputes each logit once for the gradients of its image, its text, the scale and the bias."""
   count = len(saved[0])
 
   def local(image, text, scale, bias, by_image, by_text, cotangent):
@@ -115,7 +115,9 @@ _pair_loss.defvjp(_forward, _backward)
 
 
 def _logits(image, block, scale, bias, start):
-  """Logits [b, c] of a block of texts whose first belongs to image `start`, and which of them belong together."""
+  """Logits [b, c] of a block of texts, the first of which belongs to image `start`, and a mask of the positive
+  pairs.
+  """
   logits = scale * jnp.einsum('ie,te->it', image, block, preferred_element_type=jnp.float32) + bias
   return logits, jnp.arange(len(image))[:, None] == start + jnp.arange(len(block))
 

@@ -17,16 +17,16 @@ from fmcv_jax.models.dense.segmenter import Segmenter
 from fmcv_jax.objectives.base import Loss, Mean, Objective
 from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
 
-IGNORE_INDEX = 255  # of pixels that count nowhere: neither in the loss nor in a figure
+IGNORE_INDEX = 255  # label of pixels that are excluded from the loss and all metrics
 MOVING = (Affine, Flip, RandAugment, ThreeAugment)
 
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Objective):
-  """Mean cross-entropy over the known pixels of the batch; uint8 `segments` [B, H, W] hold classes, 255 for unknown.
+  """Mean cross-entropy over the labeled pixels of a batch; uint8 `segments` [B, H, W] are the label maps, 255 = ignore.
 
-  flip      mirrors each image and its segments, or not, with equal chance
-  augment   of colours only: what moves pixels would not move their classes
+  flip      mirrors each image and its label map with probability 0.5
+  augment   color augmentations only: geometric ones would not transform the label map
   """
 
   network: nn.Module
@@ -38,7 +38,7 @@ class Segmentation(Objective):
     if not isinstance(self.network, Segmenter):
       raise ValueError('network: segmentation needs network.name=segmenter')
     if moving := [type(augment).__name__ for augment in self.augment if isinstance(augment, MOVING)]:
-      raise ValueError(f'augment: {moving[0]} moves pixels but not their classes; use crops in data.image, and `flip`')
+      raise ValueError(f'augment: {moving[0]} does not transform the label map; use crops in data.image, and `flip`')
 
   @property
   def example_batch(self):
@@ -92,7 +92,7 @@ class Segmentation(Objective):
 
 
 def confusions(found: jax.Array, true: jax.Array, classes: int) -> jax.Array:
-  """How many pixels of each image are of class i and were taken for class j: int32 [B, i, j], from uint8 [B, H, W]."""
+  """Confusion matrices int32 [B, i, j] from uint8 [B, H, W]: pixels of class i that were predicted as class j."""
   known = true != IGNORE_INDEX
   pairs = jnp.where(known, true.astype(jnp.int32) * classes + found, classes * classes)
   counts = jax.vmap(lambda row: jnp.bincount(row, length=classes * classes + 1))(pairs.reshape(len(pairs), -1))

@@ -1,4 +1,4 @@
-"""A mesh of devices emulated on the CPU: what must be set before jax starts. Launchers use it, so it imports no jax."""
+"""Environment variables for emulated CPU devices, to be set before jax starts. Launchers use it: it imports no jax."""
 
 from collections.abc import Mapping
 
@@ -6,13 +6,13 @@ DEVICE_COUNT = '--xla_force_host_platform_device_count'
 
 
 def emulation(devices: int, environment: Mapping[str, str]) -> dict[str, str]:
-  """Environment variables with which a new process sees `devices` devices on its CPU.
+  """Environment variables that give a new process `devices` emulated CPU devices.
 
-  The XLA_FLAGS of `environment` are kept but for an earlier number of devices. Each emulated device blocks a thread
-  while it waits for the others. XLA makes as many threads as there are cores (NPROC overrides it), and ends a process
-  whose devices have not met within 40 s: both are too little on a small or busy machine. Its scheduler for concurrency
-  lets devices reach independent collectives in different orders, where they wait for each other for ever (seen with
-  jaxlib 0.10.2 and collectives inside a conditional): the sequential one keeps the program's order.
+  The XLA_FLAGS of `environment` are kept except for an earlier number of devices. Each emulated device blocks a thread
+  while it waits for the others. XLA creates one thread per core (NPROC overrides it), and aborts a process whose
+  devices do not reach a collective within 40 s: both are insufficient on a small or busy machine. Its
+  concurrency-optimized scheduler lets devices reach independent collectives in different orders, which deadlocks
+  (observed with jaxlib 0.10.2 and collectives inside a conditional): the sequential scheduler keeps the program order.
   """
   kept = [flag for flag in environment.get('XLA_FLAGS', '').split() if not flag.startswith(DEVICE_COUNT)]
   ours = (

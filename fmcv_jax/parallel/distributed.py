@@ -1,4 +1,4 @@
-"""Start-up of a run of several processes, and the few things processes say to each other."""
+"""Initialization of multi-process runs, and small collectives between processes."""
 
 import os
 
@@ -7,9 +7,9 @@ import numpy as np
 
 from fmcv_jax.parallel.cpu_emulation import emulation
 
-# A lost process is noticed after this long (jax's default of 100 s leaves a pod idle for minutes).
+# Heartbeat timeout after which a process counts as lost (jax's default of 100 s leaves a pod idle for minutes).
 HEARTBEAT_SECONDS = 20
-# One that ends by an error waits so long for the others, which may wait for it (jax: 300 s); so does one that is done.
+# Shutdown barrier timeout, also after an error, when other processes may be waiting for this one (jax: 300 s).
 SHUTDOWN_SECONDS = 60
 
 
@@ -20,10 +20,10 @@ def emulate(devices: int) -> None:
 
 
 def initialize() -> None:
-  """Joins the processes of a run, if it has several; call it before any other use of jax.
+  """Connects the processes of a multi-process run; call it before any other use of jax.
 
   `launch/local.py` and the Slurm script set FMCV_COORDINATOR (host:port), FMCV_PROCESSES and FMCV_PROCESS; on TPU pods
-  FMCV_PROCESSES=auto lets jax find the others by itself.
+  FMCV_PROCESSES=auto lets jax detect the others.
   """
   processes = os.environ.get('FMCV_PROCESSES', '1')
   if processes == 'auto':
@@ -39,12 +39,12 @@ def initialize() -> None:
 
 
 def is_main() -> bool:
-  """Whether this process writes what one process writes: logs, pictures, configs."""
+  """True for the process that writes logs, images and configs."""
   return jax.process_index() == 0
 
 
 def any_process(flag: bool) -> bool:
-  """Whether `flag` holds in any process; every process must call it at the same point."""
+  """True if `flag` is True in any process; every process must call it at the same point."""
   if jax.process_count() == 1:
     return flag
   from jax.experimental import multihost_utils
@@ -53,7 +53,7 @@ def any_process(flag: bool) -> bool:
 
 
 def from_main(value: np.ndarray) -> np.ndarray:
-  """The first process' array of a shape that all know; every process must call it at the same point."""
+  """Broadcasts the array of process 0, whose shape all must know; every process must call it at the same point."""
   if jax.process_count() == 1:
     return value
   from jax.experimental import multihost_utils

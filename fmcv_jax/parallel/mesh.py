@@ -1,4 +1,4 @@
-"""The device mesh: five named axes, every product of them a way to run the same program."""
+"""The device mesh: five named axes; every choice of their sizes runs the same program."""
 
 import dataclasses
 import math
@@ -15,16 +15,16 @@ AXES = ('slice', 'data', 'fsdp', 'sequence', 'tensor')
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-  """Sizes of the mesh axes, slowest network first; -1, at most once, stands for the devices that are left.
+  """Sizes of the mesh axes, slowest network first; -1, at most once, means all remaining devices.
 
-  slice     replicas joined by the data-centre network, one per TPU slice or GPU host group
-  data      replicas: parameters repeated, batch split
-  fsdp      batch split and parameters split (gathered for each layer)
-  sequence  tokens of one example split
-  tensor    heads and hidden units of one layer split
+  slice     data parallelism over the data-center network, one replica per TPU slice or GPU host group
+  data      data parallelism: parameters replicated, batch split
+  fsdp      fully sharded data parallelism: batch and parameters split (parameters gathered per layer)
+  sequence  sequence parallelism: tokens of an example split
+  tensor    tensor parallelism: heads and hidden units of a layer split
 
-  `max_fsdp` bounds what fsdp=-1 takes; the rest are replicas. Parameters that are cut into pieces of a few rows are
-  no longer gathered by the TPU's compiler but summed, at twice the bytes (docs/plan.md).
+  `max_fsdp` bounds fsdp=-1; the remaining devices are replicas. For shards of only a few rows the TPU compiler replaces
+  the all-gather of parameters by a sum, at twice the bytes (docs/plan.md).
   """
 
   slice: int = 1
@@ -37,7 +37,7 @@ class MeshShape:
   def __post_init__(self):
     sizes = self.sizes()
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-      raise ValueError(f'axis sizes are positive, -1 at most once for the rest; got {self}')
+      raise ValueError(f'axis sizes must be positive, with -1 at most once for the remaining devices; got {self}')
     if self.max_fsdp is not None and self.max_fsdp < 1:
       raise ValueError(f'max_fsdp: expected a positive number, got {self.max_fsdp}')
 
@@ -45,7 +45,7 @@ class MeshShape:
     return [getattr(self, axis) for axis in AXES]
 
   def sizes_for(self, device_count: int) -> tuple[int, ...]:
-    """Axis sizes on `device_count` devices, with -1 filled in; raises UserError where they do not divide."""
+    """Axis sizes on `device_count` devices, with -1 filled in; UserError if `device_count` is not divisible by them."""
     sizes = self.sizes()
     fixed = math.prod(size for size in sizes if size != -1)
     shown = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True) if size != 1) or 'data=1'
@@ -67,9 +67,8 @@ class MeshShape:
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh over `devices` (default: all of every process).
 
-  On TPU the physical topology decides which device stands where, so that the fast axes are neighbours. Axes are
-  Auto: the partitioner completes the shardings of inputs, parameters and the activations that `with_logical_constraint`
-  pins.
+  On TPU the order of devices follows the physical topology, so that the fast axes are neighbors. Axes are Auto: the
+  partitioner propagates the shardings of inputs, parameters and of activations with `with_logical_constraint`.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = shape.sizes_for(len(devices))

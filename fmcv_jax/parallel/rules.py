@@ -1,8 +1,8 @@
-"""Logical axes -> mesh axes: how every array is sharded.
+"""Sharding rules: logical axes -> mesh axes.
 
-Modules name the logical axes of their parameters (`parameter_axes`); which mesh axes those are split over is data of
-the config. Nothing falls back silently: a parameter that no pattern matches, a logical axis without a rule, one mesh
-axis used twice for one array, or a dimension that does not divide is a `UserError`.
+Modules name the logical axes of their parameters (`parameter_axes`); the config maps them to mesh axes. There are no
+silent fallbacks: a parameter without a matching pattern, a logical axis without a rule, a mesh axis used twice for one
+array, or a dimension that is not divisible by its number of shards is a `UserError`.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.parallel.parameter_axes import LogicalAxes, Row, Rows, axes_of
 
-# Activations and parameters have separate names where the same dimension is split differently: under FSDP the batch
-# takes the `fsdp` axis, so the `width` of an activation is whole while the `embed` of a parameter is split.
+# Activations and parameters have separate names if the same dimension is sharded differently: under FSDP the batch uses
+# the `fsdp` axis, so the `width` of an activation is not sharded while the `embed` of a parameter is.
 AXIS_RULES: dict[str, tuple[str, ...]] = {
   'batch': ('slice', 'data', 'fsdp'),
   'tokens': ('sequence',),
@@ -35,7 +35,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """Sharding as config data: `axes` overrides single rows of AXIS_RULES, `parameters` precede the modules' own rows."""
+  """Sharding overrides of a config: `axes` for rows of AXIS_RULES, `parameters` precede the rows of the modules."""
 
   axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   parameters: tuple[Row, ...] = ()
@@ -66,10 +66,10 @@ class Rules:
           )
         used[name] = axis
         ways *= mesh.shape[name]
-      # An odd number of tokens (a class token) the partitioner pads; all else divides or is not what was meant.
+      # The partitioner pads an odd number of tokens (a class token); any other indivisible dimension is an error.
       if size % ways and axis != 'tokens':
         split = ' x '.join(f'{name}={mesh.shape[name]}' for name in rules[axis] if mesh.shape[name] > 1)
-        raise UserError(f'{what}: its axis {axis!r} of size {size} (shape {shape}) does not divide over {split}')
+        raise UserError(f'{what}: axis {axis!r} of size {size} (shape {shape}) is not divisible by {split}')
       entries.append(tuple(name for name in rules[axis] if mesh.shape[name] > 1) or None)
     while entries and entries[-1] is None:  # JAX compares specs literally: one spelling for one sharding
       entries.pop()
@@ -78,7 +78,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """A mesh and the rules that map arrays onto it."""
+  """A mesh and the sharding rules of arrays on it."""
 
   mesh: Mesh
   rules: Rules = Rules()
@@ -99,7 +99,7 @@ class Placement:
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
   def batch(self, tree: Any) -> Any:
-    """Shardings of a batch: each leaf's leading axis is `batch`, the rest is whole."""
+    """Shardings of a batch: the leading axis of each leaf is `batch`, other axes are not sharded."""
 
     def leaf(key_path, x):
       axes = ('batch',) + (None,) * (len(x.shape) - 1)
@@ -109,7 +109,7 @@ class Placement:
 
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
-    """While it is open, what is traced pins its activations by these rules (see `with_logical_constraint`)."""
+    """Context in which traced code constrains activations by these rules (see `with_logical_constraint`)."""
     token = _ACTIVE.set(self)
     try:
       yield
@@ -121,10 +121,10 @@ _ACTIVE: contextvars.ContextVar[Placement | None] = contextvars.ContextVar('fmcv
 
 
 def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins an activation to the mesh by its logical axes; the identity where no placement is active.
+  """Constrains the sharding of an activation by its logical axes; the identity if no placement is active.
 
-  `with_logical_constraint(x, 'batch', 'tokens', 'width')` inside a network; raises UserError where a dimension other
-  than that of tokens does not divide.
+  Example: `with_logical_constraint(x, 'batch', 'tokens', 'width')` inside a network. Raises UserError if a dimension
+  other than that of tokens is not divisible by its number of shards.
   """
   placement = _ACTIVE.get()
   if placement is None:
@@ -133,13 +133,13 @@ def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def platform() -> str | None:
-  """That of the devices of the active placement ('cpu', 'gpu', 'tpu'); None where none is active."""
+  """Platform of the active placement ('cpu', 'gpu', 'tpu'); None if no placement is active."""
   placement = _ACTIVE.get()
   return placement.mesh.devices.flat[0].platform if placement else None
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-  """The mesh axes of more than one device over which the active placement splits a logical axis; () without one."""
+  """Mesh axes of more than one device over which the active placement splits a logical axis; () without a placement."""
   placement = _ACTIVE.get()
   if placement is None:
     return ()
@@ -148,16 +148,16 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 
 def num_shards(axis: str) -> int:
-  """Into how many pieces the active placement cuts a logical axis; 1 where none is active."""
+  """Number of shards of a logical axis under the active placement; 1 if none is active."""
   placement = _ACTIVE.get()
   return math.prod(placement.mesh.shape[name] for name in mesh_axes(axis)) if placement else 1
 
 
 def shard_mapped(function: Callable[..., Any], inputs: tuple[LogicalAxes, ...], outputs: Any) -> Callable[..., Any]:
-  """`function` as each device runs it on its own pieces (a shard_map); itself where no placement is active.
+  """`function` as a shard_map over the active placement, run by each device on its own shards; unchanged without one.
 
   inputs are the logical axes of the arguments (arrays or trees of arrays of one rank), outputs those of the results.
-  Inside, `mesh_axes` names what collectives go over. Raises UserError where a dimension does not divide.
+  Inside, `mesh_axes` gives the axes for collectives. Raises UserError if a dimension is not divisible.
   """
   placement = _ACTIVE.get()
   if placement is None:

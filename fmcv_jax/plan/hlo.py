@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its HLO after partitioning: collectives by mesh axis, bytes, cycles.
+"""Analysis of the partitioned HLO of a compiled program: collectives by mesh axis, bytes and cycles.
 
-Bodies of loops count as often as they run; those of loops whose end depends on data (a draw by rejection) count once.
+Loop bodies count once per iteration; loops whose trip count depends on data (rejection sampling) count once.
 """
 
 import re
@@ -22,14 +22,14 @@ _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(-start)?\((.*)')
 _WHILE = re.compile(r' while\(%?([\w.\-]+)\)(?:.*condition=%?([\w.\-]+))?.*body=%?([\w.\-]+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _GATHER = re.compile(r' = \w+\[([\d,]*)\]\S* gather\(.*slice_sizes=\{([\d,]*)\}')
-GATHER_CYCLES = 8  # the compiler schedules 7.6 bundles for a pixel of a picture, 5.3 for a row of a vocabulary
+GATHER_CYCLES = 8  # the compiler schedules 7.6 bundles per pixel of an image, 5.3 per row of a vocabulary
 _CALLED = re.compile(
   r'(?:to_apply|true_computation|false_computation|calls)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}'
 )
 
 
 class Collective(NamedTuple):
-  """One kind of exchange over some mesh axes: how often a step has it, and the bytes a device sends in all of them."""
+  """One kind of collective over some mesh axes: number per step, and total bytes that a device sends."""
 
   kind: str
   axes: tuple[str, ...]
@@ -38,13 +38,13 @@ class Collective(NamedTuple):
 
 
 def runs(text: str) -> Iterator[tuple[str, int]]:
-  """(instruction, how often a step executes it) of a module's text; insides of fusions and reducers are left out."""
+  """(instruction, executions per step) of a module's text, without the bodies of fusions and reducers."""
   computations, entry = _computations(text)
   yield from _runs(computations, entry, 1)
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-  """The exchanges of a program that runs on a mesh of these axes and sizes, slowest axis first; largest first."""
+  """Collectives of a program, largest first; `mesh` maps axis names to sizes, slowest axis first."""
   found: dict[tuple[str, tuple[str, ...]], list[int]] = {}
   for exchange, times, parted in _exchanges(text):
     shape, kind, start, rest = exchange.groups()
@@ -52,7 +52,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     size = len(group)
     if size < 2:
       continue
-    # What is started asynchronously gives a tuple of what goes in and what comes out.
+    # Asynchronous starts return a tuple of inputs and outputs.
     arrays = [_size(*array) for array in _ARRAY.findall(shape)]
     moved = max(arrays) if start else sum(arrays)
     share = {
@@ -72,13 +72,13 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 
 def _exchanges(text: str) -> Iterator[tuple[re.Match[str], int, bool]]:
-  """(match of _COLLECTIVE, how often a step has it, whether a device keeps only its part of a sum) of all exchanges.
+  """(match of _COLLECTIVE, executions per step, True for a reduce-scatter) of all collectives.
 
-  TPUs have some inside of fusions: a sum that is scattered in one, others next to what is computed meanwhile, and then
-  in several. Those of one exchange have their channel and chain in common; equal layers share channels, not chains.
+  TPUs fuse some of them: a reduce-scatter is in one fusion; others are overlapped with computation and are in several,
+  which have their channel and chain in common. Equal layers share channels, but not chains.
   """
   computations, entry = _computations(text)
-  seen = set()
+  found = set()
   for line, times in _runs(computations, entry, 1):
     if match := _COLLECTIVE.search(line):
       yield match, times, False
@@ -87,13 +87,13 @@ def _exchanges(text: str) -> Iterator[tuple[re.Match[str], int, bool]]:
       for inner in computations.get(called[1], ()):
         if match := _COLLECTIVE.search(inner):
           exchange = called[1] if scattered else tuple(re.findall(r'channel_id=\d+|chain_id="\d+"', inner))
-          if exchange not in seen:
-            seen.add(exchange)
+          if exchange not in found:
+            found.add(exchange)
             yield match, times, scattered
 
 
 def kernels(text: str) -> Iterator[tuple[str, tuple[tuple[int, ...], ...], int]]:
-  """(name, shapes of its results, how often a step executes it) of each Pallas kernel of TPUs."""
+  """(name, shapes of the results, executions per step) of each Pallas TPU kernel."""
   for line, times in runs(text):
     if 'custom_call_target="tpu_custom_call"' in line and (found := _INSTRUCTION.match(line)):
       shapes = (tuple(int(size) for size in shape.split(',') if size) for _, shape in _ARRAY.findall(found[3]))
@@ -101,15 +101,15 @@ def kernels(text: str) -> Iterator[tuple[str, tuple[tuple[int, ...], ...], int]]
 
 
 def estimated_cycles(text: str) -> int:
-  """Sum of the TPU compiler's estimates for the fusions, copies and products of a step; no exchanges, no overlap, and
-  nothing of Pallas kernels. Gathers, for which it has no estimate, count by the slices that they take."""
+  """Sum of the TPU compiler's cycle estimates for the fusions, copies and products of a step, without collectives,
+  overlap and Pallas kernels. Gathers, for which there is no estimate, count by their number of slices."""
   pattern = re.compile(r'"estimated_cycles":"(\d+)"')
   estimated = sum(times * int(match[1]) for line, times in runs(text) if (match := pattern.search(line)))
   return estimated + GATHER_CYCLES * gathered(text)
 
 
 def gathered(text: str) -> int:
-  """Slices that a step's gathers take, one after another."""
+  """Total number of slices of the gathers of a step."""
   computations, _ = _computations(text)
   inside = {name: sum(map(_slices, lines)) for name, lines in computations.items()}
   total = 0
@@ -126,13 +126,13 @@ def _slices(line: str) -> int:
   return 0
 
 
-# What moves nothing, or is counted where it is done: inside, or at its start.
+# Instructions that move no bytes, or are counted elsewhere: in their bodies, or at their start.
 _STILL = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'iota'}
 _STILL |= {'after-all', 'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'async-start'}
 
 
 class _Instruction(NamedTuple):
-  """`bytes` are what its result holds of HBM; `arguments` as written, of which `operands` are the names."""
+  """An HLO instruction; `bytes` of HBM of the result; `arguments` as written, and the names in them, `operands`."""
 
   root: bool
   name: str
@@ -147,10 +147,10 @@ class _Instruction(NamedTuple):
 
 
 def bytes_accessed(text: str) -> int:
-  """Bytes of HBM that a program's instructions read and write, as they are scheduled.
+  """Bytes of HBM that the scheduled instructions of a program read and write.
 
-  A slice that is taken of an array, or put into it, counts as itself and not as the array: of stacked layers each turn
-  of a loop reads one. What the compiler keeps in the chip's own memory (space 1) counts nothing.
+  Slices and slice updates count with the size of the slice, not of the array: an iteration over stacked layers reads
+  one of them. Arrays in on-chip memory (space 1) do not count.
   """
   computations, _ = _computations(text)
   parsed = {name: [found for line in lines if (found := _parse(line))] for name, lines in computations.items()}
@@ -174,7 +174,7 @@ def _parse(line: str) -> _Instruction | None:
 def _moved(found: _Instruction, sizes: Mapping[str, int], parsed: Mapping[str, list[_Instruction]]) -> int:
   read = [sizes.get(operand, 0) for operand in found.operands]
   if found.kind.endswith('-start'):
-    return found.bytes  # a tuple of what comes out and what goes in
+    return found.bytes  # a tuple of outputs and inputs
   if found.kind == 'dynamic-slice':
     return 2 * found.bytes
   if found.kind == 'dynamic-update-slice':
@@ -195,8 +195,8 @@ def _moved(found: _Instruction, sizes: Mapping[str, int], parsed: Mapping[str, l
 
 
 def _read_of(name: str, inside: list[_Instruction], whole: int) -> int:
-  """What a fusion reads of one of its parameters: slices where only those are taken of it, nothing where it is only
-  written into, else all."""
+  """Bytes that a fusion reads of a parameter: the slices if it is only sliced, 0 if it is only written into, otherwise
+  all."""
   total = 0
   for line in inside:
     if name not in line.operands:
@@ -242,7 +242,7 @@ def _runs(computations: dict[str, list[str]], name: str, times: int) -> Iterator
 
 
 def _trips(computations: dict[str, list[str]], outer: str, state: str, condition: str) -> int:
-  """How often a loop of `outer` runs that counts an element of its state up by one, while it is below a constant."""
+  """Trip count of a loop of `outer` that increments an element of its state by one while it is below a constant."""
   before, inside = (
     {found.name: found for line in computations[name] if (found := _parse(line))} for name in (outer, condition)
   )
@@ -251,7 +251,7 @@ def _trips(computations: dict[str, list[str]], outer: str, state: str, condition
     return 1
 
   def begin(name: str) -> int | None:
-    """What an operand of the comparison is when the loop begins."""
+    """Initial value of an operand of the comparison."""
     found = inside[name]
     if found.kind == 'get-tuple-element' and state in before:
       index = int(re.search(r'index=(\d+)', found.rest)[1])  # type: ignore[index]
@@ -269,7 +269,7 @@ def _size(dtype: str, shape: str) -> int:
 
 
 def _group(rest: str) -> list[int]:
-  """The devices of the first group that exchanges."""
+  """The devices of the first replica group."""
   if match := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest):
     groups, size, shape, order = match.groups()
     ids = np.arange(int(groups) * int(size)).reshape([int(n) for n in shape.split(',')])
@@ -288,7 +288,7 @@ def _group(rest: str) -> list[int]:
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', rest):
     return [int(n) for n in match[1].split(',')]
   if match := re.search(r'source_target_pairs=\{(.*?)\}\}', rest):
-    # Sending to a neighbour: the axes along which the pairs differ.
+    # Collective permute: the axes along which the pairs differ.
     pairs = [pair for pair in re.findall(r'\{(\d+),(\d+)', match[1] + '}') if pair[0] != pair[1]]
     return [int(n) for n in pairs[0]] if pairs else []
   return []

@@ -1,6 +1,6 @@
-"""What a pod run needs, before the pod is bought: the real TPU compiler compiles the config's real train step for it.
+"""Ahead-of-time cost planning for TPU pods: compiles the train step of a config with the real TPU compiler.
 
-The compiler (libtpu) runs on any Linux x86-64 machine; no TPU is touched.
+The compiler (libtpu) runs on any Linux x86-64 machine, without a TPU.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ REMATS = get_args(Remat)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Cost of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes/s, interconnect bytes/s, clock in Hz, cores
-  that share a step; `hbm` is the bytes that the compiler lets a program have."""
+  """Specification of one chip, from Google's pages: dense bf16 FLOP/s, HBM bytes/s, interconnect bytes/s, clock in Hz,
+  cores that share a step; `hbm` is the number of bytes that the compiler allows a program."""
 
   flops: float
   hbm: float
@@ -48,13 +48,13 @@ CHIPS = {
 
 
 class DoesNotFit(UserError):
-  """The program needs more memory than a chip has."""
+  """Raised for a program that needs more memory than a chip has."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Bytes and FLOPs are one chip's; `temporaries` are activations and all else that a step makes and drops, as many as
-  there are at one time."""
+  """Cost of a train step. Bytes and FLOPs are per chip; `temporaries` is the peak size of activations and other
+  intermediate values."""
 
   config: str
   topology: str
@@ -84,7 +84,7 @@ class Plan:
 
   @property
   def utilization(self) -> float:
-    """Of the peak by model FLOPs, if the compiler's estimate held and every exchange were hidden."""
+    """Model FLOPs utilization (MFU), assuming the compiler's estimate and fully overlapped collectives."""
     return self.compute_seconds * self.model_flops / self.flops / self.estimated_seconds
 
   def days(self, utilization: float) -> float:
@@ -92,11 +92,13 @@ class Plan:
 
 
 def pod(topology: str, slices: int = 1) -> list[Any]:
-  """The devices of a topology such as 'v5e:16x16', described, not there; UserError where it or libtpu is unknown."""
+  """Abstract devices of a topology such as 'v5e:16x16'; UserError for an unknown topology or a missing libtpu."""
   kind = topology.partition(':')[0]
   if kind not in CHIPS or not re.fullmatch(r'\w+:\d+(x\d+)+', topology):
-    raise UserError(f'--topology: {topology!r} is none; write v5e:4x4, v6e:16x16 or v5p:4x4x4 ({", ".join(CHIPS)})')
-  # The compiler looks for a machine that it is not on; any answer will do. It holds no chip: several may run at once.
+    raise UserError(
+      f'--topology: {topology!r} is not a topology; write v5e:4x4, v6e:16x16 or v5p:4x4x4 ({", ".join(CHIPS)})'
+    )
+  # libtpu probes for TPU hardware; these values satisfy the probe. No chip is locked: several may run at once.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-16', TPU_WORKER_HOSTNAMES='localhost')
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   kernels.record()
@@ -106,7 +108,7 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
   options = {'num_slices': slices} if slices > 1 else {}
   try:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=topology, **options).devices)
-  except Exception as error:  # a missing libtpu, or a shape that no pod has: each another class
+  except Exception as error:  # a missing libtpu and an invalid shape raise different classes
     if ('libtpu' in str(error) and 'open' in str(error)) or 'No module' in str(error):
       raise UserError('plan needs the TPU compiler; pip install fmcv-jax[tpu] (Linux x86-64)') from error
     reason = ' '.join(str(error).split())[:200]
@@ -116,7 +118,7 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
 def make(config: str, overrides: Sequence[str] = (), topology: str | None = None, slices: int = 1) -> Plan:
   """Compiles the train step of a config for a topology (default: the config's own).
 
-  Raises DoesNotFit with the compiler's largest buffers, and UserError for what does not divide.
+  Raises DoesNotFit with the compiler's largest buffers, and UserError for a dimension that is not divisible.
   """
   resolved = load_config(config, overrides)
   topology = _topology(config, resolved, topology)
@@ -126,7 +128,7 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
   traced = step.trace(run.abstract_state, run.batch_shapes)
   try:
     compiled = traced.lower().compile()
-  except Exception as error:  # jaxlib's class is no subclass of one that can be named
+  except Exception as error:  # jaxlib's class has no public base class
     if 'memory' not in str(error).lower():
       raise
     raise DoesNotFit(f'{config} does not fit {topology}: {_largest(str(error))}') from error
@@ -137,7 +139,7 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
   parameters = _bytes(state.params, shardings.params)
   optimizer = _bytes(state.opt_state, shardings.opt_state)
   batch = _bytes(run.batch_shapes, run.placement.batch(run.batch_shapes))
-  # The grid of a kernel is shared out among the cores; the compiler's own estimates are of a core's share already.
+  # The grid of a kernel is split over the cores; the compiler's own estimates are per core already.
   scheduled = kernels.cycles(text, kernels.steps(traced.jaxpr.jaxpr))
   executed, moved = matmul_flops(step, state, run.batch_shapes), hlo.bytes_accessed(text)
   return Plan(
@@ -168,7 +170,7 @@ def make(config: str, overrides: Sequence[str] = (), topology: str | None = None
 def _topology(config: str, resolved: dict[str, Any], given: str | None) -> str:
   topology = given or resolved['topology']
   if not topology:
-    raise UserError(f'{config}: names no topology; give --topology, such as v5e:16x16')
+    raise UserError(f'{config}: no topology set; pass --topology, such as v5e:16x16')
   return topology
 
 
@@ -185,7 +187,7 @@ def show(plan: Plan, console: Console, utilization: float) -> None:
     'HBM: average, frozen networks, counters': f'{plan.other_bytes / GIB:.2f} GiB',
     'HBM: batch': f'{plan.batch_bytes / GIB:.2f} GiB',
     'HBM: temporaries': f'{plan.temporaries / GIB:.2f} GiB',
-    'HBM: all of': f'{plan.needed / GIB:.2f} of {plan.hbm / GIB:.2f} GiB',
+    'HBM: total': f'{plan.needed / GIB:.2f} of {plan.hbm / GIB:.2f} GiB',
     'FLOPs executed in matrix products': f'{plan.flops / 1e12:.3f} T',
     'model FLOPs over executed': f'{plan.model_flops / plan.flops:.2f}',
     **{
@@ -194,7 +196,7 @@ def show(plan: Plan, console: Console, utilization: float) -> None:
     },
     'HBM read and written': f'{plan.bytes_accessed / GIB:.2f} GiB',
     'at the peak of the chip': ', '.join(f'{name} {1e3 * seconds:.1f} ms' for name, seconds in bounds.items())
-    + f': {max(bounds, key=bounds.__getitem__)} binds',
+    + f'; bound by: {max(bounds, key=bounds.__getitem__)}',
     "step by the compiler's cycles (an estimate, no exchanges)": f'{1e3 * plan.estimated_seconds:.1f} ms',
     'utilization by that estimate': f'{plan.utilization:.2f}',
     f'{plan.steps:,} steps at a utilization of {utilization:g}': f'{plan.days(utilization):.2f} days, '
@@ -215,7 +217,7 @@ def run(
   searched: bool = False,
   batches: Sequence[int] | None = None,
 ) -> None:
-  """Prints a plan (and writes it as JSON), or, `searched`, a table of plans by mesh, remat and batch."""
+  """Prints a plan, or with `searched` a table of plans by mesh, remat and batch; optionally writes them as JSON."""
   console = Console()
   if searched:
     plans = search(config, overrides, topology=topology, slices=slices, batches=batches, console=console)
@@ -228,7 +230,7 @@ def run(
 
 
 class Cost(NamedTuple):
-  """What a choice is judged by, less of each being better: seconds and bytes are one example's share of a chip."""
+  """Objectives of the search, to be minimized: seconds and bytes sent per example and chip, and HBM bytes."""
 
   seconds: float
   sent: float
@@ -242,16 +244,16 @@ def figures(plan: Plan) -> Cost:
 
 
 def pareto_front(found: Sequence[Cost]) -> list[bool]:
-  """Which of some choices no other one beats in a figure without losing in another (the Pareto front)."""
+  """True for each choice on the Pareto front."""
 
-  def beaten(one: Cost) -> bool:
+  def dominated(one: Cost) -> bool:
     return any(other != one and all(x <= y for x, y in zip(other, one, strict=True)) for other in found)
 
-  return [not beaten(one) for one in found]
+  return [not dominated(one) for one in found]
 
 
 def choices(config: dict[str, Any], batches: Sequence[int], chips: int) -> Iterator[tuple[str, str, int, list[str]]]:
-  """(mesh, remat, batch, overrides) of what `search` tries: other axes of the mesh stay as the config has them."""
+  """(mesh, remat, batch, overrides) of all candidates of `search`; other mesh axes keep the values of the config."""
   fields = paths_of(config['objective'], 'remat', 'objective')
   meshes = {'data': (-1, 1), 'fsdp': (1, -1), **({'data x fsdp 8': (-1, 8)} if chips > 16 else {})}
   for (mesh, (data, fsdp)), remat, batch in itertools.product(meshes.items(), REMATS, batches):
@@ -268,9 +270,7 @@ def search(
   batches: Sequence[int] | None,
   console: Console,
 ) -> list[Plan]:
-  """Compiles a config with several meshes, rematerializations and batches; prints each, and then marks the
-  pareto_front.
-  """
+  """Compiles a config with several meshes, remat policies and batch sizes; prints each, and marks the Pareto front."""
   resolved = load_config(config, overrides)
   topology = _topology(config, resolved, topology)
   table = Table(title=f'{config} on {topology}')
@@ -313,7 +313,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
 
 
 def _bytes(tree: Any, shardings: Any) -> int:
-  """What one device holds of a tree of ShapeDtypeStructs."""
+  """Bytes per device of a tree of ShapeDtypeStructs."""
   sizes = jax.tree.map(lambda x, s: _count(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
   return sum(jax.tree.leaves(sizes))
 
@@ -326,7 +326,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _largest(message: str) -> str:
-  """The need, and the three largest buffers, from the compiler's complaint."""
+  """Required memory and the three largest buffers, from the compiler's error message."""
   used = re.search(r'Used ([\d.]+\w?) of ([\d.]+\w?)', message) or re.search(
     r'required for HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)', message
   )

@@ -1,4 +1,4 @@
-"""Checkpoints through orbax: asynchronous, atomic, the newest few and the best, with the data position inside."""
+"""Checkpointing with orbax: asynchronous, atomic, keeps the latest N and the best, and stores the data position."""
 
 import contextlib
 import dataclasses
@@ -22,10 +22,10 @@ from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.storage import append_line, inode, read_metrics
 
 DAMAGED = 'damaged'
-# Bytes of a file of arrays. What is written is kept packed in memory until a file is full, by default 2 GiB of it.
+# Target file size in bytes. Packed data is held in memory until a file is full; orbax's default is 2 GiB.
 TARGET_FILE_BYTES = 2**26
 
-# Replicas share the writing of an array by slicing it, which compiles one program a shape: of use to large ones only.
+# Replicas share the writing of an array by slicing it, which compiles one program per shape: useful for large arrays.
 ocp.type_handlers.register_type_handler(
   jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24), override=True
 )
@@ -33,12 +33,12 @@ ocp.type_handlers.register_type_handler(
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
-  """When a run saves and what it keeps.
+  """Checkpoint interval and retention.
 
   every   steps between saves; the last step is always saved
   keep    number of the latest checkpoints to keep
-  best    metric of an evaluator, such as 'seen/top1', whose best checkpoint is kept besides; higher is better. The run
-          then also saves whenever that evaluator runs, so that the metric is that of a checkpoint
+  best    metric of an evaluator, such as 'val/top1', whose best checkpoint is kept in addition; higher is better. The
+          run then also saves whenever that evaluator runs, so that the metric belongs to a checkpoint
   """
 
   every: PositiveInt = 1000
@@ -48,7 +48,7 @@ class Checkpointing:
 
 @dataclasses.dataclass
 class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
-  """Preserves the step with the highest finite metric, as `metrics` has them when a step is about to be deleted."""
+  """Preserves the step with the highest finite metric; `metrics` is read whenever a step is about to be deleted."""
 
   metrics: Callable[[], Mapping[int, float]]
 
@@ -58,7 +58,7 @@ class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def _best_of(metrics: Mapping[int, float], steps: Collection[int]) -> int | None:
-  """The step with the highest finite metric among `steps` (the later of equals), or None."""
+  """The step with the highest finite metric among `steps` (the latest in case of ties), or None."""
   scored = [(value, step) for step, value in metrics.items() if step in steps and math.isfinite(value)]
   return max(scored)[1] if scored else None
 
@@ -66,8 +66,8 @@ def _best_of(metrics: Mapping[int, float], steps: Collection[int]) -> int | None
 class Checkpointer:
   """The checkpoints of one workdir.
 
-  Each has the items `params`, `ema` and `extra` (where there are any), `rest`, and `run` (JSON), and the checksums of
-  all their files.
+  Each has the items `params`, `ema` and `extra` (if not empty), `rest`, and `run` (JSON), and the checksums of all
+  files.
   """
 
   def __init__(self, workdir: str | pathlib.Path, options: Checkpointing = Checkpointing(), *, create: bool = True):
@@ -88,9 +88,9 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(policies),
         create=create,
-        # Deleting a step is a rename: a kill in the middle leaves no half-deleted step behind in the list.
+        # Deletion starts with a rename, so that a process killed meanwhile leaves no half-deleted step in the list.
         todelete_subdir='deleted' if create else None,
-        # Before a step is committed: none is ever without its checksums.
+        # Runs before a step is committed, so that every step has checksums.
         async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
       ),
     )
@@ -98,11 +98,11 @@ class Checkpointer:
     self._inode = inode(self.directory)
 
   def latest(self) -> int | None:
-    """The newest step that was committed, or None."""
+    """The latest committed step, or None."""
     return self._manager.latest_step()
 
   def steps(self) -> list[int]:
-    """All steps that are kept, in order."""
+    """All kept steps, in increasing order."""
     return sorted(self._manager.all_steps())
 
   def best(self) -> int | None:
@@ -110,7 +110,7 @@ class Checkpointer:
     return _best_of(self._metrics(), self._manager.all_steps())
 
   def record(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Notes the metrics of the checkpoint of `step`, which was saved before they were computed."""
+    """Records the metrics of the checkpoint of `step`, which was saved before they were computed."""
     if self._best is None or self._best.split('/')[0] not in {name.split('/')[0] for name in metrics}:
       return
     if self._best not in metrics:
@@ -119,7 +119,7 @@ class Checkpointer:
       append_line(self._metrics_file, json.dumps({'step': step, self._best: _json_number(metrics[self._best])}) + '\n')
 
   def _metrics(self) -> dict[int, float]:
-    """The recorded metric of each step; the last record counts where a step was evaluated again."""
+    """The recorded metric of each step; the last record counts if a step was evaluated more than once."""
     if self._best is None:
       return {}
     metrics = {}
@@ -135,8 +135,8 @@ class Checkpointer:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    if inode(self.directory) != self._inode:  # orbax would make it anew, and nobody would know of the loss
-      raise UserError(f'{self.directory}: was moved or removed while the run wrote to it; nothing is saved any more')
+    if inode(self.directory) != self._inode:  # orbax would silently create a new folder
+      raise UserError(f'{self.directory}: was moved or deleted during training; checkpoints can no longer be saved')
     args = {
       name: ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=TARGET_FILE_BYTES)
       for name, item in _items(state).items()
@@ -147,7 +147,7 @@ class Checkpointer:
       self._manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **args))
 
   def restore(self, abstract: TrainState, shardings: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-    """The state of `step` (default: the newest), placed as `shardings` say whatever mesh wrote it, and its `run`."""
+    """The state of `step` (default: the latest), placed by `shardings` whatever mesh wrote it, and its `run`."""
     step = self.resolve_step(step)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     loaded = self._load(step, _items(target))
@@ -159,9 +159,9 @@ class Checkpointer:
   def restore_newest(
     self, abstract: TrainState, shardings: TrainState, report: Callable[[str], None]
   ) -> tuple[TrainState, dict] | None:
-    """`restore` of the newest step whose files are as they were written, or None where nothing was saved yet.
+    """`restore` of the latest step with valid checksums, or None if there is no checkpoint yet.
 
-    Damaged steps are moved to `damaged` in the workdir and reported; UserError if no other is left.
+    Damaged steps are moved to `damaged` in the workdir and reported; UserError if no intact step is left.
     """
     damage = None
     while (step := self.latest()) is not None:
@@ -172,7 +172,7 @@ class Checkpointer:
         self._set_aside(step)
         report(f'{error}; moved to {self.directory.parent / DAMAGED}, and the newest whole checkpoint is taken')
     if damage:
-      raise UserError(f'{damage}; no whole checkpoint is left: train anew in another --workdir') from damage
+      raise UserError(f'{damage}; no complete checkpoint is left: restart training in another --workdir') from damage
     return None
 
   def _set_aside(self, step: int) -> None:
@@ -180,11 +180,11 @@ class Checkpointer:
       folder = self.directory.parent / DAMAGED
       folder.mkdir(exist_ok=True)
       (self.directory / str(step)).rename(folder / f'{step}-{time.time():.0f}')
-    any_process(False)  # nobody looks at the list before it is moved
+    any_process(False)  # barrier: no process lists the steps before the move
     self._manager.reload()
 
   def restore_params(self, target: Any, step: int | None = None, *, extra: Any = None) -> tuple[Any, Any]:
-    """(parameters to evaluate, extra) alone; the targets are ShapeDtypeStructs with shardings."""
+    """(parameters to evaluate, extra) without the optimizer state; targets are ShapeDtypeStructs with shardings."""
     step = self.resolve_step(step)
     name = 'ema' if (self.directory / str(step) / 'ema').exists() else 'params'
     items = {name: target, 'extra': extra} if jax.tree.leaves(extra) else {name: target}
@@ -192,7 +192,7 @@ class Checkpointer:
     return loaded[name], loaded.get('extra', extra)
 
   def resolve_step(self, step: int | None) -> int:
-    """`step`, or the newest for None; UserError if it is not there."""
+    """`step`, or the latest for None; UserError if it does not exist."""
     step = self.latest() if step is None else step
     if step is None or step not in self.steps():
       raise UserError(f'{self.directory}: no checkpoint{"" if step is None else f" of step {step}"}; '
@@ -214,7 +214,7 @@ class Checkpointer:
     return {'run': loaded.run, **{name: loaded[name] for name in items}}
 
   def _check(self, step: int, name: str, item: Any) -> None:
-    """Compares paths and shapes with what is stored, so that a mismatch is named before anything is read."""
+    """Compares paths and shapes with the stored ones, to report a mismatch before anything is read."""
     items = self._manager.item_metadata(step)
     if name not in items or items[name] is None:
       raise UserError(
@@ -229,7 +229,7 @@ class Checkpointer:
         )
 
   def wait(self) -> None:
-    """Returns when everything that was asked for is committed; UserError if that went wrong in the background."""
+    """Waits until all saves are committed; UserError if one failed in the background."""
     with self._reported(self._saving):
       self._manager.wait_until_finished()
 
@@ -245,7 +245,7 @@ class Checkpointer:
       kept = f'step {self.latest()} is the newest that is whole' if self.latest() is not None else 'none is whole yet'
       raise UserError(
         f'{self.directory}: step {step} could not be saved ({_first_line(error)}); {kept}: free some space, or make '
-        f'the folder writable, and the same command goes on from there'
+        f'the folder writable, and rerun the same command to resume from there'
       ) from error
 
   def _write_checksums(self) -> None:
@@ -254,7 +254,7 @@ class Checkpointer:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  """The state in parts that can be read alone; orbax stores no empty trees."""
+  """The state as items that can be read separately; orbax does not store empty trees."""
   rest = {name: getattr(state, name) for name in ('step', 'skipped', 'streak', 'rng', 'opt_state')}
   items = {'params': state.params, 'ema': state.ema, 'extra': state.extra, 'rest': rest}
   return {name: item for name, item in items.items() if jax.tree.leaves(item)}
@@ -266,11 +266,11 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _json_number(value: float) -> float | None:
-  """JSON has no NaN."""
+  """The value, or None for NaN and infinities, which JSON does not have."""
   return float(value) if math.isfinite(value) else None
 
 
 def _first_line(error: BaseException) -> str:
-  """The begin and the end of it, where orbax and tensorstore put what failed and why."""
+  """Start and end of the message, where orbax and tensorstore state the failure and its cause."""
   line = str(error).strip().split('\n')[0]
   return line if len(line) <= 240 else f'{line[:80]} ... {line[-150:]}'

@@ -1,4 +1,4 @@
-"""How much arithmetic a function is: its matrix products and convolutions, counted from its jaxpr, not measured."""
+"""FLOP count of the matrix products and convolutions of a function, from its jaxpr."""
 
 from collections.abc import Callable
 from math import prod
@@ -12,17 +12,17 @@ from jax.extend import core
 def matmul_flops(fn: Callable[..., Any], *args: Any) -> int:
   """Floating-point operations, two per multiply-add, of all matrix products and convolutions in fn(*args).
 
-  args are pytrees of arrays or ShapeDtypeStructs; nothing is computed. Loops count each of their passes, conditionals
-  their dearest branch, a shard_map all of its devices, a Pallas kernel each point of its grid (tiles that a causal mask
-  skips too), and rematerialization what it computes again: the count is of what is executed, so model FLOPs (MFU) are
-  those of a twin with remat='none'. A convolution's padding counts as input, as in the papers' tables; the holes that a
-  transposed convolution puts between its inputs do not.
+  args are pytrees of arrays or ShapeDtypeStructs; nothing is computed. Loops count every iteration, conditionals the
+  most expensive branch, a shard_map all devices, a Pallas kernel every point of its grid (including tiles that a causal
+  mask skips), and rematerialization the recomputation: the count is of executed FLOPs, so for model FLOPs (MFU) count
+  the same function with remat='none'. Padding of a convolution counts as input, as in the tables of papers; the zeros
+  that a transposed convolution inserts between inputs do not count.
 
-  Not counted: elementwise operations, reductions, gathers, sorts, factorizations. Results that nobody reads count as
-  long as they are in the jaxpr. A matrix product whose number of passes or of operations the jaxpr does not tell
-  (a while loop, a grid of unknown size) is a ValueError, never a guess.
+  Not counted: elementwise operations, reductions, gathers, sorts, factorizations. Unused results count if they are in
+  the jaxpr. A matrix product whose number of executions the jaxpr does not determine (a while loop, a grid of unknown
+  size) is a ValueError.
   """
-  # What is jitted is looked at itself: inside of another jit, compiler options would be refused.
+  # A jitted function is unwrapped: inside of another jit, compiler options are not allowed.
   closed = fn.trace(*args).jaxpr if isinstance(fn, jax.stages.Wrapped) else jax.make_jaxpr(fn)(*args)
   return _of_jaxpr(closed.jaxpr)
 
@@ -40,7 +40,7 @@ def _of_equation(equation: core.JaxprEqn) -> int:
   if name == 'conv_general_dilated':
     return 2 * _convolution(equation)
   if name == 'ragged_dot_general':
-    raise ValueError(f'matmul_flops cannot see into {name}; count a twin of the function that does without it')
+    raise ValueError(f'matmul_flops does not support {name}; count an equivalent function without it')
 
   inner = [_of_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
   if not any(inner):
@@ -48,7 +48,7 @@ def _of_equation(equation: core.JaxprEqn) -> int:
   if name == 'pallas_call':
     grid = params['grid_mapping'].grid
     if not all(isinstance(size, int) for size in grid):
-      raise ValueError(f'matmul_flops: a Pallas kernel on the grid {grid}, whose size is not known before it runs')
+      raise ValueError(f'matmul_flops: a Pallas kernel on the grid {grid}, whose size is not static')
     return prod(grid) * _of_jaxpr(params['jaxpr'])
   if name == 'scan':
     return params['length'] * inner[0]
@@ -67,7 +67,7 @@ def _of_equation(equation: core.JaxprEqn) -> int:
 
 
 def _convolution(equation: core.JaxprEqn) -> int:
-  """Multiply-adds: outputs x what each sums over, which are channels of one group x taps that meet no hole."""
+  """Multiply-adds: outputs x channels of one group x taps on inputs (not on the zeros of a transposed convolution)."""
   params = equation.params
   _, rhs, out = params['dimension_numbers']
   kernel, shape = _shape(equation.invars[1]), _shape(equation.outvars[0])

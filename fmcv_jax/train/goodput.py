@@ -1,4 +1,4 @@
-"""Where the time of a run goes, by cause, over all of its restarts."""
+"""Goodput: the time of a run by cause, over all of its restarts."""
 
 import contextlib
 import json
@@ -12,19 +12,19 @@ from fmcv_jax.train.storage import append_line, read_metrics
 
 FILE = 'goodput.jsonl'
 
-# In the order in which they are told. 'start' is what comes before the first batch: imports, restoring, tokenizers.
+# In the order of reports. 'start' is the time before the first batch: imports, restoring, tokenizers.
 CAUSES = ('start', 'compile', 'input', 'train', 'evaluate', 'save')
 
 
 class GoodputTimer:
-  """Seconds of one session by cause; `write` keeps them in the workdir (a `path` of None keeps nothing)."""
+  """Seconds of one session by cause; `write` stores them in the workdir (`path` None disables it)."""
 
   def __init__(self, path: epath.Path | None):
     self._path, self._began, self._step = path, time.time(), 0
     self.seconds = dict.fromkeys(CAUSES, 0.0)
 
   def begin(self, step: int) -> None:
-    """The first batch is asked for at `step`."""
+    """Starts the timer, when the first batch is requested at `step`."""
     self.seconds['start'] = time.time() - self._began
     self._step = step
 
@@ -37,14 +37,14 @@ class GoodputTimer:
       self.seconds[cause] += time.monotonic() - since
 
   def write(self, step: int) -> None:
-    """Appends what was spent up to `step`; the last line of a session counts."""
+    """Appends the times up to `step`; the last line of a session counts."""
     if self._path is not None:
       row = {'session': self._began, 'time': time.time(), 'from': self._step, 'step': step, **self.seconds}
       append_line(self._path, json.dumps({k: round(v, 3) for k, v in row.items()}) + '\n')
 
 
 class Session(NamedTuple):
-  """One start of a run: when it began and was last heard of, between which steps, and its seconds by cause."""
+  """One start of a run: times of start and last heartbeat, first and last step, and seconds by cause."""
 
   began: float
   ended: float

@@ -1,4 +1,4 @@
-"""Loss and gradient of a batch, whole or in pieces that fit the memory."""
+"""Loss and gradient of a batch, optionally accumulated over microbatches."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from fmcv_jax.objectives.base import Loss, Objective
 
 
 def gradients(objective: Objective, params: Any, batch: Any, rng: jax.Array, extra: Any, microbatches: int):
-  """(loss, metrics, aux, gradient) of a batch, computed in `microbatches` pieces with equal numbers of examples.
+  """(loss, metrics, aux, gradient) of a batch, accumulated over `microbatches` of equal numbers of examples.
 
-  The loss is the sum of the weighted losses of all pieces over the sum of their weights, and so is each metric: exact
-  where the pieces weigh differently, as texts of unequal lengths do. Coupled objectives take two passes over cached
-  embeddings, so that their gradient is that of the whole batch too. `aux` is averaged over the pieces.
+  The loss is the sum of the weighted losses of all microbatches over the sum of their weights, and so is each metric:
+  exact for unequal weights, such as texts of different lengths. Coupled objectives take two passes over cached
+  embeddings, so that their gradient is that of the whole batch too. `aux` is averaged over microbatches.
   """
   if microbatches == 1:
     (value, loss), gradient = jax.value_and_grad(_value_of(objective.loss), has_aux=True)(params, batch, rng, extra)
@@ -27,12 +27,12 @@ def gradients(objective: Objective, params: Any, batch: Any, rng: jax.Array, ext
 
 
 def split_batch(x: jax.Array, pieces: int) -> jax.Array:
-  """[B, ...] -> [pieces, B / pieces, ...]; piece m takes every pieces-th example from m on.
+  """[B, ...] -> [pieces, B / pieces, ...]; piece m takes every pieces-th example, starting at m.
 
-  Strided, so that each device cuts its own examples into pieces and none has to move.
+  Strided, so that each device splits its own examples and none is moved.
   """
   if x.shape[0] % pieces:
-    raise ValueError(f'a batch of {x.shape[0]} does not divide into {pieces} microbatches')
+    raise ValueError(f'a batch of {x.shape[0]} is not divisible by {pieces} microbatches')
   return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
 
 
@@ -60,7 +60,7 @@ def _accumulated(objective, params, pieces, rng, extra, count):
 
 
 def _coupled(objective, params, batch, pieces, rng, extra, count):
-  """GradCache (Gao et al. 2021): embed all, differentiate by the embeddings, then embed again piece by piece."""
+  """GradCache (Gao et al. 2021): embed all, differentiate by the embeddings, then recompute them per microbatch."""
   keys = jax.vmap(lambda index: jax.random.fold_in(rng, index))(jnp.arange(count))
   embeddings, kept = jax.lax.map(lambda args: objective.embed(params, *args, extra), (pieces, keys))
 
@@ -81,7 +81,7 @@ def _coupled(objective, params, batch, pieces, rng, extra, count):
 
 
 def _value_of(loss_of):
-  """The loss to differentiate, and all that came with it."""
+  """Returns a function that returns the loss to differentiate, and the rest as auxiliary output."""
 
   def call(*args):
     loss = _checked(loss_of(*args))

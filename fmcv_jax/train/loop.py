@@ -18,15 +18,15 @@ from fmcv_jax.train.step import StepFn
 
 
 class Preempted(Exception):
-  """The machine was asked to stop; the state is saved and the same command goes on from it."""
+  """The run was asked to stop; the state is saved, and the same command resumes from it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
   """Length of a loop and its intervals, in steps.
 
-  saves, evaluates   whether there is a checkpoint, an evaluation after this step; the last step is always saved
-  evaluate_first     whether the state that the loop starts from is due for an evaluation that a stop prevented
+  saves, evaluates   True for steps followed by a checkpoint, an evaluation; the last step is always saved
+  evaluate_first     True to evaluate the initial state, if a stop prevented that evaluation
   """
 
   steps: int
@@ -54,12 +54,12 @@ def run(
 ) -> TrainState:
   """Trains from `state` to plan.steps and returns the final state, which is saved.
 
-  `batches` yields device arrays; `position` describes the data position after the batches taken; `evaluate` returns
-  the metrics of the state at a step, and asks its third argument between batches whether to stop (it then raises
-  Preempted); step_flops and peak_flops are totals of all devices; `clock` records where the time goes. A state is saved
+  `batches` yields device arrays; `position` returns the data position after the consumed batches; `evaluate` returns
+  the metrics of the state at a step, and calls its third argument between batches to check for a stop (it then raises
+  Preempted); step_flops and peak_flops are totals of all devices; `clock` records the time by cause. A state is saved
   before it is evaluated, so an evaluator that fails or is stopped loses no step. Raises Preempted after a SIGTERM (or
-  the cluster's preemption notice) once the state is saved, and UserError after plan.max_nonfinite_steps bad steps in a
-  row.
+  the cluster's preemption notice) once the state is saved, and UserError after plan.max_nonfinite_steps consecutive
+  steps with a non-finite loss or gradient.
   """
   step = int(state.step)
   stop = PreemptionGuard()
@@ -94,7 +94,7 @@ def run(
     with clock.during('compile' if last_metrics is None else 'train'):
       state, metrics = step_fn(state, batch)
       step += 1
-      # One step stays in flight while the host prepares the next; more would only queue up memory.
+      # One step stays in flight while the host prepares the next; more would only take more memory.
       jax.block_until_ready(last_metrics)
     last_metrics = metrics
 
@@ -134,13 +134,13 @@ def run(
 
 
 class ThroughputMeter:
-  """Throughput between two reports, and the share of that time spent waiting for input."""
+  """Throughput between two reports, and the fraction of that time spent waiting for input."""
 
   def __init__(self, step: int):
     self.restart(step)
 
   def restart(self, step: int) -> None:
-    """Begins anew: what lies between two windows (evaluation, saving) is no training time."""
+    """Starts a new window: time between two windows (evaluation, saving) does not count."""
     self.step, self.start, self.waited = step, time.monotonic(), 0.0
 
   def waiting(self) -> 'ThroughputMeter':
@@ -166,7 +166,7 @@ class ThroughputMeter:
 
 
 class PreemptionGuard:
-  """Whether this run was asked to stop: by SIGTERM in one process, by jax's preemption notice among several."""
+  """Detects requests to stop: SIGTERM in a single process, jax's preemption notice in multi-process runs."""
 
   def __init__(self):
     self._asked = False
@@ -177,11 +177,13 @@ class PreemptionGuard:
     self._asked = True
 
   def requested_here(self) -> bool:
-    """Whether a single process was asked to stop; several stop together, at the end of a step."""
+    """True if a single process was asked to stop; several processes stop together, at the end of a step."""
     return self._asked
 
   def requested(self, step: int) -> bool:
-    """Called by every process after every step; all of them answer True at the same step."""
+    """True if the run was asked to stop. Every process calls this after every step; all return True at the same
+    step.
+    """
     if jax.process_count() == 1:
       return self._asked
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""What a run says while it goes: JSON lines, TensorBoard, and one live line at the terminal."""
+"""Metric writers: JSON lines, TensorBoard, and a progress line at the terminal."""
 
 import dataclasses
 import json
@@ -33,11 +33,11 @@ METRICS_FILE = 'metrics.jsonl'
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  """How often and against what a run reports.
+  """Reporting interval and reference peak.
 
-  every        steps between reports; each waits for the devices, so throughput is of finished steps
-  peak_flops   FLOP/s of one device that the utilization is a share of; None takes the data sheet's bf16 peak, and
-               reports no utilization on devices without one
+  every        steps between reports; each waits for the devices, so that throughput counts finished steps
+  peak_flops   peak FLOP/s of one device for the MFU; None takes the bf16 peak of the data sheet, and reports no MFU on
+               devices without one
   """
 
   every: PositiveInt = 50
@@ -46,12 +46,12 @@ class Log:
 
 
 def peak_of(device_kind: str) -> float | None:
-  """The data sheet's bf16 FLOP/s of one device, None where it is not known."""
+  """Peak bf16 FLOP/s of one device by the data sheet; None if unknown."""
   return next((peak for part, peak in PEAK_FLOPS.items() if part in device_kind), None)
 
 
 class Writer:
-  """Appends figures to metrics.jsonl (and TensorBoard) of a workdir and shows progress; process 0 alone has one."""
+  """Appends metrics to metrics.jsonl (and TensorBoard) of a workdir and shows progress; for process 0 only."""
 
   def __init__(self, workdir: epath.Path, *, total: int, start: int, tensorboard: bool, console: Console):
     self.path = workdir / METRICS_FILE
@@ -76,7 +76,7 @@ class Writer:
     self._progress.start()
 
   def train(self, step: int, figures: Mapping[str, float]) -> None:
-    """Figures of the training steps up to `step`."""
+    """Writes the metrics of the training steps up to `step`."""
     shown = [f'loss {figures["loss"]:.4f}', f'{figures["images_per_second"]:.0f} img/s']
     if 'utilization' in figures:
       shown.append(f'mfu {figures["utilization"]:.1%}')
@@ -90,17 +90,17 @@ class Writer:
     self._write(step, {f'train/{name}': value for name, value in figures.items()})
 
   def note(self, text: str) -> None:
-    """A line for the person who watches."""
+    """Prints a message."""
     self.console.print(text, highlight=False)
 
   def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-    """Figures of the evaluators, named evaluator/figure."""
+    """Writes the metrics of the evaluators, named evaluator/metric."""
     shown = '  '.join(f'{name} {value:.4f}' for name, value in figures.items())
     self.console.print(f'step {step}  {shown}', highlight=False)
     self._write(step, figures)
 
   def _write(self, step: int, figures: Mapping[str, float]) -> None:
-    # JSON has no NaN: a value that is none is written as null, so that every reader can read the line.
+    # JSON has no NaN: non-finite values are written as null, so that every parser can read the line.
     row: dict[str, Any] = {'step': step, 'time': round(time.time(), 3)}
     row.update({name: float(value) if math.isfinite(value) else None for name, value in figures.items()})
     append_line(self.path, json.dumps(row) + '\n')
@@ -113,12 +113,12 @@ class Writer:
     if self._board is not None:
       try:
         self._board.close()
-      except OSError:  # a full disk, which metrics.jsonl or a checkpoint has told of
+      except OSError:  # a full disk, already reported for metrics.jsonl or a checkpoint
         self._board.file_writer.event_writer._closed = True  # or tensorboardX tries once more as Python ends
 
 
 def _drop_after(path: epath.Path, step: int) -> None:
-  """Forgets rows after the step that a run resumes from: they will be written again."""
+  """Drops rows after the step that a run resumes from: they will be written again."""
   rows = [row for row in read_metrics(path) if row['step'] <= step]
   temporary = path.with_suffix('.tmp')
   temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows))

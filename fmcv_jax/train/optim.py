@@ -19,13 +19,13 @@ from fmcv_jax.train.schedules import Schedule
 
 
 class UpdateRule(abc.ABC):
-  """How gradients become updates."""
+  """An optimizer without its learning-rate schedule."""
 
   @abc.abstractmethod
   def make(
     self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
   ) -> optax.GradientTransformation:
-    """The optax transformation, with decoupled weight decay `decay` (times the rate) where `mask` is true."""
+    """The optax transformation, with decoupled weight decay `decay` (times the learning rate) where `mask` is True."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class AdamW(UpdateRule):
 
 @dataclasses.dataclass(frozen=True)
 class Lion(UpdateRule):
-  """Chen et al. 2023: the sign of an interpolated momentum; wants a 3 to 10 times lower rate than AdamW."""
+  """Chen et al. 2023: the sign of an interpolated momentum; requires a 3 to 10 times lower learning rate than AdamW."""
 
   b1: Decay = 0.9
   b2: Decay = 0.99
@@ -77,10 +77,10 @@ class Adafactor(UpdateRule):
 
 @dataclasses.dataclass(frozen=True)
 class Lamb(UpdateRule):
-  """You et al. 2020: Adam's updates, decay included, at the length of the weights that they change.
+  """You et al. 2020: Adam updates, including weight decay, scaled to the norm of the weights.
 
-  As in NVIDIA's implementation and timm's only the weights that are decayed are treated so. Each layer of a stack has a
-  length of its own.
+  As in the implementations of NVIDIA and timm, only weights with weight decay are scaled. Each layer of a stack has its
+  own norm.
   """
 
   b1: Decay = 0.9
@@ -107,7 +107,7 @@ class Lamb(UpdateRule):
 
 
 def _trust_ratio(update: jax.Array, weights: jax.Array, stacked: bool) -> jax.Array:
-  """Length of the weights over that of their update, layer by layer; 1 where either has none."""
+  """Trust ratio: norm of the weights over norm of the update, per layer; 1 if either is zero."""
   axes = tuple(range(int(stacked), weights.ndim))
   lengths = [jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)) for x in (weights, update)]
   return jnp.where((lengths[0] > 0) & (lengths[1] > 0), lengths[0] / jnp.maximum(lengths[1], 1e-30), 1.0)
@@ -117,9 +117,9 @@ def _trust_ratio(update: jax.Array, weights: jax.Array, stacked: bool) -> jax.Ar
 class Muon(UpdateRule):
   """Jordan et al. 2024: orthogonalized momentum for the matrices inside blocks, Adam for everything else.
 
-  Updates are scaled to a root mean square of `rms` (Liu et al. 2025, Moonlight), so rates are those of AdamW. The
-  orthogonalization is split over all devices by the longer side of each matrix: left to the parameters' sharding,
-  every replica would compute all of it again.
+  Updates are scaled to a root mean square of `rms` (Liu et al. 2025, Moonlight), so learning rates are those of AdamW.
+  The orthogonalization is sharded over all devices along the longer side of each matrix: with the sharding of the
+  parameters, every replica would repeat all of it.
   """
 
   beta: Decay = 0.95
@@ -155,7 +155,7 @@ class Muon(UpdateRule):
 
 
 def _split_longer_side(x: jax.Array) -> jax.Array:
-  """Cuts stacked matrices [L, D, M] over all devices, where the longer of D and M divides."""
+  """Shards stacked matrices [L, D, M] over all devices along the longer of D and M, if it is divisible."""
   rows, columns = x.shape[-2:]
   if max(rows, columns) % num_shards('everywhere'):
     return x
@@ -165,12 +165,12 @@ def _split_longer_side(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Clips the global norm, applies the rule at the schedule's rate, and decays weights.
+  """Clips the global norm, applies the update rule with the learning-rate schedule, and decays weights.
 
-  weight_decay_mask  patterns of the paths whose weights are decayed
-  weight_decay_end   where given, the decay goes there from `weight_decay` by half a cosine over the run
-  layer_decay        the rate of a layer is this times the rate of the next one (see layerwise_lr_scales)
-  lr_multipliers     pairs of a pattern and the factor on the rate of the paths that match it
+  weight_decay_mask  patterns of the paths with weight decay
+  weight_decay_end   final weight decay, reached from `weight_decay` by a half cosine over the run; None for constant
+  layer_decay        ratio of the learning rates of a layer and the next one (see layerwise_lr_scales)
+  lr_multipliers     pairs of a pattern and the learning-rate factor of matching paths
 
   A pattern that matches no parameter is an error (`check`): a misspelled one would silently change the run.
   """

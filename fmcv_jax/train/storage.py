@@ -1,4 +1,4 @@
-"""What a local folder can do and an object store cannot."""
+"""Helpers for local file systems and object stores."""
 
 import json
 import os
@@ -9,26 +9,27 @@ from etils import epath
 
 
 def local(path: epath.Path) -> pathlib.Path | None:
-  """The path as one of this machine's file systems, or None for one of an object store such as gs://."""
+  """The path on a local file system, or None for an object store such as gs://."""
   text = os.fspath(path)
   return None if '://' in text else pathlib.Path(text)
 
 
 def inode(path: epath.Path) -> int | None:
-  """What tells a local folder from another of its name; None for one that is not there, or in an object store."""
+  """Inode of a local folder, which differs from that of a new folder of the same name; None if it does not exist or is
+  in an object store."""
   here = local(path)
   return here.stat().st_ino if here and here.exists() else None
 
 
 def write_json(path: epath.Path, data: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one, never half of it (object stores do so anyway)."""
+  """Writes JSON atomically: a reader gets the old file or the new one (object stores are atomic anyway)."""
   temporary = path.with_suffix(path.suffix + '.tmp')
   temporary.write_text(json.dumps(data, indent=2) + '\n')
   temporary.replace(path)
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-  """The rows of a file of JSON lines; a last line that a kill left half-written is left out."""
+  """Rows of a JSON lines file; an incomplete last line, left by a killed process, is skipped."""
   rows = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
@@ -43,5 +44,5 @@ def append_line(path: epath.Path, line: str) -> None:
   if here := local(path):
     with here.open('a') as file:
       file.write(line)
-  else:  # an object store cannot append; what a run writes here stays small
+  else:  # object stores cannot append; these files stay small
     path.write_text((path.read_text() if path.exists() else '') + line)

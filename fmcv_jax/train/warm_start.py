@@ -1,4 +1,4 @@
-"""How a run begins with what others have learnt: pretrained parameters, frozen teachers, encoders and text towers."""
+"""Initialization from other runs: pretrained parameters, frozen teachers, image and text encoders."""
 
 import dataclasses
 import functools
@@ -18,15 +18,15 @@ from fmcv_jax.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class InitFrom:
-  """Where values come from: `part` of what the run in `workdir` has learnt, such as 'params' or 'params/image'.
+  """Source of initial values: `part` of the trained state in `workdir`, such as 'params' or 'params/image'.
 
-  'whole' is all of a network of which the run trained but a part (objective 'finetune').
+  'whole' is the full parameter tree of a run that trained only a part of it (objective 'finetune').
 
-  skip     regular expressions over paths below it; what matches one stays as it was born
-  resize   the same; tables of positions that are brought to another number of them by bicubic interpolation, as for
-           another image_size: '(.*/)?position' of a ViT, '(.*/)?relative' of a Swin with another window
-  widen    the same; kernels that read more channels here, such as 'encoder/conv_in/kernel' of a UNet that is told what
-           is beside x: what reads the further ones begins at zero, and changes nothing
+  skip     regular expressions over the paths below `part`; matching parameters keep their initialization
+  resize   likewise, for positional tables to resize by bicubic interpolation, as for another image_size:
+           '(.*/)?position' of a ViT, '(.*/)?relative' of a Swin with another window
+  widen    likewise, for kernels with more input channels in this run, such as 'encoder/conv_in/kernel' of an inpainting
+           UNet: weights of the additional channels are zero, so the output does not change
   """
 
   workdir: str
@@ -36,18 +36,18 @@ class InitFrom:
   widen: tuple[str, ...] = ()
 
 
-def load_partial_state(state: TrainState, sources: Mapping[str, InitFrom], learnt: Callable[[str], Any]) -> TrainState:
+def load_partial_state(state: TrainState, sources: Mapping[str, InitFrom], trained: Callable[[str], Any]) -> TrainState:
   """The state with the subtree at each key of `sources` replaced by trained values, placed as it was.
 
-  learnt(workdir) -> {'params': ..., 'extra': ...}. The moving average begins anew from the new parameters. Raises
-  UserError for a path that is not there and for a parameter that is missing or of another shape.
+  trained(workdir) -> {'params': ..., 'extra': ...}. The EMA restarts from the new parameters. Raises UserError for a
+  path that does not exist and for a parameter that is missing or of another shape.
   """
-  learnt = functools.cache(learnt)
+  trained = functools.cache(trained)
   flat, treedef = jax.tree_util.tree_flatten_with_path({'params': state.params, 'extra': state.extra})
   values = {path_of(key_path): leaf for key_path, leaf in flat}
   for target, source in sources.items():
     field = f'config.init_from.{target}'
-    given = _below(source.part, _leaves(learnt(source.workdir)), f'{field}.part: {source.workdir}')
+    given = _below(source.part, _leaves(trained(source.workdir)), f'{field}.part: {source.workdir}')
     for path, own in _below(target, values, f'{field}: the state of this run').items():
       if any(re.fullmatch(pattern, path) for pattern in source.skip):
         continue
@@ -60,8 +60,8 @@ def load_partial_state(state: TrainState, sources: Mapping[str, InitFrom], learn
         found = given[path].shape if path in given else 'missing'
         raise UserError(
           f'{field}: {path} is {found} in {source.workdir} and {own.shape} here; '
-          f'add a pattern for it to {field}.skip to train it anew, to {field}.widen for a kernel that reads more, '
-          f'or to {field}.resize for a table of positions'
+          f'add a pattern for it to {field}.skip to keep its initialization, to {field}.widen for a kernel with more '
+          f'input channels, or to {field}.resize for a positional table'
         )
       values[f'{target}/{path}' if path else target] = jax.device_put(value, own.sharding)
   tree = jax.tree_util.tree_unflatten(treedef, values.values())
@@ -70,9 +70,9 @@ def load_partial_state(state: TrainState, sources: Mapping[str, InitFrom], learn
 
 
 def resized(table: jax.Array, rows: int) -> jax.Array:
-  """A table of positions [..., old rows, D] with another number of rows, those of special tokens left as they are.
+  """Resizes a positional table [..., old rows, D] to another number of rows; rows of special tokens are unchanged.
 
-  Both numbers are a square and up to two rows of special tokens before it; otherwise the table is returned unchanged.
+  Both numbers must be a square plus up to two leading special tokens; otherwise the table is returned unchanged.
   """
   old = table.shape[-2]
   for special in range(3):
@@ -87,7 +87,7 @@ def resized(table: jax.Array, rows: int) -> jax.Array:
 
 
 def pad_input_channels(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """A kernel [..., inputs, outputs] with zeros for further inputs; unchanged where that does not give this shape."""
+  """A kernel [..., inputs, outputs] padded with zeros along inputs; unchanged if that does not give this shape."""
   more = shape[-2] - kernel.shape[-2] if kernel.ndim == len(shape) > 1 else 0
   if more <= 0:
     return kernel
@@ -99,7 +99,7 @@ def _leaves(tree: Any) -> dict[str, jax.Array]:
 
 
 def _below(prefix: str, leaves: Mapping[str, jax.Array], whose: str) -> dict[str, jax.Array]:
-  """The leaves under a path, by the rest of their paths ('' for the path itself)."""
+  """Leaves under a path, by their relative paths ('' for the path itself)."""
   found = {
     path[len(prefix) :].lstrip('/'): leaf for path, leaf in leaves.items() if (path + '/').startswith(prefix + '/')
   }

@@ -28,7 +28,7 @@ def test_the_sheet_shows_what_the_network_sees_under_the_names_of_the_classes(co
   monkeypatch.setattr(data_show, 'contact_sheet', lambda *args: words.extend(args[1]) or draw(*args))
   file = tmp_path / 'sheet.png'
   assert main(['data', '--config', config, '--show', '6', '--output', str(file)]) == 0
-  assert '6 examples, pictures each: 1 of 16 pixels' in capsys.readouterr().out
+  assert '6 examples, images per example: 1 of 16 pixels' in capsys.readouterr().out
   sheet = np.asarray(Image.open(file).convert('RGB')).astype(int)
   side, gap, line = 96, 3, 16
   assert len(words) == 6
@@ -58,7 +58,7 @@ def test_the_verdict_names_the_bottleneck_and_what_helps():
   assert '--config.data.workers=3' in lines[1]  # 400 images/s a core
   assert lines[2] == 'training waits for data 31.0% of the time'
   assert verdict([*parts, Stage('loader', '8 workers', 3000.0), *ends], 8, None) == [
-    'bottleneck: the step; data could come 3.0 times as fast'
+    'bottleneck: the step; the input pipeline is 3.0 times as fast'
   ]
   slow = [Stage('transfer', '1 devices', 90.0), ends[1]]
   assert verdict([*parts, Stage('loader', '8 workers', 3000.0), *slow], 8, None) == [
@@ -80,7 +80,7 @@ def test_the_bench_counts_records_that_cannot_be_read(config, tmp_path, capsys):
   more = ('--config.data.max_bad=0.2', '--bench', '--no-step', '--seconds', '0.2')
   assert main(['data', '--config', config, *more]) == 0
   out = capsys.readouterr().out
-  assert '1 records that were tried cannot be read, the first a/0.png: no image: 0 bytes' in out
+  assert '1 of the tried records cannot be read, the first a/0.png: no image: 0 bytes' in out
   assert 'decode, crop' in out
   # Beyond what a run takes it is the run's own line.
   assert main(['data', '--config', config, '--bench', '--no-step', '--seconds', '0.2']) == 2
@@ -88,7 +88,7 @@ def test_the_bench_counts_records_that_cannot_be_read(config, tmp_path, capsys):
   for file in (tmp_path / 'images').glob('*/*.png'):
     file.write_bytes(b'')
   assert main(['data', '--config', config, *more]) == 2
-  assert '24 records in a row cannot be read' in capsys.readouterr().err
+  assert '24 consecutive records could not be read' in capsys.readouterr().err
 
 
 def test_the_bench_of_a_table_with_rows_without_images_ends_in_one_line(config, tmp_path):

@@ -50,8 +50,8 @@ def test_classifier_figures_are_attention_rollout_features_and_relevance(folder,
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out')
   assert [path.stem for path in written] == ['attention', 'rollout', 'features', 'relevance']
   # Its head is initialized to zero, so all classes tie and the first one is shown.
-  assert 'likeliest class a' in capsys.readouterr().out.replace('\n', ' ')
-  with pytest.raises(UserError, match='knows no texts'):
+  assert 'top-1 class a' in capsys.readouterr().out.replace('\n', ' ')
+  with pytest.raises(UserError, match='is not an image-text model'):
     explain.run([str(folder / 'c' / '2.png')], str(workdir), ['a cat'], tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_masked_autoencoder_shows_what_it_fills_in(folder, tmp_path):
 
 def test_unsupported_explanations_are_one_clear_line(folder, clip, tmp_path):
   image = str(folder / 'a' / '0.png')
-  with pytest.raises(UserError, match='--size: 20 does not divide into patches of 8'):
+  with pytest.raises(UserError, match='--size: 20 is not divisible by the patch size 8'):
     explain.run([image], str(clip), output=tmp_path, size=20)
   with pytest.raises(UserError, match=r'nowhere\.png: no such image file'):
     explain.run(['nowhere.png'], str(clip), output=tmp_path)
@@ -99,7 +99,7 @@ def test_swin_figures_are_features_and_relevance(folder, tmp_path, capsys):
   workdir = runs.untrained(swin_classifier(folder), tmp_path)
   written = explain.run([str(folder / 'c' / '2.png')], str(workdir), output=tmp_path / 'out', size=44)
   assert [path.stem for path in written] == ['features', 'relevance']
-  assert 'likeliest class a' in capsys.readouterr().out.replace('\n', ' ')
+  assert 'top-1 class a' in capsys.readouterr().out.replace('\n', ' ')
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_an_imported_efficientnet_is_explained_with_its_batch_statistics(folder,
   params['head']['kernel'] = jax.random.normal(jax.random.key(2), params['head']['kernel'].shape)
   images = jax.random.randint(jax.random.key(3), (2, 32, 32, 3), 0, 256).astype(np.uint8)
   encoder = encoder_of(objective.outputs())(params, extra)
-  places = explain._places(encoder, encoder.normalized(images))[1]
+  places = explain._activation_maps(encoder, encoder.normalized(images))[1]
   variables = {'params': params, 'batch_stats': extra['batch_stats']}
   expected = objective.network.apply(variables, objective.normalize(images / np.float32(255))).output
   np.testing.assert_allclose(places.mean((1, 2)), expected, rtol=1e-4, atol=1e-4)

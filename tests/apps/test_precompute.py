@@ -153,7 +153,8 @@ def test_embeddings_equal_those_of_the_evaluators(tmp_path):
 
 def test_networks_without_weights_are_refused(tmp_path):
   bare = config_file(tmp_path / 'bare.py', runs.text_to_image(runs.image_folder(tmp_path / 'images')))
-  with pytest.raises(UserError, match=r"latents: needs more than the frozen networks .*'autoencoder'.* give --model"):
+  message = r"latents: needs networks that config.init_from does not load .*'autoencoder'.* pass --model"
+  with pytest.raises(UserError, match=message):
     precompute.run(['latents'], str(tmp_path / 'other'), config=bare)
   with pytest.raises(UserError, match="'latent' is not an output of this objective; did you mean 'latents'"):
     precompute.run(['latent'], str(tmp_path / 'other'), config=bare)
@@ -252,7 +253,7 @@ def test_an_output_does_not_replace_a_field_of_the_records(token_model, tmp_path
   to = str(tmp_path / 'once')
   precompute.run(['text'], to, model=str(token_model))
   again = ["data.source={'name': 'array_record', 'path': " + repr(to) + '}']
-  with pytest.raises(UserError, match="the records have a field 'text/floats/half' already"):
+  with pytest.raises(UserError, match="the records already have a field 'text/floats/half'"):
     precompute.run(['text'], str(tmp_path / 'twice'), again, model=str(token_model))
 
 

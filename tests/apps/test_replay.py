@@ -30,7 +30,7 @@ def test_a_streak_stops_the_run_and_its_first_step_can_be_looked_at(tmp_path, ca
   assert main(['replay', '--workdir', str(tmp_path / 'run'), '--at', str(first)]) == 0
   said = ' '.join(capsys.readouterr().out.split())
   assert 'not finite in the gradient of: ' in said
-  assert re.search(r'first seen: .*(nan|inf)', said)
+  assert re.search(r'first in: .*(nan|inf)', said)
   run = Run.reopen(tmp_path / 'run')
   e = run.experiment
   loader = TrainLoader(e.data, batch=16, seed=e.seed, fields=('label',), start=(first - 1) * 16)
@@ -40,7 +40,7 @@ def test_a_streak_stops_the_run_and_its_first_step_can_be_looked_at(tmp_path, ca
   assert ['abc'.index(name[0]) for name in shown] == labels[: len(shown)].tolist()
 
   assert main(['replay', '--workdir', str(tmp_path / 'run'), '--at', '0']) == 2
-  assert 'step 0 lies before its checkpoints' in capsys.readouterr().err
+  assert 'step 0 is older than the available checkpoints' in capsys.readouterr().err
 
 
 def test_a_sound_step_after_a_checkpoint_is_reached_by_training(tmp_path, capsys):

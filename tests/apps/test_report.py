@@ -26,7 +26,7 @@ def test_a_resumed_run_is_reported(tmp_path, capsys):
   capsys.readouterr()
   assert cli.main(['report', '--workdir', str(workdir)]) == 0
   printed = capsys.readouterr().out
-  assert 'restart 1 at step 3: 1.0 min after the last word, 1 steps computed again' in printed
+  assert 'restart 1 at step 3: 1.0 min after the last heartbeat, 1 steps recomputed' in printed
   assert 'input-bound' in printed
   assert 'loss ' in printed
 

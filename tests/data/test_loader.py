@@ -213,7 +213,7 @@ def test_stand_ins_are_the_same_after_a_restart_and_on_other_processes():
 
 
 def test_a_source_of_bad_records_only_stops_at_once():
-  with pytest.raises(UserError, match=r'10 records in a row cannot be read; the first, counting/.: is bad'):
+  with pytest.raises(UserError, match=r'10 consecutive records could not be read; the first, counting/.: is bad'):
     TrainLoader(Pipeline(Counting(10, bad=tuple(range(10)))), batch=2, seed=0, fields=('label',))
 
 
@@ -272,7 +272,7 @@ class Bare(Counting):
     ),
     (Pipeline(Bare(3)), {'fields': ('image',)}, "encoded images; set the pipeline's image"),
     (Pipeline(Counting(3)), {'fields': ('tokens',)}, 'there is no tokenizer'),
-    (Pipeline(Counting(3)), {'fields': ('depth',)}, r"unknown fields \['depth'\]; a loader gives image, label, tokens"),
+    (Pipeline(Counting(3)), {'fields': ('depth',)}, r"unknown fields \['depth'\]; available: image, label, tokens"),
     (Pipeline(Counting(3)), {'batch': 9, 'process_count': 2}, 'batch of 9 cannot be divided among 2 processes'),
     (Pipeline(Counting(0)), {}, 'the source Counting has no records'),
   ],
@@ -298,7 +298,7 @@ def test_images_of_several_sizes_are_one_clear_line():
     ({'caption_templates': ('a photo',)}, "caption_templates: each needs one '{}'"),
     ({'caption_templates': ()}, 'caption_templates: '),
     ({'workers': -1}, 'workers: expected at least 0'),
-    ({'max_bad': 2.0}, 'max_bad: expected a share'),
+    ({'max_bad': 2.0}, 'max_bad: expected a fraction'),
     ({'timeout': 0.0}, 'timeout: expected seconds'),
   ],
 )

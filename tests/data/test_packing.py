@@ -138,9 +138,11 @@ def test_unreadable_records_are_left_out_and_named_up_to_a_fraction(tmp_path):
 
 
 def test_a_dead_worker_and_other_data_are_one_clear_line(tmp_path):
-  with pytest.raises(UserError, match=r'a worker process died.*; the same command goes on from what is written'):
+  with pytest.raises(
+    UserError, match=r'a worker process died.*; the same command resumes from the shards that are written'
+  ):
     pack(Suicidal(40, last=35), tmp_path / 'set', origin=1, shards=8, workers=2)
-  with pytest.raises(UserError, match=r'was begun from other data .records was 40, now 41.'):
+  with pytest.raises(UserError, match=r'was started from different data .records was 40, now 41.'):
     pack(Counting(41), tmp_path / 'set', origin=1)
   pack(Counting(40), tmp_path / 'set', origin=1)
   assert json.loads((tmp_path / 'set/info.json').read_text())['shards'] == 8

@@ -236,7 +236,7 @@ def test_slurm_processes_of_a_node_share_its_gpus_evenly_or_not_at_all(sbatch):
   assert [line.split()[-1] for line in result.stdout.splitlines()] == ['0,1,2,3', '4,5,6,7']
   result = sbatch(SHOW, nodes=1, per_node=3, gpus=8)
   assert result.returncode == 2
-  assert '8 GPUs do not divide among 3 processes' in result.stderr
+  assert '8 GPUs are not divisible by 3 processes' in result.stderr
   assert not result.requeued
 
 

@@ -60,8 +60,8 @@ def test_patterns_without_a_match_are_named():
   for options, message in [
     ({'trainable': ('heda/.*',)}, r'config.objective.trainable: no parameter matches'),
     ({'lora': Lora(targets=('q',))}, r'config.objective.lora.targets: no parameter matches'),
-    ({'lora': Lora(targets=('head/bias',))}, r'head/bias of shape \(10,\) is no matrix'),
-    ({'trainable': ()}, 'nothing is trained'),
+    ({'lora': Lora(targets=('head/bias',))}, r'head/bias of shape \(10,\) is not a matrix'),
+    ({'trainable': ()}, 'no trainable parameters'),
   ]:
     with pytest.raises(UserError, match=message):
       jax.eval_shape(PartialFineTuning(PLAIN, **options).init, jax.random.key(0))

@@ -16,7 +16,7 @@ from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.image_condition import ImageCondition
 from fmcv_jax.objectives.mae import MaskedAutoencoding
-from fmcv_jax.objectives.network_inputs import masked_patches, seen
+from fmcv_jax.objectives.network_inputs import masked_patches, network_inputs
 
 AUGMENT = (Flip(), ColorJitter(brightness=0.4, hue=0.2))
 NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -56,7 +56,7 @@ def test_masked_autoencoding_shows_the_input_of_its_network():
   objective = MaskedAutoencoding(network, augment=AUGMENT, normalize=NORMALIZE)
   batch, rng = batch_of(objective), jax.random.key(5)
   ((images, order), options) = given_to(objective, batch, rng)[0]
-  (ours,) = seen(objective, batch, rng)
+  (ours,) = network_inputs(objective, batch, rng)
   assert ours.shape == (COUNT, 1, 32, 32, 3)
   np.testing.assert_allclose(ours[:, 0], NORMALIZE.undo(images), atol=1e-5)
   hidden = np.asarray(masked_patches(objective, batch, rng))
@@ -79,7 +79,7 @@ def test_self_distillation_shows_the_input_of_its_student():
   )
   batch, rng = batch_of(objective), jax.random.key(6)
   _, (large_args, options), (small_args, _) = given_to(objective, batch, rng)  # the teacher is first
-  large, small = seen(objective, batch, rng)
+  large, small = network_inputs(objective, batch, rng)
   assert (large.shape, small.shape) == ((COUNT, 2, 32, 32, 3), (COUNT, 3, 16, 16, 3))
   np.testing.assert_allclose(large.reshape(-1, 32, 32, 3), NORMALIZE.undo(large_args[0]), atol=1e-5)
   np.testing.assert_allclose(small.reshape(-1, 16, 16, 3), NORMALIZE.undo(small_args[0]), atol=1e-5)
@@ -99,7 +99,7 @@ def test_control_maps_and_masked_images_are_shown_with_the_image():
   )
   for objective in (controlled, filled):
     batch, rng = batch_of(objective), jax.random.key(7)
-    image, second = seen(objective, batch, rng)
+    image, second = network_inputs(objective, batch, rng)
     np.testing.assert_allclose(image[:, 0], batch['image'] / np.float32(255), atol=1e-6)
     if objective is controlled:
       np.testing.assert_array_equal(second[:, 0], Edges()(image[:, 0]))

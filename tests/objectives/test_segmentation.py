@@ -63,7 +63,7 @@ def test_a_flip_moves_the_segments_with_the_image():
 
 
 def test_what_cannot_be_segmented_is_refused():
-  with pytest.raises(ValueError, match='Flip moves pixels but not their classes'):
+  with pytest.raises(ValueError, match='Flip does not transform the label map'):
     Segmentation(segmenter(ENCODER, 3), augment=(ColorJitter(), Flip()))
   with pytest.raises(ValueError, match='outputs has no use here'):
     segmenter(vit('mu/8', image_size=16, num_classes=3), 3)

@@ -188,7 +188,7 @@ def test_places_that_cannot_be_written_are_one_line(published, tmp_path, capsys)
   (tmp_path / 'file').write_text('x')
   capsys.readouterr()
   for to, message in {
-    tmp_path / 'file': 'cannot be a folder',
+    tmp_path / 'file': 'cannot create the folder',
     tmp_path / 'file' / 'x.safetensors': 'cannot be written',
     tmp_path / 'x.pth': 'only .safetensors, .npz and folders are written',
   }.items():

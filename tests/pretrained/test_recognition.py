@@ -76,7 +76,7 @@ def test_a_text_tower_alone_gives_the_librarys_features(tmp_path, name):
   offered = objective.outputs()['embed_text'].call(params, {}, {'tokens': TOKENS})
   near(offered, torch.nn.functional.normalize(expected, dim=-1))
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'back.safetensors'), 'transformers')
-  with pytest.raises(UserError, match='is written as a file'):
+  with pytest.raises(UserError, match='is a single encoder'):
     export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'folder'), 'transformers')
   back, first = load_file(tmp_path / 'back.safetensors'), load_file(tmp_path / 'theirs' / 'model.safetensors')
   assert {name.removeprefix('text_model.') for name in back} >= {name.removeprefix('text_model.') for name in first}
@@ -249,7 +249,7 @@ def test_an_autoencoder_alone_is_read_with_its_prefix_and_with_attention_in_othe
 def test_a_unet_of_wider_words_is_known_and_says_what_else_it_needs():
   with torch.device('meta'):
     shapes = Names(diffusers.UNet2DConditionModel(**{**SD1, 'cross_attention_dim': 1280})).shapes
-  with pytest.raises(UserError, match='also needs what is not in it: autoencoder, text'):
+  with pytest.raises(UserError, match='also needs autoencoder, text, which the file does not contain'):
     conversion.matched(Names(shapes), 'x')
   match = conversion.matched(Names(shapes), 'x', overrides=APART[1:3])
   assert match.run.experiment.objective.text_condition.encoder.width == 1280
@@ -263,7 +263,7 @@ def test_clips_tokenizer_goes_with_clips_vocabulary_alone():
     match = conversion.matched(tensors, 'x')
     assert (match.run.experiment.tokenizer is not None) == (words == 49_408)
     assert ['no tokenizer that is known' in note for note in match.notes] == [True] * (words != 49_408)
-  with pytest.raises(UserError, match='its table has 92 words, but the tokenizer clip_bpe has 49408'):
+  with pytest.raises(UserError, match='the embedding table has 92 rows, but the tokenizer clip_bpe has 49408'):
     conversion.matched(Names(whole_clip(92)), 'x', overrides=['tokenizer.name=clip_bpe', 'tokenizer.length=6'])
 
 

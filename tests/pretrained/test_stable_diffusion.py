@@ -121,7 +121,7 @@ def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
   given += [
     f'objective.text_condition.encoder.{field}' for field in ('width=64', 'depth=2', 'num_heads=1', 'mlp_dim=128')
   ]
-  with pytest.raises(UserError, match='also needs what is not in it: autoencoder, network, text'):
+  with pytest.raises(UserError, match='also needs autoencoder, network, text, which the file does not contain'):
     import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'controlnet_sd1', given)
   for name, part in (('network', 'params/network'), ('autoencoder', 'extra/autoencoder'), ('text', 'extra/text')):
     given += [f'init_from.extra/{name}.workdir={base}', f'init_from.extra/{name}.part={part}']

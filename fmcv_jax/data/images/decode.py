@@ -1,4 +1,4 @@
-"""Encoded images to RGB, strictly: what comes out is the right picture, or `BadRecord` says why there is none."""
+"""Strict decoding of encoded images to RGB: returns the correct image or raises `BadRecord` with the reason."""
 
 import abc
 import io
@@ -14,12 +14,12 @@ from fmcv_jax.errors import BadRecord
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own limit for a warning
 
-# Named one by one, since Pillow also opens documents (EPS runs Ghostscript) and formats that nobody has fuzzed.
+# An explicit list, since Pillow also opens documents (EPS runs Ghostscript) and formats that are not fuzzed.
 Image.init()
 _WANTED = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 
-_ORIENTATION = 0x0112  # the EXIF tag; the camera says how it was held, not all software turns the pixels
+_ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
@@ -30,17 +30,18 @@ _UPRIGHT = {
   8: Image.Transpose.ROTATE_90,
 }
 
-_TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
+_TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 
-_FACTORS = (1, 2, 4, 8)  # by which libjpeg reduces in the DCT domain
-_GAP = 1.5  # a picture is reduced only while the box keeps so many times the pixels that are wanted on each side
+_FACTORS = (1, 2, 4, 8)  # DCT-domain reductions of libjpeg
+_GAP = 1.5  # an image is reduced only while each side of the box keeps at least this multiple of the output size
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-  """Encoded bytes -> uint8 [H, W, 3], read-only, upright by its EXIF orientation; the first frame of an animation.
+  """Decodes bytes to uint8 [H, W, 3], read-only, with the EXIF orientation applied; the first frame of an animation.
 
-  Grey, palette, CMYK and 16-bit images become RGB; what is transparent lies on white. Colour profiles are not applied.
-  Raises BadRecord for what is no image, is truncated, or says in its header that it has more than `max_pixels`.
+  Grayscale, palette, CMYK and 16-bit images are converted to RGB; transparent pixels are composited on white. Color
+  profiles are not applied. Raises BadRecord for bytes that are not an image or are truncated, and for a header with
+  more than `max_pixels`.
   """
   head = jpeg.header(data)
   if head and head.orientation == 1 and head.height * head.width <= max_pixels:
@@ -52,7 +53,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 class Region(NamedTuple):
-  """`pixels` uint8 [h, w, 3], the `box` in them, and how what is made of it is to be turned to be upright."""
+  """`pixels` uint8 [h, w, 3], a `box` in them, and the transpose to apply after resizing (EXIF orientation)."""
 
   pixels: np.ndarray
   box: Box
@@ -60,15 +61,17 @@ class Region(NamedTuple):
 
 
 class LazyImage(abc.ABC):
-  """An image whose size is known and whose pixels are not yet decoded: those of a crop may be all that is needed."""
+  """An image of known size whose pixels are decoded on demand, so that a crop need not decode the whole image."""
 
   height: int
   width: int
 
   @abc.abstractmethod
   def region(self, box: Box, size: int, radius: int = 3) -> Region:
-    """What a resize of `box` to size x size pixels looks at, by a filter of so many pixels at either side; raises
-    BadRecord if it cannot be decoded."""
+    """The pixels that a resize of `box` to size x size pixels with a filter of this radius (in pixels) reads.
+
+    Raises BadRecord if they cannot be decoded.
+    """
 
   def crop(self, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
     """The box as uint8 [size, size, 3]; raises BadRecord if it cannot be decoded."""
@@ -76,12 +79,12 @@ class LazyImage(abc.ABC):
     return _turned(resize(region.pixels, region.box, size, interpolation), region.turn)
 
 
-def picture(image: bytes | np.ndarray, exact: bool = True) -> LazyImage:
-  """Encoded bytes or uint8 [H, W, 3] as a picture; raises BadRecord for what is neither.
+def lazy_image(image: bytes | np.ndarray, exact: bool = True) -> LazyImage:
+  """A LazyImage of encoded bytes or of uint8 [H, W, 3]; raises BadRecord for anything else.
 
-  exact   crops have the pixels of a crop of the decoded array; otherwise a large JPEG may be decoded at 1/2, 1/4 or
-          1/8 of its size (in the DCT domain), which is faster and differs by half a level in the mean, and is resized
-          before it is turned upright
+  exact   crops equal crops of the decoded array; otherwise a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size
+          (in the DCT domain), which is faster and differs by half a level on average, and is resized before its
+          orientation is applied
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -110,7 +113,7 @@ class _Jpeg(LazyImage):
     self.height, self.width = sides[::-1] if head.orientation in _TURNED else sides
 
   def crop(self, box, size, interpolation):
-    # In C only the columns of the crop are decoded too, and its pixels leave the processor's cache resized.
+    # The C code also skips columns outside the crop, and resizes pixels while they are in the processor's cache.
     factor = self._factor(box, size)
     reduced = _reduced(self._as_stored(box), factor)
     height, width = -(-self._head.height // factor), -(-self._head.width // factor)
@@ -125,7 +128,7 @@ class _Jpeg(LazyImage):
     last = min(self._head.height, math.ceil(stored[3]) + beyond)
     pixels = jpeg.decode_rows(self._data, self._head, last, factor)
     if pixels is None:
-      return _cut(np.asarray(decode_pil(self._data)), box, size, radius)  # which knows the reason, or knows better
+      return _cut(np.asarray(decode_pil(self._data)), box, size, radius)  # raises with the reason, or succeeds
     return _cut(pixels, _reduced(stored, factor), size, radius)._replace(turn=self._turn)
 
   def _factor(self, box: Box, size: int) -> int:
@@ -135,7 +138,7 @@ class _Jpeg(LazyImage):
     return max(f for f in _FACTORS if f == 1 or side >= f * _GAP * size)
 
   def _as_stored(self, box: Box) -> Box:
-    """The box of the upright picture in the one that is stored."""
+    """The box in the coordinates of the stored image, before its orientation is applied."""
     orientation, (left, top, right, bottom) = self._head.orientation, box
     if orientation in _TURNED:
       left, top, right, bottom = top, left, bottom, right
@@ -152,7 +155,7 @@ def _cut(pixels: np.ndarray, box: Box, size: int, radius: int) -> Region:
 
 
 def _window(height: int, width: int, box: Box, size: int, radius: int) -> tuple[int, int, int, int]:
-  """The pixels that a resize of the box looks at: from (left, top) to before (right, bottom)."""
+  """The window of pixels that a resize of the box reads: (left, top, right, bottom), right and bottom excluded."""
   x, y = _reach(box[2] - box[0], size, radius), _reach(box[3] - box[1], size, radius)
   left, top = max(0, math.floor(box[0]) - x), max(0, math.floor(box[1]) - y)
   return left, top, min(width, math.ceil(box[2]) + x), min(height, math.ceil(box[3]) + y)
@@ -167,7 +170,7 @@ def _within(box: Box, left: int, top: int) -> Box:
 
 
 def _reach(side: float, size: int, radius: int) -> int:
-  """How many pixels outside a side of a box a filter of `radius` pixels looks at, at the box's scale."""
+  """The margin in pixels that a filter of `radius` pixels reads outside a box, at the scale of the box."""
   return math.ceil(radius * max(1.0, side / size)) + 1
 
 
@@ -189,23 +192,23 @@ def decode_pil(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-  """A Pillow image as `decode` gives that of its file: mode RGB, upright, on white, 16 bits by their high bytes.
+  """Converts a Pillow image as `decode` does: mode RGB, orientation applied, on white, 16 bits by the high byte.
 
-  Raises BadRecord for a damaged file, and for floating-point pixels, whose range is not known.
+  Raises BadRecord for a damaged file, and for floating-point pixels, whose range is unknown.
   """
   try:
     image.load()
     return _rgb(_upright(image))
   except BadRecord:
     raise
-  except Exception as error:  # Pillow's plugins raise what they like on damaged files: SyntaxError, IndexError, ...
+  except Exception as error:  # Pillow's plugins raise many types on damaged files: SyntaxError, IndexError, ...
     raise BadRecord(' '.join(f'{type(error).__name__}: {error}'.split())) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-  try:  # after load(): formats that are turned by their own plugin (TIFF, AVIF) have dropped the tag by now
+  try:  # after load(): plugins that apply the orientation (TIFF, AVIF) have dropped the tag by then
     orientation = image.getexif().get(_ORIENTATION)
-  except Exception:  # damaged metadata of a sound picture
+  except Exception:  # damaged metadata of a valid image
     return image
   return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 

@@ -1,7 +1,7 @@
-"""JPEGs decoded no further than a crop needs: no row below it, and in the DCT domain no finer than its scale.
+"""Partial decoding of JPEGs: no rows below a crop, at a reduced scale in the DCT domain.
 
-What comes out has the very pixels that Pillow's libjpeg-turbo makes of the whole file. Whatever is out of the ordinary
-(CMYK, 12 bits, arithmetic coding, no end, a damaged header) is left to Pillow: `header` or `decode_rows` says None.
+Pixels are identical to those that Pillow's libjpeg-turbo decodes from the whole file. Unusual files (CMYK, 12 bits,
+arithmetic coding, no end marker, a damaged header) are left to Pillow: `header` or `decode_rows` returns None.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from PIL import Image
 _BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)  # Huffman-coded SOF markers
 _STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length: TEM, RST0 to RST7, SOI
 _SOS, _EOI, _APP1 = 0xDA, b'\xff\xd9', 0xE1
-_MCU = 16  # rows in which the chroma of a 4:2:0 image comes
+_MCU = 16  # rows per block of a 4:2:0 image
 _ORIENTATION = 0x0112
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """Height and width as stored; `orientation` by EXIF or XMP, 1 for upright; `frame` is where the SOF marker begins."""
+  """Stored height and width; `orientation` by EXIF or XMP, 1 for upright; `frame` is the offset of the SOF marker."""
 
   height: int
   width: int
@@ -30,23 +30,23 @@ class Header:
 
 
 def header(data: bytes) -> Header | None:
-  """What a JPEG says of itself; None for what is none, or is none of the common kind."""
+  """The parsed header, or None if the bytes are not a complete 8-bit baseline or progressive JPEG."""
   if data[:2] != b'\xff\xd8':
     return None
   at, frame, tagged = 2, None, False
   while at + 4 <= len(data) and data[at] == 0xFF:
     marker = data[at + 1]
-    if marker == 0xFF or marker in _STANDALONE:  # a fill byte, or nothing but the marker
+    if marker == 0xFF or marker in _STANDALONE:  # a fill byte, or a marker without a segment
       at += 1 if marker == 0xFF else 2
       continue
     if marker == _SOS:
-      if frame is None or data.rfind(_EOI, at) < 0:  # it is truncated, and Pillow says how far
+      if frame is None or data.rfind(_EOI, at) < 0:  # truncated; Pillow reports where
         return None
       height, width = struct.unpack_from('>HH', data, frame + 5)
       return Header(height, width, _orientation(data) if tagged else 1, frame) if height and width else None
     if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
       frame = at
-      # Bits a sample, and components: grey or colour.
+      # Bits per sample, and number of components: grayscale or color.
       if (
         marker not in _BASELINE_TO_PROGRESSIVE or at + 10 > len(data) or data[at + 4] != 8 or data[at + 9] not in (1, 3)
       ):
@@ -57,11 +57,11 @@ def header(data: bytes) -> Header | None:
 
 
 def decode_rows(data: bytes, head: Header, rows: int, factor: int) -> np.ndarray | None:
-  """At least the first `rows` rows of the stored picture, reduced by `factor` (1, 2, 4, 8): uint8 [h, w, 3].
+  """At least the first `rows` rows of the stored image, reduced by `factor` (1, 2, 4, 8): uint8 [h, w, 3].
 
-  Pixel (y, x) covers rows y * factor to (y + 1) * factor, and columns alike. None for what libjpeg refuses.
+  Pixel (y, x) covers rows y * factor to (y + 1) * factor, and columns likewise. None if libjpeg rejects the data.
   """
-  # The last row before the cut lacks the chroma below it, so one MCU more is decoded.
+  # The last row depends on the chroma below it, so one more MCU is decoded.
   stored = min(head.height, -(-(rows + 1) // _MCU) * _MCU)
   if stored < head.height:
     cut = bytearray(data)
@@ -78,8 +78,8 @@ def decode_rows(data: bytes, head: Header, rows: int, factor: int) -> np.ndarray
 
 
 def _orientation(data: bytes) -> int:
-  """As Pillow reads it, from EXIF or XMP."""
+  """The orientation tag of EXIF or XMP, read by Pillow."""
   try:
     return Image.open(io.BytesIO(data), formats=('JPEG',)).getexif().get(_ORIENTATION, 1)
-  except Exception:  # damaged metadata of a sound picture
+  except Exception:  # damaged metadata of a valid image
     return 1

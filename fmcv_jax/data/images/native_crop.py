@@ -1,7 +1,7 @@
-"""Crops in C, where this machine can build them: with a C compiler, libjpeg-turbo's headers and AVX2.
+"""Crops in C on machines with a C compiler, the headers of libjpeg-turbo, and AVX2.
 
-`crop.c` is compiled once for each machine, into the cache. Its bytes are those that the packages give, only sooner, so
-that which hosts of a run have it does not matter; it is used only once it has shown so on a picture.
+`crop.c` is compiled once per machine, into the cache. Its output is byte-identical to that of the Python packages, so
+hosts of a run may differ; it is used only after a check on a test image.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FILTERS = {'bilinear': 0, 'bicubic': 1, 'lanczos': 2}
 _SOURCE = pathlib.Path(__file__).with_name('crop.c')
-# Fused multiply-adds would round weights in another way than the packages do.
+# Fused multiply-adds would round weights differently from the packages.
 _FLAGS = ('-O3', '-mavx2', '-ffp-contract=off', '-std=gnu11', '-fPIC', '-shared')
 _BUILD_S = 120
 _Box = ctypes.c_double * 4
@@ -36,7 +36,7 @@ class Unavailable(Exception):
 
 
 def engine() -> str:
-  """What crops pictures on this machine, for people."""
+  """The engine that crops images on this machine, for messages: 'C', or 'packages' and the reason."""
   library, missing = _loaded()
   return 'C' if library else f'packages; {missing}'
 
@@ -44,7 +44,7 @@ def engine() -> str:
 def resize(
   pixels: np.ndarray, box: tuple[float, float, float, float], size: int, interpolation: str
 ) -> np.ndarray | None:
-  """The box of uint8 [H, W, 3] as [size, size, 3]; None where that is left to packages."""
+  """The box of uint8 [H, W, 3] as [size, size, 3]; None if the packages have to do it."""
   library, _ = _loaded()
   if library is None or interpolation not in FILTERS or pixels.strides[1:] != (3, 1):
     return None
@@ -64,7 +64,7 @@ def crop_jpeg(
   size: int,
   interpolation: str,
 ) -> np.ndarray | None:
-  """As `resize`, of a JPEG that is reduced by `factor`: of its window (left, top, width, height), `box` in that."""
+  """As `resize`, of a JPEG reduced by `factor`: the `box` inside its window (left, top, width, height)."""
   library, _ = _loaded()
   if library is None or interpolation not in FILTERS:
     return None
@@ -77,7 +77,7 @@ def crop_jpeg(
 
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
-  """The library, or what is missing."""
+  """The library, or None and the reason why it is unavailable."""
   try:
     library = ctypes.CDLL(str(_built()))
     number, pointer = ctypes.c_int, ctypes.c_void_p
@@ -96,7 +96,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
       raise Unavailable('the processor has no AVX2')
     _check(library)
   except (Unavailable, OSError) as error:
-    logger.info('crops are made by packages: %s', error)
+    logger.info('crops use Python packages: %s', error)
     return None, str(error)
   return library, ''
 
@@ -130,7 +130,7 @@ def _built() -> pathlib.Path:
 
 
 def _check(library: ctypes.CDLL) -> None:
-  """That this machine's libjpeg makes the pixels of Pillow's, of a part of a picture as of the whole."""
+  """Raises Unavailable unless a crop by this machine's libjpeg equals that of an image decoded by Pillow."""
   photo = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
   file = io.BytesIO()
   Image.fromarray(photo).resize((80, 80), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=90)
@@ -139,4 +139,4 @@ def _check(library: ctypes.CDLL) -> None:
   window, box = _Window(21, 19, 48, 48), _Box(8, 8, 40, 40)
   failed = library.fmcv_crop_jpeg(data, len(data), 1, window, box, FILTERS['bilinear'], 32, out.ctypes.data)
   if failed or (out != np.asarray(Image.open(file))[27:59, 29:61]).any():
-    raise Unavailable("this machine's libjpeg makes other pixels than Pillow's")
+    raise Unavailable("pixels of this machine's libjpeg differ from Pillow's")

@@ -9,7 +9,7 @@ import numpy as np
 from fmcv_jax.data.images import native_crop
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Interpolation = Literal['bicubic', 'bilinear', 'lanczos', 'nearest']  # but for the last Pillow's, with antialiasing
+Interpolation = Literal['bicubic', 'bilinear', 'lanczos', 'nearest']  # Pillow's, antialiased except 'nearest'
 
 FILTERS = {
   'bicubic': resizer.ResizeAlg.convolution(resizer.FilterType.catmull_rom),
@@ -17,11 +17,11 @@ FILTERS = {
   'lanczos': resizer.ResizeAlg.convolution(resizer.FilterType.lanczos3),
   'nearest': resizer.ResizeAlg.nearest(),
 }
-RADII = {'bicubic': 2, 'bilinear': 1, 'lanczos': 3, 'nearest': 1}  # pixels at either side that a filter looks at
+RADII = {'bicubic': 2, 'bilinear': 1, 'lanczos': 3, 'nearest': 1}  # filter radius in pixels
 
 
 class _Reused(threading.local):
-  """What one thread uses again for each image, so that its memory is not asked for anew."""
+  """Per-thread resizer and output buffers, reused for every image to avoid allocations."""
 
   def __init__(self):
     self.resizer = resizer.Resizer()
@@ -32,7 +32,7 @@ _THREAD = _Reused()
 
 
 def resize(pixels: np.ndarray, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
-  """The box of uint8 [H, W, 3] as uint8 [size, size, 3]: the same bytes by C and by cykooz.resizer."""
+  """The box of uint8 [H, W, 3] as uint8 [size, size, 3]; the C code and cykooz.resizer give the same bytes."""
   done = native_crop.resize(pixels, box, size, interpolation)
   return by_package(pixels, box, size, interpolation) if done is None else done
 

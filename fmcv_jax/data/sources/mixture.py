@@ -1,4 +1,4 @@
-"""Several sources as one, each with its share of the examples."""
+"""Weighted mixture of sources."""
 
 import bisect
 import dataclasses
@@ -14,13 +14,13 @@ from fmcv_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(Source):
-  """Draws from named `sources`, of which each gets its share of `weights` of every stretch of examples.
+  """Interleaves named `sources` in proportion to `weights`.
 
-  Each source goes through epochs of its own, each record once in each: with weights of 3 to 1 and as many records, the
-  first has been through three times when the second has been through once. Without weights a source's share is that of
-  its records, and all epochs are one. Evaluation reads every record of every source once.
+  Each source has epochs of its own, with each record once per epoch: with weights 3 and 1 and equal sizes, the first
+  completes three epochs while the second completes one. Without weights, sources are weighted by their number of
+  records and share one epoch. Evaluation reads every record of every source once.
 
-  Classes are joined by their names: equal names are one class.
+  Classes are merged by name.
   """
 
   sources: Mapping[str, Source]
@@ -30,9 +30,9 @@ class Mixture(Source):
     if not self.sources:
       raise ValueError('sources: expected at least one')
     if unknown := [name for name in self.weights if name not in self.sources]:
-      raise ValueError(f'weights: {unknown[0]!r} is no source; {did_you_mean(unknown[0], self.sources)}')
+      raise ValueError(f'weights: {unknown[0]!r} is not a source; {did_you_mean(unknown[0], self.sources)}')
     if self.weights and (missing := [name for name in self.sources if name not in self.weights]):
-      raise ValueError(f'weights: {missing[0]!r} has none; give every source one, or none')
+      raise ValueError(f'weights: {missing[0]!r} has no weight; set one for every source, or none')
     if bad := [name for name, weight in self.weights.items() if not 0 < weight < float('inf')]:
       raise ValueError(f'weights: expected numbers above 0, got {self.weights[bad[0]]} for {bad[0]!r}')
 
@@ -51,7 +51,7 @@ class Mixture(Source):
     if 'label' not in example or not self.names:
       return example
     if not self.sources[name].names:
-      raise UserError(f'mixture: {name!r} has labels without names, the others have names; give it class names')
+      raise UserError(f'mixture: {name!r} has labels without class names, but others have them; provide class names')
     return {**example, 'label': self._labels[name][example['label']]}
 
   def key_of(self, index: int) -> str:

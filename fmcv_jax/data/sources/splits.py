@@ -1,4 +1,4 @@
-"""Splits of a data set, by the names of its files and folders as the Hugging Face hub reads them."""
+"""Detects dataset splits from file and folder names, with the rules of the Hugging Face hub."""
 
 import collections
 import itertools
@@ -10,7 +10,7 @@ from fmcv_jax.data.storage import File
 from fmcv_jax.errors import UserError, did_you_mean
 
 ALL = 'all'
-_KEYWORDS = {  # those of `datasets`
+_KEYWORDS = {  # as in the `datasets` library
   'train': 'train',
   'training': 'train',
   'validation': 'validation',
@@ -27,10 +27,10 @@ _SHARD = re.compile(r'(.+)-\d{5}-of-\d{5}\b')
 
 
 def named(path: str) -> str | None:
-  """'train', 'validation' or 'test' where a folder or the file of `path` is called so, the outermost first.
+  """The split in the name of a folder or file of `path`, the outermost first: 'train', 'validation' or 'test'.
 
-  The word may be set off by -._ digits, space or = : train-00000.tar, val/0.tar, split=test/part.parquet. Of files that
-  are numbered as NAME-00000-of-00016 any NAME is a split.
+  The word may be delimited by -._ digits, space or = : train-00000.tar, val/0.tar, split=test/part.parquet. In
+  NAME-00000-of-00016 any NAME is a split.
   """
   *folders, file = path.split('/')
   for name in (*folders, file):
@@ -41,28 +41,29 @@ def named(path: str) -> str | None:
 
 
 def canonical(split: str) -> str:
-  """The name that `named` gives to a split: 'val' -> 'validation'."""
+  """Canonical name of a split: 'val' -> 'validation'."""
   return _KEYWORDS.get(split.lower(), split)
 
 
 def chosen(files: Sequence[File], split: str | None, what: str) -> tuple[list[File], str | None]:
   """The files of one split, and its name.
 
-  Without `split` all files must be of one, or of none that is named: reading a test set as training data is an error
-  that is not seen. 'all' reads all of them. Raises UserError, begun by `what`.
+  Without `split`, all files must belong to one split or to none: training on a test set by mistake would go unnoticed.
+  'all' reads every file. Raises UserError with the prefix `what`.
   """
   parts = [file.path.split('/')[:-1] for file in files]
   shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts))
   folder = ''.join(f'{names[0]}/' for names in shared)
   found = [named(file.path[len(folder) :]) for file in files]
-  if split and not any(found):  # the folder itself is that of a split
+  if split and not any(found):  # the folder itself is named after a split
     found = [named(f'{os.path.basename(folder.rstrip("/"))}/')] * len(files)
   counts = collections.Counter(name for name in found if name)
-  holds = ', '.join(f'{name} ({count} files)' for name, count in counts.items())
+  found_splits = ', '.join(f'{name} ({count} files)' for name, count in counts.items())
   if split is None:
     if len(counts) > 1:
       raise UserError(
-        f'{what}: {folder!r} holds several splits: {holds}; set split to one of them, or to {ALL!r} to read them as one'
+        f'{what}: {folder!r} contains several splits: {found_splits}; set split to one of them, '
+        f'or to {ALL!r} to read all of them'
       )
     return list(files), next(iter(counts), None)
   if split == ALL:
@@ -70,5 +71,5 @@ def chosen(files: Sequence[File], split: str | None, what: str) -> tuple[list[Fi
   taken = [file for file, name in zip(files, found) if name == canonical(split)]
   if not taken:
     known = did_you_mean(split, counts) if counts else 'no file is named after a split'
-    raise UserError(f'{what}: split {split!r}: none of the {len(files)} files at {folder!r} is of it; {known}')
+    raise UserError(f'{what}: split {split!r}: none of the {len(files)} files at {folder!r} belongs to it; {known}')
   return taken, canonical(split)

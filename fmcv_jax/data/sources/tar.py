@@ -1,15 +1,15 @@
-"""Where the members of a tar file lie: POSIX (ustar and pax) and GNU headers, read without the data between them."""
+"""Locates the members of a tar file from its POSIX (ustar and pax) and GNU headers, without reading their data."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
 _FILES = (b'0', b'\0', b'7')
-_MODEST = 1 << 20  # bytes of a header's own extension
+_MAX_EXTENSION = 1 << 20  # bytes of a header extension
 
 
 class Member(NamedTuple):
-  """`header` is where all that belongs to it begins, its data are the bytes from `start` to `start + size`."""
+  """A member: `header` is the offset of its first header block, its data are bytes `start` to `start + size`."""
 
   name: str
   header: int
@@ -18,7 +18,7 @@ class Member(NamedTuple):
 
 
 class TarDamaged(Exception):
-  """The file ends too early, or is no tar; all members that came before are whole."""
+  """The file is truncated or not a tar; the members yielded before are complete."""
 
   def __init__(self, reason: str):
     super().__init__(reason)
@@ -26,12 +26,12 @@ class TarDamaged(Exception):
 
 
 def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
-  """Every regular file in a tar of `size` bytes, of which read(start, count) gives a piece.
+  """Yields every regular file in a tar of `size` bytes; read(start, count) returns bytes of it.
 
-  Raises TarDamaged after the last member that is whole, if the archive's end mark does not follow.
+  Raises TarDamaged after the last complete member if the end-of-archive marker is missing.
   """
   at, begin = 0, 0
-  extended: dict[str, str] = {}  # by the headers before a member's own
+  extended: dict[str, str] = {}  # from extension headers that precede the header of a member
   while True:
     header = read(at, BLOCK)
     if len(header) < BLOCK:
@@ -43,9 +43,9 @@ def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
     kind, length = header[156:157], int(extended.get('size', 0)) or _number(header[124:136])
     start, after = at + BLOCK, at + BLOCK + -(-length // BLOCK) * BLOCK
     if start + length > size:
-      raise TarDamaged(f'it is truncated: a member goes on to byte {start + length} of {size}')
+      raise TarDamaged(f'it is truncated: a member ends at byte {start + length} of {size}')
     if kind in (b'x', b'L', b'K', b'g'):
-      if length > _MODEST:
+      if length > _MAX_EXTENSION:
         raise TarDamaged(f'the header at byte {at} has an extension of {length} bytes')
       if kind == b'x':
         extended |= _pax(read(start, length))
@@ -59,7 +59,7 @@ def members(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
 
 
 def is_header(block: bytes) -> bool:
-  """Whether 512 bytes are a tar header, by its checksum."""
+  """True if 512 bytes are a tar header, by its checksum."""
   try:
     return len(block) == BLOCK and sum(block[:148]) + 256 + sum(block[156:]) == int(block[148:156].strip(b' \0'), 8)
   except ValueError:
@@ -67,7 +67,7 @@ def is_header(block: bytes) -> bool:
 
 
 def size_in(block: bytes) -> int | None:
-  """The size that a tar header gives of its member; None for what is no header."""
+  """The member size in a tar header, in bytes; None if the block is not a header."""
   return _number(block[124:136]) if is_header(block) else None
 
 
@@ -77,7 +77,7 @@ def name_in(header: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-  if field[0] & 0x80:  # GNU's way with 8 GiB and more
+  if field[0] & 0x80:  # GNU base-256 encoding of 8 GiB and more
     return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], 'big')
   try:
     return int(field.strip(b' \0') or b'0', 8)

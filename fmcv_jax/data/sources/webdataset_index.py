@@ -1,8 +1,8 @@
-"""The index of tar shards: where the members of every sample lie, found once from the tar headers alone.
+"""Index of tar shards: the location of the members of every sample, read once from the tar headers.
 
-Which members form a sample is the rule of the `webdataset` library: neighbours that share their name up to the first
-dot of its last part. Names that begin with a dot (`._0.jpg` in a Mac's archives) or have none, and the library's own
-`__x__`, are not members and do not end a sample.
+Members are grouped to samples as in the `webdataset` library: adjacent members whose names agree up to the first dot of
+the base name. Names that start with a dot (`._0.jpg` in macOS archives) or contain none, and the library's own `__x__`,
+are not members and do not end a sample.
 """
 
 import bisect
@@ -33,22 +33,22 @@ IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
 _FORMAT = 2  # of the index
 _ALIGN = 64
 _MOST_MEMBERS = 32
-_LOCAL_BLOCK, _REMOTE_BLOCK = 4096, 16 << 20  # what is read at a time while headers are sought
+_LOCAL_BLOCK, _REMOTE_BLOCK = 4096, 16 << 20  # bytes per read while scanning headers
 _META = re.compile(r'__[^/]*__($|/)')
 _NO_IMAGE, _NO_MEMBER = 'samples without an image', 'files that are no members of a sample'
 
 
 def is_image(member: str) -> bool:
-  """Whether a member, such as 'jpg' or 'input.jpg', is an encoded image by the end of its name."""
+  """True if a member, such as 'jpg' or 'input.jpg', is an encoded image by its extension."""
   return member.rpartition('.')[2] in IMAGES
 
 
 def open_index(shards: list[storage.File], folder: str | None, on_truncated: str) -> 'Index':
-  """The index of shards, made where there is none; `folder` and `on_truncated` are those of `WebDataset`."""
+  """Opens the index of shards, or creates it; `folder` and `on_truncated` as in `WebDataset`."""
   file = _index_file(shards, folder)
   found = _open_index(file, shards)
   if found is None:
-    logger.warning('webdataset: making the index of %d shards: %s', len(shards), file)
+    logger.warning('webdataset: creating the index of %d shards: %s', len(shards), file)
     _write_index(file, shards, storage.in_threads(_scan, shards))
     found = _open_index(file, shards)
     assert found is not None
@@ -64,10 +64,10 @@ class Sample:
 
 @dataclasses.dataclass
 class Index:
-  """Where all samples lie; in memory are only the shards' paths and counts, whatever the number of samples.
+  """Locations of all samples, memory-mapped: only paths and counts of shards are in memory.
 
-  A row of the file: where the sample begins in its shard, and for each of `members` its place from there and its size,
-  both 0 where the sample has none.
+  A row of the file has the offset of the sample in its shard, and for each of `members` the offset within the sample
+  and the size, in bytes; both are 0 if the sample lacks the member.
   """
 
   shards: list[str]
@@ -75,7 +75,7 @@ class Index:
   members: list[str]
   file: str
   offset: int
-  counts: dict[str, int]  # member -> the samples that have it
+  counts: dict[str, int]  # member -> number of samples that have it
   left_out: tuple[LeftOut, ...]
   ranges: storage.Ranges = dataclasses.field(default_factory=storage.Ranges)
 
@@ -95,7 +95,7 @@ class Index:
     members = {name: data[start : start + size] for name, (start, size) in places.items()}
     headers = {name: data[start - tar.BLOCK : start] for name, (start, _) in places.items()}
     if any(tar.size_in(header) != places[name][1] for name, header in headers.items()):
-      raise BadRecord(f'the shard has changed since its index was made; remove {self.file}')
+      raise BadRecord(f'the shard has changed since its index was created; remove {self.file}')
     first = next(iter(headers.values()))
     return Sample(f'{path}/{_split(tar.name_in(first))[0]}', members)
 
@@ -108,7 +108,7 @@ def _row(members: list[str]) -> np.dtype:
 
 
 def _split(name: str) -> tuple[str, str]:
-  """A member's name as the sample's key and the extension, from the first dot of the last part of its path."""
+  """Splits a member name at the first dot of its base name into sample key and extension."""
   folder, slash, base = name.rpartition('/')
   key, _, extension = base.partition('.')
   return folder + slash + key, extension.lower()
@@ -116,7 +116,7 @@ def _split(name: str) -> tuple[str, str]:
 
 @dataclasses.dataclass
 class _Scan:
-  """What one shard holds: `rows` as in the index, with columns of its own, and what is wrong with it."""
+  """Scan of one shard: `rows` as in the index, with its own `members` as columns; `damage` is the reason or ''."""
 
   members: list[str]
   rows: np.ndarray
@@ -142,8 +142,8 @@ def _scan(shard: storage.File) -> _Scan:
       left_out[_NO_IMAGE].append(f'{key}: {", ".join(places)}')
     if key in with_image and not (found and with_image[key]):
       raise UserError(
-        f'webdataset: {shard.path}: the members of sample {key!r} do not lie next to each other, so that its image '
-        f'would lose its text; write the shard sorted by name (tar --sort=name)'
+        f'webdataset: {shard.path}: the members of sample {key!r} are not adjacent, so its image would be '
+        f'separated from its text; write the shard sorted by name (tar --sort=name)'
       )
     with_image[key] = found
 
@@ -162,7 +162,7 @@ def _scan(shard: storage.File) -> _Scan:
         )
       places[extension] = (member.start - begin, member.size)
     take()
-  except tar.TarDamaged as error:  # the sample in hand may lack members, and is not taken
+  except tar.TarDamaged as error:  # the current sample may be incomplete and is dropped
     damage = error.reason
   members = sorted({extension for places in samples for extension in places})
   rows = np.zeros(len(samples), _row(members))
@@ -188,13 +188,13 @@ def _reading_ahead(shard: storage.File):
 
 
 def _index_file(shards: list[storage.File], folder: str | None) -> pathlib.Path:
-  """Beside the shards it is known by their names alone, so that the folder may be moved."""
+  """Path of the index. Next to the shards its name depends only on theirs, so that the folder can be moved."""
   first = shards[0].path
-  beside = None if storage.is_remote(first) else pathlib.Path(first).absolute().parent
+  neighbour = None if storage.is_remote(first) else pathlib.Path(first).absolute().parent
   names = [shard.path for shard in shards]
-  if folder is None and beside is not None and os.access(beside, os.W_OK):
-    names = [os.path.relpath(name, beside) for name in names]
-    place = beside
+  if folder is None and neighbour is not None and os.access(neighbour, os.W_OK):
+    names = [os.path.relpath(name, neighbour) for name in names]
+    place = neighbour
   else:
     place = pathlib.Path(folder).expanduser() if folder is not None else storage.cache_folder() / 'webdataset'
   return place / f'.fmcv-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}.index'
@@ -204,8 +204,8 @@ def _write_index(file: pathlib.Path, shards: list[storage.File], scans: list[_Sc
   members = sorted({extension for scan in scans for extension in scan.members})
   if len(members) > _MOST_MEMBERS:
     raise UserError(
-      f'webdataset: the members have {len(members)} extensions ({", ".join(members[:3])}, ...); a member is named by '
-      f'its sample, a dot and what it is, such as 000012.jpg'
+      f'webdataset: the members have {len(members)} extensions ({", ".join(members[:3])}, ...); a member is named '
+      f'SAMPLE.EXTENSION, such as 000012.jpg'
     )
   header = {
     'format': _FORMAT,
@@ -248,7 +248,7 @@ def _joined(reason: str, scans: list[_Scan]) -> tuple[str, int, list[str]]:
 
 
 def _open_index(file: pathlib.Path, shards: list[storage.File]) -> tuple[Index, dict[str, Any]] | None:
-  """The index and its header; None where there is none, or it is damaged or of other shards."""
+  """The index and its header; None if it does not exist, is damaged, or belongs to other shards."""
   try:
     with file.open('rb') as opened:
       text = opened.readline()
@@ -272,21 +272,21 @@ def _open_index(file: pathlib.Path, shards: list[storage.File]) -> tuple[Index, 
 
 
 def _report_damage(index: Index, header: dict[str, Any], on_truncated: str) -> None:
-  """Logs what is wrong with the shards, once, or refuses them."""
+  """Logs damaged shards and skipped samples, or raises UserError."""
   for number, reason in header['damage'].items():
     path, count = index.shards[int(number)], header['shards'][int(number)][2]
     if on_truncated == 'error':
       more = f' ({len(header["damage"])} shards are damaged)' if len(header['damage']) > 1 else ''
       raise UserError(
-        f"webdataset: {path}: {reason}; fetch it again, or set on_truncated='skip_tail' to take the {count} samples "
-        f'that are whole{more}'
+        f"webdataset: {path}: {reason}; fetch it again, or set on_truncated='skip_tail' to use the {count} complete "
+        f'samples{more}'
       )
-    logger.warning('webdataset: %s: %s; its first %d samples are taken', path, reason, count)
+    logger.warning('webdataset: %s: %s; using its first %d samples', path, reason, count)
   for left in index.left_out:
     if left.reason == _NO_IMAGE:
-      logger.warning('webdataset: %d samples have no image and are left out', left.count)
+      logger.warning('webdataset: %d samples have no image and are skipped', left.count)
   if not index.ends[-1]:
-    held = f'; it has {index.left_out[0]}; images are {", ".join(IMAGES[:6])}, ...' if index.left_out else ''
+    others = f'; it has {index.left_out[0]}; images are {", ".join(IMAGES[:6])}, ...' if index.left_out else ''
     raise UserError(
-      f'webdataset: no sample with an image in {len(index.shards)} shards, the first {index.shards[0]!r}{held}'
+      f'webdataset: no sample with an image in {len(index.shards)} shards, the first {index.shards[0]!r}{others}'
     )

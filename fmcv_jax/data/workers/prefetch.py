@@ -1,12 +1,12 @@
-"""Reading ahead in threads or processes, and what happens when one of them dies, hangs or is left alone.
+"""Prefetching in threads or processes, and failure handling: worker death, hang, orphaning.
 
 Worker processes end
-  on `close()`, after the batch that each has in hand;
-  when the process that started them dies, of whatever cause, within a second;
-  half a minute after a SIGTERM, which batch systems send to a whole job: the trainer needs data up to its last save.
-Shared memory has lost its name by then (see `shared.py`), or is removed by Python's resource tracker.
-Not covered: a worker that is itself stopped (SIGSTOP) or stuck in the kernel when its parent is killed, and a thread
-that is stuck in the kernel: it is noticed after the timeout like a worker, but only ends with the process.
+  on `close()`, after their current batch;
+  within a second after the death of the process that started them, whatever its cause;
+  half a minute after a SIGTERM, which batch systems send to a whole job: the trainer needs data until its last save.
+Shared memory is unlinked by then (see `shared_memory.py`), or removed by Python's resource tracker.
+Not covered: a worker that is stopped (SIGSTOP) or stuck in the kernel when its parent is killed, and a thread that is
+stuck in the kernel, which is detected after the timeout like a worker but only ends with the process.
 """
 
 import atexit
@@ -28,33 +28,35 @@ from fmcv_jax.errors import UserError
 
 _TERM_GRACE_S = 30.0
 _CLOSE_S = 30.0
-_BUFFERED = 1  # elements of each worker, here and there
+_BUFFERED = 1  # elements per worker, in this process and in the worker
 _END = object()
 
 _HINTS = {
-  '-9': 'killed, most often for want of memory; use fewer workers or a smaller batch',
+  '-9': 'killed, usually out of memory; use fewer workers or a smaller batch',
   '-7': '/dev/shm is full; enlarge it (docker run --shm-size) or use fewer workers',
   '1': 'its own error is printed above',
 }
 
 
 class Prefetcher:
-  """Iterates over `source` in order, computing elements ahead in `workers` processes, or in two threads if that is 0.
+  """Iterates over `source` in order, prefetching in `workers` processes, or in two threads if `workers` is 0.
 
-  A worker that dies, and `timeout` seconds without an element, raise UserError; after any error the iterator is closed.
-  Reading starts at once. It goes on until `close`, or until the process ends.
+  Raises UserError if a worker dies, or after `timeout` seconds without an element; after any error the iterator is
+  closed. Reading starts at once, and ends with `close` or with the process.
   """
 
   def __init__(self, source: RandomAccess, workers: int, timeout: float):
     _keep_memory()
     self._timeout, self._others = timeout, set(multiprocessing.active_children())
     threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0) if workers else grain.ReadOptions(2, 2)
-    # Of a worker's elements one is being taken here, others wait here, in a thread of grain, and in its queue, and one
-    # is being made.
+    # Elements in flight per worker: one being consumed, those buffered in this process, in a thread of grain and in the
+    # worker's queue, and one being computed.
     given = SharedMemoryWriter(source, 2 * _BUFFERED + 3) if workers else source
     dataset = grain.MapDataset.source(given).to_iter_dataset(threads)
     if workers:
-      if not flags.FLAGS.is_parsed():  # grain reads its flags, also where no absl application has parsed any
+      if (
+        not flags.FLAGS.is_parsed()
+      ):  # grain reads absl flags, which must be marked as parsed outside an absl application
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BUFFERED)
       dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
@@ -63,7 +65,7 @@ class Prefetcher:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'read-ahead')
     self._pending = self._thread.submit(self._read)
     self._closed = False
-    atexit.register(self.close)  # while the modules that grain needs for it are still there
+    atexit.register(self.close)  # before the modules that grain needs are torn down
 
   def __iter__(self) -> 'Prefetcher':
     return self
@@ -96,18 +98,18 @@ class Prefetcher:
     return self._take(element) if isinstance(element, SharedMemoryHandle) else element
 
   def close(self) -> None:
-    """Ends threads and worker processes; those that do not answer are killed. May be called again."""
+    """Stops threads and worker processes, and kills unresponsive ones. Idempotent."""
     if self._closed:
       return
     self._closed = True
     atexit.unregister(self.close)
-    # grain must not be closed while it is read: the reading thread would wait for ever.
+    # Closing grain during a read would deadlock the reading thread.
     if not concurrent.futures.wait([self._pending], _CLOSE_S).done:
       self._kill_workers()
     closing = threading.Thread(target=self._iterator.close, daemon=True)
     closing.start()
-    closing.join(_CLOSE_S)  # one that is stuck in the kernel cannot even be killed; leave it
-    self._iterator = None  # its semaphores go with it
+    closing.join(_CLOSE_S)  # a thread stuck in the kernel cannot be stopped
+    self._iterator = None  # frees its semaphores
     self._take.close()
     self._thread.shutdown(wait=False)
 
@@ -123,7 +125,7 @@ def _start_worker(index: int, count: int) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
   signal.signal(signal.SIGTERM, lambda *_: _exit_after(_TERM_GRACE_S))
   threading.Thread(target=end_with_parent, daemon=True).start()
-  # Should a transform use JAX, it must not take the accelerator, nor emulate the parent's eight devices.
+  # A transform that uses JAX must not claim the accelerator or emulate the parent's devices.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ.pop('XLA_FLAGS', None)
   if jax := sys.modules.get('jax'):
@@ -131,7 +133,7 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _keep_memory() -> None:
-  """Has glibc reuse blocks of a picture's size; asking the kernel for fresh pages each time costs half a decoding."""
+  """Makes glibc reuse image-sized blocks; fresh pages from the kernel cost half as much as decoding."""
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError):  # another C library
@@ -148,7 +150,7 @@ def _exit_after(seconds: float) -> None:
 
 
 def end_with_parent() -> None:
-  """For a thread of a worker process: ends it when the process that started it does, of whatever cause."""
+  """Ends this worker process when its parent process ends; runs in a thread."""
   parent = multiprocessing.parent_process()
   assert parent is not None
   parent.join()

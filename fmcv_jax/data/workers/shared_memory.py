@@ -1,7 +1,7 @@
-"""Arrays from worker processes through blocks of shared memory that are used again and again.
+"""Transfers arrays from worker processes through reused blocks of shared memory.
 
-A fresh block for each batch costs the kernel a page at a time: more than a tenth of what decoding costs. A block loses
-its name as soon as both sides have it, so that nothing is left behind, however a run ends.
+A new block per batch would cost page faults, more than a tenth of the time of decoding. Blocks are unlinked once both
+processes have mapped them, so that none is left behind, however a run ends.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ _ALIGNED = 64  # bytes
 
 
 class RandomAccess(Protocol):
-  """What is read: pure and picklable, so that any process or thread may compute any element."""
+  """A random-access source: pure and picklable, so that any process or thread can compute any element."""
 
   def __len__(self) -> int: ...
 
@@ -22,7 +22,7 @@ class RandomAccess(Protocol):
 
 
 class Array(NamedTuple):
-  """Where an array lies in a block."""
+  """Location of an array in a block; `offset` in bytes."""
 
   offset: int
   shape: tuple[int, ...]
@@ -34,7 +34,7 @@ _STAMP = Array(0, (1,), '<i8')
 
 @dataclasses.dataclass(frozen=True)
 class SharedMemoryHandle:
-  """An element whose arrays lie in the block `name`, which is stamped with `turn` while they do."""
+  """An element whose arrays are in the block `name`, valid while the stamp of the block equals `turn`."""
 
   name: str
   turn: int
@@ -42,8 +42,8 @@ class SharedMemoryHandle:
 
 
 class SharedMemoryWriter:
-  """A source whose elements, dicts and tuples of arrays and other things, come as `SharedMemoryHandle`, each in the
-  next of `blocks` blocks. Elements are asked for in turn, and one is taken before the `blocks`-th after it is made."""
+  """Wraps a source: its elements (nested dicts and tuples with arrays) become `SharedMemoryHandle`s, in one of `blocks`
+  blocks in turn. An element must be read before the `blocks`-th element after it is computed."""
 
   def __init__(self, source: RandomAccess, blocks: int):
     self._source, self._turn = source, 0
@@ -61,7 +61,7 @@ class SharedMemoryWriter:
     if block is None or block.size < size:
       block = self._blocks[slot] = SharedMemory(create=True, size=size)
     stamp = _view(block, _STAMP)
-    stamp[0] = -1  # not yet whole
+    stamp[0] = -1  # incomplete
     for place, array in zip(_places(layout), arrays, strict=True):
       _view(block, place)[...] = array
     stamp[0] = self._turn
@@ -73,18 +73,18 @@ class SharedMemoryWriter:
 
 
 class SharedMemoryReader:
-  """The other side: the elements as they were, with arrays of their own."""
+  """Restores elements from handles, with copies of the arrays."""
 
   def __init__(self) -> None:
     self._blocks: dict[str, SharedMemory] = {}
 
-  def __call__(self, handed: SharedMemoryHandle) -> Any:
-    block = self._blocks.get(handed.name)
+  def __call__(self, handle: SharedMemoryHandle) -> Any:
+    block = self._blocks.get(handle.name)
     if block is None:
-      block = self._blocks[handed.name] = SharedMemory(handed.name)
+      block = self._blocks[handle.name] = SharedMemory(handle.name)
       block.unlink()
-    element = _taken(handed.element, block)
-    if _view(block, _STAMP)[0] != handed.turn:
+    element = _taken(handle.element, block)
+    if _view(block, _STAMP)[0] != handle.turn:
       raise RuntimeError('a batch was overwritten by a later one before it was read')
     return element
 
@@ -95,7 +95,7 @@ class SharedMemoryReader:
 
 
 def _laid_out(element: Any, start: int, arrays: list[np.ndarray]) -> tuple[Any, int]:
-  """The element with `Array` for its arrays, which are added to `arrays`, and where the last of them ends."""
+  """The element with its arrays replaced by `Array` and added to `arrays`, and the end offset of the last one."""
   if isinstance(element, np.ndarray):
     arrays.append(element)
     return Array(start, element.shape, element.dtype.str), start + -(-element.nbytes // _ALIGNED) * _ALIGNED

@@ -1,7 +1,7 @@
-"""Inception v3 (Szegedy et al. 2016) as TensorFlow's graph of 2015 has it, whose features FID is defined by.
+"""Inception v3 (Szegedy et al. 2016) as in TensorFlow's graph of 2015, whose features define FID.
 
-Its 1008 classes, its average pools, which do not count the border, and a maximum instead of the average in the last
-block set that graph apart from later versions. Letters in shapes: B batch, R rows, C columns, D channels.
+Differences from later versions: 1008 classes, average pools that do not count the border, and a maximum instead of an
+average pool in the last block. Letters in shapes: B batch, R rows, C columns, D channels.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ EPS = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-  """A convolution with its norm; `inside` keeps the kernel within the picture, otherwise zeros surround it."""
+  """Convolution and batch norm; `inside` selects 'VALID' padding, otherwise 'SAME'."""
 
   name: str
   features: int
@@ -30,14 +30,14 @@ class Conv:
   inside: bool = False
 
 
-# A step of a branch is a convolution, several side by side, or a pool: 'mean' and 'max' of 3 x 3 pixels, 'half' the
-# largest of 3 x 3 at every other pixel, within the picture.
+# A step of a branch is a convolution, several in parallel, or a pool: 'mean' and 'max' of 3 x 3 pixels, or 'half', a
+# 3 x 3 max pool of stride 2 without padding.
 Step = Conv | tuple[Conv, ...] | str
 Branch = tuple[Step, ...]
 
 
 def _line(prefix: str, *steps: tuple[int, int, int], half: bool = False) -> Branch:
-  """Convolutions 'prefix_1', 'prefix_2', ... of (features, rows, columns); the last one takes every other pixel."""
+  """Convolutions 'prefix_1', 'prefix_2', ... of (features, rows, columns); with `half` the last one has stride 2."""
   last = len(steps)
   return tuple(
     Conv(f'{prefix}_{i}' if last > 1 else prefix, f, (r, c), *((2, True) if half and i == last else ()))
@@ -109,7 +109,7 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
 
 
 class FrozenNorm(nn.Module):
-  """Batch norm with the statistics that it was trained with, as parameters."""
+  """Batch norm in inference mode, with its statistics as parameters."""
 
   logical_axes = ((r'(.*/)?norm/(scale|bias|mean|variance)', (None,)),)
 
@@ -135,7 +135,7 @@ class Unit(nn.Module):
 
 
 def _walk(x: jax.Array, branch: Branch) -> jax.Array:
-  """To be called in the compact method that owns the scope."""
+  """Applies a branch; to be called in the compact method that owns the scope."""
   for step in branch:
     if isinstance(step, Conv):
       x = Unit(step, name=step.name)(x)
@@ -160,7 +160,7 @@ class Mixed(nn.Module):
 class Inception(nn.Module):
   """Images [B, R, C, 3] of any size, from -1 to 127 / 128 -> Features: 1008 logits, 2048 pooled, tokens [B, 64, 2048].
 
-  They are resized to 299 x 299 as that graph does, which takes one pixel of many where it shrinks.
+  Images are resized to 299 x 299 as in that graph: bilinear without antialiasing.
   """
 
   logical_axes = (*HEAD_AXES,)
@@ -179,7 +179,7 @@ class Inception(nn.Module):
 
 
 def resized(images: jax.Array) -> jax.Array:
-  """To 299 x 299 by TensorFlow 1's bilinear interpolation: the first pixels of both lie on each other."""
+  """Resizes to 299 x 299 by TensorFlow 1's bilinear interpolation, which aligns the first pixels of both images."""
 
   def matrix(size):
     place = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
@@ -195,5 +195,5 @@ def resized(images: jax.Array) -> jax.Array:
 
 
 def inception() -> Inception:
-  """The network whose pooled features FID, KID, precision and recall are published of."""
+  """The network whose pooled features published FID, KID, precision and recall are based on."""
   return Inception()

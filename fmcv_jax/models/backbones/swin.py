@@ -1,7 +1,7 @@
-"""Swin transformer (Liu et al. 2021): attention in windows that shift from block to block, patches that merge.
+"""Swin transformer (Liu et al. 2021): attention in shifted windows, patch merging between stages.
 
-Windows are cut by a reshape and shifted by a roll, so XLA sees batched products of one shape. Blocks come in pairs, the
-second shifted; a stage is a scan over its pairs.
+Windows are made by a reshape and shifted by a roll, so all products are batched and of one shape. Blocks come in pairs,
+the second one shifted; a stage is a scan over its pairs.
 
 Letters in shapes: B batch, R rows, C columns, T = R * C tokens, D width, W windows, M tokens of a window, H heads.
 """
@@ -50,16 +50,16 @@ def from_windows(x: jax.Array, window: int, grid: Grid) -> jax.Array:
 
 
 def relative_index(window: int) -> np.ndarray:
-  """Row of the table of relative positions for each pair of a window's tokens, int [M, M] (Liu et al., sec. 3.2)."""
+  """Index into the relative position table for each pair of tokens of a window, int [M, M] (Liu et al., sec. 3.2)."""
   place = np.stack(np.divmod(np.arange(window * window), window), -1)
   down, right = np.moveaxis(place[:, None] - place[None] + window - 1, -1, 0)
   return down * (2 * window - 1) + right
 
 
 def shift_mask(grid: Grid, window: int, shift: int) -> np.ndarray:
-  """Which tokens of a rolled window lay side by side in the image, bool [W, M, M]."""
+  """Attention mask of shifted windows, bool [W, M, M]: True for tokens that are contiguous in the image."""
 
-  def parts(size):  # what the roll brought from the other side is a part of its own
+  def parts(size):  # rows that the roll wrapped around form a part of their own
     place = np.arange(size)
     return (place >= size - window).astype(int) + (place >= size - shift)
 
@@ -70,7 +70,7 @@ def shift_mask(grid: Grid, window: int, shift: int) -> np.ndarray:
 
 
 class WindowAttention(nn.Module):
-  """Multi-head attention within windows x [B, W, M, D] -> the same; each head learns a bias by relative position."""
+  """Multi-head attention within windows, [B, W, M, D] -> [B, W, M, D], with learned relative position biases."""
 
   logical_axes = (
     *ATTENTION_AXES,
@@ -82,10 +82,10 @@ class WindowAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask=None):
-    """mask: bool [W, M, M], True where a query may look; None for everywhere."""
+    """mask: bool [W, M, M], True where attention is allowed; None for no mask."""
     c, width = self.config, x.shape[-1]
     if width % c.num_heads:
-      raise ValueError(f'a width of {width} does not divide into {c.num_heads} heads')
+      raise ValueError(f'width {width} is not divisible by {c.num_heads} heads')
     heads = 'heads' if c.num_heads > 1 else None
 
     def project(name):
@@ -104,7 +104,7 @@ class WindowAttention(nn.Module):
 
 
 class WindowBlock(nn.Module):
-  """Pre-norm transformer block on a grid of tokens x [B, T, D], whose attention stays within (shifted) windows."""
+  """Pre-norm transformer block on a grid of tokens x [B, T, D], with attention within (shifted) windows."""
 
   logical_axes = (NORM_AXES,)
 
@@ -119,7 +119,7 @@ class WindowBlock(nn.Module):
     c, window, shift, (rows, columns) = self.config, self.window, self.shift, self.grid
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     y = layer_norm(c.eps, c.dtype, 'norm1')(x).reshape(x.shape[0], rows, columns, -1)
-    # As published for detection, zeros below and to the right fill up the last windows and are attended to.
+    # As published for detection, the last windows are padded with zeros at the bottom and right, which are attended to.
     y = jnp.pad(y, ((0, 0), (0, -rows % window), (0, -columns % window), (0, 0)))
     padded = (y.shape[1], y.shape[2])
     mask = shift_mask(padded, window, shift) if shift else None
@@ -135,7 +135,7 @@ class WindowBlock(nn.Module):
 
 
 class WindowPair(nn.Module):
-  """A block of plain windows and one of windows shifted by half, in the form of a scan; drop_path [2] for the two."""
+  """A block with regular windows and one with windows shifted by half, as a scan body; drop_path [2], one per block."""
 
   config: BlockConfig
   grid: Grid
@@ -143,7 +143,7 @@ class WindowPair(nn.Module):
 
   @nn.compact
   def __call__(self, x, drop_path=None):
-    # A single window has no neighbours to look at.
+    # A single window is not shifted.
     shift = self.window // 2 if min(self.grid) > self.window else 0
     rates = (None, None) if drop_path is None else (drop_path[0], drop_path[1])
     x = WindowBlock(self.config, self.grid, self.window, 0, name='plain')(x, rates[0])
@@ -151,7 +151,7 @@ class WindowPair(nn.Module):
 
 
 class Merge(nn.Module):
-  """Joins 2 x 2 neighbours and doubles the width: x [B, T, D] on a grid -> ([B, T / 4, 2 D], the new grid)."""
+  """Patch merging: joins 2 x 2 neighbors and doubles the width, x [B, T, D] -> ([B, T / 4, 2 D], the new grid)."""
 
   logical_axes = (
     (r'(.*/)?merge/reduce/kernel', ('embed', None)),
@@ -167,14 +167,14 @@ class Merge(nn.Module):
     x = x.reshape(-1, rows, columns, width)
     x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
     rows, columns = x.shape[1] // 2, x.shape[2] // 2
-    # Published order: the neighbour below comes before the one to the right.
+    # Published order: the neighbor below comes before the one to the right.
     x = x.reshape(-1, rows, 2, columns, 2, width).transpose(0, 1, 3, 4, 2, 5).reshape(-1, rows * columns, 4 * width)
     x = layer_norm(self.eps, self.dtype, 'norm')(x)
     return dense(2 * width, self.dtype, 'reduce', bias=False)(x), (rows, columns)
 
 
 class Stage(nn.Module):
-  """Merges where `merge` says so, then runs `pairs` pairs of blocks; x [B, T, D] on a grid -> tokens and their grid."""
+  """Patch merging (if `merge`) and `pairs` pairs of blocks; x [B, T, D] on a grid -> tokens and their grid."""
 
   pairs: int
   config: BlockConfig
@@ -207,8 +207,8 @@ class Level(NamedTuple):
 class Swin(nn.Module):
   """Images [B, height, width, 3], normalized, in multiples of the smallest patch -> Features of the last stage.
 
-  `image_size` tells the largest window that a stage has use for; images of other sizes fill up their last windows.
-  `outputs` units of a linear head act on the mean of the last tokens; 0 leaves it as it is.
+  `image_size` bounds the window size of a stage; for other image sizes the last windows are padded. `num_classes` is
+  the number of outputs of a linear head on the mean of the last tokens; 0 returns the mean.
   """
 
   logical_axes = (
@@ -232,7 +232,7 @@ class Swin(nn.Module):
 
   @property
   def patch_size(self) -> int:
-    """Pixels along the side of what becomes one of the last tokens."""
+    """Side in pixels of the image area of one token of the last stage."""
     return self.smallest_patch * 2 ** (len(self.depths) - 1)
 
   def setup(self):
@@ -257,7 +257,7 @@ class Swin(nn.Module):
       self.head = linear_head(self.num_classes, True, dtype)
 
   def pyramid(self, images, *, train: bool = False) -> tuple[Level, ...]:
-    """What each stage makes of the images, the finest first; the last is not yet normalized."""
+    """Feature maps of all stages, highest resolution first; the last one is not normalized."""
     x, grid = patchify(images, self.smallest_patch)
     x = self.embed_norm(self.embed(x))
     rates = np.linspace(0, self.drop_path, sum(self.depths), dtype=np.float32)
@@ -314,7 +314,7 @@ def swin(
       f'depths {depths}: expected an even number of blocks for each of the {len(num_heads)} stages of heads'
     )
   if image_size % patch_size:
-    raise ValueError(f'image_size {image_size} does not divide into patches of {patch_size}')
+    raise ValueError(f'image_size {image_size} is not divisible by the patch size {patch_size}')
   blocks = tuple(
     BlockConfig(num_heads=count, mlp_dim=4 * width * 2**level, eps=eps, dtype=dtype)
     for level, count in enumerate(num_heads)

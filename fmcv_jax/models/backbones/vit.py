@@ -31,7 +31,7 @@ Positions = Literal['learned', 'sincos2d', 'rope2d']
 
 
 class AttentionPool(nn.Module):
-  """One learned query gathers the tokens x [B, T, D] -> [B, D] (MAP head: Lee et al. 2019; Zhai et al. 2022)."""
+  """Attention pooling with one learned query, [B, T, D] -> [B, D] (MAP head: Lee et al. 2019; Zhai et al. 2022)."""
 
   logical_axes = (
     (r'(.*/)?probe', (None, 'embed')),
@@ -53,14 +53,14 @@ class ViT(nn.Module):
   """Images [B, height, width, 3], normalized, in multiples of `patch` -> Features.
 
   Tokens are the class token (if pool is 'cls'), the distillation token (if `distilled`), `registers` (Darcet et al.
-  2024), then the patches row by row. At another resolution than image_size x image_size a learned table is
-  interpolated; the others are computed for it. `outputs` units of a linear head act on the pooled features; 0 leaves
-  them as they are. `mask_token` learns what stands for a patch that must not be seen (BEiT, Bao et al. 2022).
-  `distilled` adds a token and a head that learn from a teacher (DeiT, Touvron et al. 2021): features and outputs are
-  the means of both tokens' and of both heads'. With the pool 'gap' there may be a `class_token` that is not read, and
-  the last norm may act on the mean (`fc_norm`): MAE's fine-tuning (He et al. 2022) does both. `drop_remainder`
-  leaves out the pixels at the right and at the bottom that fill no patch, as a convolution without padding does;
-  without it they are an error. `position_antialias` is that of `resize_grid`.
+  2024), then the patches row by row. At resolutions other than image_size x image_size a learned table is interpolated;
+  fixed tables are recomputed. `num_classes` is the number of outputs of a linear head on the pooled features; 0 returns
+  the pooled features. `mask_token` adds a learned token that replaces masked patches (BEiT, Bao et al. 2022).
+  `distilled` adds a token and a head that learn from a teacher (DeiT, Touvron et al. 2021); features and outputs are
+  then the means over both tokens and both heads. With pool 'gap' there may be an unused `class_token`, and the last
+  norm may act on the mean (`fc_norm`): MAE fine-tuning (He et al. 2022) does both. `drop_remainder`
+  ignores pixels at the right and bottom that do not fill a patch, as an unpadded convolution does; without it they are
+  an error. `position_antialias` is that of `resize_grid`.
   """
 
   logical_axes = (
@@ -91,7 +91,7 @@ class ViT(nn.Module):
 
   @property
   def prefix(self) -> int:
-    """How many tokens come before the patches."""
+    """Number of tokens before the patches."""
     return int(self.has_class_token) + int(self.distilled) + self.registers
 
   @property
@@ -100,10 +100,10 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(self, images, *, keep=None, masked=None, train: bool = False) -> Features:
-    """What the images hold.
+    """Features of the images.
 
-    keep     int32 [B, N], the patches that are looked at (FLIP, Li et al. 2023; MAE); None for all
-    masked   bool [B, rows * columns], the patches that the mask token takes the place of; None for none
+    keep     int32 [B, N], indices of the visible patches (FLIP, Li et al. 2023; MAE); None for all
+    masked   bool [B, rows * columns], True for patches replaced by the mask token; None for none
     """
     block, batch = self.stack.block, images.shape[0]
     if self.drop_remainder:
@@ -237,9 +237,9 @@ def vit(
     known = [f'{name}/{p}' for name in SIZES for p in (8, 14, 16, 32)]
     raise ValueError(f'unknown ViT variant {variant!r}; {did_you_mean(variant, known)}')
   if image_size % int(patch) and not drop_remainder:
-    raise ValueError(f'image_size {image_size} does not divide into patches of {patch}')
+    raise ValueError(f'image_size {image_size} is not divisible by the patch size {patch}')
   if distilled and pool != 'cls':
-    raise ValueError(f"distilled: the second token goes beside a class token, so pool must be 'cls', not {pool!r}")
+    raise ValueError(f"distilled: the distillation token requires a class token, so pool must be 'cls', not {pool!r}")
   if fc_norm and pool != 'gap':
     raise ValueError(f"fc_norm: it acts on the mean of the tokens, so pool must be 'gap', not {pool!r}")
   defaults = SIZES[size]

@@ -1,6 +1,6 @@
-"""What convolutional autoencoders and UNets are built of, on pictures [B, H, W, C].
+"""Blocks of convolutional autoencoders and UNets, on images [B, H, W, C].
 
-Shapes follow Rombach et al. 2022; convolutions of one pixel are dense layers.
+Shapes follow Rombach et al. 2022; 1 x 1 convolutions are dense layers.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fmcv_jax.models.common.layers import NORM_AXES, Attention, BlockConfig, dense
 from fmcv_jax.parallel.rules import with_logical_constraint
 
-# Of every group norm; narrow networks have fewer, of four channels: groups of one would lose a picture's colours.
+# Groups of every group norm; narrow networks have fewer, of four channels each: groups of one would remove the colors.
 GROUPS = 32
 GLOROT = nn.initializers.xavier_uniform()
 
@@ -33,7 +33,7 @@ def conv(
 
 
 def groups_of(channels: int) -> int:
-  """How many groups a norm of so many channels has."""
+  """Number of groups of a group norm."""
   return min(GROUPS, max(1, channels // 4))
 
 
@@ -42,10 +42,10 @@ def group_norm(channels: int, dtype: str, name: str, eps: float = 1e-6) -> nn.Gr
 
 
 class ResidualBlock(nn.Module):
-  """Two convolutions around a skip: [B, H, W, C] -> [B, H, W, features].
+  """Two convolutions with a residual connection: [B, H, W, C] -> [B, H, W, features].
 
-  Conditioned on the time [B, E], it is born without a say: its last convolution is zero (Ho et al. 2020). `dropout`
-  needs the rng 'dropout'.
+  With a time embedding [B, E], the last convolution is initialized to zero (Ho et al. 2020). `dropout` needs the rng
+  'dropout'.
   """
 
   logical_axes = (
@@ -78,7 +78,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-  """Every pixel looks at all pixels, around a skip: [B, H, W, C] -> [B, H, W, C]."""
+  """Self-attention over pixels with a residual connection: [B, H, W, C] -> [B, H, W, C]."""
 
   logical_axes = (NORM_AXES,)
 
@@ -112,7 +112,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Doubles both sides: every pixel four times, then a convolution."""
+  """Doubles both sides: nearest-neighbor upsampling, then a convolution."""
 
   logical_axes = (
     (r'(.*/)?\w+_up/conv/kernel', (None, None, None, 'embed')),

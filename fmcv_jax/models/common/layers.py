@@ -1,4 +1,4 @@
-"""The one attention, MLP, block and scanned stack of blocks that every transformer here is made of.
+"""Attention, MLP, block and scanned stack of blocks, shared by all transformers.
 
 Letters in shapes: B batch, T tokens, D width, H heads, K head dimension, L depth.
 """
@@ -17,7 +17,7 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu']
 Remat = Literal['none', 'dots', 'full']
-Unroll = int | bool  # as in jax.lax.scan: how many of its steps are laid out side by side, True for all
+Unroll = int | bool  # as in jax.lax.scan: number of steps to unroll, True for all
 Dtype = Literal['float32', 'bfloat16']
 
 ACTIVATIONS = {
@@ -33,18 +33,19 @@ _NAMED = jax.checkpoint_policies.save_only_these_names('dense', 'attention')
 
 
 def _saves_matmuls(primitive, *args, **params) -> bool:
-  """Whether it is what takes time: results of dense layers (with their bias), of attention, and of convolutions.
+  """Remat policy: saves results of dense layers (with their bias), attention and convolutions, which are slow to
+  compute.
 
-  Norms, activations and attention's logits take memory.
+  Norms, activations and attention logits are recomputed: they are fast to compute but large.
   """
   return primitive is jax.lax.conv_general_dilated_p or _NAMED(primitive, *args, **params)
 
 
-# What the backward pass finds saved instead of computing it again; 'none' recomputes nothing.
+# Values that are saved for the backward pass; the rest is recomputed. 'none' recomputes nothing.
 REMAT_POLICIES = {'dots': _saves_matmuls, 'full': jax.checkpoint_policies.nothing_saveable}
 
 
-# Axes of what several modules make, for their `logical_axes` (see parallel/parameter_axes.py).
+# Logical axes of parameters that several modules share (see parallel/parameter_axes.py).
 NORM_AXES = (r'(.*/)?\w*norm\w*/(scale|bias)', (None,))
 ATTENTION_AXES = (
   (r'(.*/)?(query|key|value)/kernel', ('embed', 'heads')),
@@ -65,13 +66,13 @@ HIDDEN_AXES = (
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """What the blocks of one stack have in common.
+  """Options shared by the blocks of a stack.
 
-  eps is that of LayerNorm; layer_scale the initial value of LayerScale (Touvron et al. 2021), None for none; gated
-  makes the MLP a GLU (Shazeer 2020); `qkv_bias` is that of the attentions' projections; `dropout` acts on both
-  residual branches; `post_norm` normalizes after each residual sum instead of before each branch (Vaswani et al. 2017,
-  BERT); `parallel` adds attention and MLP of the same normalized input in one sum, and `qk_norm` normalizes queries and
-  keys in each head before they meet (both Dehghani et al. 2023, section 2.1); `dtype` is that of the matmuls
+  `eps` is the epsilon of LayerNorm; `layer_scale` the initial value of LayerScale (Touvron et al. 2021), None for none;
+  `gated` makes the MLP a GLU (Shazeer 2020); `qkv_bias` adds biases to the query, key and value projections; `dropout`
+  acts on both residual branches; `post_norm` normalizes after each residual sum instead of before each branch (Vaswani
+  et al. 2017, BERT); `parallel` adds attention and MLP of the same normalized input in one sum, and `qk_norm`
+  normalizes queries and keys per head (both Dehghani et al. 2023, section 2.1); `dtype` is the dtype of matmuls
   (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
   """
 
@@ -113,10 +114,10 @@ class Dense(nn.Module):
 
 
 def cast_param(parameter: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """A parameter in the dtype of the matmuls.
+  """A parameter cast to the dtype of the matmuls.
 
-  The barrier keeps XLA from rounding it, and taking it out of stacked layers, anew inside of every product that reads
-  it: on a TPU it is then fetched ahead of the product (docs/plan.md has what that is worth).
+  The barrier keeps XLA from fusing the cast, and the slice out of stacked layers, into every product that reads the
+  parameter: on a TPU it is then prefetched (docs/plan.md has the measured gain).
   """
   if parameter.dtype == dtype:
     return parameter
@@ -128,19 +129,19 @@ def dense(features: int, dtype: str, name: str, *, bias: bool = True, init=nn.in
 
 
 def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
-  # Its variance is E[x^2] - E[x]^2 in float32, in one pass over the tokens (docs/plan.md has what that is worth). What
-  # cancels is small, since the mean over the channels is small beside their spread.
+  # The variance is E[x^2] - E[x]^2 in float32, in one pass over the tokens (docs/plan.md has the measured gain).
+  # Cancellation is small, since the mean over the channels is small compared to their standard deviation.
   return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
 
 
 def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
-  """x at unit length along an axis, in float32; a vector of zeros stays one, with a finite gradient."""
+  """x scaled to unit length along an axis, in float32; zero vectors stay zero, with a finite gradient."""
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-12))
 
 
 def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
-  """y [B, ...], in which each example is zero with probability `rate` and the others are scaled to keep the mean."""
+  """Zeros each example of y [B, ...] with probability `rate` and scales the others to preserve the mean."""
   keep = 1.0 - rate
   kept = jax.random.bernoulli(rng, keep, (y.shape[0], *(1,) * (y.ndim - 1)))
   return jnp.where(kept, y / keep, 0).astype(y.dtype)
@@ -149,7 +150,7 @@ def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> j
 class Attention(nn.Module):
   """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D].
 
-  config.causal masks self-attention only: the tokens of a context have no order in common with x, and are all visible.
+  config.causal applies to self-attention only: all tokens of a context are visible.
   """
 
   logical_axes = (*ATTENTION_AXES,)
@@ -160,8 +161,8 @@ class Attention(nn.Module):
   def __call__(self, x, context=None, *, angles=None, mask=None):
     c, width = self.config, x.shape[-1]
     if width % c.num_heads:
-      raise ValueError(f'a width of {width} does not divide into {c.num_heads} heads')
-    # A context (a text, say) is short, and whole on each device.
+      raise ValueError(f'width {width} is not divisible by {c.num_heads} heads')
+    # A context (a text, say) is short, and not sharded along its tokens.
     tokens: str | None = 'tokens' if context is None else None
     backend: Backend = c.attention if context is None else 'xla'
     causal = c.causal and context is None
@@ -169,7 +170,7 @@ class Attention(nn.Module):
 
     def project(inputs, name, tokens):
       y = dense(width, c.dtype, name, bias=c.qkv_bias)(inputs)
-      heads = 'heads' if c.num_heads > 1 else None  # a single head is whole on every mesh
+      heads = 'heads' if c.num_heads > 1 else None  # a single head is never sharded
       return with_logical_constraint(y.reshape(*y.shape[:2], c.num_heads, -1), 'batch', tokens, heads, None)
 
     query, key, value = (
@@ -182,7 +183,7 @@ class Attention(nn.Module):
     if angles is not None:
       query, key = rotate(query, angles), rotate(key, angles)
     y = attention(query, key, value, causal=causal, mask=mask, backend=backend)
-    # For `attention_maps`; neither exists unless the caller of `apply` asks for the one and gives the other.
+    # For `attention_maps`; no cost unless the caller of `apply` makes 'intermediates' mutable, or passes 'probes'.
     self.sow('intermediates', 'projections', (query, key, value))
     if self.has_variable('probes', 'mixed'):
       y = y + self.get_variable('probes', 'mixed')
@@ -224,9 +225,9 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, drop_path=None, angles=None, mask=None):
-    """drop_path: share of examples that skip a branch (Huang et al. 2016); needs the rng 'dropout'."""
+    """drop_path: fraction of examples that skip a branch (Huang et al. 2016); needs the rng 'dropout'."""
     c = self.config
-    # The scan's body must return what it takes, so the residual stream has one dtype throughout.
+    # A scan body must return the dtype of its carry, so the residual stream has one dtype throughout.
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     norm1, norm2 = (layer_norm(c.eps, c.dtype, name) for name in ('norm1', 'norm2'))
     attention = Attention(c, name='attention')
@@ -256,10 +257,10 @@ class Block(nn.Module):
 
 
 def rematerialize(module: type[nn.Module], remat: Remat, *, in_scan: bool = False) -> Any:
-  """The module, of which the backward pass computes again what `remat` does not save.
+  """The module with rematerialization: the backward pass recomputes the values that `remat` does not save.
 
-  XLA merges equal computations, and so would undo this. A scan keeps its two passes apart by itself; elsewhere a
-  barrier has to, which also stands in the way of fusion.
+  XLA's common subexpression elimination would undo this. A scan prevents it by itself; elsewhere it takes an
+  optimization barrier, which also prevents fusion.
   """
   if remat == 'none':
     return module
@@ -269,9 +270,9 @@ def rematerialize(module: type[nn.Module], remat: Remat, *, in_scan: bool = Fals
 def scan_layers(
   module: type[nn.Module], length: int, in_axes: Any, *, remat: Remat = 'none', unroll: Unroll = 1
 ) -> Any:
-  """`length` modules in a row, each (carry, *inputs) -> (carry, output); parameters carry an axis of that length.
+  """`length` modules in sequence, each (carry, *inputs) -> (carry, output); parameters have an axis of that length.
 
-  in_axes: for each input 0, where it has such an axis as well, or nn.broadcast; `unroll` as in `Stack`.
+  in_axes: for each input 0, if it has such an axis as well, or nn.broadcast; `unroll` as in `Stack`.
   """
   side_by_side = length if unroll is True else min(unroll, length)
   return nn.scan(
@@ -286,11 +287,11 @@ def scan_layers(
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """A stack of `depth` blocks; parameters carry a leading axis of that length.
+  """A stack of `depth` blocks; parameters have a leading axis of that length.
 
-  drop_path rises linearly from 0 in the first block to its full value in the last; without `drop_path_rise` it is the
-  same in all (DeiT III, Touvron et al. 2022). `unroll` blocks are laid out side by side in the scan's body: all of them
-  (True) give the fastest program and the longest compile, 1 the reverse; parameters and results are the same.
+  drop_path increases linearly from 0 in the first block to its full value in the last; without `drop_path_rise` it is
+  the same in all (DeiT III, Touvron et al. 2022). `unroll` is the number of blocks per scan iteration: all of them
+  (True) give the fastest program and the longest compile time, 1 the reverse; parameters and results are the same.
   """
 
   depth: int

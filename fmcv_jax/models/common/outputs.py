@@ -1,4 +1,4 @@
-"""What an image network returns, and the linear head that reads it."""
+"""Outputs of image networks, and the linear head on them."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ from fmcv_jax.models.common.layers import Dense, dense
 
 
 class Features(NamedTuple):
-  """What a network makes of its input: output [B, out] (the head's, or pooled), pooled [B, D], tokens [B, T, D].
+  """Outputs of a network: output [B, out] (of the head, or pooled), pooled [B, D], tokens [B, T, D].
 
-  num_heads: of a network with two, the class token's output and the distillation token's, whose mean is `output`.
+  num_heads: for a network with two heads, the outputs of the class and distillation tokens, whose mean is `output`.
   """
 
   output: jax.Array
@@ -21,6 +21,6 @@ class Features(NamedTuple):
 
 
 def linear_head(outputs: int, bias: bool, dtype: str, name: str = 'head') -> Dense:
-  """The head on pooled features: with bias a classifier, born zero; without, a projection into an embedding space."""
+  """Linear head on pooled features: with bias a zero-initialized classifier; without, an embedding projection."""
   init = nn.initializers.zeros if bias else nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
   return dense(outputs, dtype, name, bias=bias, init=init)

@@ -1,4 +1,4 @@
-"""Where a token stands: fixed sine-cosine tables, resized learned tables, and rotary angles on a 2-D grid."""
+"""Positional embeddings: fixed sine-cosine tables, resized learned tables, and rotary angles on a 2-D grid."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ def sincos_2d(
   first: tuple[float, float] = (0.0, 0.0),
   step: float = 1.0,
 ) -> np.ndarray:
-  """Fixed 2-D table, float32 [height * width, dim], row by row (MoCo v3, Chen et al. 2021; MAE, He et al. 2022).
+  """Fixed 2-D table, float32 [height * width, dim], in row-major order (MoCo v3, Chen et al. 2021; MAE, He et al.
+  2022).
 
   The four quarters of `dim` are sin and cos of the column, then sin and cos of the row, at `dim / 4` frequencies.
-  Rows and columns are counted from `first` on, by `step`.
+  Coordinates start at `first` and increase by `step`.
   """
   if dim % 4:
     raise ValueError(f'a 2-D sine-cosine table needs a width divisible by 4, got {dim}')
@@ -28,10 +29,10 @@ def sincos_2d(
 
 
 def resize_grid(table: jax.Array, old: tuple[int, int], new: tuple[int, int], *, antialias: bool = True) -> jax.Array:
-  """A learned table [old rows * old columns, dim] at another resolution, by bicubic interpolation.
+  """Resizes a learned table [old rows * old columns, dim] by bicubic interpolation.
 
-  antialias  True filters what is made smaller, with Keys' a = -0.5, as timm, Pillow and TensorFlow do. False does not,
-             with a = -0.75, as torch.nn.functional.interpolate without `antialias` does (most of transformers).
+  antialias  True filters when downsizing, with Keys' a = -0.5, as timm, Pillow and TensorFlow do. False does not filter
+             and uses a = -0.75, as torch.nn.functional.interpolate without `antialias` does (most of transformers).
   """
   if old == new:
     return table
@@ -60,8 +61,8 @@ def _cubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
 def rope_2d(height: int, width: int, head_dim: int, prefix: int, temperature: float = 100.0) -> np.ndarray:
   """Axial rotary angles (Heo et al. 2024, eq. 13), float32 [prefix + height * width, head_dim / 2].
 
-  Half of the angles turn with the column and half with the row. The `prefix` tokens (class token, registers) have no
-  place: their angles are zero.
+  Half of the angles depend on the column and half on the row. The `prefix` tokens (class token, registers) have no
+  position: their angles are zero.
   """
   if head_dim % 4:
     raise ValueError(f'2-D rotary positions need a head dimension divisible by 4, got {head_dim}')

@@ -25,7 +25,7 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Gaussian(NamedTuple):
-  """A diagonal Gaussian: mean and logarithm of the variance, float32 [B, ..., z]."""
+  """Diagonal Gaussian: mean and log-variance, float32 [B, ..., z]."""
 
   mean: jax.Array
   log_variance: jax.Array
@@ -34,7 +34,7 @@ class Gaussian(NamedTuple):
     return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(rng, self.mean.shape)
 
   def kl(self) -> jax.Array:
-    """Divergence from the standard normal, [B], summed over the latent."""
+    """KL divergence from the standard normal, [B], summed over the latent."""
     terms = jnp.square(self.mean) + jnp.exp(self.log_variance) - 1 - self.log_variance
     return 0.5 * terms.sum(axis=tuple(range(1, terms.ndim)))
 
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
   """Images [B, H, W, C] -> [B, h, w, outputs], halving both sides between levels."""
 
   logical_axes = (
-    # Images and latents have few channels, which no mesh divides.
+    # Images and latents have few channels, which are not sharded.
     (r'(.*/)?encoder/conv_in/kernel', (None, None, None, 'embed')),
     (r'(.*/)?encoder/conv_in/bias', (None,)),
     (r'(.*/)?encoder/conv_out/kernel', (None, None, 'embed', None)),
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents [B, h, w, z] -> what the last convolution reads, [B, H, W, channels[0]]; levels count from the highest
+  """Latents [B, h, w, z] -> input of the last convolution, [B, H, W, channels[0]]; levels are counted from the highest
   resolution, as in the encoder."""
 
   logical_axes = (
@@ -124,10 +124,10 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-  """encode: images [B, H, W, 3] -> Gaussian [B, h, w, z]; decode: latents -> images; both sides 2^(levels - 1)
-  times smaller.
+  """encode: images [B, H, W, 3] -> Gaussian [B, h, w, z]; decode: latents -> images; the sides of latents are
+  2^(levels - 1) times smaller.
 
-  `quantize` is the pair of one-pixel convolutions next to the latent that the published autoencoders of LDM have.
+  `quantize` adds the two 1 x 1 convolutions next to the latent of the published LDM autoencoders.
   """
 
   logical_axes = (
@@ -158,7 +158,7 @@ class Autoencoder(nn.Module):
 
   @property
   def factor(self) -> int:
-    """Side of an image over the side of its latent."""
+    """Downsampling factor: image side / latent side."""
     return 2 ** (len(self.channels) - 1)
 
   @property
@@ -180,25 +180,24 @@ class Autoencoder(nn.Module):
     return Gaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 
   def features(self, z):
-    """What the last convolution reads, [B, H, W, channels[0]]."""
+    """Input of the last convolution, [B, H, W, channels[0]]."""
     return self.decoder(self.out_of_latent(z) if self.quantize else z)
 
   def pixels(self, features):
-    """The last convolution: -> float32 [B, H, W, 3]."""
+    """Applies the last convolution: [B, H, W, channels[0]] -> float32 [B, H, W, 3]."""
     return self.conv_out(features).astype(jnp.float32)
 
   def decode(self, z):
     return self.pixels(self.features(z))
 
   def __call__(self, images, rng=None):
-    """The image from the latent's mean or, with an rng, from a sample; and the Gaussian."""
+    """Reconstruction from the mean of the latent or, with an rng, from a sample; and the Gaussian."""
     latent = self.encode(images)
     return self.decode(latent.mean if rng is None else latent.sample(rng)), latent
 
 
-# Channels of each level, residual blocks of each, channels of the latent, levels with attention, whether there are
-# convolutions next to the latent. kl-*: Rombach et al. 2022, table 8 (kl-f8 is Stable Diffusion 1's and 2's); 16ch:
-# Stable Diffusion 3's (Esser et al. 2024).
+# Channels per level, residual blocks per level, latent channels, levels with attention, `quantize`. kl-*: Rombach et
+# al. 2022, table 8 (kl-f8 is the one of Stable Diffusion 1 and 2); 16ch: Stable Diffusion 3 (Esser et al. 2024).
 SIZES: dict[str, tuple[tuple[int, ...], int, int, tuple[int, ...], bool]] = {
   'kl-f4': ((128, 256, 512), 2, 3, (), True),
   'kl-f8': ((128, 256, 512, 512), 2, 4, (), True),
@@ -227,7 +226,7 @@ def autoencoder(
   if any(side % 2 ** (len(channels) - 1) for side in height_width(image_size)):
     raise ValueError(f'image_size: {image_size} is not divisible by {2 ** (len(channels) - 1)}')
   if any(c % groups_of(c) for c in channels):
-    raise ValueError(f'channels: {channels} have to be multiples of 32, or below 128 of 4')
+    raise ValueError(f'channels: {channels} must be multiples of 32, or of 4 below 128')
   return Autoencoder(
     channels=channels,
     layers=layers or own_layers,

@@ -1,4 +1,4 @@
-"""ControlNet (Zhang et al. 2023): a trained copy of a UNet's way down that steers the UNet itself, which stays frozen.
+"""ControlNet (Zhang et al. 2023): a trainable copy of the encoder of a UNet that conditions the frozen UNet on images.
 
 Letters in shapes: B batch, H, W sides of x.
 """
@@ -11,11 +11,13 @@ from fmcv_jax.models.common.conv_blocks import conv
 from fmcv_jax.models.common.layers import dense
 from fmcv_jax.models.generative.unet import ControlResiduals, Encoder, UNet, UNetConfig
 
-WIDTHS = (16, 32, 96, 256)  # of the hint's levels, as released
+WIDTHS = (16, 32, 96, 256)  # channels per level of the hint encoder, as released
 
 
 class Hint(nn.Module):
-  """A control image [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides between widths; zero at first."""
+  """Control image [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides per level; zero-initialized
+  output.
+  """
 
   logical_axes = (
     (r'(.*/)?hint/conv\w+/kernel', (None, None, None, None)),
@@ -37,9 +39,9 @@ class Hint(nn.Module):
 
 
 class ControlNet(nn.Module):
-  """x [B, H, W, C], time [B], a condition with `control` -> ControlResiduals, all of them zero at first.
+  """x [B, H, W, C], time [B], a condition with `control` -> ControlResiduals, all zero at initialization.
 
-  Its 'encoder' has the parameters of the UNet's, and begins with a copy of them.
+  Its 'encoder' has the same parameters as the encoder of the UNet, and is initialized from them.
   """
 
   logical_axes = (
@@ -71,7 +73,7 @@ class ControlNet(nn.Module):
 def controlnet(unet: UNet, factor: int) -> ControlNet:
   """The ControlNet of a UNet, for control images whose sides are `factor` times those of x: 1, 2, 4 or 8."""
   if factor not in (1, 2, 4, 8):
-    raise ValueError(f'control: images have to be 1, 2, 4 or 8 times as large as x, not {factor}')
+    raise ValueError(f'control: images must be 1, 2, 4 or 8 times as large as x, not {factor}')
   if unet.extra_in_channels:
     raise ValueError('network: ControlNet is not supported for inpainting UNets (extra_in_channels)')
   return ControlNet(unet.config, WIDTHS[: factor.bit_length()], unet.num_classes, unet.pooled_text)

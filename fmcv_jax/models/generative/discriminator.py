@@ -1,4 +1,4 @@
-"""A discriminator that judges patches, not pictures (Isola et al. 2017, PatchGAN)."""
+"""PatchGAN discriminator (Isola et al. 2017)."""
 
 import flax.linen as nn
 import jax
@@ -8,10 +8,10 @@ from fmcv_jax.models.common.layers import NORM_AXES
 
 
 class PatchDiscriminator(nn.Module):
-  """Images [B, H, W, 3] -> float32 logits [B, h, w, 1], above zero for real ones; h = H / 2^layers or so.
+  """Images [B, H, W, 3] -> float32 logits [B, h, w, 1], positive for real images; h is about H / 2^layers.
 
-  Each logit sees 70 x 70 pixels with three layers. Group norm stands where the original has batch norm, so that a
-  picture is judged by itself, on any mesh.
+  The receptive field of a logit is 70 x 70 pixels with three layers. Group norm replaces the batch norm of the
+  original, so that the logits of an image do not depend on the rest of the batch, on any mesh.
   """
 
   logical_axes = (

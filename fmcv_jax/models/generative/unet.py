@@ -1,4 +1,4 @@
-"""The convolutional denoisers of DDPM (Ho et al. 2020) and of latent diffusion (Rombach et al. 2022), and their sizes.
+"""Convolutional denoisers of DDPM (Ho et al. 2020) and latent diffusion (Rombach et al. 2022), and their sizes.
 
 Letters in shapes: B batch, C channels of the image or latent, L text tokens, E their width.
 """
@@ -40,7 +40,7 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class TransformerBlock(nn.Module):
-  """Self-attention of pixels [B, T, D], then cross-attention to the text [B, L, E]; in the form of a scan."""
+  """Self-attention of pixels [B, T, D], cross-attention to the text [B, L, E], and an MLP; a scan body."""
 
   logical_axes = (NORM_AXES,)
 
@@ -58,7 +58,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-  """`depth` blocks over the pixels of [B, H, W, C], with a residual connection; the output is zero at first."""
+  """`depth` blocks over the pixels of [B, H, W, C] with a residual connection; zero-initialized output projection."""
 
   logical_axes = (
     (r'(.*/)?(enter|leave)/kernel', ('embed', None)),
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
 
 class BlockCondition(NamedTuple):
-  """Condition of every block: the time (with class or pooled text) [B, D], and text [B, L, E] with its mask."""
+  """Condition of every block: time embedding (with class or pooled text) [B, D], and text [B, L, E] with its mask."""
 
   time: jax.Array
   words: jax.Array | None = None
@@ -90,15 +90,15 @@ class BlockCondition(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-  """What both halves of a UNet have in common.
+  """Options shared by the encoder and decoder of a UNet.
 
-  block_out_channels    channels of each level, from the highest resolution; each level has half the side of the one
-                        before it
-  depths    attention at each level: blocks of a transformer, or (without text) whether there is self-attention
-  num_heads of the attention at each level
-  layers    residual blocks of a level on the way down, one fewer than on the way up
-  family    'ddpm' (Ho et al. 2020): norm eps 1e-6, downsampling pads below and to the right, frequencies of the time
-            end at 1 / 10,000. 'ldm' (Rombach et al. 2022): 1e-5, pads on all sides, frequencies end before it
+  block_out_channels   channels per level, from the highest resolution; each level halves the side
+  depths               attention per level: number of transformer blocks, or (without text) 1 for self-attention
+  num_heads            attention heads per level
+  layers               residual blocks per level of the encoder; the decoder has one more
+  family               'ddpm' (Ho et al. 2020): norm eps 1e-6, downsampling pads at the bottom and right, timestep
+                       frequencies end at 1 / 10,000. 'ldm' (Rombach et al. 2022): 1e-5, padding on all sides,
+                       frequencies end before it
   cross_attention_dim  width of the text embeddings; 0 for a network without text
   """
 
@@ -118,7 +118,7 @@ class UNetConfig:
     return 1e-6 if self.family == 'ddpm' else 1e-5
 
   def residual(self, x, c: BlockCondition, features: int, train: bool, name: str):
-    """A residual block; to be called, as `attend`, in the compact method that owns its scope."""
+    """A residual block; to be called, like `attend`, in the compact method that owns its scope."""
     block = rematerialize(ResidualBlock, self.remat)
     return block(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(x, c.time)
 
@@ -139,21 +139,21 @@ class UNetConfig:
 
 
 class ControlResiduals(NamedTuple):
-  """Outputs of a ControlNet: added to the inputs of the decoder, one for each, and to the lowest level."""
+  """Outputs of a ControlNet, added to the skip connections of the decoder and to the lowest level."""
 
   skips: list[jax.Array]
   middle: jax.Array
 
 
 class Encoder(nn.Module):
-  """x [B, H, W, C] -> the inputs of the way up, one for each block and conv; the lowest level [B, h, w, D];
+  """x [B, H, W, C] -> skip connections for the decoder, one per block and convolution; the lowest level [B, h, w, D];
   BlockCondition.
 
-  `hint` [B, H, W, block_out_channels[0]] is added to what the first convolution makes of x.
+  `hint` [B, H, W, block_out_channels[0]] is added to the output of the first convolution.
   """
 
   logical_axes = (
-    # Images and latents have few channels, which no mesh divides.
+    # Images and latents have few channels, which are not sharded.
     (r'(.*/)?encoder/conv_in/kernel', (None, None, None, 'embed')),
     (r'(.*/)?encoder/conv_in/bias', (None,)),
   )
@@ -201,13 +201,13 @@ class Encoder(nn.Module):
     words: Any = condition['text']
     if words.shape[-1] != p.cross_attention_dim:
       raise ValueError(
-        f'cross_attention_dim: text embeddings are {words.shape[-1]} wide, but the UNet reads {p.cross_attention_dim}'
+        f'cross_attention_dim: text embedding width {words.shape[-1]} does not match {p.cross_attention_dim}'
       )
     return BlockCondition(c, words, condition['text_mask'][:, None, None, :] if 'text_mask' in condition else None)
 
 
 class Decoder(nn.Module):
-  """Outputs of an Encoder -> [B, H, W, out_channels]; levels count from the highest resolution, as there."""
+  """Outputs of an Encoder -> [B, H, W, out_channels]; levels are counted from the highest resolution."""
 
   logical_axes = (
     (r'(.*/)?decoder/conv_out/kernel', (None, None, 'embed', None)),
@@ -236,10 +236,10 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
   """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
-  `num_classes` is 0 for a network that reads no label: with cross-attention a class is a text of one token, without it
-  is added to the time. `pooled_text` adds the condition's `pooled_text` to the time; `extra_in_channels` is the number
-  of channels of the condition's `image`. `residuals` are those of a ControlNet. With dropout, training needs the rng
-  'dropout'.
+  `num_classes` is 0 for a network without labels; with cross-attention a class is a text of one token, otherwise its
+  embedding is added to the time embedding. `pooled_text` adds the condition's `pooled_text` to the time embedding;
+  `extra_in_channels` is the number of channels of the condition's `image`. `residuals` are the outputs of a ControlNet.
+  With dropout, training needs the rng 'dropout'.
   """
 
   config: UNetConfig
@@ -283,7 +283,7 @@ class UNet(nn.Module):
 
 
 class Size(NamedTuple):
-  """`heads` of every level or, where that is 0, channels of each head."""
+  """Row of the table of sizes; `num_heads` per level or, if that is 0, `head_dim` channels per head."""
 
   block_out_channels: tuple[int, ...]
   depths: tuple[int, ...]
@@ -296,8 +296,8 @@ class Size(NamedTuple):
   pooled_text: bool = False
 
 
-# ddpm-*: Ho et al. 2020, appendix B (CIFAR-10; LSUN and CelebA-HQ). ldm*: Rombach et al. 2022, tables 12 and 13, of
-# latents of f4 and f8. sd*: Stable Diffusion 1, 2 and XL (Podell et al. 2023). mu is for tests.
+# ddpm-*: Ho et al. 2020, appendix B (CIFAR-10; LSUN and CelebA-HQ). ldm*: Rombach et al. 2022, tables 12 and 13, for
+# f4 and f8 latents. sd*: Stable Diffusion 1, 2 and XL (Podell et al. 2023). mu is for tests.
 SIZES: dict[str, Size] = {
   'mu': Size((16, 32), (1, 0), 2, 0, 16, 4, 8),
   'ddpm-32': Size((128, 256, 256, 256), (0, 1, 0, 0), 1, 0, 0, 3, 32, 'ddpm'),
@@ -331,9 +331,9 @@ def unet(
   remat: Remat = 'none',
   dtype: Dtype = 'float32',
 ) -> UNet:
-  """A named UNet; image_size is the side, or the (height, width), of x: 64 for 512 pixels in kl-f8.
+  """A named UNet; image_size is the side, or the (height, width), of x: 64 for 512 pixels with kl-f8.
 
-  out_channels         channels of the prediction, the input's by default; twice as many for a learned variance
+  out_channels         output channels, by default those of x; twice as many for a learned variance
   cross_attention_dim  width of the text embeddings
   extra_in_channels    channels concatenated to x: 5 for inpainting, the mask and the latent of the masked image
   """
@@ -343,16 +343,18 @@ def unet(
   block_out_channels, depths = block_out_channels or size.block_out_channels, depths or size.depths
   image_size, channels = image_size or size.image_size, channels or size.channels
   if len(block_out_channels) != len(depths):
-    raise ValueError(f'depths: {depths} has not as many levels as block_out_channels, {block_out_channels}')
+    raise ValueError(f'depths: {depths} must have one entry per level of block_out_channels, {block_out_channels}')
   if any(side % 2 ** (len(block_out_channels) - 1) for side in height_width(image_size)):
     raise ValueError(f'image_size: {image_size} is not divisible by {2 ** (len(block_out_channels) - 1)}')
   if any(w % groups_of(w) for w in block_out_channels):
-    raise ValueError(f'block_out_channels: {block_out_channels} have to be multiples of 32, or below 128 of 4')
+    raise ValueError(f'block_out_channels: {block_out_channels} must be multiples of 32, or of 4 below 128')
   num_heads = num_heads or tuple(size.num_heads or w // size.head_dim for w in block_out_channels)
   if len(num_heads) != len(block_out_channels):
-    raise ValueError(f'num_heads: {num_heads} has not as many levels as block_out_channels, {block_out_channels}')
+    raise ValueError(
+      f'num_heads: {num_heads} must have one entry per level of block_out_channels, {block_out_channels}'
+    )
   if any(w % h for w, h in zip(block_out_channels, num_heads, strict=True)):
-    raise ValueError(f'block_out_channels: {block_out_channels} do not divide into {num_heads} heads')
+    raise ValueError(f'block_out_channels: {block_out_channels} are not divisible by {num_heads} heads')
   config = UNetConfig(
     block_out_channels=block_out_channels,
     depths=depths,

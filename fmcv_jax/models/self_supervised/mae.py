@@ -1,6 +1,7 @@
-"""Masked autoencoder (He et al. 2022): an encoder that sees a quarter of the patches, a small decoder that fills in.
+"""Masked autoencoder (He et al. 2022): an encoder of the visible patches, and a small decoder that predicts all
+patches.
 
-Letters in shapes: B batch, T patches, N patches that are seen, D width, P pixels of a patch times 3.
+Letters in shapes: B batch, T patches, N visible patches, D width, P pixels of a patch times 3.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 
 class Reconstruction(NamedTuple):
-  """pixels [B, T, P], the decoder's patches row by row; features [B, D], the encoder's, pooled over what it saw."""
+  """Decoder output pixels [B, T, P] in row-major order; encoder features [B, D], pooled over the visible patches."""
 
   pixels: jax.Array
   features: jax.Array
 
 
 class Decoder(nn.Module):
-  """Puts the tokens that were seen back in their places, a mask token in the others, and predicts every patch."""
+  """Restores the order of the visible tokens, inserts mask tokens, and predicts every patch."""
 
   logical_axes = (
     (r'(.*/)?embed/kernel', ('embed', None)),
@@ -40,13 +41,13 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, order, grid: tuple[int, int], *, prefix: int, train: bool = False):
-    """tokens [B, prefix + N, D], those of patches order[:, :N] after the prefix; order int32 [B, T] -> [B, T, P]."""
+    """tokens [B, prefix + N, D] of the prefix and the patches order[:, :N]; order int32 [B, T] -> [B, T, P]."""
     block, batch, hidden = self.stack.block, order.shape[0], order.shape[1] - (tokens.shape[1] - prefix)
     x = dense(self.width, block.dtype, 'embed')(tokens)
     token = self.param('mask_token', nn.initializers.normal(0.02), (1, self.width)).astype(x.dtype)
     patches = jnp.concatenate([x[:, prefix:], jnp.broadcast_to(token, (batch, hidden, self.width))], axis=1)
     patches = jnp.take_along_axis(patches, jnp.argsort(order, axis=1)[..., None], axis=1)
-    # The prefix has no place: its row of the published table is zero.
+    # Prefix tokens have no positional embedding: their rows of the published table are zero.
     x = jnp.concatenate([x[:, :prefix], patches + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)], axis=1)
     x = self.stack(with_logical_constraint(x, 'batch', 'tokens', 'width'), train=train)
     x = layer_norm(block.eps, block.dtype, 'norm')(x)
@@ -64,7 +65,7 @@ class MaskedAutoencoder(nn.Module):
     return self.encoder.image_size
 
   def __call__(self, images, order, *, visible: int, train: bool = False) -> Reconstruction:
-    """order: int32 [B, T], a permutation of each image's patches, of which the encoder sees the first `visible`."""
+    """order: int32 [B, T], a permutation of the patches of each image; the first `visible` go into the encoder."""
     features = self.encoder(images, keep=order[:, :visible], train=train)
     grid = (images.shape[1] // self.encoder.patch_size, images.shape[2] // self.encoder.patch_size)
     pixels = self.decoder(features.tokens, order, grid, prefix=self.encoder.prefix, train=train)
@@ -72,16 +73,16 @@ class MaskedAutoencoder(nn.Module):
 
 
 def mae(encoder: nn.Module, *, width: int = 512, depth: int = 8, num_heads: int = 16) -> MaskedAutoencoder:
-  """A masked autoencoder around a ViT; the decoder of this width takes its norms, dtype and remat from the encoder.
+  """A masked autoencoder of a ViT; the decoder takes its norms, dtype and remat from the encoder.
 
   The published B/16, L/16 and H/14 are vit(variant, pos_embed='sincos2d') with the default decoder.
   """
   if not isinstance(encoder, ViT):
     raise ValueError('encoder: masked autoencoding needs a network that can skip patches: encoder.name is vit')
   if encoder.num_classes or encoder.mask_token:
-    raise ValueError('encoder: num_classes and mask_token have no use here; leave them out')
+    raise ValueError('encoder: num_classes and mask_token are not supported by MAE; remove them')
   if width % num_heads or width % 4:
-    raise ValueError(f'width: {width} does not divide into {num_heads} heads, or not by 4')
+    raise ValueError(f'width: {width} is not divisible by 4 and by {num_heads} heads')
   own = encoder.stack.block
   block = BlockConfig(num_heads, 4 * width, own.activation, eps=own.eps, attention=own.attention, dtype=own.dtype)
   stack = dataclasses.replace(encoder.stack, depth=depth, block=block, drop_path=0.0)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fmcv_jax.data.images import jpeg
-from fmcv_jax.data.images.decode import decode, decode_pil, picture
+from fmcv_jax.data.images.decode import decode, decode_pil, lazy_image
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.transforms import RandomResizedCrop, sample_box
 
@@ -54,7 +54,7 @@ def test_the_pixels_around_any_box_are_those_of_pillow(kind):
   with warnings.catch_warnings(action='ignore'):
     whole = np.asarray(decode_pil(data))
     np.testing.assert_array_equal(decode(data), whole)
-    image = picture(data)
+    image = lazy_image(data)
   assert (image.height, image.width) == whole.shape[:2] == PHOTO.shape[:2]
   for bottom in range(3, image.height, 13):
     pixels, (left, top, right, end), turn = image.region((20, 2, 70, bottom), 50)
@@ -79,7 +79,7 @@ def test_a_reduced_crop_looks_like_one_of_the_whole(reduction, orientation):
     out = crop(large, np.random.default_rng(seed)).astype(int)
     left, top, w, h = sample_box(full.height, full.width, crop.scale, crop.ratio, np.random.default_rng(seed))
     expected = np.asarray(full.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + w, top + h)))
-    region = picture(large, exact=False).region((left, top, left + w, top + h), size)
+    region = lazy_image(large, exact=False).region((left, top, left + w, top + h), size)
     assert region.pixels.shape[1] <= -(-1003 // reduction)
     assert np.abs(out - expected).mean() < 1.5
 

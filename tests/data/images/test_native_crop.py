@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fmcv_jax.data.images import native_crop
 from fmcv_jax.data.images import resize as resizing
-from fmcv_jax.data.images.decode import picture
+from fmcv_jax.data.images.decode import lazy_image
 from fmcv_jax.data.images.resize import by_package
 from tests.data.images.test_jpeg import KINDS, OTHERS, encoded, oriented, photo
 
@@ -62,7 +62,7 @@ def test_a_crop_of_a_jpeg_in_c_is_that_of_the_packages_bit_for_bit(kind, interpo
     data = encoded(photo(433, 607), quality=92, exif=oriented(6 if 'turned' in kind else 1))
   else:
     data = KINDS.get(kind) or OTHERS[kind]
-  image = picture(data, exact=False)
+  image = lazy_image(data, exact=False)
   made = []
   crop_jpeg = native_crop.crop_jpeg
   monkeypatch.setattr(native_crop, 'crop_jpeg', lambda *args: made.append(crop_jpeg(*args)) or made[-1])
@@ -81,7 +81,7 @@ def test_a_crop_of_a_jpeg_in_c_is_that_of_the_packages_bit_for_bit(kind, interpo
 def test_damaged_jpegs_give_the_same_bytes_or_the_same_refusal(monkeypatch):
   def tried(data):
     try:
-      image = picture(data, exact=False)
+      image = lazy_image(data, exact=False)
       return image.crop((0.0, 0.0, float(image.width), float(image.height)), 40, 'bicubic').tobytes()
     except Exception as error:
       return f'{type(error).__name__}: {error}'

@@ -107,7 +107,7 @@ FAULTS = {
   'never closed': ('image,caption\nx.png,"an x\ny.png,a y\nsub/z.png,a z\n', ':2: a quotation mark opened in this row'),
   'closed later': (
     'image,caption\nx.png,"an x\ny.png,a y"\nsub/z.png,a z\n',
-    ":2: the text holds the line 'y.png,a y'",
+    ":2: the text contains the line 'y.png,a y'",
   ),
   'closed by another': (
     'image,caption\nx.png,"an x\ny.png,"a y"\n',
@@ -303,5 +303,5 @@ def test_class_folders_with_text_files_keep_their_classes(tmp_path):
     (0, 'cat'),
     (1, 'text of dog/c'),
   ]
-  with pytest.raises(UserError, match=r'no \.txt of the name of an image'):
+  with pytest.raises(UserError, match=r'no \.txt file has the name of an image'):
     len(ImageFolder(str(tmp_path), captions='.txt'))

@@ -139,8 +139,8 @@ def refuse(pattern, *args, **kwargs):
 
 def test_missing_and_empty_folders_and_tables_are_one_clear_line(photos, tmp_path_factory):
   empty = tmp_path_factory.mktemp('empty')
-  refuse(r"no folder '/no/such' \(seen from .*\); set path", '/no/such')
-  refuse(r'no images in .* known are \.jpg', str(empty))
+  refuse(r"no folder '/no/such' \(relative to .*\); set path", '/no/such')
+  refuse(r'no images in .* supported: \.jpg', str(empty))
   refuse(r"no captions at '.*/c.csv'; captions is a path from", str(photos), captions='c.csv')
   (photos / 'c.csv').write_text('image,caption\n')
   refuse('have no rows', str(photos), captions='c.csv')
@@ -158,7 +158,7 @@ def test_missing_and_empty_folders_and_tables_are_one_clear_line(photos, tmp_pat
 
 def test_images_next_to_class_folders_are_not_ignored_silently(classes):
   draw(classes / 'stray.png')
-  refuse(r'1 images \(stray.png, ...\) lie beside the class folders \(cat, ...\)', str(classes))
+  refuse(r'1 images \(stray.png, ...\) are next to the class folders \(cat, ...\)', str(classes))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(photos, monkeypatch):
@@ -234,7 +234,7 @@ def test_files_that_are_not_read_and_classes_without_images_are_counted_by_reaso
 
 def test_a_folder_of_images_that_cannot_be_read_says_which_they_are(tmp_path):
   (tmp_path / 'x.heic').write_bytes(b'')
-  refuse(r'no images in .*, which hold files .heic: 1 \(x.heic\); .*convert others', str(tmp_path))
+  refuse(r'no images in .*, which contain files .heic: 1 \(x.heic\); .*convert others', str(tmp_path))
 
 
 @pytest.mark.parametrize('folders', [('train', 'test'), ('train', 'val'), ('Train_images', 'valid_2'), ('train',)])

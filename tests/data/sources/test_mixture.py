@@ -82,7 +82,7 @@ def test_classes_of_equal_names_are_one():
   mixture = Mixture({'a': Named(2, classes=('cat', 'dog')), 'b': Named(3, classes=('bird', 'dog', 'cat'))})
   assert mixture.names == ('cat', 'dog', 'bird')
   assert [mixture[index]['label'] for index in range(5)] == [0, 1, 2, 1, 0]
-  with pytest.raises(UserError, match="'b' has labels without names"):
+  with pytest.raises(UserError, match="'b' has labels without class names"):
     Mixture({'a': Named(2, classes=('cat', 'dog')), 'b': Named(1)})[2]
 
 
@@ -99,8 +99,8 @@ def test_a_mixture_is_described_by_its_config_and_its_order_by_its_weights():
   other = Mixture(mixture.sources, {'a': 1.0, 'counting': 2.0})
   assert len({fingerprint(Pipeline(m), 0) for m in (mixture, other, Mixture(mixture.sources))}) == 3
   for weights, message in [
-    ({'a': 1.0}, "'counting' has none; give every source one"),
-    ({'a': 1.0, 'countin': 1.0}, "'countin' is no source; did you mean 'counting'"),
+    ({'a': 1.0}, "'counting' has no weight; set one for every source"),
+    ({'a': 1.0, 'countin': 1.0}, "'countin' is not a source; did you mean 'counting'"),
     ({'a': 1.0, 'counting': 0.0}, "expected numbers above 0, got 0.0 for 'counting'"),
   ]:
     with pytest.raises(UserError, match=f'^config.data.source: weights: {message}'):

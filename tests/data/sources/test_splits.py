@@ -50,7 +50,7 @@ def test_a_partition_and_a_numbered_name_are_splits():
 def test_of_several_splits_one_has_to_be_chosen():
   files = [File(f'gs://b/data/{name}', 1) for name in ('train-0.tar', 'train-1.tar', 'test-0.tar', 'extra.tar')]
   with pytest.raises(
-    UserError, match=r"what: 'gs://b/data/' holds several splits: train \(2 files\), test \(1 files\)"
+    UserError, match=r"what: 'gs://b/data/' contains several splits: train \(2 files\), test \(1 files\)"
   ):
     splits.chosen(files, None, 'what')
   assert splits.chosen(files, 'test', 'what') == (files[2:3], 'test')

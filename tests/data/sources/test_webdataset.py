@@ -82,7 +82,7 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(shards, caplog):
     with caplog.at_level(logging.WARNING):
       caplog.clear()
       found = len(source)
-    return found, sum('making the index' in message for message in caplog.messages)
+    return found, sum('creating the index' in message for message in caplog.messages)
 
   assert making(WebDataset(str(shards))) == (10, 1)
   assert making(WebDataset(str(shards))) == (10, 0)
@@ -132,7 +132,7 @@ def test_a_truncated_shard_is_refused_or_cut_at_its_last_whole_sample(shards, ca
     taken = len(labels) - 7
     assert taken == whole
     assert labels == [*range(3), *range(3, 3 + taken), *(index % 7 for index in range(6, 10))]
-    assert any(f'its first {taken} samples are taken' in message for message in caplog.messages)
+    assert any(f'using its first {taken} samples' in message for message in caplog.messages)
 
 
 def test_invalid_empty_and_imageless_tars_are_one_clear_line(tmp_path, caplog):
@@ -154,7 +154,7 @@ def test_invalid_empty_and_imageless_tars_are_one_clear_line(tmp_path, caplog):
   write_tars(tmp_path, 6)  # an empty shard, and samples without an image, are no fault
   with caplog.at_level(logging.WARNING):
     assert len(WebDataset(str(tmp_path))) == 6
-  assert '1 samples have no image and are left out' in caplog.text
+  assert '1 samples have no image and are skipped' in caplog.text
   with pytest.raises(ValueError, match="on_truncated: 'skip' is not"):
     WebDataset(str(tmp_path), on_truncated='skip')
 

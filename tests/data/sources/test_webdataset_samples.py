@@ -98,7 +98,7 @@ def test_a_member_twice_in_a_sample_is_refused_as_by_webdataset(tmp_path):
 
 def test_members_that_lie_apart_are_said_before_images_lose_their_texts(tmp_path):
   path = shard(tmp_path / '0.tar', [('0.jpg', JPG), ('1.jpg', JPG), ('0.txt', 'a'), ('1.txt', 'b')])
-  assert "members of sample '0' do not lie next to each other" in refused(path)
+  assert "members of sample '0' are not adjacent" in refused(path)
   path = shard(tmp_path / '1.tar', [('0.txt', 'a'), ('1.txt', 'b'), ('0.jpg', JPG), ('1.jpg', JPG)])
   assert 'write the shard sorted by name' in refused(path)
 
@@ -206,7 +206,7 @@ def test_shards_of_several_splits_are_not_read_as_one(tmp_path):
   for name in ('train-0000', 'train-0001', 'test-0000', 'val_0'):
     shard(tmp_path / f'{name}.tar', [('0.jpg', JPG), ('0.txt', name)])
   message = refused(str(tmp_path))
-  assert 'holds several splits: test (1 files), train (2 files), validation (1 files); set split' in message
+  assert 'contains several splits: test (1 files), train (2 files), validation (1 files); set split' in message
   assert [sample['text'] for sample in read(WebDataset(str(tmp_path), split='train'))] == ['train-0000', 'train-0001']
   assert WebDataset(str(tmp_path), split='val')[0]['text'] == 'val_0'
   assert len(WebDataset(str(tmp_path), split='all')) == 4
@@ -228,7 +228,7 @@ def test_shards_in_subfolders_are_read_and_those_of_splits_are_distinguished(tmp
 def test_compressed_shards_are_named_where_there_are_no_others(tmp_path):
   shard(tmp_path / '0.tar', [('0.jpg', JPG)])
   (tmp_path / '0.tar').rename(tmp_path / '0.tar.gz')
-  assert 'it holds 1 .gz' in refused(str(tmp_path))
+  assert 'it contains 1 .gz' in refused(str(tmp_path))
   shard(tmp_path / '1.tar', [('0.jpg', JPG)])
   (tmp_path / '._1.tar').write_bytes(b'')
   account = WebDataset(str(tmp_path)).account()

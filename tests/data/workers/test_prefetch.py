@@ -80,7 +80,7 @@ def test_a_worker_starts_no_jax_backend_and_reports_what_it_skips():
 def test_a_dead_worker_is_a_user_error_not_a_hang():
   pipeline = Pipeline(Suicidal(99, last=40), workers=1, shuffle=False)
   loader = TrainLoader(pipeline, batch=8, seed=0, fields=('label',))
-  with pytest.raises(UserError, match='a worker process died with exit code -9: killed, most often for want of memory'):
+  with pytest.raises(UserError, match='a worker process died with exit code -9: killed, usually out of memory'):
     drain(loader)
   assert not children(os.getpid())
 

@@ -17,9 +17,9 @@ from fmcv_jax.parallel.rules import mesh_axes, platform
 
 Backend = Literal['auto', 'xla', 'short', 'splash', 'cudnn', 'ring']
 
-# From here on the tiled kernel beats plain einsums on TPU, whose logits then cost more than its padding to whole tiles.
+# Number of tokens from which the tiled kernel is faster than plain einsums on TPU, despite padding to whole tiles.
 SPLASH_FROM = 1024
-SHORT_FROM = 16  # queries; fewer leave a kernel's rows empty
+SHORT_FROM = 16  # queries; with fewer the rows of the kernel are mostly padding
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None, backend: Backend = 'auto'):
   """query [B, Q, H, K], key and value [B, T, H, K] -> [B, Q, H, K].
 
-  mask: bool, broadcastable to [B, H, Q, T], True where a query may look. Logits and softmax are float32 whatever the
-  inputs are. A query that may look nowhere gets a mean of values (never NaN).
+  mask: bool, broadcastable to [B, H, Q, T], True where attention is allowed. Logits and softmax are float32 for any
+  input dtype. Fully masked queries return the mean of values instead of NaN.
 
-  backend   'xla': plain einsums. 'short': logits that never leave the chip, a head's whole at once, by a Pallas kernel
-            of TPUs (interpreted elsewhere). 'splash': the same in tiles, for many tokens. 'cudnn': tiles on GPUs, for
-            16-bit inputs. 'ring': keys and values travel round the mesh axes that split `tokens`. 'auto': whichever
-            fits platform, mesh and shapes; the reason is logged once.
-            All but 'xla' take masks that are the same for every query, [B or 1, 1, 1, T]. Outside of a mesh program
-            (no active placement) it is always 'xla'.
+  backend   'xla': plain einsums. 'short': a Pallas TPU kernel that keeps all logits of a head in VMEM (interpreted on
+            other platforms). 'splash': tiled TPU kernel for many tokens. 'cudnn': flash attention on GPUs, for 16-bit
+            inputs. 'ring': keys and values rotate over the mesh axes that split `tokens`. 'auto': selected by platform,
+            mesh and shapes; the reason is logged once.
+            All but 'xla' require masks that are the same for every query, [B or 1, 1, 1, T]. Without an active
+            placement the backend is always 'xla'.
   """
   if backend == 'auto':
     backend, reason = choose(query, key, mask)
@@ -55,7 +55,7 @@ def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None
 
 
 def choose(query, key, mask) -> tuple[Backend, str]:
-  """What 'auto' stands for, and why: from the shapes and dtype of the arguments, and from the active placement."""
+  """Backend that 'auto' selects, and the reason, from the shapes and dtypes of the arguments and the placement."""
   tokens, dim = key.shape[1], key.shape[-1]
   if mask is not None and not _of_keys(mask):
     return 'xla', 'its mask differs from query to query'
@@ -79,7 +79,7 @@ def choose(query, key, mask) -> tuple[Backend, str]:
 
 
 def xla_attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None) -> jax.Array:
-  """Plain einsums, which XLA fuses; a query that may look nowhere gets the mean of all values."""
+  """Plain einsums, fused by XLA; fully masked queries return the mean of all values."""
   logits = jnp.einsum('bqhk,bthk->bhqt', query, key, preferred_element_type=jnp.float32)
   logits = logits * (query.shape[-1] ** -0.5)
   if causal:

@@ -1,7 +1,7 @@
 """Attention over tokens that are split over devices (Liu et al. 2023, Ring Attention with Blockwise Transformers).
 
-Queries stay, keys and values go round; the softmax is gathered as they come (Milakov & Gimelshein 2018). The backward
-pass goes round once more and computes the weights again, so that nothing of size Q x T is kept.
+Queries stay, keys and values rotate; the softmax is accumulated online (Milakov & Gimelshein 2018). The backward pass
+is a second rotation that recomputes the weights, so nothing of size Q x T is stored.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fmcv_jax.parallel.ring import ring_scan
 from fmcv_jax.parallel.rules import num_shards, shard_mapped
 
-# At most so many keys are met at once.
+# Maximum number of keys processed at once.
 BLOCK = 512
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -21,7 +21,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 def ring_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
 
-  Any number of tokens: what the devices do not divide is padded.
+  Any number of tokens: they are padded to a multiple of the number of devices.
   """
   queries, tokens = query.shape[1], key.shape[1]
   missing = -tokens % num_shards('tokens')
@@ -46,7 +46,9 @@ def _axes(query):
 
 
 def _over_heads(function):
-  """`function` of [Q, ...] arrays for each example and head of [B, Q, H, ...]; its last argument has no heads."""
+  """`function` of [Q, ...] arrays, vmapped over examples and heads of [B, Q, H, ...]; its last argument has no
+  heads.
+  """
 
   def of_heads(*args):
     return jax.vmap(function, in_axes=(1,) * (len(args) - 1) + (None,), out_axes=1)(*args)
@@ -81,17 +83,17 @@ def _backward(causal, saved, cotangent):
   each, of_heads, of_tokens = _axes(saved[0])
 
   def local(query, key, value, y, best, total, cotangent, valid):
-    # What the softmax takes back of each logit's gradient.
+    # Subtracted from the gradient of each logit (softmax backward).
     mean = jnp.sum(y.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=1, keepdims=True)
 
     def meet(by_query, items, column):
       start, (key, value, valid) = items
       by_key, by_value = column
-      logits, seen = _logits(causal, query, key, valid, start)
+      logits, visible = _logits(causal, query, key, valid, start)
       weights = jnp.exp(logits - best[:, None]) / total[:, None]
       by_value += _product('qt,qk->tk', weights.astype(cotangent.dtype), cotangent)
       by_logit = weights * (_product('qk,tk->qt', cotangent, value) - mean) * query.shape[1] ** -0.5
-      by_logit = jnp.where(seen, by_logit, 0).astype(query.dtype)
+      by_logit = jnp.where(visible, by_logit, 0).astype(query.dtype)
       by_key += _product('qt,qk->tk', by_logit, query)
       return by_query + _product('qt,tk->qk', by_logit, key), (by_key, by_value)
 
@@ -113,12 +115,12 @@ _attention.defvjp(_forward, _backward)
 
 
 def _logits(causal, query, key, valid, start):
-  """Float32 logits [Q, c] of one block of keys, and which are seen (bool, broadcastable to them)."""
+  """Float32 logits [Q, c] of one block of keys, and their mask (bool, broadcastable; True where not masked)."""
   logits = _product('qk,tk->qt', query, key) * query.shape[1] ** -0.5
-  seen = jnp.ones((1, 1), bool) if valid is None else valid[None]
+  visible = jnp.ones((1, 1), bool) if valid is None else valid[None]
   if causal:
-    seen = seen & (jnp.arange(len(query))[:, None] >= start + jnp.arange(len(key)))
-  return jnp.where(seen, logits, LOWEST), seen
+    visible = visible & (jnp.arange(len(query))[:, None] >= start + jnp.arange(len(key)))
+  return jnp.where(visible, logits, LOWEST), visible
 
 
 def _product(equation, x, y):

@@ -1,13 +1,13 @@
-"""Attention over a few hundred tokens on TPUs: a Pallas kernel that holds a head's whole logits in vector memory.
+"""Attention over a few hundred tokens on TPUs: a Pallas kernel that keeps all logits of a head in VMEM.
 
-XLA writes logits and weights of such attentions to memory several times in each direction; splash attention wants
-whole tiles of tokens, heads before tokens, and whole lanes of a head. Here an image's tokens are one block in the
-layout that the projections leave, [B, T, H x K]: nothing is padded, transposed or copied, and only queries, keys and
-values are kept for the backward pass, which computes the weights again. The math is that of Dao et al. 2022, algorithms
-2 and 4, with one tile.
+XLA writes the logits and weights of such attentions to HBM several times in each direction; splash attention requires
+padding to whole tiles of tokens and lanes, and heads before tokens. Here the tokens of an image are one block in the
+layout of the projections, [B, T, H x K]: nothing is padded, transposed or copied, and only queries, keys and values are
+saved for the backward pass, which recomputes the weights. The math follows Dao et al. 2022, algorithms 2 and 4, with
+one tile.
 
-A head whose K is no multiple of 128 lanes shares its registers with its neighbours: products run over the aligned
-window of lanes around it, with zeros in place of the neighbours on one side.
+A head whose K is not a multiple of 128 lanes shares its registers with its neighbors: products run over the aligned
+window of lanes around it, with zeros in place of the neighbors on one side.
 """
 
 import functools
@@ -20,26 +20,26 @@ import jax.numpy as jnp
 from fmcv_jax.models.common.attention.fused import LANES, on_devices
 from fmcv_jax.parallel.rules import platform
 
-# What one step of the kernel takes at most: blocks, twice, since the next ones are fetched while these are computed;
-# and logits, since each is laid out in the program, whose length is what it takes to compile.
+# Limits of one step of the kernel: bytes of blocks, which are double-buffered, and number of logits, since they are
+# unrolled in the program and its length determines the compile time.
 BLOCK_BYTES, BLOCK_LOGITS = 24 * 2**20, 2**20
-MOST_TOKENS, MOST_LOGITS = 1024, 6 * 2**20  # what vector memory holds, and what compiles in half a minute
-VMEM_BYTES = 64 * 2**20  # of a chip's vector memory that the compiler may give it
-_MASKED = -1e30  # finite: a query that may look nowhere gets the mean of all values
+MOST_TOKENS, MOST_LOGITS = 1024, 6 * 2**20  # bounds by VMEM size, and by half a minute of compile time
+VMEM_BYTES = 64 * 2**20  # VMEM limit of the kernel
+_MASKED = -1e30  # finite: fully masked queries return the mean of all values
 
 _NN, _NT, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 0), (1, 1), (0, 0)))
 
 
 def fits(queries: int, tokens: int, heads: int, dim: int) -> bool:
-  """Whether the kernel is for so many: heads that share registers have to be in one block."""
+  """True if the kernel supports these sizes; heads that share registers must be in one block."""
   return tokens <= MOST_TOKENS and min(heads, math.lcm(dim, LANES) // dim) * queries * tokens <= MOST_LOGITS
 
 
 def short_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
 
-  Logits and softmax are float32. On other platforms than TPU the kernel is interpreted, which is slow. ValueError for
-  more than `fits`.
+  Logits and softmax are float32. On platforms other than TPU the kernel is interpreted, which is slow. ValueError for
+  sizes that `fits` rejects.
   """
   tokens, dim = key.shape[1], query.shape[-1]
   if not fits(query.shape[1], tokens, *query.shape[2:]):
@@ -74,7 +74,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _call(kernel, heads: int, causal: bool, interpret: bool, args, bias, like) -> list[jax.Array]:
-  """The kernel on each example and on as many heads at once as fit; results are as large as `like`."""
+  """Runs the kernel on each example and on as many heads at once as fit; results have the shapes of `like`."""
   # Imported here: Pallas takes a second to load, and few runs need it.
   from jax.experimental import pallas
   from jax.experimental.pallas import tpu
@@ -109,14 +109,14 @@ def _call(kernel, heads: int, causal: bool, interpret: bool, args, bias, like) -
 
 
 def _lanes(heads: int, dim: int, most: int) -> int:
-  """Lanes of one block: of as many whole heads as `most` allows, in whole registers if there is more than one block."""
+  """Lanes of one block: as many whole heads as `most` allows, in whole registers if there is more than one block."""
   width, unit = heads * dim, math.lcm(dim, LANES)
   widths = [lanes for lanes in range(unit, width, unit) if not width % lanes] + [width]
   return max([lanes for lanes in widths if lanes <= most] or widths[:1])
 
 
 def _heads(lanes: int, dim: int) -> Iterator[tuple[slice, jax.Array]]:
-  """For each head the aligned window of lanes around it, and which of these are its own, [1, window]."""
+  """For each head the aligned window of lanes around it, and a mask of its own lanes, [1, window]."""
   for start in range(0, lanes, dim):
     first, last = start // LANES * LANES, min(-(-(start + dim) // LANES) * LANES, lanes)
     lane = first + jax.lax.broadcasted_iota(jnp.int32, (1, last - first), 1)
@@ -135,7 +135,7 @@ def _forward(query_ref, key_ref, value_ref, *refs, dim: int, causal: bool):
 
 
 def _backward(query_ref, key_ref, value_ref, gradient_ref, *refs, dim: int, causal: bool):
-  """Logits and weights lie as [T, Q] here, so that only one of five products has to turn one of its operands."""
+  """Logits and weights are transposed, [T, Q], so that only one of five products transposes an operand."""
   *bias, query_out, key_out, value_out = refs
   for window, own in _heads(query_ref.shape[2], dim):
     query, key, value, gradient = (ref[0, :, window] for ref in (query_ref, key_ref, value_ref, gradient_ref))
@@ -156,7 +156,7 @@ def _dot(a, b, dimensions) -> jax.Array:
 
 
 def _masked(logits, bias, causal: bool, *, queries: int):
-  """bias: none, or one [1, T] or [T, 1]; `queries`: the axis of logits along which queries lie."""
+  """bias: empty, or one [1, T] or [T, 1]; `queries`: the query axis of logits."""
   for mask in bias:
     logits = logits + mask
   if causal:
@@ -166,10 +166,10 @@ def _masked(logits, bias, causal: bool, *, queries: int):
 
 
 def _exponentials(logits, dim: int, *, axis: int):
-  """exp of the scaled logits, of which the largest along the axis becomes 1."""
+  """exp of the scaled logits minus their maximum along the axis."""
   return jnp.exp((logits - jnp.max(logits, axis=axis, keepdims=True)) * dim**-0.5)
 
 
 def _write(ref, window: slice, own, x):
-  """x in the head's own lanes; the others keep what another head wrote, or will."""
+  """Writes x to the lanes of this head; lanes of other heads are left unchanged."""
   ref[0, :, window] = jnp.where(own, x.astype(ref.dtype), ref[0, :, window])
