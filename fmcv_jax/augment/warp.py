@@ -1,8 +1,8 @@
 """Affine warps with bilinear sampling: by gathers, and on TPUs by a Pallas kernel.
 
 A TPU gathers pixels one by one, eight cycles each: four gathers per pixel of 64 images of 224 x 224 would take 70 ms on
-a v5e, more than a ViT-B step. The kernel holds an image in vector memory. An output tile of 8 x 128 pixels reads a small
-box of the image; for each row of that box, a lane shuffle moves every pixel to the outputs that sample it.
+a v5e, more than a ViT-B step. The kernel holds an image in vector memory. An output tile of 8 x 128 pixels reads a
+small box of the image; for each row of that box, a lane shuffle moves every pixel to the outputs that sample it.
 """
 
 import functools

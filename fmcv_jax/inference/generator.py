@@ -15,7 +15,7 @@ from fmcv_jax.objectives.outputs import generator_of
 from fmcv_jax.run import Run
 
 PROMPTS = ('tokens', 'label')  # condition fields that prompts are turned into
-_ARGUMENTS = ('control', 'conditions', 'first', 'progress')  # of every method, besides the options
+_ARGUMENTS = ('control', 'conditions', 'first', 'progress')  # keyword arguments of every method in addition to the options
 
 Progress = Callable[[int], Any]
 
@@ -241,7 +241,9 @@ class ImageGenerator:
   def _other_fields(self, conditions: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     names = [name for name in self.condition_fields if name not in PROMPTS]
     if sorted(conditions) != sorted(names):
-      raise UserError(f'conditions: the network reads {names or "none"} in addition to prompts, got {sorted(conditions)}')
+      raise UserError(
+        f'conditions: the network reads {names or "none"} in addition to prompts, got {sorted(conditions)}'
+      )
     fields = {}
     for name, x in self._objective.example_batch.items():
       if name in names:

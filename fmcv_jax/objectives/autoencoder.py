@@ -49,7 +49,9 @@ class Autoencoding(Objective):
     if not isinstance(self.network, Autoencoder):
       raise ValueError('network: autoencoding needs network.name=autoencoder')
     if bool(self.perceptual) != (self.features is not None):
-      raise ValueError('perceptual: a weight above 0 requires features, such as features.name=vit, and features require a weight')
+      raise ValueError(
+        'perceptual: a weight above 0 requires features, such as features.name=vit, and features require a weight'
+      )
     if self.features is not None and not isinstance(self.features, ViT):
       raise ValueError('features: needs a vision transformer, features.name=vit')
 

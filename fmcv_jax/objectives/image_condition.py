@@ -18,8 +18,8 @@ from fmcv_jax.models.generative.unet import UNet
 class ImageCondition:
   """Condition computed from the training images; it is never dropped for classifier-free guidance.
 
-  control     computes control maps for a ControlNet. Only the ControlNet is trained, starting from a copy of the encoder
-              of the network ('params/control/encoder'); the network is frozen ('extra/network')
+  control     computes control maps for a ControlNet. Only the ControlNet is trained, starting from a copy of the
+              encoder of the network ('params/control/encoder'); the network is frozen ('extra/network')
   inpainting  draws inpainting masks for a UNet with `extra_in_channels`: the mask and x of the masked image are
               concatenated to x, as in Stable Diffusion's inpainting model
   """

@@ -33,7 +33,9 @@ class MaskedAutoencoding(Objective):
     if not isinstance(self.network, MaskedAutoencoder):
       raise ValueError('network: masked autoencoding needs network.name=mae')
     if not 0 < self.visible < self.patches:
-      raise ValueError(f'mask_ratio: {self.mask_ratio} of {self.patches} patches leaves no visible or no masked patches')
+      raise ValueError(
+        f'mask_ratio: {self.mask_ratio} of {self.patches} patches leaves no visible or no masked patches'
+      )
 
   @property
   def patches(self) -> int:

@@ -9,10 +9,10 @@ def emulation(devices: int, environment: Mapping[str, str]) -> dict[str, str]:
   """Environment variables that give a new process `devices` emulated CPU devices.
 
   The XLA_FLAGS of `environment` are kept except for an earlier number of devices. Each emulated device blocks a thread
-  while it waits for the others. XLA creates one thread per core (NPROC overrides it), and aborts a process whose devices
-  do not reach a collective within 40 s: both are insufficient on a small or busy machine. Its concurrency-optimized
-  scheduler lets devices reach independent collectives in different orders, which deadlocks (observed with jaxlib 0.10.2
-  and collectives inside a conditional): the sequential scheduler keeps the program order.
+  while it waits for the others. XLA creates one thread per core (NPROC overrides it), and aborts a process whose
+  devices do not reach a collective within 40 s: both are insufficient on a small or busy machine. Its
+  concurrency-optimized scheduler lets devices reach independent collectives in different orders, which deadlocks
+  (observed with jaxlib 0.10.2 and collectives inside a conditional): the sequential scheduler keeps the program order.
   """
   kept = [flag for flag in environment.get('XLA_FLAGS', '').split() if not flag.startswith(DEVICE_COUNT)]
   ours = (

@@ -95,7 +95,9 @@ def pod(topology: str, slices: int = 1) -> list[Any]:
   """Abstract devices of a topology such as 'v5e:16x16'; UserError for an unknown topology or a missing libtpu."""
   kind = topology.partition(':')[0]
   if kind not in CHIPS or not re.fullmatch(r'\w+:\d+(x\d+)+', topology):
-    raise UserError(f'--topology: {topology!r} is not a topology; write v5e:4x4, v6e:16x16 or v5p:4x4x4 ({", ".join(CHIPS)})')
+    raise UserError(
+      f'--topology: {topology!r} is not a topology; write v5e:4x4, v6e:16x16 or v5p:4x4x4 ({", ".join(CHIPS)})'
+    )
   # libtpu probes for TPU hardware; these values satisfy the probe. No chip is locked: several may run at once.
   os.environ.update(TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-16', TPU_WORKER_HOSTNAMES='localhost')
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'

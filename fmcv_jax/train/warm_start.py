@@ -39,8 +39,8 @@ class InitFrom:
 def load_partial_state(state: TrainState, sources: Mapping[str, InitFrom], trained: Callable[[str], Any]) -> TrainState:
   """The state with the subtree at each key of `sources` replaced by trained values, placed as it was.
 
-  trained(workdir) -> {'params': ..., 'extra': ...}. The EMA restarts from the new parameters. Raises UserError for a path
-  that does not exist and for a parameter that is missing or of another shape.
+  trained(workdir) -> {'params': ..., 'extra': ...}. The EMA restarts from the new parameters. Raises UserError for a
+  path that does not exist and for a parameter that is missing or of another shape.
   """
   trained = functools.cache(trained)
   flat, treedef = jax.tree_util.tree_flatten_with_path({'params': state.params, 'extra': state.extra})

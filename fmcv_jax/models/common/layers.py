@@ -33,7 +33,7 @@ _NAMED = jax.checkpoint_policies.save_only_these_names('dense', 'attention')
 
 
 def _saves_matmuls(primitive, *args, **params) -> bool:
-  """Remat policy: saves results of dense layers (with their bias), attention and convolutions, which are slow to compute.
+  """Remat policy: saves results of dense layers (with their bias), attention and convolutions, the slow operations.
 
   Norms, activations and attention logits are recomputed: they are fast to compute but large.
   """
@@ -70,9 +70,9 @@ class BlockConfig:
   `eps` is the epsilon of LayerNorm; `layer_scale` the initial value of LayerScale (Touvron et al. 2021), None for none;
   `gated` makes the MLP a GLU (Shazeer 2020); `qkv_bias` adds biases to the query, key and value projections; `dropout`
   acts on both residual branches; `post_norm` normalizes after each residual sum instead of before each branch (Vaswani
-  et al. 2017, BERT); `parallel` adds attention and MLP of the same normalized input in one sum, and `qk_norm` normalizes
-  queries and keys per head (both Dehghani et al. 2023, section 2.1); `dtype` is the dtype of matmuls (parameters, norm
-  statistics, softmax and the residual sum of float32 inputs stay float32).
+  et al. 2017, BERT); `parallel` adds attention and MLP of the same normalized input in one sum, and `qk_norm`
+  normalizes queries and keys per head (both Dehghani et al. 2023, section 2.1); `dtype` is the dtype of matmuls
+  (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
   """
 
   num_heads: int

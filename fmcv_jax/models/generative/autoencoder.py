@@ -196,8 +196,8 @@ class Autoencoder(nn.Module):
     return self.decode(latent.mean if rng is None else latent.sample(rng)), latent
 
 
-# Channels per level, residual blocks per level, latent channels, levels with attention, `quantize`. kl-*: Rombach et al.
-# 2022, table 8 (kl-f8 is the one of Stable Diffusion 1 and 2); 16ch: Stable Diffusion 3 (Esser et al. 2024).
+# Channels per level, residual blocks per level, latent channels, levels with attention, `quantize`. kl-*: Rombach et
+# al. 2022, table 8 (kl-f8 is the one of Stable Diffusion 1 and 2); 16ch: Stable Diffusion 3 (Esser et al. 2024).
 SIZES: dict[str, tuple[tuple[int, ...], int, int, tuple[int, ...], bool]] = {
   'kl-f4': ((128, 256, 512), 2, 3, (), True),
   'kl-f8': ((128, 256, 512, 512), 2, 4, (), True),

@@ -10,8 +10,8 @@ from fmcv_jax.models.common.layers import NORM_AXES
 class PatchDiscriminator(nn.Module):
   """Images [B, H, W, 3] -> float32 logits [B, h, w, 1], positive for real images; h is about H / 2^layers.
 
-  The receptive field of a logit is 70 x 70 pixels with three layers. Group norm replaces the batch norm of the original,
-  so that the logits of an image do not depend on the rest of the batch, on any mesh.
+  The receptive field of a logit is 70 x 70 pixels with three layers. Group norm replaces the batch norm of the
+  original, so that the logits of an image do not depend on the rest of the batch, on any mesh.
   """
 
   logical_axes = (

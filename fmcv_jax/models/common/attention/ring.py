@@ -1,7 +1,7 @@
 """Attention over tokens that are split over devices (Liu et al. 2023, Ring Attention with Blockwise Transformers).
 
-Queries stay, keys and values rotate; the softmax is accumulated online (Milakov & Gimelshein 2018). The backward pass is
-a second rotation that recomputes the weights, so nothing of size Q x T is stored.
+Queries stay, keys and values rotate; the softmax is accumulated online (Milakov & Gimelshein 2018). The backward pass
+is a second rotation that recomputes the weights, so nothing of size Q x T is stored.
 """
 
 import functools
@@ -46,7 +46,7 @@ def _axes(query):
 
 
 def _over_heads(function):
-  """`function` of [Q, ...] arrays, vmapped over examples and heads of [B, Q, H, ...]; its last argument has no heads."""
+  """`function` of [Q, ...] arrays, vmapped over examples and heads of [B, Q, H, ...]; the last argument has no heads."""
 
   def of_heads(*args):
     return jax.vmap(function, in_axes=(1,) * (len(args) - 1) + (None,), out_axes=1)(*args)
