@@ -1,8 +1,8 @@
-"""A ControlNet that follows edges, beside a text-to-image UNet that stays frozen (Zhang et al. 2023).
+"""A ControlNet for Canny edges on a frozen text-to-image UNet (Zhang et al. 2023).
 
-Published for Canny edges: 3 M pairs, 600 A100 hours on top of Stable Diffusion 1.5, half of the captions left out; what
-steers comes suddenly, after a few thousand steps. The network and its copy begin with `configs/text_to_image.py:512`;
-edges are found on the device. Not measured here.
+Published for Canny edges: 3 M pairs, 600 A100 hours on top of Stable Diffusion 1.5, half of the captions dropped; the
+model starts to follow the control image suddenly, after a few thousand steps. The UNet and the ControlNet are
+initialized from `configs/text_to_image.py:512`; edges are computed on the device. Not measured here.
 
     fmcv train --config configs/controlnet.py --workdir gs://BUCKET/edges
     fmcv generate 'a bronze statue' --model gs://BUCKET/edges --control photo.jpg --guidance 7.5

@@ -65,7 +65,7 @@ def first(variant, distilled):
       distilled=distilled,
       drop_path=0.1,
       dtype='bfloat16',
-      unroll=True,  # side by side all layers run a third faster than in a loop (docs/plan.md)
+      unroll=True,  # unrolled layers run a third faster than a scan (docs/plan.md)
     ),
   )
   if distilled:
@@ -107,7 +107,7 @@ def third(variant):
       drop_path=drop_path,
       drop_path_rise=False,
       dtype='bfloat16',
-      unroll=True,  # side by side all layers run a third faster than in a loop (docs/plan.md)
+      unroll=True,  # unrolled layers run a third faster than a scan (docs/plan.md)
     ),
   )
   # The authors' loss is the mean over a thousand classes and this one their sum: so much larger are eps and clip_norm.

@@ -1,7 +1,7 @@
 """DINO on ImageNet-1k without labels: Caron et al. 2021, the authors' README and main_dino.py, 300 epochs.
 
 Published for S/16 with these settings (16 GPUs, 300 epochs): 73.3 % k-NN, 76.1 % linear top-1. B/16 takes the same
-settings but for the lengths of the prototypes, which are not learnt; the released B/16 (76.1 % k-NN, 78.2 % linear) was
+settings except that the norms of the prototypes are not learned; the released B/16 (76.1 % k-NN, 78.2 % linear) was
 trained with other arguments. Not measured here. Compiled for its pod, a step of B/16 takes 5.5 of a chip's 16 GiB.
 
     fmcv train --config configs/dino.py:S/16 --workdir gs://BUCKET/dino_s16
@@ -44,7 +44,7 @@ def get_config(variant='S/16'):
         variant=variant,
         drop_path=0.1,
         dtype='bfloat16',
-        unroll=True,  # side by side all layers run a third faster than in a loop (docs/plan.md)
+        unroll=True,  # unrolled layers run a third faster than a scan (docs/plan.md)
         remat='dots' if variant.endswith('/8') else 'none',
       ),
     ),
@@ -59,14 +59,14 @@ def get_config(variant='S/16'):
     workers=32,
   )
   whole = dict(image=dict(name='resize_crop', size=224), workers=16)
-  judged = dict(
+  evaluation = dict(
     batch_size=1024,
     data=dict(whole, source=dict(imagenet, split='validation')),
     train_data=dict(whole, source=dict(imagenet, split='train')),
   )
   c.evaluators = dict(
-    knn=dict(judged, name='knn', ks=(10, 20, 100, 200), every=25 * steps_per_epoch),
-    probe=dict(judged, name='linear_probe', method='logistic'),
+    knn=dict(evaluation, name='knn', ks=(10, 20, 100, 200), every=25 * steps_per_epoch),
+    probe=dict(evaluation, name='linear_probe', method='logistic'),
   )
   c.optimizer = dict(
     rule=dict(name='adamw'),

@@ -1,4 +1,4 @@
-"""DiT S, B, L and XL told ImageNet-1k's classes, on latents of an f8 autoencoder at 256 px (Peebles & Xie 2023).
+"""Class-conditional DiT S, B, L and XL on ImageNet-1k at 256 px, on latents of an f8 autoencoder (Peebles & Xie 2023).
 
 Published after 400,000 steps, FID-50K of 250-step ancestral sampling without guidance: 68.40 (S/2), 43.47 (B/2), 68.38
 (B/4), 23.33 (L/2), 19.47 (XL/2); XL/2 after 7 M steps 9.62, with guidance 1.5 2.27. They used Stable Diffusion's
@@ -27,7 +27,7 @@ def get_config(variant='XL/2'):
       out_channels=8,
       num_classes=1000,
       dtype='bfloat16',
-      unroll=True,  # side by side all layers read and write half of what they do in a loop (docs/plan.md)
+      unroll=True,  # unrolled layers read and write half as many bytes as a scan (docs/plan.md)
     ),
     process=dict(schedule='linear', prediction='noise', learned_variance=True),
     latent_space=dict(

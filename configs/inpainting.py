@@ -1,8 +1,8 @@
-"""Filling holes by a UNet that is told what is around them: 5 further channels, the hole and the rest's latent.
+"""Inpainting with a UNet conditioned on the masked image: 5 extra input channels, the mask and the masked latent.
 
-Published (the model card of Stable Diffusion inpainting): 440,000 steps of batch 2048 at 512 px from v1.2, the further
-channels of the first convolution zero at first, masks made at random and in a quarter of the pictures everything; a
-tenth of the captions left out. It begins with `configs/text_to_image.py:512`. Not measured here.
+Published (the model card of Stable Diffusion inpainting): 440,000 steps of batch 2048 at 512 px from v1.2, with the
+extra channels of the first convolution zero-initialized, random masks, a full mask for a quarter of the images, and a
+tenth of the captions dropped. Initialized from `configs/text_to_image.py:512`. Not measured here.
 
     fmcv train --config configs/inpainting.py --workdir gs://BUCKET/fill
     fmcv generate 'a bench in a park' --model gs://BUCKET/fill --image photo.jpg --mask mask.png --guidance 7.5

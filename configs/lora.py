@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2022) on a ViT-B/16: another data set for 0.7 % of the parameters. Not measured here.
+"""LoRA (Hu et al. 2022) on a ViT-B/16: fine-tuning of 0.7 % of the parameters on another dataset. Not measured here.
 
-The matrices of rank 16 beside queries and values, and a new head, are all that is trained and all that has moments; the
-network is read from another run, at any image_size. A later run begins with the merged network by
+Only the rank-16 matrices of queries and values, and a new head, are trained and have optimizer moments; the network is
+loaded from another run, at any image_size. To initialize a later run from the merged network, use
 --config.init_from.params.workdir=runs/pets --config.init_from.params.part=whole.
 
     fmcv train --config configs/lora.py --workdir runs/pets --config.init_from.extra/frozen.workdir=gs://BUCKET/vit_b16

@@ -30,7 +30,7 @@ def get_config(variant='B/16'):
       width=512,
       depth=8,
       num_heads=16,
-      # Side by side all layers run a third faster than in a loop (docs/plan.md).
+      # Unrolled layers run a third faster than a scan (docs/plan.md).
       encoder=dict(name='vit', variant=variant, pos_embed='sincos2d', dtype='bfloat16', unroll=True),
     ),
   )

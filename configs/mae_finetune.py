@@ -1,7 +1,7 @@
-"""A masked autoencoder becomes a classifier of ImageNet-1k at 224 px: He et al. 2022, appendix A.1, the authors' code.
+"""Fine-tuning of a masked autoencoder on ImageNet-1k at 224 px: He et al. 2022, appendix A.1, the authors' code.
 
 Published top-1 after 1600 epochs of configs/mae.py: B/16 83.6 % (100 epochs), L/16 85.9 %, H/14 86.9 % (50 epochs). Not
-measured here. Differs in two things: the patches are pooled after the last norm, and positions stay what they were.
+measured here. Two differences: the patches are pooled after the last norm, and positional embeddings are fixed.
 
     fmcv train --config configs/mae_finetune.py:B/16 --workdir gs://BUCKET/mae_b16_finetuned \
       --config.init_from.params.workdir=gs://BUCKET/mae_b16
@@ -39,7 +39,7 @@ def get_config(variant='B/16'):
       pos_embed='sincos2d',
       drop_path=drop_path,
       dtype='bfloat16',
-      unroll=True,  # side by side all layers run a third faster than in a loop (docs/plan.md)
+      unroll=True,  # unrolled layers run a third faster than a scan (docs/plan.md)
     ),
   )
   c.init_from = dict(params=dict(workdir='runs/mae', part='params/encoder', skip=('head/.*',)))

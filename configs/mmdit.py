@@ -1,9 +1,9 @@
 """Text to image by rectified flow and MMDiT, 2 B parameters, at 256 px, then 512 px (Esser et al. 2024).
 
-Published is a figure of the 8 B form (`d38/2`) at 1024 px, told by two CLIP towers and T5: GenEval 0.74 after DPO. Here
-one tower tells, that of `configs/clip.py:L/14`, and the latents have 16 channels (`configs/autoencoder.py:f8-16ch`; set
-latent_space.scale to one over its `latent_std`, latent_space.shift to its mean). Times are drawn as in their section
-3.1 and, at 512 px, moved towards noise as in their section 5.3.2. Not measured here.
+Published for the 8 B model (`d38/2`) at 1024 px with two CLIP text encoders and T5: GenEval 0.74 after DPO. This config
+has one text encoder, that of `configs/clip.py:L/14`, and latents of 16 channels (`configs/autoencoder.py:f8-16ch`; set
+latent_space.scale to one over its `latent_std`, latent_space.shift to its mean). Timesteps are sampled as in section
+3.1 of the paper and, at 512 px, shifted towards noise as in section 5.3.2. Not measured here.
 
     fmcv train --config configs/mmdit.py:256 --workdir gs://BUCKET/mmdit_256
     fmcv train --config configs/mmdit.py:512 --workdir gs://BUCKET/mmdit_512 \\

@@ -8,7 +8,7 @@ published model reads a 32 k SentencePiece vocabulary; this recipe trains from s
 
 import ml_collections
 
-SEEN = 9_000_000_000
+TOTAL_EXAMPLES = 9_000_000_000
 BATCH = 16_384
 
 
@@ -45,7 +45,7 @@ def get_config():
     weight_decay=1e-4,
     clip_norm=1.0,
   )
-  c.train = dict(steps=SEEN // BATCH, batch_size=BATCH)
+  c.train = dict(steps=TOTAL_EXAMPLES // BATCH, batch_size=BATCH)
   c.checkpoint = dict(every=2_000)
   c.topology = 'v5e:4x4'
   return c

@@ -1,8 +1,8 @@
 """Text to image by the UNet of Stable Diffusion 1, 860 M parameters, in two stages: at 256 px, then at 512 px.
 
-Published (the model card of v1-1): 237,000 steps at 256 px on LAION-2B-en, then 194,000 at 512 px on its pictures of at
-least 1024 px, of batch 2048 by AdamW at 1e-4 on 256 A100; no figure of quality is given for v1-1. As there, autoencoder
-and text tower (CLIP L/14, which `configs/clip.py:L/14` trains) stay frozen. Not measured here.
+Published (the model card of v1-1): 237,000 steps at 256 px on LAION-2B-en, then 194,000 at 512 px on its images of at
+least 1024 px, with batch 2048 and AdamW at 1e-4 on 256 A100; no quality metric is given for v1-1. As there, autoencoder
+and text encoder (CLIP L/14, which `configs/clip.py:L/14` trains) are frozen. Not measured here.
 
     fmcv train --config configs/text_to_image.py:256 --workdir gs://BUCKET/t2i_256
     fmcv train --config configs/text_to_image.py:512 --workdir gs://BUCKET/t2i_512 \\

@@ -2,9 +2,9 @@
 
 Published: 21,743 M parameters, 177,000 steps of 65,536 images of JFT-4B, which is not public, on 1024 chips of TPU v4;
 89.5 % ImageNet-1k top-1 by a linear probe. Not measured here: `fmcv plan --config configs/vit_22b.py` compiles it for
-its pod (docs/plan.md has what it found). As there: attention and MLP side by side, normalized queries and keys, no bias
-in the projections of the attention, a head on attention-pooled tokens, sigmoid cross-entropy, Adafactor and a rate that
-falls with the square root of the step. Unlike there: norms have biases, and one weight decay acts on body and head.
+its pod (results in docs/plan.md). As in the paper: parallel attention and MLP, normalized queries and keys, no bias in
+the attention projections, attention pooling, sigmoid cross-entropy, Adafactor and a reciprocal square-root schedule.
+Unlike the paper: norms have biases, and one weight decay acts on body and head.
 
     fmcv train --config configs/vit_22b.py --workdir gs://BUCKET/vit_22b
 """

@@ -1,7 +1,7 @@
 """ViT-B/16 and L/16 on ImageNet-1k alone at 224 px: the from-scratch recipe of He et al. 2022 (MAE), appendix A.2.
 
 Published (the row "scratch, our impl."): B/16 82.3 % top-1 after 300 epochs, L/16 82.6 % after 200. Not measured
-here. GELU is its approximation by tanh, which a TPU has in hardware.
+here. GELU is the tanh approximation, which TPUs support in hardware.
 
     fmcv train --config configs/vit_i1k.py:B/16 --workdir gs://BUCKET/vit_b16
     fmcv train --config configs/vit_i1k.py:L/16 --workdir gs://BUCKET/vit_l16
@@ -31,7 +31,7 @@ def get_config(variant='B/16'):
       drop_path=recipe['drop_path'],
       activation='gelu_tanh',
       dtype='bfloat16',
-      unroll=True,  # side by side all layers run a third faster than in a loop (docs/plan.md)
+      unroll=True,  # unrolled layers run a third faster than a scan (docs/plan.md)
     ),
   )
   imagenet = dict(name='tfds', builder='imagenet2012')

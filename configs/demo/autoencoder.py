@@ -1,7 +1,7 @@
 """A small autoencoder on emoji: 32 x 32 pixels into 16 x 16 latents of 4 channels, in minutes on two CPU cores.
 
-The latents are what `configs/demo/text_to_image.py` paints. Reached in one run (seed 0, 900 steps): a PSNR of 26.3 dB
-and an SSIM of 0.886 on held-out concepts by a hand that it never saw.
+`configs/demo/text_to_image.py` generates these latents. Reached in one run (seed 0, 900 steps): a PSNR of 26.3 dB and
+an SSIM of 0.886 on held-out concepts by an artist not in the training data.
 
     fmcv train --config configs/demo/autoencoder.py --workdir runs/autoencoder --cpu-devices 8
 """

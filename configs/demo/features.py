@@ -1,7 +1,7 @@
-"""One small ViT on scattered digits: what its features are worth, without labels and with.
+"""Feature quality of one small ViT on scattered digits, trained with and without labels.
 
-Digits lie at random places and sizes; the features of 1,437 scenes name those of 1,440 others, whose digits were never
-seen. Measured on 2 busy cores (seed 0; CPU minutes are those of training and its evaluation):
+Digits have random positions and sizes; classifiers are fitted to the features of 1,437 scenes and evaluated on 1,440
+held-out scenes with held-out digits. Measured on 2 busy cores (seed 0; CPU minutes include training and evaluation):
 
 | method     | steps x batch | CPU minutes | k-NN  | ridge | logistic regression | own answers |
 |------------|---------------|-------------|-------|-------|---------------------|-------------|

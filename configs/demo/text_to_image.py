@@ -1,11 +1,11 @@
-"""A small diffusion transformer that paints emoji from their names, in minutes on two CPU cores.
+"""A small diffusion transformer that generates emoji from their names, in minutes on two CPU cores.
 
-It paints latents of `configs/demo/autoencoder.py`, told by the text tower of `configs/demo/clip.py`; both stay frozen.
-`make demo-generate` trains the three in turn and draws a sheet of prompts.
+It generates latents of `configs/demo/autoencoder.py`, conditioned on the text encoder of `configs/demo/clip.py`; both
+are frozen. `make demo-generate` trains the three in turn and saves a grid of samples.
 
-    fmcv train --config configs/demo/text_to_image.py --workdir runs/painter --cpu-devices 8
+    fmcv train --config configs/demo/text_to_image.py --workdir runs/text_to_image --cpu-devices 8
 
-As 'text_to_image.py:repa' its second block is also made to look as the CLIP's image tower does (Yu et al. 2025).
+'text_to_image.py:repa' also aligns the second block with the image encoder of the CLIP (REPA, Yu et al. 2025).
 """
 
 import pathlib

@@ -17,7 +17,7 @@ class SamplingOptions:
   """Sampling options; raises UserError, starting with the option name, for an invalid value.
 
   steps                 default 20. Number of solver steps
-  guidance              default 4.0; 1 disables it. Classifier-free guidance scale (Ho & Salimans 2022), or one per
+  guidance              default 4.0; 1 disables it. Classifier-free guidance scale (Ho & Salimans 2022), one or one per
                         image
   interval              (low, high). Guidance is applied only at times in between (Kynkaanniemi et al. 2024)
   rescale               0 to 1. CFG rescale factor phi (Lin et al. 2024)

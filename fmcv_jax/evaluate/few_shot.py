@@ -11,8 +11,7 @@ from fmcv_jax.evaluate.base import Evaluator
 
 @dataclasses.dataclass(frozen=True)
 class FewShot(Evaluator):
-  """Accuracy of nearest-prototype classification; a prototype is the mean of the examples of a class (Snell et al.
-  2017).
+  """Accuracy of nearest-prototype classification; a prototype is the mean of a class's examples (Snell et al. 2017).
 
   Each episode draws `ways` classes, and from each k of `shots` examples and at most `queries` others. Features are
   centered by their mean over `data` and scaled to unit length (SimpleShot, Wang et al. 2019). Also reports the

@@ -18,11 +18,10 @@ from fmcv_jax.objectives.outputs import generator_of
 
 @dataclasses.dataclass(frozen=True)
 class Generation(Evaluator):
-  """Generates one image per real example with the same conditioning, and compares both sets
-  (`FeatureExtractor.compare`).
+  """Generates one image per real example with the same conditioning, and compares both sets.
 
   An image-text feature extractor and a text-conditional model also give 'clip_score': 100 times the mean cosine
-  similarity of images and texts, clipped at 0 (Hessel et al. 2021).
+  similarity of images and texts, clipped at 0 (Hessel et al. 2021). See `FeatureExtractor.compare` for the others.
 
   data               real images with labels or captions for conditioning; every process reads all of them
   feature_extractor  workdir of the feature extractor, such as Inception weights imported by `fmcv import`

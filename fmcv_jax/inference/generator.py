@@ -15,7 +15,7 @@ from fmcv_jax.objectives.outputs import generator_of
 from fmcv_jax.run import Run
 
 PROMPTS = ('tokens', 'label')  # condition fields that prompts are turned into
-_ARGUMENTS = ('control', 'conditions', 'first', 'progress')  # of every method, besides the options
+_ARGUMENTS = ('control', 'conditions', 'first', 'progress')  # keyword arguments of every method in addition to the options
 
 Progress = Callable[[int], Any]
 

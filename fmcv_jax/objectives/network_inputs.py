@@ -36,8 +36,7 @@ class _RecordingControl(Control):
 
 
 def network_inputs(objective: Objective, batch: Any, rng: jax.Array) -> list[jax.Array]:
-  """All images that the loss of a batch passes to the network with this rng, each float32 [B, views, H, W, 3] in [0,
-  1].
+  """All images that the loss of a batch passes to the network, each float32 [B, views, H, W, 3] in [0, 1].
 
   The loss is traced with parameters that are never allocated; XLA removes the computation after the recorded images.
   """

@@ -115,9 +115,7 @@ _pair_loss.defvjp(_forward, _backward)
 
 
 def _logits(image, block, scale, bias, start):
-  """Logits [b, c] of a block of texts, the first of which belongs to image `start`, and a mask of the positive
-  pairs.
-  """
+  """Logits [b, c] of a block of texts, the first of which belongs to image `start`, and a mask of positive pairs."""
   logits = scale * jnp.einsum('ie,te->it', image, block, preferred_element_type=jnp.float32) + bias
   return logits, jnp.arange(len(image))[:, None] == start + jnp.arange(len(block))
 

@@ -181,9 +181,7 @@ class PreemptionGuard:
     return self._asked
 
   def requested(self, step: int) -> bool:
-    """True if the run was asked to stop. Every process calls this after every step; all return True at the same
-    step.
-    """
+    """True if the run was asked to stop; every process calls it after every step, and all return the same value."""
     if jax.process_count() == 1:
       return self._asked
     from jax.experimental import multihost_utils

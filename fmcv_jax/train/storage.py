@@ -15,8 +15,7 @@ def local(path: epath.Path) -> pathlib.Path | None:
 
 
 def inode(path: epath.Path) -> int | None:
-  """Inode of a local folder, which differs from that of a new folder of the same name; None if it does not exist or is
-  in an object store."""
+  """Inode of a local folder, to tell it from a new folder of the same name; None for a missing one or object stores."""
   here = local(path)
   return here.stat().st_ino if here and here.exists() else None
 

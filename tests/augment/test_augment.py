@@ -372,7 +372,7 @@ def test_apply_augments_applies_all_in_order_with_keys_of_their_own():
     ({'name': 'affine', 'rotation': -10}, 'rotation: expected at least 0'),
     ({'name': 'affine', 'fill': 255}, 'fill: expected a number between 0 and 1, got 255'),
     ({'name': 'blur', 'sigma': (0.0, 2.0)}, 'sigma: expected 0 < low'),
-    ({'name': 'color_jitter', 'hue': 0.6}, 'hue: expected a share of a turn between 0 and 0.5, got 0.6'),
+    ({'name': 'color_jitter', 'hue': 0.6}, 'hue: expected a fraction of a turn between 0 and 0.5, got 0.6'),
     ({'name': 'color_jitter', 'brightness': -1}, 'brightness: expected at least 0'),
     ({'name': 'random_erasing', 'area': (0.1, 1.5)}, 'area: expected 0 < low <= high <= 1'),
     ({'name': 'random_erasing', 'value': 'white'}, 'value'),

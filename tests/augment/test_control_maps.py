@@ -41,5 +41,5 @@ def test_gray_and_coarse_keep_the_means():
   np.testing.assert_allclose(Gray()(images)[..., 0], images @ np.array([0.299, 0.587, 0.114]), atol=1e-6)
   coarse = Pixelate(4)(jnp.asarray(images))
   np.testing.assert_allclose(coarse[:, 5, 3], images[:, 4:, :4].mean((1, 2)), atol=1e-6)
-  with pytest.raises(ValueError, match='8 x 8 pixels do not divide by 3'):
+  with pytest.raises(ValueError, match='8 x 8 pixels are not divisible by 3'):
     Pixelate(3)(images)

@@ -197,8 +197,8 @@ def test_attention_over_a_context_of_another_length():
   assert y.shape == x.shape
 
 
-def test_a_width_not_divisible_by_the_heads_is_an_error():
-  with pytest.raises(ValueError, match='width of 16 does not divide into 3 heads'):
+def test_heads_that_do_not_divide_the_width_are_an_error():
+  with pytest.raises(ValueError, match='width 16 is not divisible by 3 heads'):
     Attention(BlockConfig(num_heads=3, mlp_dim=32)).init(jax.random.key(0), jnp.ones((1, 2, 16)))
 
 

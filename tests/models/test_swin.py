@@ -34,7 +34,7 @@ def test_the_pyramid_halves_its_sides_and_doubles_its_width():
 
 @pytest.mark.parametrize('options', [{'depths': (3, 2)}, {'num_heads': (2,)}, {'variant': 'X'}, {'image_size': 30}])
 def test_a_wrong_size_is_a_clear_error(options):
-  with pytest.raises(ValueError, match=r'depths|unknown Swin|does not divide'):
+  with pytest.raises(ValueError, match=r'depths|unknown Swin|is not divisible'):
     swin(**{'variant': 'mu', 'image_size': 32, **options})
 
 

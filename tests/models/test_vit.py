@@ -171,7 +171,7 @@ def test_an_untrained_classifier_gives_equal_logits(images):
   [
     (lambda: vit('Bb/16'), r"unknown ViT variant 'Bb/16'; did you mean 'B/16'\?"),
     (lambda: vit('B16'), 'unknown ViT variant'),
-    (lambda: vit('B/16', image_size=100), 'image_size 100 does not divide into patches of 16'),
+    (lambda: vit('B/16', image_size=100), 'image_size 100 is not divisible by the patch size 16'),
   ],
 )
 def test_a_wrong_name_or_size_is_a_clear_error(build, message):
@@ -180,9 +180,9 @@ def test_a_wrong_name_or_size_is_a_clear_error(build, message):
 
 
 def test_a_wrong_input_or_number_of_heads_is_a_clear_error(images):
-  with pytest.raises(ValueError, match='images of 30 x 32 pixels do not divide into patches of 8'):
+  with pytest.raises(ValueError, match='images of 30 x 32 pixels are not divisible by the patch size 8'):
     jax.eval_shape(network().init, jax.random.key(0), images[:, :30])
-  with pytest.raises(ValueError, match='a width of 32 does not divide into 3 heads'):
+  with pytest.raises(ValueError, match='width 32 is not divisible by 3 heads'):
     jax.eval_shape(network(num_heads=3).init, jax.random.key(0), images)
   with pytest.raises(ValueError, match='head dimension divisible by 4, got 2'):
     jax.eval_shape(network(num_heads=16, pos_embed='rope2d').init, jax.random.key(0), images)

@@ -49,7 +49,7 @@ def test_rows_of_the_config_come_first():
   ('axes', 'shape', 'message'),
   [
     (('batch', 'embed'), (8, 8), "would use the mesh axis 'fsdp' twice, for 'batch' and 'embed'"),
-    (('batch', None), (6, 8), "its axis 'batch' of size 6 .* does not divide over data=2 x fsdp=2"),
+    (('batch', None), (6, 8), "axis 'batch' of size 6 .* is not divisible by data=2 x fsdp=2"),
     (('batch', 'widht'), (8, 8), "no rule for the logical axis 'widht' .*did you mean 'width'"),
     (('batch',), (8, 8), r'1 logical axes .* for an array of shape \(8, 8\)'),
   ],

@@ -106,7 +106,7 @@ def test_an_imported_model_is_used_in_four_lines(published, tmp_path):
   half = fmcv_jax.load(tmp_path / 'run', batch=8, dtype='bfloat16').classify(images)
   np.testing.assert_allclose(half, chances, atol=0.05)
   assert np.abs(half - chances).max() > 0
-  with pytest.raises(fmcv_jax.errors.UserError, match='knows no texts'):
+  with pytest.raises(fmcv_jax.errors.UserError, match='has no text encoder'):
     model.encode_text(['a cat'])
 
 

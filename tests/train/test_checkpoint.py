@@ -157,6 +157,6 @@ def test_a_workdir_with_damaged_steps_only_says_so(tmp_path):
   store.wait()
   damage(pathlib.Path(store.directory / '1'), 'flipped')
   abstract = jax.eval_shape(lambda: state_at(0))
-  with pytest.raises(UserError, match='no whole checkpoint is left'):
+  with pytest.raises(UserError, match='no complete checkpoint is left'):
     store.restore_newest(abstract, state_shardings(abstract, Placement(make_mesh(MeshShape())), ROWS), lambda _: None)
   store.close()

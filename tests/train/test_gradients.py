@@ -31,5 +31,5 @@ def test_pieces_are_strided_and_join_again():
   pieces = split_batch(x, 3)
   np.testing.assert_array_equal(pieces[1], x[1::3])
   np.testing.assert_array_equal(join_batch(pieces), x)
-  with pytest.raises(ValueError, match='12 does not divide into 5'):
+  with pytest.raises(ValueError, match='12 is not divisible by 5'):
     split_batch(x, 5)

@@ -33,8 +33,7 @@ _NAMED = jax.checkpoint_policies.save_only_these_names('dense', 'attention')
 
 
 def _saves_matmuls(primitive, *args, **params) -> bool:
-  """Remat policy: saves results of dense layers (with their bias), attention and convolutions, which are slow to
-  compute.
+  """Remat policy: saves results of dense layers (with their bias), attention and convolutions, the slow operations.
 
   Norms, activations and attention logits are recomputed: they are fast to compute but large.
   """

@@ -14,8 +14,7 @@ def sincos_2d(
   first: tuple[float, float] = (0.0, 0.0),
   step: float = 1.0,
 ) -> np.ndarray:
-  """Fixed 2-D table, float32 [height * width, dim], in row-major order (MoCo v3, Chen et al. 2021; MAE, He et al.
-  2022).
+  """Fixed 2-D table, float32 [height * width, dim], row-major (MoCo v3, Chen et al. 2021; MAE, He et al. 2022).
 
   The four quarters of `dim` are sin and cos of the column, then sin and cos of the row, at `dim / 4` frequencies.
   Coordinates start at `first` and increase by `step`.

@@ -15,9 +15,7 @@ WIDTHS = (16, 32, 96, 256)  # channels per level of the hint encoder, as release
 
 
 class Hint(nn.Module):
-  """Control image [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides per level; zero-initialized
-  output.
-  """
+  """Control image [B, rows, columns, 3] -> [B, H, W, outputs], halving both sides per level; zero at initialization."""
 
   logical_axes = (
     (r'(.*/)?hint/conv\w+/kernel', (None, None, None, None)),

@@ -1,5 +1,4 @@
-"""Masked autoencoder (He et al. 2022): an encoder of the visible patches, and a small decoder that predicts all
-patches.
+"""Masked autoencoder (He et al. 2022): an encoder of the visible patches, and a small decoder of all patches.
 
 Letters in shapes: B batch, T patches, N visible patches, D width, P pixels of a patch times 3.
 """
