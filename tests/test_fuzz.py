@@ -11,7 +11,7 @@ from PIL import Image
 
 from fmcv_jax import config as config_lib
 from fmcv_jax import experiment
-from fmcv_jax.data.images.decode import decode, picture
+from fmcv_jax.data.images.decode import decode, lazy_image
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.errors import UserError
 from fmcv_jax.registry import KINDS
@@ -83,7 +83,7 @@ def test_any_bytes_are_an_image_or_a_bad_record(kind, data):
     pixels = decode(image, max_pixels=100_000)
     assert pixels.dtype == np.uint8
     assert pixels.shape[2:] == (3,)
-    found = picture(image)
+    found = lazy_image(image)
     found.region((0.0, 0.0, float(found.width), float(found.height)), 8)
   except BadRecord:
     pass

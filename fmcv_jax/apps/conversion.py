@@ -195,7 +195,7 @@ def _check_parts(file: str, name: str, layout: Layout, shapes: Mapping[str, Shap
     missing = f'{theirs} is missing: ' if theirs else ''
     raise UserError(
       f'{file}: {missing}{name!r} also needs {", ".join(apart)}, which the file does not contain; import it into '
-      f'another folder and set --config.init_from.extra/{apart[0]}.workdir=FOLDER (and .part=params/... for a part of it)'
+      f'another folder and set --config.init_from.extra/{apart[0]}.workdir=FOLDER (and .part=params/... for a part)'
     )
 
 

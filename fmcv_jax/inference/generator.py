@@ -15,7 +15,7 @@ from fmcv_jax.objectives.outputs import generator_of
 from fmcv_jax.run import Run
 
 PROMPTS = ('tokens', 'label')  # condition fields that prompts are turned into
-_ARGUMENTS = ('control', 'conditions', 'first', 'progress')  # keyword arguments of every method in addition to the options
+_ARGUMENTS = ('control', 'conditions', 'first', 'progress')  # keywords of every method that are not options
 
 Progress = Callable[[int], Any]
 

@@ -46,7 +46,7 @@ def _axes(query):
 
 
 def _over_heads(function):
-  """`function` of [Q, ...] arrays, vmapped over examples and heads of [B, Q, H, ...]; the last argument has no heads."""
+  """`function` of [Q, ...] arrays, vmapped over B and H of [B, Q, H, ...]; the last argument has no heads."""
 
   def of_heads(*args):
     return jax.vmap(function, in_axes=(1,) * (len(args) - 1) + (None,), out_axes=1)(*args)
