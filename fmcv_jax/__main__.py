@@ -263,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--control-scale', type=float, metavar='X', help='ControlNet conditioning scale (default: 1)')
   sub.add_argument('--interpolate', action='store_true', help='interpolate between two prompts in n images')
   sub.add_argument('--output', default='generated', metavar='DIR', help='output folder (default: generated)')
-  sub = add(synthesize, 'Generate a labelled synthetic dataset with a trained diffusion model.', model=True)
+  sub = add(synthesize, 'Generate a labeled synthetic dataset with a trained diffusion model.', model=True)
   sub.add_argument('--to', required=True, metavar='DIR', help='new folder for ArrayRecord shards')
   sub.add_argument('-n', type=int, default=10, help='images per prompt (default: 10)')
   sub.add_argument(

@@ -147,7 +147,7 @@ def test_warm_start_loads_another_runs_average_except_for_skipped_parts(finished
   [
     ({'train__batch_size': 20}, r'config\.train\.batch_size: 20 is not divisible by data=8; use a multiple of 8'),
     ({'train__grad_accum_steps': 4}, r'16 is not divisible by data=8 times 4 microbatches; use a multiple of 32'),
-    ({'evaluators__val__batch_size': 12}, r'config\.evaluators\.val\.batch_size: 12 does not divide'),
+    ({'evaluators__val__batch_size': 12}, r'config\.evaluators\.val\.batch_size: 12 is not divisible'),
     ({'train__steps': 2}, r'config\.optimizer\.schedule: warmup_steps 2 must be smaller than the number of steps, 2'),
     ({'mesh__tensor': 3}, 'tensor=3 needs a multiple of 3 devices'),
     ({'data__image__size': 24}, r'config\.data gives image of shape \(24, 24, 3\).* expects \(16, 16, 3\)'),

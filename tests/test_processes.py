@@ -58,10 +58,10 @@ def test_two_processes_generate_the_images_of_one_and_the_first_writes_them(tmp_
   made = []
   for to, launcher in ((tmp_path / 'two', runs.LOCAL), (tmp_path / 'one', ('-m', 'fmcv_jax'))):
     printed = command(launcher, 'synthesize', '--prompts', tmp_path / 'prompts.txt', '--to', to)
-    assert ' '.join(printed.split()).count('6 pictures of 3 prompts') == 1
+    assert ' '.join(printed.split()).count('6 images of 3 prompts') == 1
     source = ArrayRecord(str(to))
     made.append(np.stack([decode(source[index]['image']) for index in range(6)]).astype(int))
   assert np.abs(made[0][0] - made[0][3]).max() > 8  # the same prompt by another number
   assert np.abs(made[0] - made[1]).max() <= 1
   printed = command(runs.LOCAL, 'generate', 'red', '--output', tmp_path / 'generated')
-  assert ' '.join(printed.split()).count('2 pictures and') == 1
+  assert ' '.join(printed.split()).count('2 images and') == 1

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ('fmcv_jax', 'configs', 'docs', 'benchmarks', 'launch', 'tools', 'tests', '.github')
 FILES = ('*.md', 'Makefile', 'mkdocs.yml', 'CITATION.cff')
 SUFFIXES = {'.py', '.md', '.yml', '.yaml', '.sh', '.c'}
-MAX_LINES = 400  # of a Python file
+MAX_LINES = 400  # of a Python file of the package
 
 # Pattern (matched within words joined by underscores too) -> the field's term.
 RETIRED = {
@@ -28,7 +28,8 @@ RETIRED = {
   r'manners?': 'options, config',
   r'judg(e|es|ed|ing)': 'feature extractor; evaluate, score, detect',
   r'besides?': 'next to, in addition to, with; concatenated',
-  r'seen': 'input; trained on, in training',
+  # 'seen' in quotes names the classes of the training set, as zero-shot learning does (an emoji split, an evaluator).
+  r'(?<![\'"/])seen(?![\'"/=])': 'input; trained on, in training',
   r'worth': 'the metric',
   r'from nothing': 'from scratch',
   r'side by side': 'unrolled',
@@ -85,7 +86,7 @@ def findings(path: pathlib.Path) -> Iterator[Finding]:
       term = list(RETIRED.values())[int(match.lastgroup[1:])]
       yield Finding(name, number, f'{match[0]!r} is retired: {term}')
   if path.suffix == '.py':
-    if len(lines) > MAX_LINES:
+    if len(lines) > MAX_LINES and name.startswith('fmcv_jax/'):
       yield Finding(name, len(lines), f'{len(lines)} lines; at most {MAX_LINES}')
     for node in ast.walk(ast.parse(text)):
       if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -156,7 +156,7 @@ def _objective(config: Mapping[str, Any]) -> Objective:
 
 
 def _heads(objective: Any, path: str) -> int:
-  """How many heads the attention at a path of a network's parameters has."""
+  """Number of heads of the attention at a path of the parameters."""
   tower = objective.network
   if path.startswith(('image/', 'text/')):
     tower = getattr(tower, path.partition('/')[0])

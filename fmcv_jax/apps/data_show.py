@@ -17,7 +17,7 @@ from fmcv_jax.run import Run
 
 _LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor
 _GAP, _LINE = 3, 16  # pixels between images, and for a caption
-_MASK_OPACITY = 0.85  # of the grey over masked patches
+_MASK_OPACITY = 0.85  # of the gray over masked patches
 
 
 def run(config: str, overrides: Sequence[str] = (), *, count: int, output: str | pathlib.Path = 'data.png') -> None:
@@ -119,7 +119,7 @@ def _fitting(text: str, width: int, font) -> str:
 
 
 def _greyed(images: np.ndarray, masked: np.ndarray) -> np.ndarray:
-  """Images [B, V, H, W, 3] with the masked patches, bool [B, views, rows, columns], of the first views greyed out."""
+  """Images [B, V, H, W, 3] with the masked patches, bool [B, views, rows, columns], of the first views grayed out."""
   _, views, rows, columns = masked.shape
   height, width = images.shape[2] // rows, images.shape[3] // columns
   mask = masked.repeat(height, axis=2).repeat(width, axis=3)[..., None] * _MASK_OPACITY

@@ -27,7 +27,7 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   resolved = experiment.load_config(config, overrides)
   kinds = {name: evaluator['name'] for name, evaluator in resolved['evaluators'].items()}
   if (kinds.get('seen'), kinds.get('held_out')) != ('zero_shot', 'zero_shot'):
-    raise UserError(f'{config}: the demo needs zero_shot evaluators named seen and held_out')
+    raise UserError(f"{config}: the demo needs zero_shot evaluators named 'seen' and 'held_out'")
   trainer.train(resolved, workdir, console)
 
   trained = Run.reopen(workdir)

@@ -43,7 +43,7 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
     or generator.condition_fields != ('tokens',)
   ):
     raise UserError(
-      f'--feature-extractor {extractor}: needs zero_shot evaluators named seen and held_out, '
+      f"--feature-extractor {extractor}: needs zero_shot evaluators named 'seen' and 'held_out', "
       'and a text-conditional model'
     )
   name_filter = re.compile(getattr(generator.source, 'name_filter', ''))
@@ -82,7 +82,7 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
     rng = np.random.default_rng(0)
     compared = {
       'generated': generated,
-      'nearest neighbour (other class)': _nearest(generator.source, prompts, subject, evaluator.batch_size),
+      'nearest neighbor (other class)': _nearest(generator.source, prompts, subject, evaluator.batch_size),
       'noise': rng.integers(0, 256, generated.shape, np.uint8),
     }
     real_features = _embedded(subject, real, evaluator.batch_size)

@@ -1,4 +1,4 @@
-"""A labelled synthetic data set from a diffusion model."""
+"""A labeled synthetic data set from a diffusion model."""
 
 import contextlib
 import dataclasses

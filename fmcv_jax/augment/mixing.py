@@ -18,9 +18,9 @@ def mix(images, targets, rng, *, mixup: float, cutmix: float):
   weight = jax.random.beta(weight_rng, alpha, alpha)
 
   # A box of area fraction 1 - weight around a uniform center, clipped at the border.
-  centre = jax.random.uniform(box_rng, (2,)) * jnp.array([height, width])
+  center = jax.random.uniform(box_rng, (2,)) * jnp.array([height, width])
   half = jnp.sqrt(1 - weight) * jnp.array([height, width]) / 2
-  low, high = jnp.round(centre - half), jnp.round(centre + half)
+  low, high = jnp.round(center - half), jnp.round(center + half)
   rows, columns = jnp.arange(height), jnp.arange(width)
   inside = ((rows >= low[0]) & (rows < high[0]))[:, None] & ((columns >= low[1]) & (columns < high[1]))[None]
 

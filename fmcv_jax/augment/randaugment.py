@@ -64,7 +64,7 @@ class RandAugment(Augment):
         jnp.where(jax.random.bernoulli(rngs[1], self.probability, batch), operation, -1),
         level=jnp.clip(magnitude, 0, max(10.0, self.magnitude)) / 10,
         sign=jax.random.rademacher(rngs[3], batch, jnp.float32),
-        centre=jax.random.uniform(rngs[4], (*batch, 2)),
+        center=jax.random.uniform(rngs[4], (*batch, 2)),
         names=names,
         increasing=INCREASING[self.recipe],
         fill=round(self.fill * 255),

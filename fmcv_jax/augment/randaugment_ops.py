@@ -6,7 +6,7 @@ leaves the others at the identity:
 
   table   256 entries for each image and channel: auto_contrast, equalize, invert, posterize, solarize, solarize_add,
           contrast, brightness
-  blend   with a second image: color (with its grey), sharpness (with its smoothed self); and cutout
+  blend   with a second image: color (with its gray), sharpness (with its smoothed self); and cutout
   warp    rotate, shear_x, shear_y, translate_x, translate_y
 
 Pixels are whole numbers from 0 to 255 in float32 throughout, and every operation is PIL's, rounding included.
@@ -48,7 +48,7 @@ def apply_operations(
   operation: jax.Array,
   level: jax.Array,
   sign: jax.Array,
-  centre: jax.Array,
+  center: jax.Array,
   *,
   names: tuple[str, ...],
   increasing: bool,
@@ -58,7 +58,7 @@ def apply_operations(
 
   level      magnitude / 10, which is 1 at the published maximum
   sign       1 or -1 [B], the direction of the operations that have one
-  centre     of the cutout, as shares of height and width [B, 2]
+  center     of the cutout, as shares of height and width [B, 2]
   increasing timm's scale: every operation grows stronger with the level. Google's: posterize and solarize grow
              weaker, and the factor of color, contrast, brightness and sharpness runs from 0.1 by way of 1 to 1.9
 
@@ -106,7 +106,7 @@ def apply_operations(
   images = blend(second, images, plane(factor))
   if 'cutout' in on:  # a square of 80 of 224 pixels at level 1, cut off at the border
     half = jnp.floor(40 / 224 * min(height, width) * level)
-    middle = jnp.floor(centre * jnp.array([height, width]))
+    middle = jnp.floor(center * jnp.array([height, width]))
     rows = within(middle[:, 0] - half, middle[:, 0] + half, height)
     columns = within(middle[:, 1] - half, middle[:, 1] + half, width)
     images = jnp.where(plane(on['cutout']) & (rows[:, :, None] & columns[:, None])[..., None], fill, images)
@@ -119,7 +119,7 @@ def apply_operations(
 
     angle = amount('rotate', -math.radians(30))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x, y = width / 2, height / 2  # images turn about their centre, and are sheared from the corner at the origin
+    x, y = width / 2, height / 2  # images turn about their center, and are sheared from the corner at the origin
     matrix = [
       [cos, sin + amount('shear_x', 0.3), x - cos * x - sin * y + amount('translate_x', 0.45 * width)],
       [-sin + amount('shear_y', 0.3), cos, y + sin * x - cos * y + amount('translate_y', 0.45 * height)],

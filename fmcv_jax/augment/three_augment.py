@@ -11,7 +11,7 @@ from fmcv_jax.augment.color import Blur, ColorJitter, Solarize
 
 @dataclasses.dataclass(frozen=True)
 class ThreeAugment(Augment):
-  """Grey, solarized or blurred, each image one of the three (DeiT III, Touvron et al. 2022, section 3)."""
+  """Gray, solarized or blurred, each image one of the three (DeiT III, Touvron et al. 2022, section 3)."""
 
   threshold: float = 0.5
   sigma: tuple[float, float] = (0.1, 2.0)

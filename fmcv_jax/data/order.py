@@ -154,7 +154,7 @@ class MixedOrder(RunOrder):
 
 
 def _epoch_and_place(position: int, attempt: int, records: int) -> tuple[int, int]:
-  """(epoch, index in the epoch). Replacements are half an epoch away: a neighbour would often be in the same batch,
+  """(epoch, index in the epoch). Replacements are half an epoch away: a neighbor would often be in the same batch,
   where a contrastive loss treats the copy as a negative."""
   epoch, place = divmod(position, records)
   return epoch, (place + records // 2 + attempt - 1) % records if attempt else place

@@ -76,10 +76,10 @@ class PillowResize(ImageTransform):
     short = [max(0, self.size - side) for side in pixels.shape[:2]]
     if any(short):
       before, after = [n // 2 for n in short], [-(-n // 2) for n in short]
-      canvas = np.empty((pixels.shape[0] + short[0], pixels.shape[1] + short[1], 3), np.uint8)
-      canvas[:] = self.fill
-      canvas[before[0] : canvas.shape[0] - after[0], before[1] : canvas.shape[1] - after[1]] = pixels
-      pixels = canvas
+      background = np.empty((pixels.shape[0] + short[0], pixels.shape[1] + short[1], 3), np.uint8)
+      background[:] = self.fill
+      background[before[0] : background.shape[0] - after[0], before[1] : background.shape[1] - after[1]] = pixels
+      pixels = background
     free = [(side - self.size) / 2 for side in pixels.shape[:2]]
     top, left = (round(x) if self.center == 'round' else math.floor(x) for x in free)
     return pixels[top : top + self.size, left : left + self.size]

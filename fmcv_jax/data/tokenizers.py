@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from fmcv_jax.data import clip_vocabulary
+from fmcv_jax.data.bpe_training import train_bpe
 from fmcv_jax.data.sources.base import UNREADABLE, Source
 from fmcv_jax.errors import UserError
 
@@ -166,7 +167,7 @@ class Bpe(Tokenizer):
   def _json(self) -> str:
     """The whole tokenizer; once made it travels with the instance, so that other processes need not train it again."""
     if self.file is None:
-      return _train(self._texts(), self.vocab_size, self.lowercase)
+      return train_bpe(self._texts(), self.vocab_size, self.lowercase)
     if not os.path.isfile(self.file):
       raise UserError(f'tokenizer: no file {self.file!r} (relative to {os.getcwd()}); give the path that save() wrote')
     text = pathlib.Path(self.file).read_text(encoding='utf-8', errors='replace')
@@ -350,27 +351,6 @@ def _open(text: str) -> Any:
   bpe = tokenizers.Tokenizer.from_str(text)
   bpe.encode_special_tokens = True  # '<end>' in a caption is text; this switch is not part of the file
   return bpe
-
-
-def _train(texts: Iterator[str], vocab_size: int, lowercase: bool) -> str:
-  import tokenizers
-  from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-  bpe = tokenizers.Tokenizer(models.BPE())
-  clean = [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r'\s+'), ' '), normalizers.Strip()]
-  bpe.normalizer = normalizers.Sequence(clean + ([normalizers.Lowercase()] if lowercase else []))
-  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is the same word at the start
-  bpe.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size - 1,
-    special_tokens=['<pad>', '<start>'],  # ids 0 and 1
-    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    show_progress=False,
-  )
-  bpe.train_from_iterator(texts, trainer)
-  unused = range(bpe.get_vocab_size(), vocab_size - 1)
-  bpe.add_special_tokens([*(f'<unused{i}>' for i in unused), '<end>'])
-  return bpe.to_str(pretty=True)
 
 
 def _bodies(tokens: np.ndarray, end: int) -> list[list[int]]:

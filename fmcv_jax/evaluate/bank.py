@@ -1,4 +1,4 @@
-"""Frozen features of an evaluation set and of the labelled bank that it is compared with."""
+"""Frozen features of an evaluation set and of the labeled bank that it is compared with."""
 
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from fmcv_jax.evaluate.labels import align_labels, check_labels
 
 
 class BankEvaluator(Protocol):
-  """Fields of an evaluator that classifies `data` by the labelled features of `train_data`."""
+  """Fields of an evaluator that classifies `data` by the labeled features of `train_data`."""
 
   @property
   def data(self) -> Pipeline: ...

@@ -47,10 +47,10 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
   """(precision, recall): fraction of generated features [N, D] within the radius of a real one, and vice versa; the
   radius of a feature is the distance to its k-th nearest neighbor in its own set (Kynkaanniemi et al. 2019)."""
 
-  def within(queries, centres):
-    reach = [np.partition(_distances(centres[part], centres), k, axis=1)[:, k] for part in chunks(len(centres), 1024)]
+  def within(queries, centers):
+    reach = [np.partition(_distances(centers[part], centers), k, axis=1)[:, k] for part in chunks(len(centers), 1024)]
     inside = [
-      (_distances(queries[part], centres) <= np.concatenate(reach)).any(axis=1) for part in chunks(len(queries), 1024)
+      (_distances(queries[part], centers) <= np.concatenate(reach)).any(axis=1) for part in chunks(len(queries), 1024)
     ]
     return float(np.concatenate(inside).mean())
 

@@ -73,13 +73,13 @@ def ridge(features, labels, classes: int, strengths):
   Minimizes mean |x W + b - y|^2 + strength |W|^2; one eigendecomposition serves all strengths.
   """
   x, y = features.astype(np.float64), np.eye(classes)[labels]
-  centre, prior = x.mean(0), y.mean(0)
-  x = x - centre
+  center, prior = x.mean(0), y.mean(0)
+  x = x - center
   spectrum, vectors = np.linalg.eigh(x.T @ x / len(x))
   target = vectors.T @ (x.T @ (y - prior)) / len(x)
 
   def predict(queries):
-    rotated = (queries - centre) @ vectors
+    rotated = (queries - center) @ vectors
     return np.stack([(rotated / (np.maximum(spectrum, 0) + s)) @ target + prior for s in strengths])
 
   return predict

@@ -14,7 +14,7 @@ from fmcv_jax.errors import UserError
 
 
 def read_image(file: str, size: int) -> np.ndarray:
-  """An image file as uint8 [size, size, 3]: the square in its centre."""
+  """An image file as uint8 [size, size, 3]: the square in its center."""
   try:
     return ResizeCrop(size, crop=1.0)(pathlib.Path(file).read_bytes(), np.random.default_rng(0))
   except BadRecord as error:

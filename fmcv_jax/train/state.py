@@ -66,7 +66,7 @@ def state_shardings(state: TrainState, placement: Placement, rows: Rows, frozen:
 
   The parameter rules place `params`, `ema`, the subtrees `frozen` of `extra`, and every leaf of the optimizer's or of
   `extra` that mirrors a parameter: same path at its end, same shape. What mirrors none (counters, factored moments,
-  centres) is small and replicated.
+  centers) is small and replicated.
   """
   params = placement.parameters(state.params, rows)
   flat, _ = jax.tree_util.tree_flatten_with_path(state.params)

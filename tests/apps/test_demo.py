@@ -29,7 +29,7 @@ def test_demo_writes_metrics_and_plots(tmp_path, capsys):
 
 
 def test_a_config_without_the_demos_evaluators_is_refused(tmp_path):
-  with pytest.raises(UserError, match='needs zero_shot evaluators named seen and held_out'):
+  with pytest.raises(UserError, match="needs zero_shot evaluators named 'seen' and 'held_out'"):
     demo.run('configs/siglip_b16.py', tmp_path, [])
 
 

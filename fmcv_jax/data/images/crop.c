@@ -1,6 +1,6 @@
 /* A crop of an image, resized to a square. native.py builds it where it can; without it packages give the same bytes.
  *
- * Of a JPEG only the rows and columns of the crop are transformed and coloured, by libjpeg-turbo's partial decoding. The
+ * Of a JPEG only the rows and columns of the crop are transformed and colored, by libjpeg-turbo's partial decoding. The
  * resize is Pillow's convolution in cykooz.resizer's fixed point: first down, rounded, then across.
  */
 
@@ -59,9 +59,9 @@ static int axis_of(Axis *axis, int length, double begin, double end, int size, i
   double largest = 0.0;
   axis->taps = 2;
   for (int i = 0; i < size; i++) {
-    double centre = begin + (i + 0.5) * scale, total = 0.0, *row = exact + (size_t)i * most;
-    int first = (int)fmax(floor(centre - radius), 0.0), last = (int)fmin(ceil(centre + radius), length);
-    for (int x = first; x < last; x++) total += row[x - first] = filter_at(filter, (x - (centre - 0.5)) * narrow);
+    double center = begin + (i + 0.5) * scale, total = 0.0, *row = exact + (size_t)i * most;
+    int first = (int)fmax(floor(center - radius), 0.0), last = (int)fmin(ceil(center + radius), length);
+    for (int x = first; x < last; x++) total += row[x - first] = filter_at(filter, (x - (center - 0.5)) * narrow);
     if (total != 0.0)
       for (int x = first; x < last; x++) row[x - first] /= total;
     for (int x = first; x < last; x++) largest = fmax(largest, row[x - first]);
@@ -120,13 +120,13 @@ typedef struct {
   __m256i bytes;
 } Group;
 
-/* The weights of two neighbouring pixels for each of eight values: one multiplication takes a pair of taps. */
+/* The weights of two neighboring pixels for each of eight values: one multiplication takes a pair of taps. */
 typedef union {
   __m256i vector;
   int16_t weights[16];
 } Pairs;
 
-/* How narrow_row gathers; 0 where neighbours lie too far apart for it. */
+/* How narrow_row gathers; 0 where neighbors lie too far apart for it. */
 static int gather(const Axis *axis, int size, Group *groups, Pairs *pairs, int blocks) {
   int steps = axis->taps / 2;
   for (int g = 0; g < 4 * blocks; g++)
@@ -243,7 +243,7 @@ static void say_nothing(j_common_ptr jpeg, int level) {
   (void)jpeg, (void)level;
 }
 
-/* Grey, 4:4:4, 4:2:2 or 4:2:0: how others are interpolated differs between versions of the library. */
+/* Gray, 4:4:4, 4:2:2 or 4:2:0: how others are interpolated differs between versions of the library. */
 static int common_sampling(const struct jpeg_decompress_struct *jpeg) {
   const jpeg_component_info *parts = jpeg->comp_info;
   if (jpeg->num_components == 1) return 1;
@@ -276,7 +276,7 @@ int fmcv_crop_jpeg(const uint8_t *data, size_t bytes, int factor, const int *win
   if (left < 0 || top < 0 || width < 1 || height < 1 || left + width > (int)jpeg.output_width ||
       top + height > (int)jpeg.output_height)
     goto end;
-  /* At the edges of what is decoded, colours are interpolated without their neighbours: so with a column more. */
+  /* At the edges of what is decoded, colors are interpolated without their neighbors: so with a column more. */
   JDIMENSION from = left > 0 ? left - 1 : 0, across = jpeg.output_width - from;
   if ((int)across > left + width + 1 - (int)from) across = left + width + 1 - from;
   if (from > 0 || across < jpeg.output_width) jpeg_crop_scanline(&jpeg, &from, &across);

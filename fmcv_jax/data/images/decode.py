@@ -217,10 +217,10 @@ def _rgb(image: Image.Image) -> Image.Image:
   if image.mode == 'RGB' and 'transparency' not in image.info:
     return image
   if image.mode.startswith('I'):  # Pillow's own conversion clips 16 bits at 255 instead of scaling
-    grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 0xFFFF:
-      raise BadRecord(f'pixels of mode {image.mode} from {grey.min()} to {grey.max()} are not 16-bit')
-    return Image.fromarray((grey >> 8).astype(np.uint8)).convert('RGB')
+    gray = np.asarray(image).astype(np.int64)
+    if gray.min() < 0 or gray.max() > 0xFFFF:
+      raise BadRecord(f'pixels of mode {image.mode} from {gray.min()} to {gray.max()} are not 16-bit')
+    return Image.fromarray((gray >> 8).astype(np.uint8)).convert('RGB')
   if image.mode == 'F':
     raise BadRecord('floating-point pixels have no known range')
   if image.has_transparency_data:

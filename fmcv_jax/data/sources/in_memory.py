@@ -18,7 +18,7 @@ class InMemoryImages(Source):
   """Images as a source, each a path, encoded bytes, a Pillow image or an array.
 
   The same image has the same pixels in each of these ways: 16 bits, transparency and EXIF orientation are treated as
-  `decode` treats them in a file. An array is uint8 [H, W], [H, W, 1], [H, W, 2] (grey and alpha), [H, W, 3] or
+  `decode` treats them in a file. An array is uint8 [H, W], [H, W, 1], [H, W, 2] (gray and alpha), [H, W, 3] or
   [H, W, 4] (alpha last), or uint16 [H, W]; of floating-point pixels the range is not known, and they are bad records.
   """
 

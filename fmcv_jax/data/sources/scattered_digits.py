@@ -1,6 +1,6 @@
 """Digits at random places and sizes among scraps of others (as Cluttered MNIST, Mnih et al. 2014, section 4.1).
 
-What a pixel means changes from scene to scene, so that nearest neighbours and linear classifiers of the pixels fail,
+What a pixel means changes from scene to scene, so that nearest neighbors and linear classifiers of the pixels fail,
 and each scene knows which of its pixels are the digit's.
 """
 
@@ -61,15 +61,15 @@ class Scattered(Source):
     rng = np.random.default_rng((('train', 'test').index(self.split), index))
     digit = index % len(self._digits)
     label = self._digits[digit]['label']
-    grey, segments = np.zeros((2, self.size, self.size), np.uint8)
+    gray, segments = np.zeros((2, self.size, self.size), np.uint8)
     for _ in range(self.clutter):
       other = self._drawn(int(rng.integers(len(self._digits))), rng)
-      paste(grey, other[_anywhere(len(other), self.size * 3 // 16, rng)], rng)
+      paste(gray, other[_anywhere(len(other), self.size * 3 // 16, rng)], rng)
     drawn = self._drawn(digit, rng)
-    where = paste(grey, drawn, rng)
+    where = paste(gray, drawn, rng)
     segments[where] = np.where(drawn >= INK, 1 + label, 0)
     return {
-      'image': np.repeat(grey[..., None], 3, axis=-1),
+      'image': np.repeat(gray[..., None], 3, axis=-1),
       'segments': segments,
       'label': label,
       'text': NAMES[label],
@@ -88,10 +88,10 @@ def _anywhere(space: int, size: int, rng: np.random.Generator) -> tuple[slice, s
   return slice(top, top + size), slice(left, left + size)
 
 
-def paste(grey: np.ndarray, piece: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
-  """Puts a piece somewhere into `grey`, where it is brighter, and says where."""
-  where = _anywhere(len(grey), len(piece), rng)
-  grey[where] = np.maximum(grey[where], piece)
+def paste(gray: np.ndarray, piece: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
+  """Puts a piece somewhere into `gray`, where it is brighter, and says where."""
+  where = _anywhere(len(gray), len(piece), rng)
+  gray[where] = np.maximum(gray[where], piece)
   return where
 
 

@@ -190,11 +190,11 @@ def _reading_ahead(shard: storage.File):
 def _index_file(shards: list[storage.File], folder: str | None) -> pathlib.Path:
   """Path of the index. Next to the shards its name depends only on theirs, so that the folder can be moved."""
   first = shards[0].path
-  neighbour = None if storage.is_remote(first) else pathlib.Path(first).absolute().parent
+  neighbor = None if storage.is_remote(first) else pathlib.Path(first).absolute().parent
   names = [shard.path for shard in shards]
-  if folder is None and neighbour is not None and os.access(neighbour, os.W_OK):
-    names = [os.path.relpath(name, neighbour) for name in names]
-    place = neighbour
+  if folder is None and neighbor is not None and os.access(neighbor, os.W_OK):
+    names = [os.path.relpath(name, neighbor) for name in names]
+    place = neighbor
   else:
     place = pathlib.Path(folder).expanduser() if folder is not None else storage.cache_folder() / 'webdataset'
   return place / f'.fmcv-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}.index'

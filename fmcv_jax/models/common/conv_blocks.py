@@ -95,19 +95,19 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Halves both sides; `centred` pads on all sides, else below and to the right only."""
+  """Halves both sides; `centered` pads on all sides, else below and to the right only."""
 
   logical_axes = (
     (r'(.*/)?\w+_down/conv/kernel', (None, None, None, 'embed')),
     (r'(.*/)?\w+_down/conv/bias', (None,)),
   )
 
-  centred: bool = False
+  centered: bool = False
   dtype: str = 'float32'
 
   @nn.compact
   def __call__(self, x):
-    padding = (1, 1) if self.centred else (0, 1)
+    padding = (1, 1) if self.centered else (0, 1)
     return conv(x.shape[-1], self.dtype, 'conv', stride=2, padding=[padding, padding])(x)
 
 

@@ -128,7 +128,7 @@ def test_truncated_missing_and_foreign_shards_are_one_clear_line(written, tmp_pa
     shard.write_bytes(damage)
     refuse('00003-of-00004.array_record.* cannot be read: it is truncated, damaged', written)
   shard.unlink()
-  refuse('3 shards .* hold 17 records, but info.json counts 23 in 4', written)
+  refuse('3 shards .* have 17 records, but info.json counts 23 in 4', written)
   (written / 'info.json').write_text('{')
   refuse('info.json.* is damaged', written)
 
