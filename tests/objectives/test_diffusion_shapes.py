@@ -22,7 +22,7 @@ from fmcv_jax.objectives.latent_space import LatentSpace
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.registry import KINDS
-from tests.objectives.toy_denoisers import Mistaken, Steered, Unprovided, WorldModel
+from tests.objectives.toy_denoisers import ActionModel, Mistaken, Unprovided, WorldModel
 from tests.train.tiny import Trainer, batch_of, shaken
 
 PREDICTS_X0 = Process('flow', 'image')
@@ -136,7 +136,7 @@ def test_dropped_conditions_are_zero_but_for_those_without_which_the_task_is_ano
 
 def test_a_network_names_further_conditions_that_are_never_dropped():
   batch = {'action': jnp.ones((2, 3)), 'second_time': jnp.array([5.0, 6.0])}
-  condition = Diffusion(Steered()).condition({}, batch, jnp.array([True, False]))
+  condition = Diffusion(ActionModel()).condition({}, batch, jnp.array([True, False]))
   np.testing.assert_array_equal(condition['action'], np.ones((2, 3)))
 
 

@@ -48,7 +48,7 @@ class Unprovided(WorldModel):
   condition_keys: ClassVar[tuple[str, ...]] = ('camera',)
 
 
-class Steered(WorldModel):
+class ActionModel(WorldModel):
   """Has no task without its action."""
 
   never_dropped: ClassVar[tuple[str, ...]] = ('action',)
