@@ -9,21 +9,7 @@ from fmcv_jax.train.flops import matmul_flops
 from tests.systems import experiments
 from tests.systems.sources import CAPTIONS
 
-WORDS = (
-  'a',
-  'all',
-  'blue',
-  'green',
-  'here',
-  'one',
-  'red',
-  'something',
-  'very',
-  'white',
-  'unused',
-  'unused2',
-  'unused3',
-)
+WORDS = ('a', 'all', 'blue', 'green', 'here', 'one', 'red', 'something', 'very', 'white', 'x', 'y', 'z')
 LENGTH = 7
 
 
