@@ -1,6 +1,6 @@
 """A small CLIP on emoji: trained on OpenMoji and Noto, evaluated on Twemoji, in minutes on two CPU cores.
 
-Reached in one run (seed 0, 480 steps): 0.384 top-1 and 0.590 top-5 among 1,774 names (the nearest neighbour in pixels:
+Reached in one run (seed 0, 480 steps): 0.384 top-1 and 0.590 top-5 among 1,774 names (the nearest neighbor in pixels:
 0.378; random 0.0006), 0.340 top-1 of 100 names on held-out concepts (random 0.01).
 
     fmcv demo --workdir runs/demo --cpu-devices 8
