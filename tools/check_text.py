@@ -59,6 +59,7 @@ ALLOWED: set[tuple[str, str]] = {
   ('fmcv_jax/config_aliases.py', "'beside': ('extra_in_channels',),"),
   ('fmcv_jax/config_aliases.py', "'holes': ('image_condition.inpainting',),"),
   ('fmcv_jax/config_aliases.py', "'judge': ('feature_extractor',),"),
+  ('tests/test_config_aliases.py', "('image_condition', 'inpainting'): ('inpainting', 'holes'),"),
 }
 
 

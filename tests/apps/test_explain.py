@@ -69,7 +69,7 @@ def test_masked_autoencoder_shows_what_it_fills_in(folder, tmp_path):
   assert all(shows_something(path) for path in written)
 
 
-def test_unsupported_explanations_are_one_clear_line(folder, clip, tmp_path):
+def test_wrong_inputs_are_one_clear_line(folder, clip, tmp_path):
   image = str(folder / 'a' / '0.png')
   with pytest.raises(UserError, match='--size: 20 is not divisible by the patch size 8'):
     explain.run([image], str(clip), output=tmp_path, size=20)
