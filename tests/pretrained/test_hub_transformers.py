@@ -229,7 +229,7 @@ def test_a_vocabulary_is_held_against_the_table_of_words(tmp_path, capsys):
   published(PAIRS['clip-heads'](), tmp_path / 'theirs')
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
   assert run.experiment.tokenizer is None
-  assert 'no tokenizer that is known goes with its words' in capsys.readouterr().err
+  assert 'no known tokenizer matches its vocabulary' in capsys.readouterr().err
 
 
 def test_metaclip_2_is_given_the_tokenizer_of_its_folder(tmp_path):
@@ -256,7 +256,7 @@ def test_a_tokenizer_with_more_words_than_the_table_is_refused(tmp_path):
   published(PAIRS['clip-heads'](), tmp_path / 'theirs')
   model = tokenizers.Tokenizer(tokenizers.models.WordLevel({f'{i}': i for i in range(93)}, '0'))
   T.PreTrainedTokenizerFast(tokenizer_object=model, pad_token='0').save_pretrained(tmp_path / 'theirs')
-  with pytest.raises(UserError, match='its table has 92 words, but the tokenizer tokenizer_json has 93'):
+  with pytest.raises(UserError, match='the embedding table has 92 rows, but the tokenizer tokenizer_json has 93'):
     import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
 
 

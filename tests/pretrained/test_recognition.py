@@ -262,7 +262,7 @@ def test_clips_tokenizer_goes_with_clips_vocabulary_alone():
       tensors = Names(T.CLIPModel(T.CLIPConfig(vision_config=IMAGE, text_config=text, projection_dim=24)))
     match = conversion.matched(tensors, 'x')
     assert (match.run.experiment.tokenizer is not None) == (words == 49_408)
-    assert ['no tokenizer that is known' in note for note in match.notes] == [True] * (words != 49_408)
+    assert ['no known tokenizer matches' in note for note in match.notes] == [True] * (words != 49_408)
   with pytest.raises(UserError, match='the embedding table has 92 rows, but the tokenizer clip_bpe has 49408'):
     conversion.matched(Names(whole_clip(92)), 'x', overrides=['tokenizer.name=clip_bpe', 'tokenizer.length=6'])
 
