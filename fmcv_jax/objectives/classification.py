@@ -83,7 +83,7 @@ class Classification(Objective):
       mutable=[BATCH_STATS],
     )
     features, statistics = output
-    logits, second = (x.astype(jnp.float32) for x in features.num_heads or (features.output, features.output))
+    logits, second = (x.astype(jnp.float32) for x in features.head_outputs or (features.output, features.output))
     if self.loss_name == 'softmax':
       losses = optax.softmax_cross_entropy(logits, smooth)
     else:

@@ -263,15 +263,15 @@ class Bare(Counting):
     (
       Pipeline(Bare(3), image=Resize(4)),
       {'fields': ('image', 'label')},
-      'label is needed .* Bare has none; .*hold image',
+      'needs the fields image, label, but Bare has no label; it provides image',
     ),
     (
       Pipeline(Bare(3)),
       {'fields': ('tokens',), 'tokenizer': ClipBpe()},
-      'text is needed .* Bare has none; .*hold image',
+      'needs the fields tokens, but Bare has no text; it provides image',
     ),
     (Pipeline(Bare(3)), {'fields': ('image',)}, "encoded images; set the pipeline's image"),
-    (Pipeline(Counting(3)), {'fields': ('tokens',)}, 'there is no tokenizer'),
+    (Pipeline(Counting(3)), {'fields': ('tokens',)}, 'the objective needs tokens but config.tokenizer is not set'),
     (Pipeline(Counting(3)), {'fields': ('depth',)}, r"unknown fields \['depth'\]; available: image, label, tokens"),
     (Pipeline(Counting(3)), {'batch': 9, 'process_count': 2}, 'batch of 9 cannot be divided among 2 processes'),
     (Pipeline(Counting(0)), {}, 'the source Counting has no records'),

@@ -41,7 +41,7 @@ def write_folder(folder, samples):
 
 
 def batches(source, fields):
-  pipeline = Pipeline(source, image=RandomResizedCrop(8), prompts=('a {}', '{}'))
+  pipeline = Pipeline(source, image=RandomResizedCrop(8), caption_templates=('a {}', '{}'))
   loader = TrainLoader(pipeline, batch=7, seed=3, fields=fields, tokenizer=ClipBpe(9))
   try:
     return [next(loader) for _ in range(5)]
@@ -180,7 +180,7 @@ def test_what_is_packed_is_a_config_a_path_or_a_name(tmp_path):
   assert pack_app.source_spec('emoji') == {'name': 'emoji', **pack_app.source_spec('emoji')}
   config = pathlib.Path(__file__).parents[2] / 'configs/demo/clip.py'
   assert pack_app.source_spec(str(config))['name'] == 'emoji'
-  with pytest.raises(UserError, match=r"no source .*; did you mean 'emoji'"):
+  with pytest.raises(UserError, match=r"path or source name .*; did you mean 'emoji'"):
     pack_app.source_spec('emojis')
   with pytest.raises(UserError, match=r'config.txt: unknown field'):
     pack_app.source_spec(str(tmp_path / 'tars'), ['txt=json/caption'])

@@ -49,7 +49,7 @@ def test_two_processes_make_the_views_of_one(tmp_path):
 
 
 def test_views_that_nobody_described_are_one_clear_line():
-  with pytest.raises(UserError, match=r"unknown fields \['local_views'\].*and what data\.views names"):
+  with pytest.raises(UserError, match=r"unknown fields \['local_views'\].*and the names in data\.views"):
     take(Pipeline(Textured(6), views={'global_views': VIEWS['global_views']}))
   with pytest.raises(ValueError, match=r"views: \['image'\] are fields already"):
     Pipeline(Textured(6), views={'image': VIEWS['global_views']})

@@ -70,5 +70,5 @@ def test_the_discriminator_waits_for_its_start():
 
 
 def test_a_weight_without_features_is_refused():
-  with pytest.raises(ValueError, match='perceptual: a weight needs features'):
+  with pytest.raises(ValueError, match='perceptual: a weight above 0 requires features'):
     coder(perceptual=1.0)

@@ -63,7 +63,7 @@ def test_resolution_changes_where_it_is_asked_for():
   trained = {'runs/a': {'params': position}}.__getitem__
   state_now = load_partial_state(state, {'params': InitFrom('runs/a', resize=('position',))}, trained)
   np.testing.assert_allclose(state_now.params['position'], resized(position['position'], 10))
-  with pytest.raises(UserError, match=r'or to config\.init_from\.params\.resize for a table of positions'):
+  with pytest.raises(UserError, match=r'or to config\.init_from\.params\.resize for a positional table'):
     load_partial_state(state, {'params': InitFrom('runs/a')}, trained)
 
 

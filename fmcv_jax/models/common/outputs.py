@@ -11,13 +11,13 @@ from fmcv_jax.models.common.layers import Dense, dense
 class Features(NamedTuple):
   """Outputs of a network: output [B, out] (of the head, or pooled), pooled [B, D], tokens [B, T, D].
 
-  num_heads: for a network with two heads, the outputs of the class and distillation tokens, whose mean is `output`.
+  head_outputs: for a network with two heads, the outputs of the class and distillation tokens, whose mean is `output`.
   """
 
   output: jax.Array
   pooled: jax.Array
   tokens: jax.Array
-  num_heads: tuple[jax.Array, jax.Array] | None = None
+  head_outputs: tuple[jax.Array, jax.Array] | None = None
 
 
 def linear_head(outputs: int, bias: bool, dtype: str, name: str = 'head') -> Dense:

@@ -185,7 +185,7 @@ def test_batches_are_the_same_bytes_before_and_after_packing(data_dir, tmp_path)
   pack(source, tmp_path / 'packed', origin='tiny', shards=2)
   loaders = [
     TrainLoader(
-      Pipeline(each, image=RandomResizedCrop(8), prompts=('a {}', '{}')),
+      Pipeline(each, image=RandomResizedCrop(8), caption_templates=('a {}', '{}')),
       batch=5,
       seed=3,
       fields=('image', 'label', 'tokens'),

@@ -51,7 +51,7 @@ def shared_memory() -> set[str]:
 def test_batches_are_the_same_with_0_1_and_2_workers_which_end_on_close():
   runs = []
   for workers in (0, 1, 2):
-    pipeline = Pipeline(Textured(33), image=RandomResizedCrop(8), prompts=('a {}', 'the {}'), workers=workers)
+    pipeline = Pipeline(Textured(33), image=RandomResizedCrop(8), caption_templates=('a {}', 'the {}'), workers=workers)
     loader = TrainLoader(pipeline, batch=20, seed=3, fields=FIELDS, tokenizer=ClipBpe(9), start=17)
     runs.append([next(loader) for _ in range(5)])
     started = children(os.getpid())
