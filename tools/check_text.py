@@ -29,7 +29,7 @@ RETIRED = {
   r'judg(e|es|ed|ing)': 'feature extractor; evaluate, score, detect',
   r'besides?': 'next to, in addition to, with; concatenated',
   # 'seen' in quotes names the classes of the training set, as zero-shot learning does (an emoji split, an evaluator).
-  r'(?<![\'"/])seen(?![\'"/=])': 'input; trained on, in training',
+  r'(?<![\'"/])seen(?![\'"/=]|\.png)': 'input; trained on, in training',
   r'worth': 'the metric',
   r'from nothing': 'from scratch',
   r'side by side': 'unrolled',

@@ -72,7 +72,7 @@ def test_a_template_that_leaves_no_room_for_a_label_is_refused_and_a_cut_label_i
     clip.classify(image, ['red', 'green'])
     assert not caplog.records
     clip.classify(image, ['red', 'green xq zj vw kp'])
-  assert '1 of 2 texts are longer than 8 tokens and are cut' in caplog.text
+  assert '1 of 2 texts are longer than 8 tokens and are truncated' in caplog.text
   assert "'green xq zj vw kp' to 'green" in caplog.text
 
 

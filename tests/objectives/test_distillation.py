@@ -45,7 +45,7 @@ def test_each_head_learns_from_its_own_teacher_and_both_predictions_are_averaged
   loss = objective.loss(params, batch, jax.random.key(1), extra)
 
   images = objective.normalize(batch['image'].astype(jnp.float32) / 255)
-  own, second = objective.network.apply({'params': params}, images).num_heads
+  own, second = objective.network.apply({'params': params}, images).head_outputs
   answers = TEACHER.apply({'params': extra['teacher']}, images).output
   rows = jnp.arange(len(images))
   by_label = -jax.nn.log_softmax(own)[rows, batch['label']].mean()
