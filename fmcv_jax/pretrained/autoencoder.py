@@ -29,8 +29,8 @@ LAYERS = range(4)  # and how many blocks of a level at most
 
 DIFFUSERS = ('norm1', 'conv1', 'time_emb_proj', 'norm2', 'conv2', 'conv_shortcut')
 _COMPVIS = ('norm1', 'conv1', 'temb_proj', 'norm2', 'conv2', 'nin_shortcut')
-# What a file of CompVis holds beside the networks: the noise schedule, averages, what the autoencoder was trained with.
-BESIDE = (
+# Tensors in CompVis files that belong to no network: noise schedule, EMA copies, loss modules of the autoencoder.
+NON_NETWORK = (
   r'betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|lvlb_weights|logvar|scale_factor|model_ema\..*',
   r'(first_stage_model\.)?loss\..*|(first_stage_model\.)?model_ema\..*',
   r'cond_stage_model\..*position_ids',
@@ -38,7 +38,7 @@ BESIDE = (
 
 
 def block(ours: str, theirs: str, names: Sequence[str]) -> Rows:
-  """A residual block, told the time or not; `names` are those of its norms, convolutions and projections."""
+  """Rows of a residual block, with or without a time embedding; `names`: its norms, convolutions and projections."""
   norm1, conv1, time, norm2, conv2, shortcut = (f'{theirs}.{name}' for name in names)
   return (
     *norm(f'{ours}/norm1', norm1),
@@ -112,7 +112,7 @@ def _coder(encoder: Iterator[Row], decoder: Iterator[Row]) -> Rows:
 
 def layouts() -> tuple[tuple[str, Layout], ...]:
   return tuple(
-    (format, Layout(below('autoencoder', rows(levels)), ignored=BESIDE))
+    (format, Layout(below('autoencoder', rows(levels)), ignored=NON_NETWORK))
     for format, rows in (
       ('diffusers', diffusers),
       ('diffusers', lambda levels: diffusers(levels, old=True)),

@@ -228,7 +228,7 @@ def text_tower(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -
 
 
 def text_numbers(text: Mapping[str, Shape]) -> dict[str, Any]:
-  """What the shapes of a text tower tell."""
+  """Config values of a text tower, inferred from its parameter shapes."""
   depth, width = text['blocks/norm1/scale']
   hidden = text['blocks/mlp/up/kernel'][-1]
   return {

@@ -16,7 +16,7 @@ from fmcv_jax.pretrained.vit import timm_block
 def original() -> Layout:
   rows = (
     *patch('x_embedder.proj', channels=4),
-    *_told('t_embedder.mlp.0', 't_embedder.mlp.2', 'y_embedder'),
+    *_condition('t_embedder.mlp.0', 't_embedder.mlp.2', 'y_embedder'),
     *timm_block('blocks', 'blocks.{i}'),
     *linear('blocks/modulation', 'blocks.{i}.adaLN_modulation.1'),
     *linear('modulation', 'final_layer.adaLN_modulation.1'),
@@ -26,12 +26,15 @@ def original() -> Layout:
 
 
 def diffusers() -> Layout:
-  """Here every block has a copy of what embeds time and class."""
-  block, told = 'transformer_blocks.{i}', 'transformer_blocks.{*}.norm1.emb'
-  time, attention = f'{told}.timestep_embedder', {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'out': 'to_out.0'}
+  """Layout of diffusers, where every block has a copy of the time and class embeddings."""
+  block, embed = 'transformer_blocks.{i}', 'transformer_blocks.{*}.norm1.emb'
+  time, attention = (
+    f'{embed}.timestep_embedder',
+    {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'out': 'to_out.0'},
+  )
   rows = (
     *patch('pos_embed.proj', channels=4),
-    *_told(f'{time}.linear_1', f'{time}.linear_2', f'{told}.class_embedder'),
+    *_condition(f'{time}.linear_1', f'{time}.linear_2', f'{embed}.class_embedder'),
     *each('blocks/attention', f'{block}.attn1', attention),
     *each('blocks/mlp', f'{block}.ff.net', {'up': '0.proj', 'down': '2'}),
     *linear('blocks/modulation', f'{block}.norm1.linear'),
@@ -41,7 +44,7 @@ def diffusers() -> Layout:
   return Layout(below('network', rows))
 
 
-def _told(first: str, second: str, classes: str) -> Rows:
+def _condition(first: str, second: str, classes: str) -> Rows:
   return (
     *linear('time_embedding/hidden1', first),
     *linear('time_embedding/hidden2', second),

@@ -1,7 +1,7 @@
 """EfficientNet as timm and as transformers name it, with its running statistics.
 
 transformers counts its blocks through, so that its layouts are of one size each. timm's are those called `tf_`, with
-TensorFlow's padding and norms, in which the published weights were learnt.
+TensorFlow's padding and norms, with which the published weights were trained.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What diffusers finds beside the arrays: its configs of networks, schedules and pipelines, for `from_pretrained`."""
+"""Writes the config files of diffusers for networks, schedulers and pipelines, so that `from_pretrained` loads them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ _BETAS: dict[str, dict[str, Any]] = {
 
 
 def files(family: str, objective: Any, tokenizer: Tokenizer | None, *, whole: bool) -> Files:
-  """All beside the arrays, of a network alone or of a whole pipeline, whose parts have folders of their own."""
+  """All files except the weights, for one network or for a whole pipeline with one folder per part."""
   network = objective.network
   linear = family.endswith(('sd2', 'sd2_velocity'))
   if family == 'sd_vae':
@@ -38,8 +38,8 @@ def files(family: str, objective: Any, tokenizer: Tokenizer | None, *, whole: bo
   if family == 'dit':
     return {'config.json': transformer(network)}
   if family.startswith('controlnet'):
-    steered = controlnet(network, objective.latent_space.autoencoder.factor)
-    return {'config.json': control(network, steered.widths, linear=linear)}
+    base_unet = controlnet(network, objective.latent_space.autoencoder.factor)
+    return {'config.json': control(network, base_unet.widths, linear=linear)}
   if not whole:
     return {'config.json': unet(network, linear=linear)}
   filling = bool(network.extra_in_channels)

@@ -1,4 +1,4 @@
-"""What timm and OpenCLIP find in a folder beside the arrays: `timm.create_model('local-dir:DIR')` and the like."""
+"""Writes the config files of timm and OpenCLIP, so that e.g. `timm.create_model('local-dir:DIR')` loads an export."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def files(objective: Any, image: ImageTransform | None) -> Files:
       name, arguments = _efficientnet(network)
     case _:
       name, arguments = _vit(network)
-  seen = {
+  preprocessing = {
     'input_size': [3, network.image_size, network.image_size],
     'fixed_input_size': not isinstance(network, EfficientNet),
     'mean': list(objective.normalize.mean),
@@ -44,7 +44,7 @@ def files(objective: Any, image: ImageTransform | None) -> Files:
     'architecture': name,
     'num_classes': network.num_classes,
     'num_features': network.width * (8 if name == _SWIN else 1),
-    'pretrained_cfg': {**seen, 'num_classes': network.num_classes},
+    'pretrained_cfg': {**preprocessing, 'num_classes': network.num_classes},
     'model_args': arguments,
   }
   return {'config.json': config}
@@ -159,8 +159,8 @@ def open_clip(family: str, objective: Any, image: ImageTransform | None) -> File
         'no_ln_pre': not tower.pre_norm,
       },
     }
-  seen = {'mean': list(objective.normalize.mean), 'std': list(objective.normalize.std)}
-  return {'open_clip_config.json': {'model_cfg': model, 'preprocess_cfg': seen | _resize(image)}}
+  preprocessing = {'mean': list(objective.normalize.mean), 'std': list(objective.normalize.std)}
+  return {'open_clip_config.json': {'model_cfg': model, 'preprocess_cfg': preprocessing | _resize(image)}}
 
 
 def _layers(block: BlockConfig) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def differences(family: str, objective: Any) -> list[str]:
 
 
 def _siglip_name(network: ViT) -> str:
-  """What timm calls it; OpenCLIP gives timm no other numbers than those of a name."""
+  """Name of the timm architecture, since OpenCLIP selects a timm model by name only; UserError for other sizes."""
   size = (network.width, network.stack.depth, network.stack.block.num_heads, network.stack.block.mlp_dim)
   for name, numbers in SIZES.items():
     if numbers == size and name in _SIGLIP:

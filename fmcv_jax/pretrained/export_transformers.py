@@ -1,4 +1,4 @@
-"""What transformers finds beside the arrays: its configs of networks, of images and of texts, for `from_pretrained`."""
+"""Writes the model, image processor and tokenizer configs of transformers, so that `from_pretrained` loads them."""
 
 import math
 from pathlib import Path
@@ -29,7 +29,7 @@ _FILTERS = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming')  # in
 
 
 def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: Tokenizer | None) -> Files:
-  """All beside model.safetensors; UserError for a network that transformers has not."""
+  """All files except model.safetensors; UserError for a network that transformers does not have."""
   network = objective.network
   configs = {
     'clip': _clip,

@@ -29,8 +29,8 @@ class Family(NamedTuple):
   parts: tuple[str, ...] = ()
 
 
-def _seen(size: int, crop: float | None) -> dict[str, Any]:
-  """How images are shown: the center, after their short side was made size / crop; None: the whole, made a square."""
+def _data_config(size: int, crop: float | None) -> dict[str, Any]:
+  """Preprocessing: resize the short side to size / crop, then center crop; with crop None, squash the whole image."""
   mode = {'mode': 'squash'} if crop is None else {'mode': 'shortest', 'crop': crop}
   image = {'name': 'pillow_resize', 'size': size, **mode}
   return {'source': {'name': 'none'}, 'image': image}
@@ -44,7 +44,7 @@ def _encoder(
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     own = network(shapes)
     objective = {'name': 'encoder', 'network': own, 'normalize': dict(normalize)}
-    return {'objective': objective, 'data': _seen(own['image_size'], crop)}
+    return {'objective': objective, 'data': _data_config(own['image_size'], crop)}
 
   return config
 
@@ -56,17 +56,17 @@ def _inception(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 def _masked(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   own = vit.masked_autoencoder(shapes)
   objective = {'name': 'mae', 'network': own, 'normalize': dict(IMAGENET)}
-  return {'objective': objective, 'data': _seen(own['encoder']['image_size'], 0.875)}
+  return {'objective': objective, 'data': _data_config(own['encoder']['image_size'], 0.875)}
 
 
 def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     network = clip.dual_encoder(shapes, sigmoid=sigmoid, activation=activation)
     objective = {'name': 'contrastive', 'network': network, 'normalize': dict(normalize)}
-    seen = {'data': _seen(network['image']['image_size'], None if sigmoid else 1.0)}
+    data = {'data': _data_config(network['image']['image_size'], None if sigmoid else 1.0)}
     if sigmoid:
-      return {'objective': objective | {'loss_name': 'sigmoid'}, **seen}
-    return {'objective': objective, **seen, **_clip_words(network['text'])}
+      return {'objective': objective | {'loss_name': 'sigmoid'}, **data}
+    return {'objective': objective, **data, **_clip_words(network['text'])}
 
   return config
 

@@ -1,4 +1,4 @@
-"""Reads what stands beside the weights: the configuration files of transformers, timm, OpenCLIP and diffusers."""
+"""Reads the configuration files next to the weights: those of transformers, timm, OpenCLIP and diffusers."""
 
 import functools
 import re
@@ -94,7 +94,7 @@ def _timm(file: HubFile, config: dict[str, Any], objective: Any) -> None:
 def configured(
   config: Mapping[str, Any], folder: Path, findings: Findings, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-  """Our config with what was read beside the weights, and then with the user's overrides; not yet resolved."""
+  """Our config with the values read from files next to the weights, then the user's overrides; not yet resolved."""
   own = config_lib.to_plain_dict(config)
   tokenizer = hub_tokenizers.read(folder, own, findings)
   own.pop('tokenizer', None)
@@ -135,7 +135,7 @@ def unsaid(config: Mapping[str, Any], objective: Any, findings: Findings, overri
 
 
 def _heads(objective: Any, path: str) -> Any:
-  """What None stands for in a config: the heads of the network's named size."""
+  """Number of heads that None stands for in a config: that of the network's named size."""
   network = functools.reduce(getattr, path.split('.')[1:-1], objective)
   for owner in ('stack.block', 'decoder.stack.block', 'block', 'config'):
     try:

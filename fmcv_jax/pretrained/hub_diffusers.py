@@ -1,4 +1,4 @@
-"""What the configuration files of diffusers say of our networks: of a network alone, or of a pipeline's folder."""
+"""Maps configuration files of diffusers to our configs, for one network or for a pipeline folder."""
 
 from collections.abc import Sequence
 from pathlib import Path

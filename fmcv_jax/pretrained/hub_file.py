@@ -45,12 +45,12 @@ Table = Mapping[str, Sets | Has]
 
 
 class Findings:
-  """What was read beside the weights.
+  """Result of reading the configuration files next to the weights.
 
   overrides  path in our config -> value
-  said       lines that name a file and the keys that were read in it
-  assumed    lines that name what no file says
-  unknown    lines that name keys of which nothing is known here, and which are not used
+  said       lines that name a file and the keys read from it
+  assumed    lines that name values that no file gives
+  unknown    lines that name keys that are not recognized, and not used
   renamed    prefixes of our paths -> what they are instead, where a config says that an array is used elsewhere
   """
 

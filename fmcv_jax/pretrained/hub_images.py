@@ -19,7 +19,7 @@ _IGNORED = (
   r'.*processor.*|feature_extractor_type|use_fast|data_format|input_data_format|return_tensors|device|_.*',
   r'disable_grouping|auto_map|default_to_square|use_square_size|size_divisor|pad_size|do_reduce_labels|num_channels',
 )
-# Where weights came from, and what timm can do with them besides.
+# Keys of timm that do not affect preprocessing: origin of the weights, training and fine-tuning options.
 _OF_TIMM = (
   r'url|file|hf_hub_.*|source|architecture|tag|custom_load|(test|min)_.*|fixed_input_size|num_classes|label_.*|pool_size',
   r'first_conv|classifier|license|description|origin_url|paper_.*|notes|num_features|global_pool|model_args',
@@ -27,7 +27,7 @@ _OF_TIMM = (
 
 
 class _Defaults(NamedTuple):
-  """What a processor of transformers does where its file says nothing; `square`: what one number of `size` means."""
+  """Defaults of a transformers image processor for keys missing in its file; `square`: an integer `size` is a square."""
 
   size: dict[str, int]
   crop: int | None = None

@@ -1,4 +1,4 @@
-"""What open_clip_config.json of OpenCLIP says of our networks."""
+"""Maps open_clip_config.json of OpenCLIP to our configs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What config.json of timm says of our networks, and what the names of its architectures stand for.
+"""Maps config.json of timm, and the names of its architectures, to our configs.
 
 Heads, eps, activations and pooling of an architecture are in timm's code, not in its files: here they are rules on its
 name, for the names that are known; `model_args` come first, as they do there.
@@ -122,7 +122,7 @@ def heads(name: str, width: int) -> int:
 
 
 def _pool(arguments: HubFile, name: str, path: str, own: ViT) -> None:
-  """Which tokens are pooled: arrays show whether the norm acts on the mean (fc_norm), and whether there is a probe."""
+  """Sets the pooling; the arrays show whether the norm follows the mean (fc_norm) and whether there is a probe."""
   averaged = '_gap' in name or name.startswith(('eva_large', 'test_vit2'))
   mapped = re.search('siglip|_map_', name) and not averaged
   usual = 'avg' if averaged else 'map' if mapped else 'token'

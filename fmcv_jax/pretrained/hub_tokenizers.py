@@ -44,7 +44,7 @@ def padding(folder: Path, findings: Findings) -> str | None:
 
 
 def _is_clips(folder: Path) -> bool:
-  """Whether the folder's vocabulary, if it has one, is CLIP's."""
+  """True if the folder has CLIP's vocabulary, or none."""
   if (file := opened(folder / 'vocab.json', 'vocab.json', Findings())) is not None:
     return file.values == clip_vocabulary.token_ids()
   if (file := opened(folder / 'tokenizer.json', 'tokenizer.json', Findings())) is not None:

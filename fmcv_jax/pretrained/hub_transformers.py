@@ -1,6 +1,6 @@
-"""What config.json of transformers says of our networks.
+"""Maps config.json of transformers to our configs.
 
-Defaults are those of the library's own configuration classes, which files leave out.
+Keys that a file leaves out have the defaults of the library's own configuration classes.
 """
 
 import math

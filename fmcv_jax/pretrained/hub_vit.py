@@ -1,4 +1,4 @@
-"""What the configuration files of several libraries say of a network of patches in the same way."""
+"""Config keys of vision transformers that several libraries share."""
 
 from typing import Any
 

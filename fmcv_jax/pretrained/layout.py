@@ -26,9 +26,9 @@ EVERY = '{*}'
 
 
 class Form(NamedTuple):
-  """How one layer's array changes: ours -> theirs, theirs -> ours (whose shape is given), and their shape -> ours.
+  """Conversion of one layer's array: ours -> theirs, theirs -> ours (given our shape), and their shape -> ours.
 
-  The last raises ValueError for a number of axes that the form does not have.
+  The last raises ValueError for an unsupported number of axes.
   """
 
   write: Callable[[np.ndarray], np.ndarray]
@@ -211,7 +211,7 @@ def renamed(layout: Layout, prefixes: Mapping[str, str]) -> Layout:
 
 
 def has_places(layout: Layout, shapes: Mapping[str, Shape]) -> bool:
-  """Whether every parameter of ours has a place in the format."""
+  """True if the format can represent all of our parameters."""
   try:
     for theirs, rows in _joined(layout, shapes):
       _layers(layout, theirs, shapes, rows[0])

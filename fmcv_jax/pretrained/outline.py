@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by our paths: the shapes that a layout finds in it, of which networks are inferred."""
+"""Shapes in a checkpoint by our parameter paths, as a layout maps them; network configs are inferred from these."""
 
 import math
 import re
@@ -79,7 +79,7 @@ def _stack(theirs: str) -> str:
 
 
 def name_of(layout: Layout, path: str) -> str:
-  """What they call an array of ours; of layers the first."""
+  """Name in the checkpoint of our parameter `path`; for stacked layers, that of the first layer."""
   names = {row.ours: row.theirs for row in layout.fixed} | {row.ours: row.theirs for row in reversed(layout.rows)}
   theirs = names.get(path, path)
   place = LAYER.search(theirs)
@@ -98,7 +98,7 @@ def count(shapes: Mapping[str, Shape], pattern: str) -> int:
 
 
 def has(shapes: Mapping[str, Shape], prefix: str) -> bool:
-  """Whether anything of a part is there."""
+  """True if any path starts with `prefix`."""
   return any(path.startswith(prefix) for path in shapes)
 
 

@@ -1,4 +1,4 @@
-"""Which family and layout a checkpoint is of, judged by its names and shapes."""
+"""Detects the family and layout of a checkpoint from its tensor names and shapes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from fmcv_jax.pretrained.unread import seems
 
 
 class Recognized(NamedTuple):
-  """What a checkpoint is.
+  """Result of the detection.
 
   name     its family
   form     the format that the layout is of
@@ -39,10 +39,10 @@ class _Complaint(NamedTuple):
 
 
 def recognize(tensors: Tensors, name: str | None, what: str) -> Recognized:
-  """What a checkpoint is; `name` None tries all families. Nothing is read.
+  """Detects the family and layout; `name` None tries all families. Reads names and shapes only, no data.
 
-  UserError for an unknown name, for arrays that fit no layout, with the nearest layout's complaint, and for an array
-  that is missing and without which the network's size is not told.
+  UserError for an unknown name, for arrays that fit no layout, with the nearest layout's complaint, and for a missing
+  array without which the network's size cannot be inferred.
   """
   family, size = (None, ()) if name is None else _named(name)
   candidates = [family] if family else list(FAMILIES)
@@ -115,7 +115,7 @@ def _refusal(tensors: Tensors, candidates: list[str], best: _Complaint) -> str:
 
 
 def _doubt(tensors: Tensors, candidates: list[str], distance: float) -> str | None:
-  """Where what begins alike would be a network, and fewer than `distance` others stand beside it: says so."""
+  """Message if tensors below one prefix form a network and fewer than `distance` others are outside it; else None."""
   found = starts(tensors.shapes)
   for start, count in found.items():
     if not start or not 0 < len(tensors.shapes) - count < distance:
@@ -127,8 +127,8 @@ def _doubt(tensors: Tensors, candidates: list[str], distance: float) -> str | No
           others = sorted(name for name in tensors.shapes if not name.startswith(start))
           more = f' and {len(others) - 1} more' if len(others) > 1 else ''
           return (
-            f'what is below {start!r} looks like {match[0]!r}, but beside it is {others[0]}{more}; '
-            'write what is meant to a file of its own'
+            f'the tensors below {start!r} look like {match[0]!r}, but the file also has {others[0]}{more}; '
+            'save only the tensors of the network to a file of their own'
           )
   return None
 
@@ -157,7 +157,7 @@ def _check_size(words: tuple[str, ...], config: Mapping[str, Any], what: str) ->
 
 
 def _mlps_agree(shapes: Mapping[str, Shape]) -> bool:
-  """Whether MLPs give back as much as they take in: timm calls a gated one as it does one without."""
+  """True if up and down projections of MLPs agree in width: timm gives gated and plain MLPs the same names."""
   ups = (path for path in shapes if path.endswith('mlp/up/kernel'))
   downs = ((shapes[path], shapes.get(path.replace('mlp/up', 'mlp/down'))) for path in ups)
   return all(down is None or up[-1] == down[-2] for up, down in downs)

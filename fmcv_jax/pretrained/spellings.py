@@ -1,6 +1,6 @@
 """Other ways in which files name or shape the same arrays, brought to the one that the layouts have.
 
-What is the same in another spelling is done silently. What a file holds besides a network, and is left out, is noted.
+Equivalent names and shapes are converted silently; tensors that belong to no network are dropped and noted.
 """
 
 import math
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 class _Source(NamedTuple):
-  """Where an array comes from: its name in the file, its shape here, and how it is made of the one in the file."""
+  """Source of an array: its name in the file, its shape here, and the function that converts the stored array."""
 
   name: str
   shape: Shape
@@ -54,7 +54,7 @@ def canonical(tensors: Tensors) -> Tensors:
 
 
 def starts(names: Iterable[str]) -> dict[str, int]:
-  """How many names begin with each first part, up to a dot or a slash and with it, most first; '' for names of one."""
+  """Counts names by first component, including its dot or slash, most common first; '' for names of one component."""
   counts: dict[str, int] = {}
   for name in names:
     start = _start(name)
@@ -79,13 +79,13 @@ def _start(name: str) -> str:
   return found[0] if found else ''
 
 
-# What stands beside the two networks of self-distillation, and beside the backbone of one.
+# Entries of self-distillation checkpoints: networks and losses at the top level, heads next to a backbone.
 _DISTILLED = re.compile(r'(teacher|student|center|.*loss|criterion)[./]?')
 _HEADS = re.compile(r'(head|dino_head|ibot_head|projector|projection_head)\.(mlp|last_layer2?)\..*')
 
 
 def _inner(tensors: Tensors) -> Tensors | None:
-  """What a wrapper holds: the teacher of two networks, the backbone below its head, what is below one first part."""
+  """Unwraps a checkpoint: the teacher of self-distillation, a backbone without its head, or a single common prefix."""
   names, found = tensors.shapes, starts(tensors.shapes)
   if 'teacher.' in found and all(_DISTILLED.fullmatch(start) for start in found):
     others = [start.rstrip('.') for start in found if start != 'teacher.']

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fmcv_jax.models.generative import unet
 from fmcv_jax.models.generative.autoencoder import SIZES as CODERS
 from fmcv_jax.pretrained import autoencoder, clip
-from fmcv_jax.pretrained.autoencoder import BESIDE, DIFFUSERS, LAYERS, block
+from fmcv_jax.pretrained.autoencoder import DIFFUSERS, LAYERS, NON_NETWORK, block
 from fmcv_jax.pretrained.layout import (
   QKV,
   Layout,
@@ -110,7 +110,7 @@ def compvis(levels: int, project: Project = point) -> Rows:
 
 
 class Version(NamedTuple):
-  """What 1 and 2 differ by, and shapes do not tell.
+  """Differences between Stable Diffusion 1 and 2 that cannot be inferred from shapes.
 
   size        of the UNet
   project     next to its transformers, a convolution of one pixel or a linear layer
@@ -174,7 +174,7 @@ def pipelines(version: Version) -> tuple[tuple[str, Layout], ...]:
 
 
 def controlnets(version: Version) -> tuple[tuple[str, Layout], ...]:
-  """diffusers' files, of the ControlNet alone; CompVis-like files hold all that it steers, or not."""
+  """Layouts: diffusers files hold the ControlNet alone; CompVis files with or without the networks that it controls."""
   found = []
   for levels in LEVELS:
     steps = (*(f'blocks.{n}' for n in range(6)), 'conv_out')
@@ -197,11 +197,11 @@ def _file(network: str, version: Version, levels: int) -> Layout:
     *below('extra/autoencoder', autoencoder.compvis(levels), 'first_stage_model.'),
     *below('extra/text', version.words),
   )
-  return Layout(rows, ignored=(*BESIDE, *version.left))
+  return Layout(rows, ignored=(*NON_NETWORK, *version.left))
 
 
 def _control(hint: Sequence[str], zero: str, middle: str, count: int) -> Rows:
-  """What a ControlNet has beside its encoder: the convolutions over the picture, and `count` of zeros and a last."""
+  """Rows of a ControlNet without its encoder: the hint convolutions, `count` zero convolutions and the middle one."""
   first, *between, last = hint
   return (
     *spatial('hint/conv_in', first),
@@ -233,7 +233,7 @@ def denoiser(shapes: Mapping[str, Shape], like: str) -> dict[str, Any]:
 
 
 def _depth(shapes: Mapping[str, Shape], level: int) -> int:
-  """How many blocks the transformers of a level have, 0 for one without any."""
+  """Number of transformer blocks at a level; 0 for a level without attention."""
   blocks = rf'encoder/down{level}_attention\d+/blocks/'
   return max((shape[0] for path, shape in shapes.items() if re.match(blocks, path)), default=0)
 
@@ -247,9 +247,9 @@ def _unsaid_text(version: Version, network: Mapping[str, Any]) -> dict[str, int]
 
 
 def config_of(version: Version, prediction: str = 'noise') -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
-  """Stable Diffusion's numbers beside the shapes: pictures of 8 times the latent's side, latents scaled to variance 1.
+  """Config of Stable Diffusion: images of 8 times the latent's side, latents scaled to unit variance.
 
-  What a file does not hold, as one of a UNet alone, is that of its version.
+  Parts missing in the file, e.g. when it holds the UNet alone, are those of the version.
   """
 
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _KINDS = {'.safetensors': 'safetensors', '.npz': 'npz', **dict.fromkeys(TORCH, '
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
   """A file, or a folder as transformers, diffusers, timm and OpenCLIP have it; UserError for anything else.
 
-  Files are told by their content: .safetensors, .npz without objects, and what torch.save wrote (.pth, .pth.tar, .pt,
+  Types are detected by content: .safetensors, .npz without objects, and what torch.save wrote (.pth, .pth.tar, .pt,
   .bin, .ckpt), by torch's weights-only loading. In a folder there is one file of weights, or shards with their index;
   .safetensors go before .bin, and full precision before a variant such as fp16. In a folder of diffusers, of several
   networks, names begin with the network's: 'unet.conv_in.weight'.
@@ -88,7 +88,7 @@ _SHARD = re.compile(r'.*-\d{5}-of-\d{5}\..*')
 
 
 def _sets(folder: pathlib.Path) -> list[_Set]:
-  """What of a folder is weights, those that are to be read first in front."""
+  """Weight files of a folder, in order of preference."""
   sets = []
   for file in sorted(folder.iterdir()):
     found = _SET.fullmatch(file.name)
@@ -167,7 +167,7 @@ def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | Late]) 
 
 
 def _write_safetensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | Late]) -> None:
-  """What the library `safetensors` writes, byte for byte; that one wants all arrays in memory at once.
+  """Writes the same bytes as the library `safetensors`, which needs all arrays in memory at once.
 
   https://github.com/huggingface/safetensors#format: the length of a table as JSON, the table, the arrays.
   """

@@ -45,7 +45,7 @@ WEIGHTS = (
 TRAINING = re.compile(r'.*(optim|sched|scaler|amp|loss|criterion|callback|loop|rng|opt_state|args|config|hyper).*')
 
 # Records of how a run was configured or went, which torch would have to import. They are read as objects that hold
-# nothing, so that the weights beside them can be reached.
+# nothing, so that the weights in the same file can be read.
 _RECORDS = re.compile(
   r'argparse\.Namespace|pathlib\.\w+|numpy\..*|omegaconf\..*|yacs\.config\.\w+|(pytorch_)?lightning\..*|typing\.\w+'
 )

@@ -1,4 +1,4 @@
-"""What a file seems to be that is none of the kinds that are read: the name of it, and what to do instead."""
+"""Identifies files of unsupported formats: the name of the format, and what to do instead."""
 
 import pathlib
 import re
@@ -26,7 +26,7 @@ _NAMES = {
   ),
   r'.*(exp_avg(_sq)?|momentum_buffer|max_exp_avg_sq)$': 'the state of an optimizer, which holds no weights',
   r'.*(\.SCB|\.absmax|\.qweight|\.qzeros|weight_scale(_inv)?|scale_weight|scaled_fp8|quant_state.*)$': (
-    'quantized, with scales beside its weights; take the unquantized file of the same model'
+    'quantized, with separate scales; take the unquantized file of the same model'
   ),
 }
 
@@ -46,7 +46,7 @@ def refuse_others(file: pathlib.Path) -> None:
 
 
 def kind_of(file: pathlib.Path) -> Kind | None:
-  """Which kind of container a file is by its content, None if that does not tell; UserError for one of another kind."""
+  """Container format by content; None if it cannot be determined; UserError for an unsupported format."""
   refuse_others(file)
   head = _head(file)
   if head[8:9] == b'{':
@@ -68,7 +68,7 @@ def _head(file: pathlib.Path) -> bytes:
 
 
 def seems(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-  """What arrays of these names seem to be that no family has; None if nothing is told."""
+  """Description of a known kind of checkpoint that no family covers, detected by tensor names; None if unknown."""
   for pattern, other in _NAMES.items():
     if any(re.fullmatch(pattern, name) for name in shapes):
       return other

@@ -73,8 +73,8 @@ def equal(ours, theirs):
   np.testing.assert_allclose(ours, theirs, atol=3e-5 * np.abs(theirs).max())
 
 
-def born(folder, objective):
-  """A workdir of a run of no steps: what its networks are born with."""
+def initialized(folder, objective):
+  """A workdir with the initial parameters of a run: zero training steps."""
   run = Run(resolve({'objective': objective}), folder)
   state = run.init()
   folder.mkdir(parents=True)

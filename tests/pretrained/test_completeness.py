@@ -120,17 +120,17 @@ def tables(case):
     own = NETWORKS[case]()
   reference = Names(own)
   match = matched(case, reference.shapes)
-  found, seen = [('reference', dict(reference.shapes))], {('', _spelling(reference.shapes))}
+  found, covered = [('reference', dict(reference.shapes))], {('', _spelling(reference.shapes))}
   for form, layout in FAMILIES[family].layouts:
     try:
       shapes = names_of(match.run, layout)
-      is_read = (form, _spelling(shapes)) not in seen and recognize(Names(shapes), family, 'x').layout is layout
+      is_read = (form, _spelling(shapes)) not in covered and recognize(Names(shapes), family, 'x').layout is layout
       if is_read:
         matched(case, shapes)
     except (UserError, ValueError):  # another kind of network of the family
       continue
     if is_read:
-      seen.add((form, _spelling(shapes)))
+      covered.add((form, _spelling(shapes)))
       found.append((form, shapes))
   return found
 

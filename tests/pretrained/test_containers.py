@@ -182,7 +182,7 @@ def test_a_prefix_of_all_names_is_taken_off(tmp_path, prefix, suffix):
 def test_a_prefix_of_some_names_is_in_doubt(tmp_path):
   named = {f'backbone.{name}': x for name, x in network().state_dict().items()}
   save_file({**named, 'neck.weight': torch.ones(3, 3)}, tmp_path / 'x.safetensors')
-  with pytest.raises(UserError, match=r"below 'backbone\.' looks like 'deit', but beside it is neck.weight"):
+  with pytest.raises(UserError, match=r"below 'backbone\.' look like 'deit', but the file also has neck.weight"):
     recognize(open_tensors(tmp_path / 'x.safetensors'), None, 'x')
 
 

@@ -99,13 +99,13 @@ def test_an_imported_model_is_used_in_four_lines(published, tmp_path):
   assert run('import', tmp_path / 'one.safetensors', '--to', tmp_path / 'run') == 0
   images = [np.full((20, 30, 3), 40 * i, np.uint8) for i in range(3)]
   model = fmcv_jax.load(tmp_path / 'run', batch=8)
-  chances = model.classify(images)
-  assert chances.shape == (3, 5)
-  np.testing.assert_allclose(chances.sum(axis=1), 1, rtol=1e-5)
+  probabilities = model.classify(images)
+  assert probabilities.shape == (3, 5)
+  np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
   assert model.encode_image(images).shape == (3, 64)
   half = fmcv_jax.load(tmp_path / 'run', batch=8, dtype='bfloat16').classify(images)
-  np.testing.assert_allclose(half, chances, atol=0.05)
-  assert np.abs(half - chances).max() > 0
+  np.testing.assert_allclose(half, probabilities, atol=0.05)
+  assert np.abs(half - probabilities).max() > 0
   with pytest.raises(fmcv_jax.errors.UserError, match='has no text encoder'):
     model.encode_text(['a cat'])
 

@@ -1,4 +1,4 @@
-"""DiT, as diffusers writes it, gives its outputs, paints, and comes back bitwise."""
+"""DiT weights of diffusers give the same outputs, generate images, and round-trip bitwise."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_dit(tmp_path):
   ours = run.experiment.objective.network.apply(
     {'params': subject.params['network']}, x, jnp.asarray(time), make_condition(label=jnp.asarray(label))
   )
-  # diffusers computes the frequencies of the time with a shift of one; the published weights learnt without it.
+  # diffusers computes timestep frequencies with downscale_freq_shift=1; the published weights were trained with 0.
   for block in model.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0
   with torch.no_grad():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
-from tests.pretrained.references import IMAGE, PIXELS, TEXT, born, published, to_torch
+from tests.pretrained.references import IMAGE, PIXELS, TEXT, initialized, published, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
@@ -141,7 +141,7 @@ def test_heads_of_the_published_sizes_are_as_wide_as_published(tmp_path, variant
   width, heads, each = WIDTHS[variant]
   side = int(variant.partition('/')[2]) * 2
   network = {'name': 'vit', 'variant': variant, 'depth': 1, 'image_size': side}
-  born(tmp_path / 'ours', {'name': 'encoder', 'network': network})
+  initialized(tmp_path / 'ours', {'name': 'encoder', 'network': network})
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out.npz'), form)
   arrays = np.load(tmp_path / 'out.npz')
   attention = [name for name in arrays.files if 'MultiHeadDotProductAttention' in name]

@@ -47,8 +47,8 @@ def gray16(pixels):
   return encoded(Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), 'PNG')
 
 
-# Encoded image, and what a publisher's processor is to be given: upright RGB of 8 bits.
-PICTURES = {
+# Encoded image, and the input of the reference processor: upright 8-bit RGB.
+IMAGES = {
   'wide': (encoded(Image.fromarray(noise(131, 270)), 'PNG'), noise(131, 270)),
   'tall': (encoded(Image.fromarray(noise(301, 97)), 'PNG'), noise(301, 97)),
   'small': (encoded(Image.fromarray(noise(21, 28)), 'PNG'), noise(21, 28)),
@@ -88,8 +88,8 @@ def dinov2(tmp_path_factory):
 
 
 def agree(model, expected):
-  """`expected`: pixel values [B, 3, H, W] of each picture -> features, by the reference's network and processor."""
-  for name, (data, pixels) in PICTURES.items():
+  """`expected`: pixel values [B, 3, H, W] of each image -> features, by the reference's network and processor."""
+  for name, (data, pixels) in IMAGES.items():
     values, features = expected(Image.fromarray(pixels))
     run = model._run
     shown = evaluated_as(run)(data, np.random.default_rng(0))
@@ -219,7 +219,7 @@ def test_efficientnet_is_normalized_again_where_its_file_says_so(tmp_path, offse
   processor = T.EfficientNetImageProcessorPil(size={'height': 64, 'width': 64}, **options)
   processor.save_pretrained(tmp_path / 'theirs')
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
-  data, pixels = PICTURES['wide']
+  data, pixels = IMAGES['wide']
   theirs = processor(Image.fromarray(pixels), return_tensors='np')['pixel_values'][0].transpose(1, 2, 0)
   shown = evaluated_as(run)(data, np.random.default_rng(0))
   ours = run.experiment.objective.normalize(shown.astype(np.float32) / 255)

@@ -81,7 +81,7 @@ def test_a_folder_computes_what_open_clip_computes(tmp_path, name):
 
 @pytest.mark.parametrize('name', ['quick_gelu', 'eos', 'average', 'clipa'])
 @pytest.mark.parametrize('part', ['image', 'text'])
-def test_a_tower_beside_the_config_of_its_pair_computes_what_that_says(tmp_path, part, name):
+def test_a_tower_with_the_config_of_its_pair_computes_the_same_features(tmp_path, part, name):
   model = published(tmp_path / 'theirs', CONFIGS[name])
   file = tmp_path / 'theirs' / 'open_clip_model.safetensors'
   state = {key: x for key, x in load_file(file).items() if key.startswith('visual.') == (part == 'image')}

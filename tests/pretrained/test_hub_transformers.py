@@ -130,7 +130,7 @@ def test_the_width_of_a_towers_embeddings_is_held_against_its_arrays(tmp_path, n
 
 
 @pytest.mark.parametrize('part', ['vision', 'text'])
-def test_a_tower_beside_the_config_of_its_pair_computes_what_that_says(tmp_path, part):
+def test_a_tower_with_the_config_of_its_pair_computes_the_same_features(tmp_path, part):
   model = published(dual(hidden_act='relu', layer_norm_eps=0.1), tmp_path / 'theirs')
   file = tmp_path / 'theirs' / 'model.safetensors'
   kept = (f'{part}_model.', 'visual_projection.' if part == 'vision' else 'text_projection.')

@@ -19,7 +19,7 @@ import jax
 from fmcv_jax.__main__ import main
 from fmcv_jax.train import checkpoint
 
-checkpoint.TARGET_FILE_BYTES = 2**22  # as small beside these weights as the real one is beside those that fill a memory
+checkpoint.TARGET_FILE_BYTES = 2**22  # as small relative to these weights as the default is to weights that fill memory
 jax.devices()
 
 def held():
@@ -27,17 +27,17 @@ def held():
   return 1024 * next(int(line.split()[1]) for line in status if line.startswith('RssAnon'))
 
 def peak(*command):
-  before, seen, done = held(), [], threading.Event()
+  before, samples, done = held(), [], threading.Event()
   def watch():
     while not done.is_set():
-      seen.append(held())
+      samples.append(held())
       time.sleep(0.002)
   thread = threading.Thread(target=watch)
   thread.start()
   assert main(list(command)) == 0
   done.set()
   thread.join()
-  return max(seen) - before
+  return max(samples) - before
 
 file, folder = sys.argv[1:]
 own = f'{folder}/own'

@@ -12,7 +12,7 @@ from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.errors import UserError
 from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.objectives.outputs import encoder_of
-from tests.pretrained.references import CODER, IMAGE, PIXELS, TEXT, TOKENS, born, published, sd_parts, to_torch
+from tests.pretrained.references import CODER, IMAGE, PIXELS, TEXT, TOKENS, initialized, published, sd_parts, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')
 transformers = pytest.importorskip('transformers', reason='pip install fmcv-jax[parity]')
@@ -69,7 +69,7 @@ def test_transformers_opens_a_folder_by_from_pretrained(tmp_path, name):
 
 
 def test_transformers_opens_a_masked_autoencoder_that_was_trained_here(tmp_path):
-  born(
+  initialized(
     tmp_path / 'ours',
     {
       'name': 'mae',
@@ -181,7 +181,7 @@ def test_open_clip_opens_a_folder(tmp_path, name):
   np.testing.assert_allclose(image, theirs.image_embeds, atol=1e-5)
   np.testing.assert_allclose(text, theirs.text_embeds, atol=1e-5)
   assert preprocess(photo()).shape == (3, 32, 32)
-  # What the folder says is read again, also where its file is named: activations are none of what shapes tell.
+  # Config files of the folder are read even if the weights file is named: shapes do not determine activations.
   back = import_checkpoint(str(tmp_path / 'out' / 'open_clip_model.safetensors'), str(tmp_path / 'back'), None)
   params = {'params': back.restored_model()[0].params}
   ours = back.experiment.objective.network.apply(params, PIXELS, TOKENS)
@@ -189,7 +189,7 @@ def test_open_clip_opens_a_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize(('name', 'channels'), [('sd2', 4), pytest.param('sd2', 9, marks=pytest.mark.slow)])
-def test_diffusers_opens_a_pipeline_and_paints(tmp_path, name, channels):
+def test_diffusers_opens_a_pipeline_and_generates(tmp_path, name, channels):
   diffusers = pytest.importorskip('diffusers', reason='pip install fmcv-jax[parity]')
   unet, _, _ = sd_parts(tmp_path / 'theirs', name, channels)
   sizes = ['objective.network.image_size=8', 'objective.latent_space.autoencoder.image_size=16']
@@ -221,7 +221,7 @@ def test_diffusers_opens_single_networks(tmp_path):
 
 def test_a_pipeline_wants_a_folder_and_another_library_says_what_it_has_not(tmp_path):
   network = {'name': 'vit', 'variant': 'mu/8', 'image_size': 32, 'pool': 'gap', 'num_classes': 3}
-  born(tmp_path / 'ours', {'name': 'encoder', 'network': network})
+  initialized(tmp_path / 'ours', {'name': 'encoder', 'network': network})
   with pytest.raises(UserError, match='without a class token'):
     export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'transformers')
   assert not (tmp_path / 'out').exists()
@@ -301,7 +301,7 @@ TRAINED = {
 @pytest.mark.parametrize('name', TRAINED)
 def test_timm_opens_what_was_trained_here(tmp_path, name):
   timm = pytest.importorskip('timm', reason='pip install fmcv-jax[parity]')
-  run = born(tmp_path / 'ours', TRAINED[name])
+  run = initialized(tmp_path / 'ours', TRAINED[name])
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'out'), 'timm')
   model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
   subject, _ = run.restored_model()
@@ -313,7 +313,7 @@ def test_timm_opens_what_was_trained_here(tmp_path, name):
 
 def test_a_clip_that_was_trained_here_opens_in_both_libraries(tmp_path):
   open_clip = pytest.importorskip('open_clip', reason='pip install fmcv-jax[parity]')
-  run = born(tmp_path / 'ours', {'name': 'contrastive', 'network': CLIP})
+  run = initialized(tmp_path / 'ours', {'name': 'contrastive', 'network': CLIP})
   ours = run.experiment.objective.network.apply({'params': run.restored_model()[0].params}, PIXELS, TOKENS)
   for library in ('open_clip', 'transformers'):
     export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / library), library)

@@ -19,10 +19,10 @@ def test_vision_transformers(tmp_path, family):
   models = {'vit': transformers.ViTForImageClassification, 'deit': transformers.DeiTForImageClassificationWithTeacher}
   numbers = {**IMAGE, 'num_attention_heads': 4, 'layer_norm_eps': 1e-5, 'hidden_act': 'gelu_pytorch_tanh'}
   model = published(models[family](configs[family](**numbers, num_labels=7)), tmp_path / 'theirs')
-  seen = {'image_mean': [0.4, 0.5, 0.6], 'image_std': [0.2, 0.3, 0.2]}
-  (tmp_path / 'theirs' / 'preprocessor_config.json').write_text(json.dumps(seen))
-  objective, params = imported(tmp_path / 'theirs', tmp_path, None)  # the folder's own files say what shapes do not
-  assert [list(objective.normalize.mean), list(objective.normalize.std)] == list(seen.values())
+  normalization = {'image_mean': [0.4, 0.5, 0.6], 'image_std': [0.2, 0.3, 0.2]}
+  (tmp_path / 'theirs' / 'preprocessor_config.json').write_text(json.dumps(normalization))
+  objective, params = imported(tmp_path / 'theirs', tmp_path, None)  # config files give what shapes do not
+  assert [list(objective.normalize.mean), list(objective.normalize.std)] == list(normalization.values())
   with torch.no_grad():
     theirs = model(to_torch(PIXELS)).logits.numpy()
   np.testing.assert_allclose(objective.network.apply({'params': params}, PIXELS).output, theirs, atol=1e-5)

@@ -132,8 +132,8 @@ def test_every_name_of_a_controlnet_is_known(family):
   with torch.device('meta'):
     tensors = Names(diffusers.ControlNetModel(**(SD2 if family == 'controlnet_sd2' else SD1)))
   assert len(tensors.shapes) == 340
-  beside = [f'init_from.extra/{part}.workdir=elsewhere' for part in ('network', 'autoencoder', 'text')]
-  match = matched(tensors, family, family=family, overrides=beside)
+  elsewhere = [f'init_from.extra/{part}.workdir=elsewhere' for part in ('network', 'autoencoder', 'text')]
+  match = matched(tensors, family, family=family, overrides=elsewhere)
   assert size(match) == (361_279_120 if family == 'controlnet_sd15' else sum(map(np.prod, tensors.shapes.values())))
 
 
@@ -165,7 +165,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize('name', HEADS)
-def test_heads_of_the_published_sizes_are_those_of_the_config_beside_them(tmp_path, name):
+def test_heads_of_the_published_sizes_are_those_of_the_config_next_to_them(tmp_path, name):
   build, expected = HEADS[name]
   with torch.device('meta'):
     model = build() if callable(build) else timm(build) if name.startswith('timm') else open_clip(build)

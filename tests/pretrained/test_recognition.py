@@ -1,4 +1,4 @@
-"""What a checkpoint is, judged by its names: towers alone, teachers, single files and other spellings."""
+"""Checkpoint detection from tensor names: single towers, teachers, single files and alternative names."""
 
 import jax
 import numpy as np

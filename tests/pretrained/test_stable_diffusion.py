@@ -66,7 +66,7 @@ def as_compvis(tmp_path, run, family):
     assert {f'{prefix}{name}' for name in converted} == {name for name in theirs.shapes if name.startswith(prefix)}
     for name, x in converted.items():
       np.testing.assert_array_equal(x.numpy(), theirs[prefix + name].reshape(x.shape), err_msg=name)
-  if family == 'sd2':  # published files hold what no picture needs
+  if family == 'sd2':  # published files hold weights that generation does not use
     tower = 'cond_stage_model.model.'
     unused = {f'{tower}transformer.resblocks.23.ln_1.weight': np.ones(64), f'{tower}logit_scale': np.ones(())}
     save_file(whole | unused | {f'{tower}text_projection': np.ones((64, 64))}, tmp_path / 'one.safetensors')
@@ -77,17 +77,17 @@ def as_compvis(tmp_path, run, family):
 
 
 @pytest.mark.slow
-def test_a_unet_that_fills_holes(tmp_path):
-  """Nine channels: the noisy latent, the hole, and the latent of what is around it."""
+def test_an_inpainting_unet(tmp_path):
+  """Nine channels: the noisy latent, the mask, and the latent of the masked image."""
   unet, _, _ = sd_parts(tmp_path / 'theirs', 'sd2', channels=9)
   run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), 'sd2', SIZES)
   subject, _ = run.restored_model()
   rng = np.random.default_rng(0)
   x, words = rng.normal(size=(2, 8, 8, 9)).astype(np.float32), rng.normal(size=(2, 5, 64)).astype(np.float32)
   time = np.array([7, 900])
-  told = make_condition(text=jnp.asarray(words), image=jnp.asarray(x[..., 4:]))
+  condition = make_condition(text=jnp.asarray(words), image=jnp.asarray(x[..., 4:]))
   params = {'params': subject.params['network']}
-  ours = jax.jit(run.experiment.objective.network.apply)(params, x[..., :4], jnp.asarray(time), told)
+  ours = jax.jit(run.experiment.objective.network.apply)(params, x[..., :4], jnp.asarray(time), condition)
   with torch.no_grad():
     equal(ours, unet(to_torch(x), torch.from_numpy(time), torch.from_numpy(words)).sample)
   comes_back(tmp_path / 'theirs', tmp_path, 'diffusers')
@@ -105,10 +105,10 @@ def test_a_unet_alone_gets_the_text_tower_of_its_version():
 
 
 @pytest.mark.slow
-def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
+def test_a_controlnet_on_top_of_its_base_model(tmp_path):
   base = tmp_path / 'base'
-  sd_parts(tmp_path / 'steered', 'sd1')
-  import_checkpoint(str(tmp_path / 'steered'), str(base), 'sd1', SIZES)
+  sd_parts(tmp_path / 'theirs_base', 'sd1')
+  import_checkpoint(str(tmp_path / 'theirs_base'), str(base), 'sd1', SIZES)
   config = unet_config('sd1')
   del config['up_block_types'], config['sample_size']
   model = diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32))
@@ -132,8 +132,8 @@ def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
   x, words, hint = x.astype(np.float32), words.astype(np.float32), rng.uniform(size=(2, 16, 16, 3)).astype(np.float32)
   time = np.array([7, 900])
   network = controlnet(run.experiment.objective.network, 2)
-  told = make_condition(text=jnp.asarray(words), control=jnp.asarray(hint))
-  ours = jax.jit(network.apply)({'params': subject.params['control']}, x, jnp.asarray(time), told)
+  condition = make_condition(text=jnp.asarray(words), control=jnp.asarray(hint))
+  ours = jax.jit(network.apply)({'params': subject.params['control']}, x, jnp.asarray(time), condition)
   with torch.no_grad():
     theirs = model(to_torch(x), torch.from_numpy(time), torch.from_numpy(words), to_torch(hint), return_dict=False)
   for one, other in zip((*ours[0], ours[1]), (*theirs[0], theirs[1]), strict=True):
@@ -143,7 +143,7 @@ def test_a_controlnet_on_top_of_what_it_steers(tmp_path):
   again = diffusers.ControlNetModel.from_pretrained(tmp_path / 'folder')
   for key, value in model.state_dict().items():
     torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)
-  # CompVis' file of a ControlNet and all that it steers, which needs nothing beside it.
+  # A CompVis file holds the ControlNet with its base model, and needs no other file.
   export_checkpoint(str(tmp_path / 'ours'), str(tmp_path / 'one.safetensors'), 'compvis')
   whole = import_checkpoint(str(tmp_path / 'one.safetensors'), str(tmp_path / 'whole'), 'controlnet_sd1', SIZES)
   jax.tree.map(np.testing.assert_array_equal, whole.restored_model()[0].params, subject.params)
