@@ -1,4 +1,4 @@
-"""Arrays by name, as every kind of file offers them."""
+"""The interface of all file readers: a lazy mapping from names to arrays."""
 
 import abc
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Tensors(abc.ABC):
-  """Arrays by name, of which none is read before it is asked for.
+  """Lazy mapping from names to arrays; each is read on access.
 
   notes   what was chosen or left out on the way to these arrays, one sentence each, for whoever reads them
   """
@@ -21,11 +21,11 @@ class Tensors(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, name: str) -> np.ndarray:
-    """One of them, in float32 if it was stored in fewer bits."""
+    """Reads one array; floats of fewer than 32 bits become float32."""
 
 
 def widened(x: np.ndarray) -> np.ndarray:
-  """Floats of fewer than 32 bits, those of ml_dtypes among them, as float32."""
+  """Converts floats of fewer than 32 bits, including those of ml_dtypes, to float32."""
   return x.astype(np.float32) if x.dtype.kind in 'fV' and x.dtype.itemsize < 4 else x
 
 

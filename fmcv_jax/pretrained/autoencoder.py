@@ -1,6 +1,6 @@
 """Gaussian autoencoders of latent diffusion as CompVis and as diffusers name them.
 
-Their ways up count levels from the lowest resolution, ours from the highest; so a layout is of one number of levels.
+Their decoders count levels from the lowest resolution, ours from the highest, so a layout has a fixed number of levels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,13 +51,13 @@ def block(ours: str, theirs: str, names: Sequence[str]) -> Rows:
 
 
 def _attention(ours: str, theirs: str, names: Sequence[str], project: Project) -> Rows:
-  """Of pixels among themselves; names of the norm, then of query, key, value and output."""
+  """Rows of self-attention over pixels; `names`: norm, query, key, value and output."""
   parts = dict(zip((*QKV, 'out'), names[1:], strict=True))
   return (*norm(f'{ours}/norm', f'{theirs}.{names[0]}'), *each(f'{ours}/attention', theirs, parts, project))
 
 
 def diffusers(levels: int, *, old: bool = False) -> Rows:
-  """`old`: the names of attention in files of before diffusers 0.15, such as those of Stable Diffusion 1."""
+  """Layout of diffusers; `old`: attention names of files older than diffusers 0.15, such as Stable Diffusion 1."""
   names = ('group_norm', 'query', 'key', 'value', 'proj_attn')
   names = names if old else ('group_norm', 'to_q', 'to_k', 'to_v', 'to_out.0')
 
@@ -123,7 +123,7 @@ def layouts() -> tuple[tuple[str, Layout], ...]:
 
 
 def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """The autoencoder that has these parameters, as a config."""
+  """Config of the autoencoder with these parameter shapes."""
   levels = count(shapes, r'(?:en|de)coder/level(\d+)_')
   channels = tuple(shapes[f'encoder/level{level}_block0/conv1/kernel'][-1] for level in range(levels))
   layers = count(shapes, r'encoder/level\d+_block(\d+)/')

@@ -115,7 +115,7 @@ def transformers_clip() -> Layout:
 
 
 def image_towers() -> tuple[tuple[str, Layout], ...]:
-  """CLIP's image tower alone, with its projection or without."""
+  """Layouts of CLIP's image tower alone, with or without its projection."""
   projected = (*below('', _CLIP_IMAGE, 'vision_model.'), *matrix('head', 'visual_projection'))
   return (
     ('transformers', Layout(projected, ignored=_POSITIONS)),
@@ -125,7 +125,7 @@ def image_towers() -> tuple[tuple[str, Layout], ...]:
 
 
 def text_towers() -> tuple[tuple[str, Layout], ...]:
-  """CLIP's text tower alone, with its projection or without."""
+  """Layouts of CLIP's text tower alone, with or without its projection."""
   projected = (*below('', transformers_text(), 'text_model.'), *matrix('head', 'text_projection'))
   return (
     ('transformers', Layout(projected, ignored=_POSITIONS)),
@@ -201,7 +201,7 @@ def siglip_text_towers() -> tuple[tuple[str, Layout], ...]:
 
 
 def dual_encoder(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:
-  """The network that has these parameters, as a config; `activation` is what shapes do not tell."""
+  """Config of the network with these parameter shapes; they do not determine `activation`."""
   image = image_tower(part(shapes, 'image/'), sigmoid=sigmoid, activation=activation)
   own = part(shapes, 'text/')
   text = text_tower(own, sigmoid=sigmoid, activation=activation) | {'num_classes': own['head/kernel'][-1]}
@@ -211,7 +211,7 @@ def dual_encoder(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str)
 
 
 def image_tower(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:
-  """Of SigLIP (`sigmoid`) or CLIP; what every one of them has is there whether a file holds it or not."""
+  """Config of the image tower of SigLIP (`sigmoid`) or CLIP; parts common to all are set even if a file lacks them."""
   found = tower(shapes)
   if sigmoid:
     return found | {'pool': 'map', 'activation': activation, 'eps': 1e-6}
@@ -220,7 +220,7 @@ def image_tower(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) 
 
 
 def text_tower(shapes: Mapping[str, Shape], *, sigmoid: bool, activation: str) -> dict[str, Any]:
-  """Of SigLIP (`sigmoid`) or CLIP."""
+  """Config of the text tower of SigLIP (`sigmoid`) or CLIP."""
   outputs = {'num_classes': shapes['head/kernel'][-1]} if has(shapes, 'head/') else {}
   shared = {'activation': activation, 'eps': 1e-6 if sigmoid else 1e-5}
   own = {'causal': False, 'pool': 'last', 'head_bias': True} if sigmoid else {}

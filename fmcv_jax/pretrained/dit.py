@@ -28,10 +28,8 @@ def original() -> Layout:
 def diffusers() -> Layout:
   """Layout of diffusers, where every block has a copy of the time and class embeddings."""
   block, embed = 'transformer_blocks.{i}', 'transformer_blocks.{*}.norm1.emb'
-  time, attention = (
-    f'{embed}.timestep_embedder',
-    {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'out': 'to_out.0'},
-  )
+  time = f'{embed}.timestep_embedder'
+  attention = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'out': 'to_out.0'}
   rows = (
     *patch('pos_embed.proj', channels=4),
     *_condition(f'{time}.linear_1', f'{time}.linear_2', f'{embed}.class_embedder'),
@@ -58,8 +56,8 @@ def _positions(network: Any) -> np.ndarray:
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """Class-conditional, in latents of kl-f8, with a learned variance (Peebles & Xie 2023); 256 pixels where no file
-  tells.
+  """Class-conditional, in latents of kl-f8, with a learned variance (Peebles & Xie 2023); 256 pixels unless a file
+  says otherwise.
   """
   own = part(shapes, 'network/')
   (rows, width), depth = own['patch/kernel'], own['blocks/modulation/bias'][0]

@@ -1,6 +1,6 @@
 """EfficientNet as timm and as transformers name it, with its running statistics.
 
-transformers counts its blocks through, so that its layouts are of one size each. timm's are those called `tf_`, with
+transformers numbers blocks across stages, so each size has its own layout. timm's are those called `tf_`, with
 TensorFlow's padding and norms, with which the published weights were trained.
 """
 
@@ -14,7 +14,7 @@ from fmcv_jax.pretrained.layout import POINT, SPATIAL, Layout, Row, Rows, Shape,
 from fmcv_jax.pretrained.outline import has, part
 
 _UNUSED = (r'.*\.num_batches_tracked',)
-# What a block's layers are called, and the norm after each, where a block widens first and where it does not.
+# Names of a block's layers and of the norm after each, with and without an expansion layer.
 _TIMM = {'expand': 'conv_pw', 'depthwise': 'conv_dw', 'project': 'conv_pwl', 'squeeze': 'se.conv_reduce'}
 _TIMM |= {'excite': 'se.conv_expand', 'expand_norm': 'bn1', 'depthwise_norm': 'bn2', 'project_norm': 'bn3'}
 _TIMM_FIRST = _TIMM | {'project': 'conv_pw', 'depthwise_norm': 'bn1', 'project_norm': 'bn2'}
@@ -89,7 +89,7 @@ def _repeats(variant: str) -> list[int]:
 
 
 def variant_of(stem: int, repeats: Sequence[int]) -> str:
-  """The size with this stem and so many blocks in each stage; UserError for none."""
+  """Variant with this stem width and these block counts per stage; UserError if there is none."""
   for variant, (width, *_) in SIZES.items():
     if channels(STEM, width) == stem and _repeats(variant) == list(repeats):
       return variant
@@ -97,7 +97,7 @@ def variant_of(stem: int, repeats: Sequence[int]) -> str:
 
 
 def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """The EfficientNet that has these parameters, as a config: the smallest size that has room for all of them."""
+  """Config of the EfficientNet with these parameter shapes: the smallest size that contains all of them."""
   stem, stages = shapes['conv/kernel'][-1], range(1, len(TABLE) + 1)
   blocks = [part(shapes, f'stage{stage}/blocks/').values() for stage in stages]
   repeats = [1 + max((shape[0] for shape in own), default=0) for own in blocks]

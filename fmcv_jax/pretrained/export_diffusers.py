@@ -105,7 +105,7 @@ def _down(network: UNet, linear: bool) -> dict[str, Any]:
 
 
 def groups(widths: Sequence[int]) -> int:
-  """Groups of every norm; UserError where levels differ in them, which diffusers has not."""
+  """Number of groups of all norms; UserError if levels differ, which diffusers does not support."""
   found = {groups_of(width) for width in widths}
   if len(found) > 1:
     raise UserError(

@@ -14,7 +14,7 @@ from fmcv_jax.pretrained import efficientnet
 from fmcv_jax.pretrained.export_transformers import Files, plain
 from fmcv_jax.pretrained.hub_timm import activation_of
 
-# A name that timm knows, of whose numbers the arguments leave none but the eps of CLIP's, 1e-5.
+# Architecture of which all values but the eps (CLIP's, 1e-5) are overridden by arguments.
 _VIT, _CLIP, _GATED = 'vit_base_patch16_224', 'vit_base_patch16_clip_224', 'vit_giant_patch14_dinov2'
 _DISTILLED, _SWIN = 'deit_base_distilled_patch16_224', 'swin_base_patch4_window7_224'
 _CLASSIFIERS = {_DISTILLED: ['head', 'head_dist'], _SWIN: 'head.fc'}
@@ -75,7 +75,7 @@ def _vit(network: ViT) -> tuple[str, dict[str, Any]]:
     raise UserError(f'timm has no such vision transformer with an eps of {block.eps}')
   if network.registers and network.class_token_has_position and not network.mask_token:
     raise UserError('timm has no vision transformer with registers and a place for the class token')
-  # timm counts the width of a SwiGLU as that of gate and value together.
+  # timm's hidden width of a SwiGLU counts gate and value together.
   arguments: dict[str, Any] = {
     'img_size': network.image_size,
     'patch_size': network.patch_size,
@@ -191,7 +191,7 @@ def _resize(image: ImageTransform | None) -> dict[str, Any]:
 
 
 def differences(family: str, objective: Any) -> list[str]:
-  """Lines on what OpenCLIP will compute otherwise, since timm's name of an image tower fixes its activation."""
+  """Lines on outputs that will differ in OpenCLIP, since timm's architecture name fixes the activation."""
   if family != 'siglip':
     return []
   name, own = _siglip_name(objective.network.image), objective.network.image.stack.block.activation

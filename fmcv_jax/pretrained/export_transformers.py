@@ -49,7 +49,7 @@ def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: 
 
 
 def plain(block: BlockConfig, library: str, *, qkv_bias: bool = True) -> BlockConfig:
-  """UserError for blocks that compute in another order than published ones; qkv_bias: whether it has to be there."""
+  """UserError for blocks whose structure the library does not support; qkv_bias: a bias is required."""
   if block.parallel or block.post_norm or block.qk_norm or (qkv_bias and not block.qkv_bias):
     raise UserError(f'{library} has no such blocks: parallel, post_norm, qk_norm or without qkv_bias')
   return block
@@ -170,7 +170,7 @@ def _clip(network: Any) -> dict[str, Any]:
 
 
 def text_tower(network: TextTransformer) -> dict[str, Any]:
-  """Of CLIP's text tower, which reads a text at its end id."""
+  """Files of CLIP's text tower, which pools at the end token."""
   if network.pool != 'eot' or not network.stack.block.causal or not network.attend_padding:
     raise UserError('transformers has CLIP with causal texts that are read at their end')
   last = network.vocab_size - 1
@@ -228,7 +228,7 @@ def _square(side: int) -> dict[str, int]:
 
 
 def texts(tokenizer: Tokenizer, padding: str = '<|endoftext|>') -> Files:
-  """Of the tokenizers that others published; of one that was trained here, nothing."""
+  """Tokenizer files for published tokenizers; none for a tokenizer that was trained here."""
   common = {'model_max_length': tokenizer.length}
   if isinstance(tokenizer, ClipBpe):
     start, end = clip_vocabulary.START, clip_vocabulary.END

@@ -1,4 +1,4 @@
-"""The families of published checkpoints: how their files look, and which objective and tokenizer go with them."""
+"""Families of published checkpoints: their layouts, and the objective and tokenizer of each."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ OPENAI = {'mean': (0.48145466, 0.4578275, 0.40821073), 'std': (0.26862954, 0.261
 class Family(NamedTuple):
   """One kind of published checkpoint.
 
-  layouts   by the name of the format, the first of a format being the one that is written
+  layouts   (format, layout); the first of each format is used for writing
   config    shapes of our parameters by path -> the config of a run with this network
-  parts     paths begin so of what a checkpoint has to hold at least something of, for it to be one of this family
+  parts     path prefixes; a checkpoint of this family has at least one parameter below each
   """
 
   layouts: tuple[tuple[str, Layout], ...]
@@ -143,8 +143,8 @@ _OPENAI: dict[str, Any] = {'sigmoid': False, 'activation': 'quick_gelu'}
 _OPEN: dict[str, Any] = {'sigmoid': False, 'activation': 'gelu'}
 _SIGMOID: dict[str, Any] = {'sigmoid': True, 'activation': 'gelu_tanh'}
 
-# In the order in which they are tried where none is named. Files do not tell how images were normalized, nor which
-# GELU was meant: that is what the names of one layout differ by.
+# In the order of detection when no family is named. Files do not record the image normalization or the kind of GELU:
+# families with the same layout differ in these.
 FAMILIES: dict[str, Family] = {
   'deit': Family((*_TIMM, *_transformers('deit.')), _encoder(IMAGENET, 0.875)),
   'vit': Family((*_TIMM, *_transformers('vit.', ''), *_GOOGLE), _encoder(HALF, 0.9)),
@@ -179,7 +179,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
-  """The family whose formats have a place for these parameters of ours, of a network that is called `variant`."""
+  """Family whose formats can represent these parameters of ours, for a network of this `variant`."""
   if 'mixed_5b/branch1x1/conv/kernel' in shapes:
     return 'inception'
   if any(path.startswith('autoencoder/') for path in shapes):
@@ -206,7 +206,7 @@ def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
 
 
 def by_signs(candidate: str, shapes: Mapping[str, Shape]) -> str:
-  """The likeliest of the families of one layout."""
+  """Most likely family among those that share a layout."""
   if candidate != 'deit' or has(shapes, 'distillation_'):
     return candidate
   scaled = has(shapes, 'blocks/scale')

@@ -19,26 +19,26 @@ from fmcv_jax.pretrained.hub_file import Findings, HubFile, opened
 from fmcv_jax.pretrained.hub_vit import side
 
 _NAMES = ('model.', 'model-', 'pytorch_model', 'open_clip_', 'diffusion_pytorch_model')
-# Of networks whose numbers diffusers writes.
+# Networks whose values diffusers stores in config.json.
 _DIFFUSION = ('unet', 'dit', 'autoencoder')
-# What no array shows, by the last name of its path in our config.
+# Fields that array shapes do not determine, by the last name of the path in our config.
 _UNSHOWN = ('num_heads', 'activation', 'eps', 'pool', 'causal', 'normalize', 'schedule', 'prediction', 'padding')
 
 _SIDE = re.compile(r'objective\.network\.(image\.|encoder\.)?image_size=')  # of images, as a user's override
 
 
 def folder_of(file: Path) -> Path:
-  """The folder whose other files speak of this one: itself, or its own where it is called as the libraries call it."""
+  """Folder of the configuration files: the path itself, or the parent of a file with a library's standard name."""
   return file.parent if not file.is_dir() and file.name.startswith(_NAMES) else file
 
 
 def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Findings:
-  """Everything that the files of a folder say of a checkpoint in the format `form`; of a folder without files nothing.
+  """Reads all configuration files of a folder for a checkpoint in the format `form`; empty if there are none.
 
   config     ours, as the shapes of the arrays tell it; gets the format's own rounding of images, where it shows some
   objective  what it describes, built
 
-  UserError, one line with file, key and value, for what our network would compute otherwise.
+  UserError, one line with file, key and value, for values that our network does not support.
   """
   findings, own = Findings(), config
   if form == 'diffusers' or own['objective']['network']['name'] in _DIFFUSION:
@@ -108,7 +108,7 @@ def configured(
 
 
 def unsaid(config: Mapping[str, Any], objective: Any, findings: Findings, overrides: Sequence[str]) -> list[str]:
-  """Fields that no array, no file and no override of the user tells, as 'objective.network.num_heads=12'.
+  """Fields that no array, file or override of the user determines, as 'objective.network.num_heads=12'.
 
   config is resolved, and `objective` is what it describes.
   """

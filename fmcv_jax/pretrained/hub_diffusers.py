@@ -24,7 +24,7 @@ IGNORED = (
   r'_.*|sample_size|upcast_attention|force_upcast|dropout|decay|inv_gamma|min_decay|optimization_step|power|update_.*',
   r'addition_time_embed_dim|addition_embed_type_num_heads|latents_(mean|std)_',
 )
-# How a sampler goes its steps, which `generate` is given and which no network depends on.
+# Sampler settings, which are arguments of `generate` and do not affect the network.
 _SAMPLING = (
   r'clip_sample.*|set_alpha_to_one|steps_offset|thresholding|dynamic_thresholding_ratio|sample_max_value|skip_prk_steps',
   r'variance_type|solver_.*|algorithm_type|lower_order_final|euler_at_final|use_(karras|exponential|beta|lu)_.*|sigma_.*',
@@ -34,7 +34,7 @@ _SAMPLING = (
 
 
 def _constants(**values: Any) -> Table:
-  """Keys that none of our networks computes otherwise: the library's defaults."""
+  """Keys that our networks support only at the library's defaults."""
   return {key: Has(value, value) for key, value in values.items()}
 
 
@@ -79,7 +79,7 @@ _CONTROL: Table = {
     global_pool_conditions=False,
   ),
 }
-# What is None where a UNet has no such part.
+# Keys that are None if a UNet does not have the part.
 _ABSENT = (
   'reverse_transformer_layers_per_block',
   'encoder_hid_dim',
@@ -223,7 +223,7 @@ def _image_size(file: HubFile, path: str, factor: int) -> None:
 
 
 def _scheduler(file: HubFile) -> None:
-  """The process that the network was trained with: betas, their rescaling, and what is predicted."""
+  """Reads the diffusion process of training: betas, their rescaling, and the prediction type."""
   kind = str(file.get('_class_name', ''))
   if 'FlowMatch' in kind or 'EDM' in kind:
     raise UserError(f'{file.shown}: _class_name is {kind}, but these networks go through a table of betas')

@@ -1,4 +1,4 @@
-"""One configuration file of a library, of which every key is set in our config, compared, ignored by name or reported.
+"""A configuration file of a library; every key is set in our config, compared, ignored by name or reported.
 
 A table says of each key that the library reads whether a field of ours is set by it (`Sets`) or whether our network has
 to compute with that value already (`Has`). What a file leaves out is the library's default, which is then said to be
@@ -21,8 +21,8 @@ class Sets(NamedTuple):
   """A key that sets a field of ours.
 
   field    name of the field, below the part of our config that the file describes
-  default  what the library takes where the file says nothing; UNSET leaves our own value
-  convert  their value -> ours; raises ValueError for a value that nothing here computes
+  default  the library's default for a missing key; UNSET leaves our own value
+  convert  their value -> ours; raises ValueError for an unsupported value
   """
 
   field: str
@@ -31,10 +31,10 @@ class Sets(NamedTuple):
 
 
 class Has(NamedTuple):
-  """A key that no field is set by: our network has to agree with it.
+  """A key that sets no field; our network has to agree with its value.
 
-  ours     what our network computes with: a number, or a function of the network
-  default  what the library takes where the file says nothing; UNSET compares nothing then
+  ours     our network's value: a constant, or a function of the network
+  default  the library's default for a missing key; UNSET skips the comparison
   """
 
   ours: Any
@@ -68,9 +68,9 @@ class Findings:
 
 
 class HubFile:
-  """A JSON file, or one object in it, whose keys are taken one after the other.
+  """A JSON file, or one object in it, that records which keys were used.
 
-  shown  what messages call it, such as 'config.json' or 'config.json: text_config'
+  shown  its name in messages, such as 'config.json' or 'config.json: text_config'
   """
 
   def __init__(self, values: Mapping[str, Any], shown: str, findings: Findings):
@@ -94,7 +94,7 @@ class HubFile:
     return None if default is UNSET else default
 
   def part(self, key: str) -> 'HubFile':
-    """The object below a key; an empty one where there is none."""
+    """Object below a key; an empty one if the key is missing."""
     self._taken.add(key)
     value = self.values.get(key) or {}
     if not isinstance(value, Mapping):
@@ -119,7 +119,7 @@ class HubFile:
     self.findings.overrides[path] = value
 
   def agree(self, key: str, value: Any, ours: Any) -> None:
-    """UserError unless their value is what our network computes with."""
+    """Raises UserError unless their value equals that of our network."""
     if not _same(value, ours):
       raise self.refusal(key, value, _short(ours))
 
@@ -140,7 +140,7 @@ class HubFile:
 
 
 def opened(file: Path, shown: str, findings: Findings) -> HubFile | None:
-  """The file, or None where there is none; UserError for one that is not a JSON object."""
+  """Opens the file, or returns None if it does not exist; UserError for one that is not a JSON object."""
   if not file.is_file():
     return None
   try:
@@ -153,7 +153,7 @@ def opened(file: Path, shown: str, findings: Findings) -> HubFile | None:
 
 
 def one_of(known: Mapping[Any, Any]) -> Callable[[Any], Any]:
-  """A conversion by a table, which raises ValueError for a value that is not in it."""
+  """Conversion by lookup in a table; raises ValueError for a value that is not in it."""
 
   def convert(value: Any) -> Any:
     try:

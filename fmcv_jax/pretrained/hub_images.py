@@ -27,7 +27,7 @@ _OF_TIMM = (
 
 
 class _Defaults(NamedTuple):
-  """Defaults of a transformers image processor for keys missing in its file; `square`: an integer `size` is a square."""
+  """Defaults of a transformers image processor for keys missing in its file; `square`: an integer `size` is square."""
 
   size: dict[str, int]
   crop: int | None = None
@@ -55,7 +55,7 @@ _SPELLINGS = ('FeatureExtractor', 'ImageProcessorFast', 'ImageProcessorPil', 'Im
 
 
 def transformers(file: HubFile, config: dict[str, Any]) -> None:
-  """Reads preprocessor_config.json; UserError for a processor that is not known, or pixels that none of ours makes."""
+  """Reads preprocessor_config.json; UserError for an unknown or unsupported processor."""
   said = str(file.get('image_processor_type') or file.get('feature_extractor_type') or _usual(config))
   name = next((said.removesuffix(end) for end in _SPELLINGS if said.endswith(end)), said)
   if name not in _PROCESSORS:
@@ -114,7 +114,7 @@ def _geometry(file: HubFile, name: str, usual: _Defaults) -> dict[str, Any]:
 
 
 def _convnext(file: HubFile, size: dict[str, int]) -> dict[str, Any]:
-  """Of 384 pixels or more the whole image; of fewer a part of the short side."""
+  """ConvNeXt preprocessing: the whole image from 384 pixels on, a center crop for smaller sizes."""
   side = size.get('shortest_edge')
   if set(size) != {'shortest_edge'} or side is None:
     raise file.refusal('size', size, 'a shortest_edge')
@@ -163,7 +163,7 @@ def timm(file: HubFile, side: int) -> None:
 
 
 def open_clip(file: HubFile, side: int) -> None:
-  """Reads OpenCLIP's preprocess_cfg; images are as large as the image tower says."""
+  """Reads OpenCLIP's preprocess_cfg; the image size is that of the image tower."""
   size = file.get('size')
   if size is not None:
     file.agree('size', size[0] if isinstance(size, (list, tuple)) else size, side)
@@ -184,7 +184,7 @@ def open_clip(file: HubFile, side: int) -> None:
 
 
 def _share(size: int, share: float) -> float:
-  """A share by which `size` becomes the whole number of pixels that timm resizes to."""
+  """Crop fraction by which `size` becomes the whole number of pixels that timm resizes to."""
   return size / math.floor(size / share)
 
 

@@ -9,13 +9,13 @@ from fmcv_jax.pretrained import hub_timm
 from fmcv_jax.pretrained.hub_file import UNSET, Has, HubFile, Sets, Table
 from fmcv_jax.pretrained.hub_vit import side
 
-# What changes nothing that a network computes when it is not trained, or shows in the names of its arrays.
+# Keys that do not affect inference, or that follow from the names of arrays.
 IGNORED = (
   r'init_logit_scale|init_logit_bias|nonscalar_logit_scale|custom_text|ls_init_value|patch_dropout|output_tokens',
   r'timm_model_pretrained|timm_drop|timm_drop_path|timm_proj.*|pretrained_(image|hf)|hf_tokenizer_name|tokenizer_mode',
   r'attn_pooler_.*|proj_bias|proj_type|pad_id|embed_cls|hf_model_pretrained|block_type|timm_pool|text_mask',
 )
-# Blocks that none of ours computes.
+# Blocks that our networks do not support.
 _BLOCKS: Table = {
   key: Has(False, False)
   for key in ('qk_norm', 'scaled_cosine_attn', 'scale_heads', 'scale_attn_inner', 'scale_attn', 'scale_fc')
@@ -43,7 +43,7 @@ _VISION: Table = {
 def read(file: HubFile, config: dict[str, Any], objective: Any) -> None:
   """Reads `model_cfg` into the findings, of both towers or of the one whose arrays these are.
 
-  UserError for what none of our networks computes.
+  UserError for values that our networks do not support.
   """
   model, ours = file.part('model_cfg'), config['objective']['network']['name']
   quick = bool(model.get('quick_gelu', False))
@@ -106,7 +106,7 @@ def _vision(file: HubFile, path: str, tower: Any, quick: bool) -> None:
 
 
 def _of_timm(file: HubFile, path: str, tower: Any) -> None:
-  """An image tower of timm's: its name, and how it is pooled; OpenCLIP gives it no other arguments."""
+  """Reads a timm image tower: architecture name and pooling; OpenCLIP passes no other arguments."""
   arguments = file.part('timm_model_name_arguments')
   arguments.values = {'global_pool': file.get('timm_pool', 'avg')}
   arguments.shown = f'{file.shown}: timm_pool'
@@ -131,7 +131,7 @@ def _text(file: HubFile, path: str, tower: Any, quick: bool) -> None:
 
 
 def _layers(file: HubFile, path: str, quick: bool) -> None:
-  """Activation and eps of a tower that is built of OpenCLIP's own blocks."""
+  """Reads activation and eps of a tower made of OpenCLIP's own blocks."""
   given = dict(file.get('act_kwargs') or {})
   tanh = given.pop('approximate', 'none')
   if given or tanh not in ('none', 'tanh') or (quick and tanh == 'tanh'):

@@ -1,7 +1,7 @@
 """Maps config.json of timm, and the names of its architectures, to our configs.
 
-Heads, eps, activations and pooling of an architecture are in timm's code, not in its files: here they are rules on its
-name, for the names that are known; `model_args` come first, as they do there.
+Heads, eps, activation and pooling of an architecture are defined in timm's code, not in its files; here they are rules
+on known architecture names. `model_args` take precedence, as in timm.
 """
 
 import re
@@ -41,7 +41,7 @@ IGNORED = (
   r'num_features|num_classes|label_names|label_descriptions|labels|global_pool|pretrained_cfg|model_args|version',
   r'origin_url|license|description|paper_.*|notes|.*_stats|param_count',
 )
-# Arguments of constructors that change nothing, or nothing but what an array of its own shows.
+# Constructor arguments that do not affect inference, or whose effect follows from the arrays.
 _ARGUMENTS = (
   r'num_classes|(drop|drop_path|pos_drop|patch_drop|proj_drop|attn_drop)_rate|weight_init|fix_init|init_values|depth',
   r'dynamic_img_size|strict_img_size|mlp_ratio|pretrained.*|qk_norm|scale_.*_norm|reg_tokens|no_embed_class|pre_norm',
@@ -59,7 +59,7 @@ def read(file: HubFile, config: dict[str, Any], objective: Any) -> None:
 
 
 def network(file: HubFile, arguments: HubFile, architecture: str, path: str, own: Any) -> None:
-  """Sets and compares what `architecture` with these arguments is, for our network `own` at `path` of our config."""
+  """Sets and compares the values of `architecture` with these arguments for our network `own` at `path`."""
   if isinstance(own, ViT) and _KNOWN.fullmatch(architecture):
     _vit(arguments, architecture, path, own)
   elif isinstance(own, Swin) and _SWIN.fullmatch(architecture):
@@ -111,7 +111,7 @@ def activation_of(name: str, *, gated: bool) -> str:
 
 
 def heads(name: str, width: int) -> int:
-  """Heads of an architecture: 64 channels each, but for these."""
+  """Number of heads of an architecture: 64 channels per head, with listed exceptions."""
   if name in ('vit_base_patch16_gap_224', 'test_vit', 'test_vit2'):
     return 16 if 'base' in name else 2
   if re.search(r'_(so400m|huge|gigantic|giantopt)_', name):

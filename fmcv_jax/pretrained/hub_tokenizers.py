@@ -1,4 +1,4 @@
-"""The tokenizer of a published model, in the files of its folder."""
+"""Reads the tokenizer of a published model from its folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ CLIP_SIZE = 49_408
 
 
 def read(folder: Path, config: Mapping[str, Any], findings: Findings) -> dict[str, Any] | None:
-  """The `tokenizer` of our config, or None for a model whose texts nothing here reads."""
+  """Returns the `tokenizer` section of our config, or None for a model without a supported tokenizer."""
   own = config.get('tokenizer')
   network = config['objective']['network']
   text = network.get('text') or config['objective'].get('text_condition', {}).get('encoder')
@@ -32,7 +32,7 @@ def read(folder: Path, config: Mapping[str, Any], findings: Findings) -> dict[st
 
 
 def padding(folder: Path, findings: Findings) -> str | None:
-  """By what Stable Diffusion's texts are lengthened, as tokenizer/tokenizer_config.json says: 'end' or 'zeros'."""
+  """Text padding of Stable Diffusion from tokenizer/tokenizer_config.json: 'end' or 'zeros'."""
   file = opened(folder / 'tokenizer' / 'tokenizer_config.json', 'tokenizer/tokenizer_config.json', findings)
   if file is None or 'pad_token' not in file:
     return None
@@ -53,7 +53,7 @@ def _is_clips(folder: Path) -> bool:
 
 
 def _of_folder(folder: Path, length: int, *, siglip: bool, findings: Findings) -> tuple[dict[str, Any], int] | None:
-  """(our spec of a tokenizer, the number of its words)."""
+  """Returns (our tokenizer config, vocabulary size)."""
   if (file := folder / 'spiece.model').is_file() and siglip:
     return {'name': 'sentencepiece', 'file': str(file), 'length': length}, SentencePiece(str(file), length).vocab_size
   file = folder / 'tokenizer.json'

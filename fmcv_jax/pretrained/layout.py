@@ -123,7 +123,7 @@ QKV = ('query', 'key', 'value')
 
 
 class Fixed(NamedTuple):
-  """An array of theirs that nobody learns: how a config finds it among the shapes, its name, and how it is made."""
+  """A constant array of theirs: our path for its shape, its name, and the function that computes it."""
 
   ours: str
   theirs: str
@@ -131,10 +131,10 @@ class Fixed(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """All rows of a format, optional ones among them.
+  """All rows of a format, including optional ones.
 
-  ignored   patterns of names that are left out on purpose
-  fixed     arrays of theirs that nobody learns, made from the network's numbers
+  ignored   patterns of names to ignore
+  fixed     constant arrays of theirs, computed from the network's hyperparameters
   files     (prefix, file) where a checkpoint is a folder: names with the prefix, without it, are in that file
   """
 
@@ -166,7 +166,7 @@ def patch(theirs: str, channels: int = 3) -> Rows:
 
 
 def each(ours: str, theirs: str, names: Mapping[str, str], project: Project = linear) -> Rows:
-  """Several layers below one name: `names` says what each of ours is called by them."""
+  """Rows of several layers below one name; `names`: ours -> theirs."""
   return tuple(row for mine, name in names.items() for row in project(f'{ours}/{mine}', f'{theirs}.{name}'))
 
 
@@ -202,7 +202,7 @@ def heads_in(layout: Layout, tensors: Tensors) -> dict[str, int]:
 
 
 def renamed(layout: Layout, prefixes: Mapping[str, str]) -> Layout:
-  """The layout with other paths of ours: those that begin with a key begin with its value instead."""
+  """Layout with renamed paths of ours: a prefix that is a key is replaced by its value."""
 
   def path(ours: str) -> str:
     return next((new + ours.removeprefix(old) for old, new in prefixes.items() if ours.startswith(old)), ours)
@@ -221,7 +221,7 @@ def has_places(layout: Layout, shapes: Mapping[str, Shape]) -> bool:
 
 
 def below(prefix: str, rows: Iterable[Row], theirs: str = '') -> Rows:
-  """The rows of a part, with a prefix to our paths and one to their names."""
+  """Rows of a part, with a prefix added to our paths and another to their names."""
   path = f'{prefix}/' if prefix else ''
   return tuple(Row(path + row.ours, theirs + row.theirs, row.form) for row in rows)
 
@@ -239,7 +239,7 @@ def _joined(layout: Layout, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, 
 
 
 def _layers(layout: Layout, theirs: str, shapes: Mapping[str, Shape], row: Row) -> list[tuple[str, int | None]]:
-  """Their names of a row, layer by layer."""
+  """Their names of a row, one per layer."""
   if EVERY in theirs:
     depth = max(shapes[other.ours][0] for other in layout.rows if '{i}' in other.theirs and other.ours in shapes)
     return [(theirs.replace(EVERY, str(i)), None) for i in range(depth)]
@@ -265,8 +265,8 @@ def _one(row: Row, shapes: Mapping[str, Shape]) -> Shape:
 
 
 def write(layout: Layout, params: Mapping[str, np.ndarray], network: Any) -> dict[str, Late]:
-  """Our parameters, by path, as their arrays, with those that the format makes of the network; UserError for one that
-  it has no place for."""
+  """Converts our parameters, by path, to their arrays, including constant ones; UserError for a parameter that the
+  format cannot represent."""
   shapes = {path: x.shape for path, x in params.items()}
   found = {
     name: Late(functools.partial(_theirs, rows, layer, params))
@@ -282,7 +282,7 @@ def _theirs(rows: Sequence[Row], layer: int | None, params: Mapping[str, np.ndar
 
 
 def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str) -> None:
-  """UserError that names what is missing, left over or of another shape; nothing is read."""
+  """Raises UserError for missing, unexpected or misshapen arrays, by name; reads no data."""
   expected: dict[str, Shape] = {row.theirs: row.make(network).shape for row in layout.fixed}
   for theirs, rows in _joined(layout, shapes):
     parts = [_shape(row.form, _one(row, shapes)) for row in rows]
@@ -302,7 +302,7 @@ def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network
 def read(
   layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """(our path, array) one after the other, float32; UserError for a number that is none. Call `check` before."""
+  """Yields (our path, float32 array); UserError for NaN or Inf. Call `check` first."""
   for fixed in layout.fixed:
     if not np.allclose(tensors[fixed.theirs], fixed.make(network), atol=1e-3):
       raise UserError(f'{what}: {fixed.theirs} is not the table that this network computes; it cannot be used')
@@ -326,7 +326,7 @@ def read(
 
 
 def _empty(shape: Shape) -> np.ndarray:
-  """float32, begun at a multiple of 64 bytes: only such an array is jax's own on a CPU without being copied."""
+  """Empty float32 array aligned to 64 bytes, which JAX on a CPU uses without a copy."""
   size = 4 * math.prod(shape)
   data = np.empty(size + 63, np.uint8)
   begin = -data.ctypes.data % 64

@@ -10,11 +10,11 @@ import numpy as np
 from fmcv_jax.errors import UserError
 from fmcv_jax.pretrained.arrays import Tensors, first_line, widened
 
-INFLATION = 100  # no weights are packed as tightly as this; what is would fill the memory
+INFLATION = 100  # weights never compress this well: a larger ratio is a decompression bomb
 
 
 class NpzFile(Tensors):
-  """One file; UserError for one that is cut, holds objects, or says it holds more than it does."""
+  """One .npz file; UserError if it is truncated, holds objects, or declares a wrong size."""
 
   def __init__(self, file: pathlib.Path):
     self._file = file
@@ -26,7 +26,7 @@ class NpzFile(Tensors):
       raise UserError(f'{file}: is no whole npz file of plain arrays ({first_line(error)})') from error
 
   def _header(self, name: str) -> tuple[int, ...]:
-    """The shape, without reading what may claim to be far larger than the file is."""
+    """Shape from the header; the data, whose declared size may be false, is not read."""
     with self._open.zip.open(f'{name}.npy') as data:
       version = np.lib.format.read_magic(data)
       read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -47,7 +47,7 @@ class NpzFile(Tensors):
       x = self._open[name]
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
       raise UserError(f'{self._file}: {name} cannot be read ({first_line(error)})') from error
-    # big_vision stores bfloat16 as two bytes of no type.
+    # big_vision stores bfloat16 as untyped pairs of bytes.
     return x.view('<u2').astype('<u4').__lshift__(16).view('<f4') if x.dtype.str == '|V2' else widened(x)
 
 

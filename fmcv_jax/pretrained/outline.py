@@ -10,7 +10,7 @@ from fmcv_jax.pretrained.layout import EVERY, LAYER, Layout, Row, Shape, counted
 
 
 class MissingPath(Exception):
-  """A path of ours that a network needs, and that is not among the shapes of a checkpoint."""
+  """A path of ours that a network requires and a checkpoint lacks."""
 
   def __init__(self, path: str):
     super().__init__(path)
@@ -18,7 +18,7 @@ class MissingPath(Exception):
 
 
 class Shapes(dict[str, Shape]):
-  """Shapes of our parameters by path. To ask for one that is not there raises MissingPath, with its whole path.
+  """Shapes of our parameters by path. A missing key raises MissingPath with its full path.
 
   prefix   what the paths had in front before `part` took it off
   """
@@ -32,7 +32,7 @@ class Shapes(dict[str, Shape]):
 
 
 def outline(layout: Layout, tensors: Tensors, limit: float = math.inf) -> tuple[Shapes, list[str]]:
-  """The shapes of our parameters that a checkpoint holds, by path, and the names in it that the layout knows not.
+  """Returns the shapes of our parameters in a checkpoint, by path, and the names that the layout does not have.
 
   Layers are as many as the highest of their numbers tells, of whichever array. Fixed arrays are there by their own
   paths. More than `limit` unknown names end the search.
@@ -87,13 +87,13 @@ def name_of(layout: Layout, path: str) -> str:
 
 
 def part(shapes: Mapping[str, Shape], prefix: str) -> Shapes:
-  """Those of one part of a network, without its prefix."""
+  """Shapes of one part of a network, without its prefix."""
   inner = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
   return Shapes(inner, getattr(shapes, 'prefix', '') + prefix)
 
 
 def count(shapes: Mapping[str, Shape], pattern: str) -> int:
-  """One more than the largest number that `pattern`, at the beginning of a path, finds; 0 where it finds none."""
+  """Largest number that `pattern` matches at the beginning of a path, plus one; 0 without a match."""
   return max((1 + int(found[1]) for path in shapes if (found := re.match(pattern, path))), default=0)
 
 

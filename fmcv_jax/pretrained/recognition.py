@@ -32,7 +32,7 @@ class Recognized(NamedTuple):
 
 
 class _Complaint(NamedTuple):
-  """Why a layout was not taken, and how far it is from it: by how many names that it does not know, or by less."""
+  """Reason to reject a layout, and its distance: the number of unknown names, or less."""
 
   distance: float
   text: str
@@ -63,7 +63,7 @@ def recognize(tensors: Tensors, name: str | None, what: str) -> Recognized:
 def _matches(
   tensors: Tensors, candidates: list[str], limit: float
 ) -> Iterator[_Complaint | tuple[str, str, Layout, Shapes]]:
-  """Each layout that these are of, or why they are not."""
+  """Yields each matching layout, or a complaint for one that does not match."""
   for candidate in candidates:
     for form, layout in FAMILIES[candidate].layouts:
       shapes, unknown = outline(layout, tensors, limit)
@@ -145,7 +145,7 @@ def _named(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _check_size(words: tuple[str, ...], config: Mapping[str, Any], what: str) -> None:
-  """UserError unless a network is of the size that was named: its variant's letters, and whether it is distilled."""
+  """Raises UserError unless the network has the requested size: its variant, and distilled or not."""
   network = config['objective']['network']
   network = network.get('image') or network.get('encoder') or network
   size = network.get('variant', '').lower().replace('/', '').replace('-', '')

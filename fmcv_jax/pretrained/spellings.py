@@ -1,4 +1,4 @@
-"""Other ways in which files name or shape the same arrays, brought to the one that the layouts have.
+"""Converts alternative names and shapes of the same arrays to those of the layouts.
 
 Equivalent names and shapes are converted silently; tensors that belong to no network are dropped and noted.
 """
@@ -24,7 +24,7 @@ class _Source(NamedTuple):
 
 
 class Respelled(Tensors):
-  """The arrays of another set under other names, and of other shapes."""
+  """View of another set of arrays with other names and shapes."""
 
   def __init__(self, tensors: Tensors, sources: Mapping[str, _Source], *notes: str):
     self._tensors, self._sources = tensors, sources
@@ -40,7 +40,7 @@ class Respelled(Tensors):
 
 
 def spellings(tensors: Tensors) -> Iterator[Tensors]:
-  """The arrays as they are, then without what a wrapper put around all of their names, one wrapper after the other."""
+  """Yields the arrays as stored, then with one wrapper after the other removed from their names."""
   current: Tensors | None = tensors
   while current is not None:
     yield canonical(current)
@@ -63,7 +63,7 @@ def starts(names: Iterable[str]) -> dict[str, int]:
 
 
 def only(tensors: Tensors, prefix: str, *notes: str) -> Tensors:
-  """Those whose names begin with a prefix, without it."""
+  """Arrays whose names begin with a prefix, with the prefix removed."""
   names = [name for name in tensors.shapes if name.startswith(prefix)]
   return _renamed(tensors, {name.removeprefix(prefix): name for name in names}, *notes)
 

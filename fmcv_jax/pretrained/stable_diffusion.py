@@ -1,7 +1,7 @@
-"""Stable Diffusion 1 and 2 as CompVis and as diffusers name them: the UNet, its ControlNets, and all that goes with it.
+"""Layouts of Stable Diffusion 1 and 2, of CompVis and of diffusers: UNet, ControlNets, autoencoder and text tower.
 
-CompVis counts the blocks of a UNet through, and diffusers its way up from the lowest resolution, we from the highest;
-so a layout is of one number of levels.
+CompVis numbers UNet blocks across levels, and diffusers numbers decoder levels from the lowest resolution, we from the
+highest, so each layout has a fixed number of levels.
 """
 
 import re
@@ -55,7 +55,7 @@ def _transformer(ours: str, theirs: str, project: Project) -> Rows:
 
 
 def encoder(levels: int, project: Project = point) -> Rows:
-  """diffusers' names of the way down; `project` is next to the transformers: Stable Diffusion 1 has `point`."""
+  """Encoder layout of diffusers; `project` is next to the transformers: Stable Diffusion 1 has `point`."""
   rows = [
     *spatial('conv_in', 'conv_in'),
     *linear('time_embedding/hidden1', 'time_embedding.linear_1'),
@@ -115,10 +115,10 @@ class Version(NamedTuple):
   size        of the UNet
   project     next to its transformers, a convolution of one pixel or a linear layer
   activation  of the text tower
-  padding     by which texts are lengthened
-  text        the numbers of the text tower, where a file has none
-  words       what CompVis calls the arrays of the text tower
-  left        what else of it is in their files, and unused
+  padding     of texts
+  text        text tower config, if a file does not have one
+  words       CompVis names of the text tower
+  left        unused text tower arrays in their files
   """
 
   size: str
@@ -191,7 +191,7 @@ def controlnets(version: Version) -> tuple[tuple[str, Layout], ...]:
 
 
 def _file(network: str, version: Version, levels: int) -> Layout:
-  """The one file of CompVis, of UNet, autoencoder and text tower."""
+  """Layout of a single CompVis file: UNet, autoencoder and text tower."""
   rows = (
     *below(network, compvis(levels, version.project), 'model.diffusion_model.'),
     *below('extra/autoencoder', autoencoder.compvis(levels), 'first_stage_model.'),

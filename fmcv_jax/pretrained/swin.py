@@ -65,7 +65,7 @@ def transformers(*, hub: bool) -> Layout:
 
 
 def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """The Swin that has these parameters, as a config; windows are 1/32 of the image's side, as in all published ones."""
+  """Config of the Swin with these parameter shapes; windows are 1/32 of the image's side, as in all published ones."""
   stages = range(1, max(2, count(shapes, r'stage(\d+)/')))
   tables = [shapes[f'stage{stage}/blocks/plain/attention/relative'] for stage in stages]
   depths = tuple(2 * max(shape[0] for shape in part(shapes, f'stage{stage}/blocks/').values()) for stage in stages)

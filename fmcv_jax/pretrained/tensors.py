@@ -1,4 +1,4 @@
-"""Files and folders of named arrays that others published, read one array at a time, and files that others read."""
+"""Reads published weight files and folders one array at a time, and writes files for other libraries."""
 
 import contextlib
 import json
@@ -33,12 +33,12 @@ _KINDS = {'.safetensors': 'safetensors', '.npz': 'npz', **dict.fromkeys(TORCH, '
 
 
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
-  """A file, or a folder as transformers, diffusers, timm and OpenCLIP have it; UserError for anything else.
+  """Opens a weight file, or a folder of transformers, diffusers, timm or OpenCLIP; UserError for anything else.
 
   Types are detected by content: .safetensors, .npz without objects, and what torch.save wrote (.pth, .pth.tar, .pt,
   .bin, .ckpt), by torch's weights-only loading. In a folder there is one file of weights, or shards with their index;
-  .safetensors go before .bin, and full precision before a variant such as fp16. In a folder of diffusers, of several
-  networks, names begin with the network's: 'unet.conv_in.weight'.
+  .safetensors take precedence over .bin, and full precision over a variant such as fp16. In a diffusers folder with
+  several networks, names begin with the network's: 'unet.conv_in.weight'.
   """
   file = pathlib.Path(path)
   if file.is_dir():
@@ -139,7 +139,7 @@ def _shards(index: _Set) -> Tensors:
 
 
 class Late:
-  """An array that is computed when numpy asks for it, and forgotten by the next."""
+  """Lazy array: computed when numpy accesses it, and not kept."""
 
   def __init__(self, compute: Callable[[], np.ndarray]):
     self._compute = compute
@@ -149,7 +149,7 @@ class Late:
 
 
 def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | Late]) -> None:
-  """Writes all or nothing, one array after the other: an .npz by its name, else .safetensors."""
+  """Writes a file atomically, one array at a time: .npz by file name, else .safetensors."""
   temporary = file.with_name(f'.{os.getpid()}.{file.name}')
   try:
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Reads what torch.save wrote, by torch's weights-only loading: the tensors, out of all that a training script saved.
+"""Reads the tensors of torch.save files, including training checkpoints, by torch's weights-only loading.
 
-Nothing in a file is ever executed.
+Code in a file is never executed.
 """
 
 import pathlib
@@ -41,7 +41,7 @@ WEIGHTS = (
   'weights',
   'student',
 )
-# Those under which they save what no network needs, tensors or not.
+# Keys of other training state, tensors or not.
 TRAINING = re.compile(r'.*(optim|sched|scaler|amp|loss|criterion|callback|loop|rng|opt_state|args|config|hyper).*')
 
 # Records of how a run was configured or went, which torch would have to import. They are read as objects that hold
@@ -52,7 +52,7 @@ _RECORDS = re.compile(
 
 
 class TorchFile(Tensors):
-  """One file; UserError for one that only running code could read, and for one without named tensors."""
+  """One torch file; UserError if reading it would run code, or if it has no named tensors."""
 
   def __init__(self, file: pathlib.Path):
     self._file = file
@@ -115,7 +115,7 @@ def _loaded(file: pathlib.Path, is_mapped: bool) -> Any:
 
 
 def unwrapped(tree: Any, what: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-  """(the weights in what a script saved, what was taken and left); UserError where there are none or several."""
+  """Returns (weights in a training checkpoint, notes on what was used and dropped); UserError for none or several."""
   notes: list[str] = []
   while True:
     tree = {str(name): x for name, x in tree.items()} if isinstance(tree, Mapping) else {}

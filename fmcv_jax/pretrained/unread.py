@@ -19,7 +19,7 @@ _BEGINNINGS = {
   b'Rar!': 'packed by RAR; unpack it first',
 }
 _LFS = b'version https://git-lfs'
-# Patterns of names, and what has such names.
+# Patterns of tensor names -> description of the files that have them.
 _NAMES = {
   r'.*(lora_(up|down|A|B|a|b)|\.lora\.|lora_linear|hada_w\d|lokr_w\d|oft_(blocks|diag|R)).*': (
     'a LoRA or another adapter, which is no network alone; merge it into its base, and import that'
@@ -32,7 +32,7 @@ _NAMES = {
 
 
 def refuse_others(file: pathlib.Path) -> None:
-  """UserError for a file that begins as one of another kind does."""
+  """Raises UserError for a file with the signature of an unsupported format."""
   head = _head(file)
   if not head:
     raise UserError(f'{file}: is empty')

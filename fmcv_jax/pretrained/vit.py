@@ -33,7 +33,7 @@ _MLP = {'up': 'fc1', 'down': 'fc2'}
 
 
 def timm_block(ours: str, theirs: str) -> Rows:
-  """A block as timm and the original releases name it."""
+  """Rows of a block with the names of timm and the original releases."""
   return (*_timm_attention(ours, theirs), *each(f'{ours}/mlp', f'{theirs}.mlp', _MLP))
 
 
@@ -194,15 +194,15 @@ def _size(width: int, depth: int, hidden: int) -> str | None:
 
 
 def heads_of(width: int, depth: int, hidden: int) -> int:
-  """Shapes do not tell: that of the size with these numbers, or as many as are 64 wide."""
+  """Number of heads, which shapes do not determine: that of the matching size, else width / 64."""
   name = _size(width, depth, hidden)
   return SIZES[name][2] if name else max(1, width // HEAD_WIDTH)
 
 
 def tower(shapes: Mapping[str, Shape], *, class_token: bool = False) -> dict[str, Any]:
-  """The network that has these parameters, as a config: what shapes tell, which is all but activations and eps.
+  """Config of the network with these parameter shapes, which determine everything but activations and eps.
 
-  class_token   it has one, whether that is among the shapes or not
+  class_token   True: it has one even if the shapes lack it
   """
   rows, width = shapes['patch/kernel']
   depth = shapes['blocks/norm1/scale'][0]
@@ -256,7 +256,7 @@ def _places(places: int, class_token: bool, distilled: bool) -> tuple[int, bool,
 
 
 def masked_autoencoder(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """The masked autoencoder that has these parameters, as a config; its decoder has 16 heads as all published ones."""
+  """Config of the masked autoencoder with these parameter shapes; the decoder has 16 heads, as in all releases."""
   table = shapes.get('fixed/position') or shapes['fixed/decoder_position']
   own = part(shapes, 'encoder/')
   own['position'] = table[1:]
