@@ -183,7 +183,8 @@ def test_a_retired_word_and_a_long_file_are_reported(tmp_path, monkeypatch):
   import check_text
 
   monkeypatch.setattr(check_text, 'ROOT', tmp_path)
-  file = tmp_path / 'long.py'
+  file = tmp_path / 'fmcv_jax' / 'long.py'
+  file.parent.mkdir()
   word, term = next(iter(check_text.RETIRED.items()))
   file.write_text('"""What it does."""\n' + f'{word}_apart = 1\n' * 400)
   found = [finding.text for finding in check_text.findings(file)]
