@@ -114,8 +114,8 @@ def _masked(objective: Any) -> dict[str, Any]:
     'decoder_num_hidden_layers': decoder.stack.depth,
     'decoder_num_attention_heads': decoder.stack.block.num_heads,
     'decoder_intermediate_size': decoder.stack.block.mlp_dim,
-    'mask_ratio': objective.hidden,
-    'norm_pix_loss': objective.normalized,
+    'mask_ratio': objective.mask_ratio,
+    'norm_pix_loss': objective.norm_pix_loss,
   }
 
 

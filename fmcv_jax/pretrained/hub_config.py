@@ -56,10 +56,9 @@ def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Fin
       hub_images.open_clip(open_clip.part('preprocess_cfg'), size)
   elif file is not None and 'model_type' not in file and ('architecture' in file or 'pretrained_cfg' in file):
     _timm(file, own, objective)
-  elif file is not None:
-    hub_transformers.read(file, own, objective)
-    _transformers_images(folder, own, findings)
   else:
+    if file is not None:
+      hub_transformers.read(file, own, objective)
     _transformers_images(folder, own, findings)
     if form == 'transformers' and 'image' in own.get('data', {}) and 'data.image' not in findings.overrides:
       own['data']['image']['center'] = 'floor'  # as all of its processors round
