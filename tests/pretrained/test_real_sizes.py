@@ -169,7 +169,8 @@ def test_heads_of_the_published_sizes_are_those_of_the_config_next_to_them(tmp_p
   build, expected = HEADS[name]
   with torch.device('meta'):
     model = build() if callable(build) else timm(build) if name.startswith('timm') else open_clip(build)
-  found = [heads for module in model.modules() if (heads := getattr(module, 'num_heads', None))]
+  names = ('num_heads', 'num_attention_heads')
+  found = [heads for module in model.modules() for name in names if (heads := getattr(module, name, None))]
   assert set(found) == set(expected)  # as the library computes
   if name.startswith('transformers'):
     model.config.save_pretrained(tmp_path)
