@@ -153,7 +153,7 @@ def test_warm_start_loads_another_runs_average_except_for_skipped_parts(finished
     ({'data__image__size': 24}, r'config\.data gives image of shape \(24, 24, 3\).* expects \(16, 16, 3\)'),
     (
       {'mesh__tensor': 4, 'objective__network__mlp_dim': 66},
-      r'parameter blocks/mlp/down/kernel: its axis .mlp. of size 66',
+      r'parameter blocks/mlp/down/kernel: axis .mlp. of size 66',
     ),
   ],
 )
