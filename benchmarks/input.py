@@ -48,7 +48,8 @@ def write_files(folder: pathlib.Path, quality: int) -> float:
 
 
 def ours(folder: pathlib.Path, interpolation='bilinear'):
-  from fmcv_jax.data.loader import Pipeline, TrainLoader
+  from fmcv_jax.data.loader import TrainLoader
+  from fmcv_jax.data.pipeline import Pipeline
   from fmcv_jax.data.sources.image_folder import ImageFolder
   from fmcv_jax.data.transforms import RandomResizedCrop
 

@@ -253,6 +253,11 @@ def _in_present_names(fields: Mapping[str, Any], parameters: Mapping[str, Any], 
     if not isinstance(place, dict) or last in place:
       raise UserError(f'{path}: {old} is the earlier name of {name}, and both are given; leave {old} out')
     place[last] = present.pop(old)
+  for old, (name, entry) in config_aliases.SWITCHES.items():
+    if old in present and old not in parameters and name in parameters:
+      logger.warning('%s.%s is now an entry of %s: %r', path, old, name, {'name': entry})
+      if present.pop(old):
+        present[name] = [*present.get(name, ()), {'name': entry}]
   for key, value in present.items():
     if isinstance(value, str) and value in (renamed := config_aliases.VALUES.get(key, {})):
       logger.warning('%s.%s: %r is now called %r', path, key, value, renamed[value])

@@ -77,6 +77,9 @@ VALUES: Mapping[str, Mapping[str, str]] = {
   'on_truncated': {'refuse': 'error', 'cut': 'skip_tail'},
 }
 
+# Old switch -> the list field that now has an entry of its own for it, and that entry.
+SWITCHES: Mapping[str, tuple[str, str]] = {'flip': ('augment', 'flip')}
+
 
 def renamed_field(name: str, parameters: Mapping[str, object]) -> str | None:
   """The current name of the field once called `name`, for a constructor with these parameters; None if there is none.

@@ -6,7 +6,7 @@ from typing import Any
 
 from fmcv_jax import config as config_lib
 from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveInt, Seed
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import NoData
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.evaluate.base import Evaluator

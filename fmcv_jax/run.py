@@ -43,7 +43,8 @@ class Run:
     self._workdir = epath.Path(workdir) if workdir is not None else None
     e: Experiment = config_lib.build(Experiment, use_saved_tokenizer(config, self._workdir), KINDS)
     with config_lib.config_path_context('config.objective'):
-      self.experiment = e = dataclasses.replace(e, objective=_in_run(e.objective, e))
+      objective = _in_run(e.objective, e)
+    self.experiment = e = dataclasses.replace(e, objective=objective, data=e.data.padded_as(objective.example_batch))
     self.placement = Placement(make_mesh(e.mesh, devices), e.rules)
     with config_lib.config_path_context('config.optimizer.schedule'):
       self.tx = e.optimizer.make(e.train.steps) if e.train.steps else optax.identity()
@@ -116,6 +117,7 @@ class Run:
       e.tokenizer,
       reopen=lambda workdir: Run.reopen(workdir).restored_model()[0],
       image_size=e.objective.input_size,
+      example_batch=e.objective.example_batch,
       class_names=self._class_names,
     )
 

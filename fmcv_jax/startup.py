@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from fmcv_jax.config import to_plain_dict
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.errors import UserError

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fmcv_jax import experiment, trainer
+from fmcv_jax.augment.geometry import Flip
 from fmcv_jax.augment.three_augment import ThreeAugment
 from fmcv_jax.models.backbones.efficientnet import EfficientNet, Row
 from fmcv_jax.models.backbones.swin import swin
@@ -66,7 +67,7 @@ FAMILIES = {
     ),
     label_smoothing=0.1,
   ),
-  'segmentation': lambda: Segmentation(segmenter(VIT(), 11), flip=True),
+  'segmentation': lambda: Segmentation(segmenter(VIT(), 11), augment=(Flip(),)),
 }
 
 

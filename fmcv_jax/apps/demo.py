@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fmcv_jax import experiment, trainer
 from fmcv_jax.apps import figures
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, topk_accuracy
 from fmcv_jax.evaluate.retrieval import captions_of

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fmcv_jax.apps import figures
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.errors import UserError

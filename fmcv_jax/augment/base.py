@@ -1,4 +1,4 @@
-"""Augmentation on the device, inside the train step: pure functions of images [B, H, W, 3] in [0, 1] and a key.
+"""Augmentation on the device, inside the train step: pure functions of images [B, H, W, C] in [0, 1] and a key.
 
 The host decodes and crops only; what is here costs no host time, differs for every example and step, and is the same on
 any mesh.
@@ -6,7 +6,6 @@ any mesh.
 
 import abc
 import math
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +14,41 @@ import jax.numpy as jnp
 class Augment(abc.ABC):
   """One random change of a batch of images, drawn for each image anew."""
 
+  @property
+  def moves(self) -> bool:
+    """True if pixels change their place, so that maps, boxes and points of the image no longer fit."""
+    return False
+
   @abc.abstractmethod
   def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
-    """images float32 [B, H, W, 3] in [0, 1] -> the same shape and range."""
+    """images float32 [B, H, W, C] in [0, 1] -> the same shape and range."""
 
 
-def apply_augments(images: jax.Array, augments: Sequence[Augment], rng: jax.Array) -> jax.Array:
-  """uint8 [B, H, W, 3] or clips [B, T, H, W, 3] -> float32 in [0, 1], after every augmentation in order.
+class GeometricAugment(Augment):
+  """A change of geometry, drawn as one matrix per example, which moves everything that belongs to the image.
 
-  All frames of a clip are changed alike: the random numbers are drawn once for each example.
+  Coordinates are (x, y) in pixels from the top left corner; the center of the first pixel is (0.5, 0.5).
   """
-  images = images.astype(jnp.float32) / 255
-  for index, augment in enumerate(augments):
-    call: Callable[[jax.Array, jax.Array], jax.Array] = augment
-    for _ in range(images.ndim - 4):
-      call = jax.vmap(call, in_axes=(1, None), out_axes=1)
-    images = call(images, jax.random.fold_in(rng, index))
-  return images
+
+  @property
+  def moves(self) -> bool:
+    return True
+
+  @abc.abstractmethod
+  def draw(self, batch: int, height: int, width: int, rng: jax.Array) -> jax.Array:
+    """Matrices [B, 2, 3] from coordinates in the output to coordinates in the input."""
+
+  @abc.abstractmethod
+  def images(self, images: jax.Array, matrix: jax.Array) -> jax.Array:
+    """images float32 [B, H, W, C] changed by the matrices of `draw`."""
+
+  @abc.abstractmethod
+  def maps(self, maps: jax.Array, matrix: jax.Array, fill: float) -> jax.Array:
+    """maps [B, H, W, ...] of any dtype: the value of the nearest pixel, and `fill` outside of the image."""
+
+  def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
+    batch, height, width, _ = images.shape
+    return self.images(images, self.draw(batch, height, width, rng))
 
 
 def bernoulli_mask(rng, probability, images):

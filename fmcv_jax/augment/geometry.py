@@ -6,12 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_share
-from fmcv_jax.augment.warp import warp
+from fmcv_jax.augment.base import GeometricAugment, check_bounds, check_share
+from fmcv_jax.augment.warp import nearest_warp, warp
 
 
 @dataclasses.dataclass(frozen=True)
-class Flip(Augment):
+class Flip(GeometricAugment):
   """Mirrors left and right with the given probability."""
 
   probability: float = 0.5
@@ -19,12 +19,21 @@ class Flip(Augment):
   def __post_init__(self):
     check_share('probability', self.probability)
 
-  def __call__(self, images, rng):
-    return jnp.where(bernoulli_mask(rng, self.probability, images), images[:, :, ::-1], images)
+  def draw(self, batch, height, width, rng):
+    mirrored = jax.random.bernoulli(rng, self.probability, (batch,))
+    across = jnp.array([[-1.0, 0.0, width], [0.0, 1.0, 0.0]])
+    return jnp.where(mirrored[:, None, None], across, jnp.eye(2, 3))
+
+  def images(self, images, matrix):
+    return self.maps(images, matrix, 0.0)
+
+  def maps(self, maps, matrix, fill):
+    mirrored = (matrix[:, 0, 0] < 0).reshape(-1, *(1,) * (maps.ndim - 1))
+    return jnp.where(mirrored, maps[:, :, ::-1], maps)
 
 
 @dataclasses.dataclass(frozen=True)
-class Affine(Augment):
+class Affine(GeometricAugment):
   """Scales, rotates, translates and shears the image about its center, in one warp with bilinear sampling.
 
   scale      bounds of the zoom, drawn log-uniformly; 2 makes objects twice as large
@@ -51,12 +60,13 @@ class Affine(Augment):
     if self.fill is not None:
       check_share('fill', self.fill)
 
-  def __call__(self, images, rng):
-    batch, height, width, _ = images.shape
-    return warp(images, self.matrices(batch, height, width, rng), self.fill)
+  def images(self, images, matrix):
+    return warp(images, matrix, self.fill)
 
-  def matrices(self, batch: int, height: int, width: int, rng: jax.Array) -> jax.Array:
-    """One matrix per image [B, 2, 3], from output coordinates (x, y) to input coordinates."""
+  def maps(self, maps, matrix, fill):
+    return nearest_warp(maps, matrix, None if self.fill is None else fill)
+
+  def draw(self, batch, height, width, rng):
     rngs = jax.random.split(rng, 6)
 
     def within_bounds(rng, bounds):

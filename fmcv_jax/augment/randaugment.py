@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.augment.base import Augment, check_share
-from fmcv_jax.augment.randaugment_ops import INCREASING, OPERATIONS, RECIPES, apply_operations
+from fmcv_jax.augment.randaugment_ops import INCREASING, MOVING, OPERATIONS, RECIPES, apply_operations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,10 @@ class RandAugment(Augment):
       raise ValueError(f'operations: expected different names, at least one; got {self.operations}')
     check_share('probability', self.probability)
     check_share('fill', self.fill)
+
+  @property
+  def moves(self) -> bool:
+    return bool(MOVING & set(self.operations or RECIPES[self.recipe]))
 
   def __call__(self, images, rng):
     names = self.operations or RECIPES[self.recipe]

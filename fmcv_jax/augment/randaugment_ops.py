@@ -40,6 +40,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
   ),
 }
 OPERATIONS = tuple(sorted({name for names in RECIPES.values() for name in names}))
+MOVING = frozenset(('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y'))
 INCREASING = {'paper': False, 'big_vision': False, 'timm': True}
 
 
@@ -112,7 +113,7 @@ def apply_operations(
     images = jnp.where(plane(on['cutout']) & (rows[:, :, None] & columns[:, None])[..., None], fill, images)
 
   # Last, so that only the loop over layers reads it: XLA on the CPU does a good part of a warp again for each reader.
-  if on.keys() & {'rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y'}:
+  if on.keys() & MOVING:
 
     def amount(name, most):
       return jnp.where(on[name], sign * level * most, 0.0) if name in on else jnp.zeros(batch)

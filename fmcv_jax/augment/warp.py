@@ -43,6 +43,22 @@ def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
   return by_gathers(images, matrix, fill)
 
 
+def nearest_warp(maps: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
+  """As `warp`, but of maps [B, H, W, ...] of any dtype: the value of the pixel in which each point lies."""
+  batch, height, width = maps.shape[:3]
+  y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing='ij')
+  column, row = (
+    jnp.floor(m[:, 0, None, None] * x + m[:, 1, None, None] * y + m[:, 2, None, None]).astype(jnp.int32)
+    for m in (matrix[:, 0], matrix[:, 1])
+  )
+  inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+  index = (jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)).reshape(batch, -1, 1)
+  values = jnp.take_along_axis(maps.reshape(batch, height * width, -1), index, axis=1, mode='clip').reshape(maps.shape)
+  if fill is None:
+    return values
+  return jnp.where(inside.reshape(*inside.shape, *(1,) * (maps.ndim - 3)), values, jnp.asarray(fill, maps.dtype))
+
+
 def by_gathers(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
   """Implementation of `warp` by gathers, for any platform."""
   batch, height, width, _ = images.shape

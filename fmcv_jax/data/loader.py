@@ -4,7 +4,6 @@ Global batch t holds positions [t B, (t + 1) B) of the run's order (see `order.p
 [p B / P, (p + 1) B / P). Batches straddle epochs, so every record appears exactly once per epoch.
 """
 
-import copy
 import dataclasses
 import functools
 import logging
@@ -13,79 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from fmcv_jax.data.images.decode import decode
+from fmcv_jax.data.examples import Examples
 from fmcv_jax.data.order import Order, RunOrder
-from fmcv_jax.data.sources import values
-from fmcv_jax.data.sources.base import UNREADABLE, BadRecord, Example, Source, reason_of
+from fmcv_jax.data.pipeline import Pipeline
+from fmcv_jax.data.sources.base import UNREADABLE, Example, Source, reason_of
 from fmcv_jax.data.tokenizers import Tokenizer
-from fmcv_jax.data.transforms import ImageTransform, transform_label_map
 from fmcv_jax.data.workers.prefetch import Prefetcher
 from fmcv_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ('image', 'label', 'tokens', 'segments')
 _ATTEMPTS = 100  # consecutive unreadable records after which all are assumed to be
 _MIN_CHECKED = 1000  # records; a few early failures do not stop a run that would stay below max_bad
-
-
-@dataclasses.dataclass(frozen=True)
-class MultiCrop:
-  """`count` random crops of each image by the transform `image` (multi-crop: SwAV, Caron et al. 2020)."""
-
-  image: ImageTransform
-  count: int
-
-  def __post_init__(self) -> None:
-    if self.count < 1:
-      raise ValueError(f'count: expected at least 1, got {self.count}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Pipeline:
-  """Input pipeline: a source, and the transforms from its records to examples.
-
-  image              transform to uint8 [size, size, 3]; None for a source whose images are arrays of one size
-  caption_templates  sentences with a '{}' for the caption or class name; training draws one per example, evaluation
-                     uses the first
-  views              name -> MultiCrop; each adds a field of that name
-  shuffle            a new order in each epoch of training; evaluation never shuffles
-  workers            decoding processes; 0 reads in two threads of this process
-  max_bad            fraction of unreadable records above which a run stops
-  timeout            seconds without a batch after which a run stops
-  """
-
-  source: Source
-  image: ImageTransform | None = None
-  caption_templates: tuple[str, ...] = ('{}',)
-  views: Mapping[str, MultiCrop] = dataclasses.field(default_factory=dict)
-  shuffle: bool = True
-  workers: int = 0
-  max_bad: float = 0.01
-  timeout: float = 600.0
-
-  def __post_init__(self) -> None:
-    if not self.caption_templates or any(prompt.count('{}') != 1 for prompt in self.caption_templates):
-      raise ValueError(f"caption_templates: each needs one '{{}}' for the text, got {self.caption_templates}")
-    if taken := set(self.views) & set(FIELDS):
-      raise ValueError(f'views: {sorted(taken)} are fields already; choose another name')
-    if self.workers < 0:
-      raise ValueError(f'workers: expected at least 0, got {self.workers}')
-    if not 0 <= self.max_bad <= 1:
-      raise ValueError(f'max_bad: expected a fraction from 0 to 1, got {self.max_bad}')
-    if self.timeout <= 0:
-      raise ValueError(f'timeout: expected seconds above 0, got {self.timeout}')
 
 
 class TrainLoader:
   """Infinite iterator of batches: dicts of this process's rows of the requested `fields`.
 
-    image    uint8 [b, H, W, 3]
+    image    uint8 [b, H, W, C]
     label    int32 [b]
-    segments uint8 [b, H, W], the class of each pixel
     tokens   int32 [b, L], by `tokenizer`
-    the pipeline's views, uint8 [b, count, size, size, 3]
-    and any arrays in the records, such as latents of `fmcv precompute`, [b, ...]
+    the pipeline's views, uint8 [b, count, H, W, C]
+    and any arrays in the records, [b, ...]: what belongs to positions in the image follows its geometry, and rows of
+    objects are padded to one number, each by the kind of its `Field`
 
   batch   the global batch size, b times `process_count`
   start   number of examples already consumed, from `resume`
@@ -231,7 +180,7 @@ class _Batches:
 
   def _put(self, columns: dict[str, Any], field: str, row: int, value: Any) -> None:
     """Adds a row to a column of the batch: an array at once, while it is still in the processor's cache."""
-    if field in ('tokens', 'label'):
+    if not isinstance(value, np.ndarray):
       columns.setdefault(field, []).append(value)
       return
     if field not in columns:
@@ -239,16 +188,19 @@ class _Batches:
     column = columns[field]
     if (value.shape, value.dtype) != (column.shape[1:], column.dtype):
       both = f'{column.dtype} {column.shape[1:]} and {value.dtype} {value.shape}'
-      if field in self._arrays:
+      kind = self.pipeline.field(field)
+      if kind is not None and kind.ragged:
+        raise UserError(f'data: {field} differ in number: {both}; set data.fields.{field}.pad_to')
+      if kind is None or not kind.spatial:
         raise UserError(f'data: {field} differ in shape: {both}')
-      raise UserError(f"data: images differ in size: {both}; set the pipeline's image, such as resize_crop")
+      raise UserError(f"data: {field}s differ in size: {both}; set the pipeline's image, such as resize_crop")
     column[row] = value
 
   def _whole(self, field: str, column: Any) -> np.ndarray:
     if field == 'tokens':
       assert self.tokenizer is not None
       return self.tokenizer(column)
-    return np.array(column, np.int32) if field == 'label' else column
+    return np.array(column, np.int32) if isinstance(column, list) else column
 
   def check(self) -> None:
     """Raises UserError if the source, the transform or the tokenizer cannot provide the fields."""
@@ -259,78 +211,20 @@ class _Batches:
     self._read(self.start, {})
 
   @functools.cached_property
-  def _arrays(self) -> list[str]:
-    """The fields that are taken from records unchanged."""
-    return [field for field in self.fields if field not in FIELDS and field not in self.pipeline.views]
+  def _examples(self) -> Examples:
+    return Examples(self.pipeline, self.fields, self.train)
 
   def _read(self, position: int, reasons: dict[str, str]) -> tuple[Example, bool]:
     for attempt in range(min(_ATTEMPTS, self.order.records)):
       index = self.order(position, attempt)
       try:
-        return self._example(index, self.order.rng(position)), attempt > 0
+        return self._examples.read(index, self.order.rng(position)), attempt > 0
       except UNREADABLE as error:
         reasons[self.pipeline.source.key_of(index)] = reason_of(error)
     key, reason = next(iter(reasons.items()))
     raise UserError(
       f'data: {min(_ATTEMPTS, self.order.records)} consecutive records could not be read; the first, {key}: {reason}'
     )
-
-  def _example(self, index: int, rng: np.random.Generator) -> Example:
-    record = self.pipeline.source[index]
-    row: Example = {}
-    if 'tokens' in self.fields:
-      row['tokens'] = self._text(record, rng)
-    if 'label' in self.fields:
-      row['label'] = self._classes.number(self._given(record, 'label'), 'label')
-    label_map_rng = copy.deepcopy(rng) if 'segments' in self.fields else rng  # the same crop as the image
-    if 'image' in self.fields:
-      image = self._given(record, 'image')
-      if self.pipeline.image is not None:
-        image = self.pipeline.image(image, rng)
-      elif not isinstance(image, np.ndarray):
-        raise UserError("data: the source provides encoded images; set the pipeline's image, such as resize_crop")
-      row['image'] = image
-    if 'segments' in self.fields:
-      row['segments'] = self._given(record, 'segments')
-      if self.pipeline.image is not None:
-        row['segments'] = transform_label_map(self.pipeline.image, row['segments'], label_map_rng)
-    if names := [name for name in self.pipeline.views if name in self.fields]:
-      image = self._given(record, 'image')
-      image = image if isinstance(image, np.ndarray) else decode(image)  # once for all views
-      for name in names:
-        views = self.pipeline.views[name]
-        row[name] = np.stack([views.image(image, rng) for _ in range(views.count)])
-    for name in self._arrays:
-      if not isinstance(record.get(name), np.ndarray):
-        given = ', '.join((*FIELDS, *self.pipeline.views, 'arrays of the records'))
-        raise UserError(f'data: unknown fields {self._arrays}; available: {given}, and the names in data.views')
-      row[name] = record[name]
-    return row
-
-  @functools.cached_property
-  def _classes(self) -> values.Classes:
-    return values.Classes(self.pipeline.source.names)
-
-  def _text(self, record: Example, rng: np.random.Generator) -> str:
-    if 'texts' in record or 'text' in record:
-      texts = values.texts(record.get('texts', record.get('text')), 'its text')
-    elif self._classes.names and 'label' in record:
-      texts = (self._classes.names[self._classes.number(record['label'], 'label')],)
-    else:
-      texts = values.texts(self._given(record, 'text'), 'its text')
-    if not texts:
-      raise BadRecord('has no text')
-    templates = self.pipeline.caption_templates
-    chosen = (rng.integers(len(templates)), rng.integers(len(texts))) if self.train else (0, 0)
-    return templates[chosen[0]].replace('{}', texts[chosen[1]])
-
-  def _given(self, record: Example, field: str) -> Any:
-    if field not in record:
-      name, given = type(self.pipeline.source).__name__, ', '.join(sorted(set(record) - {'key'}))
-      raise UserError(
-        f'data: the objective needs the fields {", ".join(self.fields)}, but {name} has no {field}; it provides {given}'
-      )
-    return record[field]
 
 
 class _BadRecordCounter:

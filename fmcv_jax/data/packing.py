@@ -16,7 +16,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -26,6 +26,7 @@ from fmcv_jax.data.sources.array_record import encode_record, shard_path, write_
 from fmcv_jax.data.sources.base import UNREADABLE, Example, Source, reason_of
 from fmcv_jax.data.workers.prefetch import end_with_parent
 from fmcv_jax.errors import UserError
+from fmcv_jax.fields import Field
 from fmcv_jax.parallel import distributed
 
 SHARD_BYTES = 512 << 20
@@ -42,6 +43,7 @@ class PackingPlan:
   shards: int
   names: tuple[str, ...]
   origin: Any
+  fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
 
   def rows(self, shard: int) -> range:
     return range(self.records * shard // self.shards, self.records * (shard + 1) // self.shards)
@@ -89,7 +91,9 @@ class ShardWriter:
     (self.folder / SUMS).write_text(''.join(f'{note["sha256"]}  {path.name}\n' for note, path in zip(whole, paths)))
     counts = [note['records'] for note in whole]
     skipped = sum(note['skipped'] for note in whole)
-    write_info(self.folder, sum(counts), self.plan.shards, self.plan.names, counts, skipped, self.plan.origin)
+    write_info(
+      self.folder, sum(counts), self.plan.shards, self.plan.names, counts, skipped, self.plan.origin, self.plan.fields
+    )
     for path in paths:
       _note_path(path).unlink()
     (self.folder / _PLAN).unlink()
@@ -178,11 +182,11 @@ def _agreed(folder: pathlib.Path, target: pathlib.Path, plan: PackingPlan) -> Pa
     partial.write_text(json.dumps(now))
     partial.rename(file)
     begun = now
-  if different := [key for key in now if key != 'shards' and begun[key] != now[key]]:
+  if different := [key for key in now if key != 'shards' and begun.get(key) != now[key]]:
     key = different[0]
     raise UserError(
-      f'--to {target}: was started from different data ({key} was {begun[key]!r}, now {now[key]!r}); choose another '
-      f'folder, or remove {folder}'
+      f'--to {target}: was started from different data ({key} was {begun.get(key)!r}, now {now[key]!r}); choose '
+      f'another folder, or remove {folder}'
     )
   return dataclasses.replace(plan, shards=begun['shards'])
 
@@ -207,7 +211,7 @@ def pack(
     raise UserError('pack: the source has no records')
   if shards is not None and not 1 <= shards <= len(source):
     raise UserError(f'--shards {shards}: expected between 1 and the {len(source)} records')
-  plan = PackingPlan(len(source), shards or _shards(source, workers), source.names, origin)
+  plan = PackingPlan(len(source), shards or _shards(source, workers), source.names, origin, source.fields)
   with unfinished(to, plan) as begun:
     missing = begun.missing()
     done = plan.records - sum(len(begun.plan.rows(shard)) for shard in missing)

@@ -7,9 +7,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from fmcv_jax.data.images.decode import decode_pil
+from fmcv_jax.data.geometry import Geometry
+from fmcv_jax.data.images.decode import LazyImage, decode_pil, lazy_image
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
-from fmcv_jax.errors import BadRecord
+from fmcv_jax.errors import UserError
+from fmcv_jax.fields import height_width
 
 PillowFilter = Literal['nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming']
 FILTERS = {
@@ -56,8 +58,22 @@ class PillowResize(ImageTransform):
     """Pixels of the side that `mode` names, before the center is cut out."""
     return math.floor(self.size / self.crop + 1e-6)
 
-  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    whole = decode_pil(image) if isinstance(image, bytes) else _of_array(image)
+  @property
+  def fill_color(self) -> tuple[int, int, int]:
+    return self.fill
+
+  def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
+    columns, rows = self._sides(width, height)
+    left, top = (self._margin(side) for side in (columns, rows))
+    x, y = width / columns, height / rows
+    box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
+    return Geometry(height, width, box, (self.size, self.size))
+
+  def open(self, image: bytes | np.ndarray, channels: int = 3) -> LazyImage:
+    return lazy_image(np.asarray(decode_pil(image)) if isinstance(image, bytes) else image, channels=channels)
+
+  def apply(self, image: LazyImage, geometry: Geometry) -> np.ndarray:
+    whole = Image.fromarray(image.pixels())
     resized = whole.resize(self._sides(whole.width, whole.height), FILTERS[self.interpolation])
     return self._center(np.asarray(resized))
 
@@ -72,17 +88,21 @@ class PillowResize(ImageTransform):
     short = min(width, height)
     return int(side * width / short), int(side * height / short)
 
+  def _margin(self, side: int) -> int:
+    """Pixels of a resized side before the output begins; negative where it is padded."""
+    free = side - self.size
+    if free < 0:
+      return -(-free // 2)
+    return round(free / 2) if self.center == 'round' else free // 2
+
   def _center(self, pixels: np.ndarray) -> np.ndarray:
-    short = [max(0, self.size - side) for side in pixels.shape[:2]]
-    if any(short):
-      before, after = [n // 2 for n in short], [-(-n // 2) for n in short]
-      background = np.empty((pixels.shape[0] + short[0], pixels.shape[1] + short[1], 3), np.uint8)
-      background[:] = self.fill
-      background[before[0] : background.shape[0] - after[0], before[1] : background.shape[1] - after[1]] = pixels
-      pixels = background
-    free = [(side - self.size) / 2 for side in pixels.shape[:2]]
-    top, left = (round(x) if self.center == 'round' else math.floor(x) for x in free)
-    return pixels[top : top + self.size, left : left + self.size]
+    out = np.empty((self.size, self.size, 3), np.uint8)
+    out[:] = self.fill
+    (top, rows), (left, columns) = ((self._margin(side), side) for side in pixels.shape[:2])
+    shown = pixels[max(top, 0) : top + self.size, max(left, 0) : left + self.size]
+    top, left = max(-top, 0), max(-left, 0)
+    out[top : top + min(rows, self.size), left : left + min(columns, self.size)] = shown
+    return out
 
 
 def as_pillow_resize(image: ImageTransform) -> PillowResize:
@@ -91,10 +111,11 @@ def as_pillow_resize(image: ImageTransform) -> PillowResize:
     return image
   crop = image.crop if isinstance(image, ResizeCrop) else 1.0
   mode: Literal['squash', 'shortest'] = 'squash' if isinstance(image, Resize) else 'shortest'
-  return PillowResize(image.size, mode, crop, getattr(image, 'interpolation', 'bicubic'))
+  return PillowResize(_square(image), mode, crop, getattr(image, 'interpolation', 'bicubic'))
 
 
-def _of_array(pixels: np.ndarray) -> Image.Image:
-  if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-    raise BadRecord(f'expected an image uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}')
-  return Image.fromarray(pixels)
+def _square(image: ImageTransform) -> int:
+  height, width = height_width(image.size)
+  if height != width:
+    raise UserError(f'image: {height} x {width} pixels; published processors of this layout give squares')
+  return height

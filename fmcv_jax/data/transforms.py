@@ -1,30 +1,71 @@
-"""Crops and resizes on the host: one image of any size in, uint8 [size, size, 3] out.
+"""Crops and resizes on the host: an image of any size in, uint8 [height, width, C] of a fixed size out.
 
-Color, flips, noise and mixing run on the device, in `augment.py`; the host only does what reduces the data.
+A transform draws one `Geometry` for an example; its maps, masks, boxes and points are moved by the same one. Color,
+flips, noise and mixing run on the device, in `augment/`; the host only does what reduces the data.
 """
 
 import abc
 import dataclasses
 import math
-from typing import TypeGuard
+from typing import ClassVar
 
 import numpy as np
 
-from fmcv_jax.data.images.decode import lazy_image
+from fmcv_jax.data.geometry import Geometry
+from fmcv_jax.data.images.decode import LazyImage, lazy_image
 from fmcv_jax.data.images.resize import FILTERS, Interpolation
+from fmcv_jax.fields import ImageSize, height_width
 
 
 class ImageTransform(abc.ABC):
-  """Maps an image to a square of a fixed `size`. Frozen and picklable; draws only from the given generator."""
+  """Maps images to a fixed `size`: the side of a square, or (height, width).
 
-  size: int
+  Frozen and picklable; draws only from the given generator.
+  """
+
+  exact: ClassVar[bool] = True  # False: large JPEGs may be decoded at a fraction of their size
+  size: ImageSize
+  interpolation: Interpolation
 
   @abc.abstractmethod
+  def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
+    """The geometry for an image of height x width pixels."""
+
+  def open(self, image: bytes | np.ndarray, channels: int = 3) -> LazyImage:
+    """The image for `apply`; raises BadRecord for one that cannot be decoded or has other channels."""
+    return lazy_image(image, self.exact, channels)
+
+  def apply(self, image: LazyImage, geometry: Geometry) -> np.ndarray:
+    """The pixels of the output, uint8 [height, width, C]; raises BadRecord if they cannot be decoded."""
+    if geometry.identity:
+      return image.pixels()
+    pixels = _visible(image, geometry, self.interpolation)
+    if pixels.shape[:2] == geometry.size:
+      return pixels
+    left, top, right, bottom = geometry.inside
+    out = np.empty((*geometry.size, pixels.shape[2]), np.uint8)
+    out[:] = np.asarray(self.fill_color, np.uint8)
+    out[top:bottom, left:right] = pixels
+    return out
+
+  @property
+  def fill_color(self) -> int | tuple[int, ...]:
+    """Value, or one per channel, of what lies outside of the image."""
+    return 0
+
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Encoded bytes or uint8 [H, W, 3] -> uint8 [size, size, 3]; an array that needs no change is returned as it is.
+    """Encoded bytes or uint8 [H, W, 3] -> uint8 [height, width, 3]; an array that needs no change is itself returned.
 
     Raises BadRecord for an image that cannot be decoded.
     """
+    whole = self.open(image)
+    return self.apply(whole, self.draw(whole.height, whole.width, rng))
+
+
+def _visible(image: LazyImage, geometry: Geometry, interpolation: Interpolation) -> np.ndarray:
+  """The pixels of `geometry.inside`."""
+  left, top, right, bottom = geometry.inside
+  return image.crop(geometry.visible_box, (bottom - top, right - left), interpolation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +76,8 @@ class RandomResizedCrop(ImageTransform):
   ratio: bounds of width / height, drawn uniformly in the logarithm
   """
 
-  size: int
+  exact: ClassVar[bool] = False
+  size: ImageSize
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   interpolation: Interpolation = 'bicubic'
@@ -47,20 +89,20 @@ class RandomResizedCrop(ImageTransform):
     if not 0 < self.ratio[0] <= self.ratio[1]:
       raise ValueError(f'ratio: expected 0 < low <= high, got {self.ratio}')
 
-  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    whole = lazy_image(image, exact=False)
-    left, top, width, height = sample_box(whole.height, whole.width, self.scale, self.ratio, rng)
-    return whole.crop((left, top, left + width, top + height), self.size, self.interpolation)
+  def draw(self, height, width, rng):
+    left, top, w, h = sample_box(height, width, self.scale, self.ratio, rng)
+    return Geometry(height, width, (left, top, left + w, top + h), height_width(self.size))
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizeCrop(ImageTransform):
   """The standard evaluation transform: resize the short side to floor(size / crop), then a center crop of `size`.
 
-  Rounds as timm and torchvision: 224 / 0.9 is 248, the long side is truncated, the corner of the crop rounded.
+  Rounds as timm and torchvision: 224 / 0.9 is 248, the long side is truncated, the corner of the crop rounded. For a
+  `size` that is not square the image is resized to cover floor(size / crop).
   """
 
-  size: int
+  size: ImageSize
   crop: float = 0.875
   interpolation: Interpolation = 'bicubic'
 
@@ -69,42 +111,98 @@ class ResizeCrop(ImageTransform):
     if not 0 < self.crop <= 1:
       raise ValueError(f'crop: expected 0 < crop <= 1, got {self.crop}')
 
-  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    short = math.floor(self.size / self.crop)
-    if short == self.size and _fits(image, self.size):
-      return image
-    whole = lazy_image(image)
+  def draw(self, height, width, rng):
+    rows, columns = height_width(self.size)
     # Rounded to pixels as in torchvision, with which published networks were evaluated.
-    width, height = (int(short * side / min(whole.width, whole.height)) for side in (whole.width, whole.height))
-    left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+    fits, side = max((math.floor(columns / self.crop), width), (math.floor(rows / self.crop), height), key=_ratio)
+    resized_width, resized_height = int(fits * width / side), int(fits * height / side)
+    left, top = round((resized_width - columns) / 2), round((resized_height - rows) / 2)
     # Resizing a box of the original gives the same pixels as resizing everything and cropping.
-    x, y = whole.width / width, whole.height / height
-    right, bottom = min((left + self.size) * x, whole.width), min((top + self.size) * y, whole.height)
-    box = (left * x, top * y, right, bottom)
-    return whole.crop(box, self.size, self.interpolation)
+    x, y = width / resized_width, height / resized_height
+    box = (left * x, top * y, min((left + columns) * x, width), min((top + rows) * y, height))
+    return Geometry(height, width, box, (rows, columns))
 
 
 @dataclasses.dataclass(frozen=True)
 class Resize(ImageTransform):
-  """Resizes the whole image to a square, ignoring its aspect ratio."""
+  """Resizes the whole image to `size`, ignoring its aspect ratio."""
 
-  size: int
+  size: ImageSize
   interpolation: Interpolation = 'bicubic'
 
   def __post_init__(self) -> None:
     _check(self.size, self.interpolation)
 
-  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    if _fits(image, self.size):
-      return image
-    whole = lazy_image(image)
-    return whole.crop((0, 0, whole.width, whole.height), self.size, self.interpolation)
+  def draw(self, height, width, rng):
+    return Geometry(height, width, (0, 0, width, height), height_width(self.size))
 
 
-def transform_label_map(transform: ImageTransform, segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Applies the transform to a label map uint8 [H, W], with nearest-neighbour interpolation."""
-  nearest = dataclasses.replace(transform, interpolation='nearest')  # type: ignore[type-var]
-  return nearest(np.repeat(segments[..., None], 3, axis=-1), rng)[..., 0]
+@dataclasses.dataclass(frozen=True)
+class ResizePad(ImageTransform):
+  """Resizes the whole image to fit into `size`, keeping its aspect ratio, and pads it at the right or the bottom.
+
+  fill  RGB of the padding, 0 to 255
+  """
+
+  size: ImageSize
+  fill: tuple[int, int, int] = (0, 0, 0)
+  interpolation: Interpolation = 'bicubic'
+
+  def __post_init__(self) -> None:
+    _check(self.size, self.interpolation)
+    _check_color(self.fill)
+
+  @property
+  def fill_color(self):
+    return self.fill
+
+  def draw(self, height, width, rng):
+    return scaled(height, width, height_width(self.size), 1.0, (0.0, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleJitter(ImageTransform):
+  """Large-scale jittering (Ghiasi et al. 2021): fit into `size` times a random scale, then crop or pad to `size`.
+
+  scale  bounds of the scale, drawn uniformly; 1 shows the whole image
+  fill   RGB of the padding, 0 to 255
+
+  A larger image is cropped at a random place; a smaller one is padded at the right and the bottom.
+  """
+
+  exact: ClassVar[bool] = False
+  size: ImageSize
+  scale: tuple[float, float] = (0.1, 2.0)
+  fill: tuple[int, int, int] = (128, 128, 128)
+  interpolation: Interpolation = 'bilinear'
+
+  def __post_init__(self) -> None:
+    _check(self.size, self.interpolation)
+    _check_color(self.fill)
+    if not 0 < self.scale[0] <= self.scale[1]:
+      raise ValueError(f'scale: expected 0 < low <= high, got {self.scale}')
+
+  @property
+  def fill_color(self):
+    return self.fill
+
+  def draw(self, height, width, rng):
+    scale = rng.uniform(*self.scale)
+    return scaled(height, width, height_width(self.size), scale, (rng.uniform(), rng.uniform()))
+
+
+def scaled(height: int, width: int, size: tuple[int, int], scale: float, place: tuple[float, float]) -> Geometry:
+  """An image that fits into `scale` times `size`, its sides rounded to pixels, cropped or padded to `size`.
+
+  place  fractions (x, y) of what is cropped off that lies at the left and at the top
+  """
+  rows, columns = size
+  zoom = scale * min(rows / height, columns / width)
+  resized_height, resized_width = max(1, round(height * zoom)), max(1, round(width * zoom))
+  left = math.floor(place[0] * (max(0, resized_width - columns) + 1))
+  top = math.floor(place[1] * (max(0, resized_height - rows) + 1))
+  x, y = width / resized_width, height / resized_height
+  return Geometry(height, width, (left * x, top * y, (left + columns) * x, (top + rows) * y), size)
 
 
 def sample_box(height, width, scale, ratio, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -124,19 +222,26 @@ def sample_box(height, width, scale, ratio, rng: np.random.Generator) -> tuple[i
   return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _check(size: int, interpolation: str) -> None:
-  if size < 1:
+def _ratio(pair: tuple[int, int]) -> float:
+  return pair[0] / pair[1]
+
+
+def _check(size: ImageSize, interpolation: str) -> None:
+  if min(height_width(size)) < 1:
     raise ValueError(f'size: expected at least 1, got {size}')
   if interpolation not in FILTERS:
     raise ValueError(f'interpolation: {interpolation!r} is not one of {", ".join(FILTERS)}')
 
 
-def _fits(image: bytes | np.ndarray, size: int) -> TypeGuard[np.ndarray]:
-  return isinstance(image, np.ndarray) and image.shape == (size, size, 3) and image.dtype == np.uint8
+def _check_color(color: tuple[int, int, int]) -> None:
+  if any(not 0 <= value <= 255 for value in color):
+    raise ValueError(f'fill: expected numbers from 0 to 255, got {color}')
 
 
 IMAGE_TRANSFORMS: dict[str, type[ImageTransform]] = {
   'random_resized_crop': RandomResizedCrop,
-  'resize_crop': ResizeCrop,
   'resize': Resize,
+  'resize_crop': ResizeCrop,
+  'resize_pad': ResizePad,
+  'scale_jitter': ScaleJitter,
 }

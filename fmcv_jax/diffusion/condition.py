@@ -13,7 +13,8 @@ Keys used in this package; external networks may define others:
 
 A network lists its keys in `condition_keys`. Keys that are batch fields of the same name, such as `action` of a world
 model, are also listed in `condition_shapes` (key -> jax.ShapeDtypeStruct of one example). Its `never_dropped`, if it
-has one, lists further keys that classifier-free guidance does not drop, such as the past frames of a world model.
+has one, lists further keys that classifier-free guidance does not drop, such as the past frames of a world model. Its
+`condition_kinds` (key -> Field), if it has them, state what moves with the pixels of the image in augmentation.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
 from fmcv_jax.evaluate.labels import align_labels, check_labels
 

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.evaluate.labels import align_labels, check_labels
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.data.loader import Pipeline, evaluation_batches
+from fmcv_jax.data.loader import evaluation_batches
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.objectives.outputs import Output
@@ -40,6 +41,7 @@ class EvaluatedModel:
 
   reopen       opens the model of a workdir
   image_size   side of the images that the outputs take; None for any
+  example_batch  shapes of one example of training, to whose rows of objects evaluation data is padded
   class_names  the names of the training classes by label, empty where they have none; read when they are needed
   between_batches  called before every batch; what it raises ends the evaluation, as a request to stop does
   """
@@ -51,6 +53,7 @@ class EvaluatedModel:
   extra: Any = None
   reopen: Callable[[str], 'EvaluatedModel'] | None = None
   image_size: int | None = None
+  example_batch: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
   between_batches: Callable[[], None] = lambda: None
   class_names: Callable[[], Sequence[str]] = tuple
 
@@ -87,7 +90,7 @@ class EvaluatedModel:
     program = self._program(tuple(names), tuple(truth))
     reads = (field for name in names for field in self._output(name).reads)
     for local in evaluation_batches(
-      pipeline,
+      pipeline.padded_as(self.example_batch),
       batch=batch_size,
       fields=tuple(dict.fromkeys((*reads, *truth))),
       tokenizer=self.tokenizer,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.base import Evaluator
 
 

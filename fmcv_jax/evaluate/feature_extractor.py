@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.data.transforms import Resize
 from fmcv_jax.errors import UserError

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Evaluator
 

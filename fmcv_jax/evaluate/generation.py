@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fmcv_jax.data.loader import Pipeline, evaluation_batches
+from fmcv_jax.data.loader import evaluation_batches
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.subset import evenly_spaced
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.diffusion.samplers import Spacing

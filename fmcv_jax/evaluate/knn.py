@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.bank import queries_and_bank
 from fmcv_jax.evaluate.base import Evaluator, chunks
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.bank import queries_and_bank
 from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
 from fmcv_jax.parallel.rules import Placement, num_shards

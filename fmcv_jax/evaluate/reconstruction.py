@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.distances import fid
 from fmcv_jax.evaluate.feature_extractor import FeatureExtractor

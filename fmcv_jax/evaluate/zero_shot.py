@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, topk_accuracy

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from fmcv_jax.config import paths_of
-from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.pillow_resize import PillowResize
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import NoData
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.tokenizers import truncated_texts

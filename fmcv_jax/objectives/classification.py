@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.augment.base import Augment, apply_augments
+from fmcv_jax.augment.apply import apply_augments
+from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.mixing import mix
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.objectives.base import BATCH_STATS, Objective, flax_variables, mean_loss

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.augment.base import Augment, apply_augments
+from fmcv_jax.augment.apply import apply_augments
+from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.patches import random_keep

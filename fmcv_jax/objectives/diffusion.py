@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.augment.base import Augment, apply_augments
+from fmcv_jax.augment.apply import augment_fields, check_augments
+from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.diffusion.condition import NEVER_DROPPED, Condition
 from fmcv_jax.diffusion.generator import Generator
@@ -18,6 +20,7 @@ from fmcv_jax.diffusion.process import Process, TimesName, WeightName
 from fmcv_jax.diffusion.samplers import sampling_timesteps
 from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, sample_batch
 from fmcv_jax.errors import UserError
+from fmcv_jax.fields import Field
 from fmcv_jax.objectives.base import Objective, mean_loss
 from fmcv_jax.objectives.image_condition import ImageCondition, inpaint_condition
 from fmcv_jax.objectives.latent_space import LatentSpace
@@ -108,6 +111,14 @@ class Diffusion(Objective):
         raise ValueError(f'network: reads the condition {key!r}, which nothing provides; {how}')
     if unknown := set(self._never_dropped) - set(self._batch_keys) - NEVER_DROPPED:
       raise ValueError(f'network.never_dropped: {sorted(unknown)} are not in its condition_shapes')
+    kinds = self._condition_kinds
+    check_augments(self.augment, kinds)
+    for augment in self.augment:
+      if augment.moves and (unknown := set(self._batch_keys) - set(kinds)):
+        raise ValueError(
+          f'augment: {type(augment).__name__} moves the pixels of the image, and the network does not state in '
+          f'condition_kinds whether {sorted(unknown)[0]} moves with them'
+        )
 
   def with_tokenizer(self, tokenizer):
     return dataclasses.replace(self, text_condition=self.text_condition.with_tokenizer(tokenizer))
@@ -141,6 +152,12 @@ class Diffusion(Objective):
     """The condition keys that are batch fields of the same name."""
     provided = ('label', *self.text_condition.keys, *self.image_condition.keys)
     return tuple(key for key in self._keys if key not in provided)
+
+  @property
+  def _condition_kinds(self) -> Mapping[str, Field]:
+    """The kinds of batch fields that the network states, for augmentations that move the pixels of the image."""
+    kinds = getattr(self.network, 'condition_kinds', {})
+    return {key: kinds[key] for key in self._batch_keys if key in kinds}
 
   @property
   def _never_dropped(self) -> frozenset[str]:
@@ -193,7 +210,8 @@ class Diffusion(Objective):
     if self.latent_space.precomputed:
       images, x0 = None, self.latent_space.sample(batch['latents'], latent_rng)
     else:
-      images = apply_augments(batch['image'], self.augment, augment_rng)
+      batch = augment_fields(batch, self._condition_kinds, self.augment, augment_rng)
+      images = batch['image']
       x0 = self.encode(extra, images, latent_rng)
     count = x0.shape[0]
     keep = jax.random.uniform(drop_rng, (count,)) >= self.condition_dropout

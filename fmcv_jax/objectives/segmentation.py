@@ -8,37 +8,33 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmcv_jax.augment.base import Augment, apply_augments
-from fmcv_jax.augment.geometry import Affine, Flip
+from fmcv_jax.augment.apply import augment_fields, check_augments
+from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.augment.randaugment import RandAugment
-from fmcv_jax.augment.three_augment import ThreeAugment
+from fmcv_jax.fields import Field
 from fmcv_jax.models.dense.segmenter import Segmenter
 from fmcv_jax.objectives.base import Loss, Mean, Objective
 from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
 
 IGNORE_INDEX = 255  # label of pixels that are excluded from the loss and all metrics
-MOVING = (Affine, Flip, RandAugment, ThreeAugment)
+LABEL_MAP = {'segments': Field('map', fill=IGNORE_INDEX)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Objective):
   """Mean cross-entropy over the labeled pixels of a batch; uint8 `segments` [B, H, W] are the label maps, 255 = ignore.
 
-  flip      mirrors each image and its label map with probability 0.5
-  augment   color augmentations only: geometric ones would not transform the label map
+  augment   'flip' and 'affine' move the label map with the image; other changes of geometry are refused
   """
 
   network: nn.Module
-  flip: bool = False
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
   def __post_init__(self):
     if not isinstance(self.network, Segmenter):
       raise ValueError('network: segmentation needs network.name=segmenter')
-    if moving := [type(augment).__name__ for augment in self.augment if isinstance(augment, MOVING)]:
-      raise ValueError(f'augment: {moving[0]} does not transform the label map; use crops in data.image, and `flip`')
+    check_augments(self.augment, LABEL_MAP)
 
   @property
   def example_batch(self):
@@ -57,15 +53,10 @@ class Segmentation(Objective):
     return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
 
   def loss(self, params, batch, rng, extra):
-    augment_rng, flip_rng, dropout_rng = jax.random.split(rng, 3)
-    images, segments = apply_augments(batch['image'], self.augment, augment_rng), batch['segments'].astype(jnp.int32)
-    if self.flip:
-      flipped = jax.random.bernoulli(flip_rng, shape=(len(images),))[:, None, None]
-      images = jnp.where(flipped[..., None], images[:, :, ::-1], images)
-      segments = jnp.where(flipped, segments[:, :, ::-1], segments)
-    logits: Any = self.network.apply(
-      {'params': params}, self.normalize(images), train=True, rngs={'dropout': dropout_rng}
-    )
+    augment_rng, _, dropout_rng = jax.random.split(rng, 3)
+    batch = augment_fields(batch, LABEL_MAP, self.augment, augment_rng)
+    images, segments = self.normalize(batch['image']), batch['segments'].astype(jnp.int32)
+    logits: Any = self.network.apply({'params': params}, images, train=True, rngs={'dropout': dropout_rng})
     known = segments != IGNORE_INDEX
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, segments, 0))
     count = known.sum(dtype=jnp.float32)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fmcv_jax.apps import demo
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
 from fmcv_jax.train.storage import read_metrics

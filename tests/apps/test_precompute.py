@@ -11,8 +11,9 @@ from fmcv_jax.__main__ import main
 from fmcv_jax.apps import precompute
 from fmcv_jax.config import override
 from fmcv_jax.data.images.decode import decode
-from fmcv_jax.data.loader import Pipeline, TrainLoader, evaluation_batches
+from fmcv_jax.data.loader import TrainLoader, evaluation_batches
 from fmcv_jax.data.packing import ShardWriter
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.array_record import ArrayRecord, decode_record, encode_record
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.sources.subset import Subset

@@ -10,7 +10,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
 from fmcv_jax.augment import randaugment_ops
-from fmcv_jax.augment.base import Augment, apply_augments
+from fmcv_jax.augment.apply import apply_augments
+from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.color import Blur, ColorJitter, Invert, Solarize, apply_color_matrix, blurred
 from fmcv_jax.augment.erasing import RandomErasing
 from fmcv_jax.augment.geometry import Affine, Flip

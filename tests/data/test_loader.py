@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fmcv_jax.config import build
-from fmcv_jax.data.loader import Pipeline, TrainLoader, evaluation_batches, fingerprint, resume
+from fmcv_jax.data.loader import TrainLoader, evaluation_batches, fingerprint, resume
 from fmcv_jax.data.order import WindowedOrder
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.sources.digits import Digits
 from fmcv_jax.data.sources.image_folder import ImageFolder
@@ -272,7 +273,7 @@ class Bare(Counting):
     ),
     (Pipeline(Bare(3)), {'fields': ('image',)}, "encoded images; set the pipeline's image"),
     (Pipeline(Counting(3)), {'fields': ('tokens',)}, 'the objective needs tokens but config.tokenizer is not set'),
-    (Pipeline(Counting(3)), {'fields': ('depth',)}, r"unknown fields \['depth'\]; available: image, label, tokens"),
+    (Pipeline(Counting(3)), {'fields': ('depth',)}, 'Counting has no depth; it provides image, label, text'),
     (Pipeline(Counting(3)), {'batch': 9, 'process_count': 2}, 'batch of 9 cannot be divided among 2 processes'),
     (Pipeline(Counting(0)), {}, 'the source Counting has no records'),
   ],

@@ -10,8 +10,9 @@ import pytest
 
 from fmcv_jax.__main__ import main
 from fmcv_jax.apps import pack as pack_app
-from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.data.packing import PackingPlan, pack, unfinished
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.parquet import Parquet

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import BadRecord, Source
 from fmcv_jax.data.sources.parquet import Parquet
 from fmcv_jax.data.sources.webdataset import WebDataset

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, pixels

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from fmcv_jax import experiment, trainer
-from fmcv_jax.data.loader import Pipeline
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.subset import evenly_spaced
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.diffusion.condition import make_condition

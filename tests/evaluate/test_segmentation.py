@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.loader import TrainLoader
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.transforms import RandomResizedCrop
 from fmcv_jax.evaluate.base import EvaluatedModel

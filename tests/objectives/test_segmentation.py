@@ -7,6 +7,8 @@ import pytest
 
 from fmcv_jax.augment.color import ColorJitter
 from fmcv_jax.augment.geometry import Flip
+from fmcv_jax.augment.randaugment import RandAugment
+from fmcv_jax.augment.three_augment import ThreeAugment
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.dense.segmenter import segmenter
@@ -51,7 +53,7 @@ def test_a_flip_moves_the_segments_with_the_image():
   def batch(images, segments):
     return {'image': images, 'segments': segments}
 
-  flipping = losses(dataclasses.replace(plain, flip=True), IMAGES[:1], SEGMENTS[:1])
+  flipping = losses(dataclasses.replace(plain, augment=(Flip(),)), IMAGES[:1], SEGMENTS[:1])
   either = [
     float(losses(plain, images, segments)(0))
     for images, segments in ((IMAGES[:1], SEGMENTS[:1]), (IMAGES[:1, :, ::-1], SEGMENTS[:1, :, ::-1]))
@@ -63,8 +65,9 @@ def test_a_flip_moves_the_segments_with_the_image():
 
 
 def test_what_cannot_be_segmented_is_refused():
-  with pytest.raises(ValueError, match='Flip does not transform the label map'):
-    Segmentation(segmenter(ENCODER, 3), augment=(ColorJitter(), Flip()))
+  with pytest.raises(ValueError, match='RandAugment moves the pixels of the image, but not segments'):
+    Segmentation(segmenter(ENCODER, 3), augment=(ColorJitter(), RandAugment()))
+  Segmentation(segmenter(ENCODER, 3), augment=(ThreeAugment(), RandAugment(operations=('color', 'contrast'))))
   with pytest.raises(ValueError, match='outputs has no use here'):
     segmenter(vit('mu/8', image_size=16, num_classes=3), 3)
   assert segmenter(swin('mu', image_size=32), 3).image_size == 32

@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmcv_jax.augment.apply import augment_fields, check_augments
+from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.fields import FIELDS
 from fmcv_jax.models.common.layers import NORM_AXES, BlockConfig, dense, layer_norm
 from fmcv_jax.objectives.base import Loss, Mean, Objective
 from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
@@ -16,6 +19,7 @@ from fmcv_jax.parallel.rules import shard_mapped
 from tests.systems.layers import DecoderBlock
 
 CLASS_COST, L1_COST, GIOU_COST = 1.0, 5.0, 2.0  # of the matching, and the weights of the losses (appendix A.4)
+OBJECTS = {name: FIELDS[name] for name in ('boxes', 'classes')}
 NO_OBJECT = 0.1  # weight of the class of queries without a box
 
 
@@ -55,16 +59,19 @@ def set_detector(encoder: nn.Module, num_queries: int = 6, num_classes: int = 2,
 class Detection(Objective):
   """Cross-entropy of the classes of all queries, and L1 and GIoU of those that are matched, all per box of the batch.
 
-  max_boxes  rows of `boxes` float32 [B, M, 4] and `classes` int32 [B, M], -1 where there is no box
+  max_boxes  rows of `boxes` float32 [B, M, 4], in pixels, and `classes` int32 [B, M], -1 where there is no box
+  augment    'flip' and 'affine' move the boxes with the image
   """
 
   network: nn.Module
+  augment: tuple[Augment, ...] = ()
   max_boxes: int = 4
   normalize: Normalize = Normalize()
 
   def __post_init__(self):
     if self.max_boxes > self.network.num_queries:  # type: ignore[attr-defined]
       raise ValueError(f'max_boxes: {self.max_boxes} boxes cannot be matched to fewer queries')
+    check_augments(self.augment, OBJECTS)
 
   @property
   def example_batch(self):
@@ -80,7 +87,9 @@ class Detection(Objective):
     return self.network.init(rng, jnp.zeros((1, *self.example_batch['image'].shape)))['params'], {}
 
   def loss(self, params, batch, rng, extra):
-    found = (*self._apply(params, batch), batch['boxes'], batch['classes'])
+    batch = augment_fields(batch, OBJECTS, self.augment, rng)
+    true_boxes = center_and_size(batch['boxes'], batch['image'].shape[1:3])
+    found = (*self._apply(params, batch['image']), true_boxes, batch['classes'])
     sums = jax.vmap(self._of_image)(*found, *match_all(*jax.lax.stop_gradient(found)))
     totals = {name: x.sum(dtype=jnp.float32) for name, x in sums.items()}
     count = totals.pop('count')
@@ -111,16 +120,33 @@ class Detection(Objective):
 
   def detections(self, params, extra, batch):
     """Of each query: 'boxes' float32 [B, N, 4], the best class 'classes' int32 [B, N] and its probability 'scores'."""
-    logits, boxes = self._apply(params, batch)
+    images = batch['image'].astype(jnp.float32) / 255
+    logits, boxes = self._apply(params, images)
     scores = jax.nn.softmax(logits)[..., :-1]
-    return {'boxes': boxes, 'classes': scores.argmax(-1).astype(jnp.int32), 'scores': scores.max(-1)}
+    return {
+      'boxes': corners(boxes, images.shape[1:3]),
+      'classes': scores.argmax(-1).astype(jnp.int32),
+      'scores': scores.max(-1),
+    }
 
-  def _apply(self, params, batch) -> Any:
-    return self.network.apply({'params': params}, self.normalize(batch['image'].astype(jnp.float32) / 255))
+  def _apply(self, params, images) -> Any:
+    return self.network.apply({'params': params}, self.normalize(images))
 
   def _encoder(self, params, extra):
     network: Any = self.network
     return ImageEncoder(network.encoder, {'params': params['encoder']}, self.normalize)
+
+
+def center_and_size(boxes, sides):
+  """Boxes [..., 4] (left, top, right, bottom) in pixels of an image of `sides` (height, width) as fractions."""
+  low, high = boxes[..., :2], boxes[..., 2:]
+  return jnp.concatenate([(low + high) / 2, high - low], -1) / jnp.array([*sides[::-1]] * 2, jnp.float32)
+
+
+def corners(boxes, sides):
+  """The inverse of `center_and_size`."""
+  center, size = boxes[..., :2], boxes[..., 2:]
+  return jnp.concatenate([center - size / 2, center + size / 2], -1) * jnp.array([*sides[::-1]] * 2, jnp.float32)
 
 
 def match_all(logits, boxes, true_boxes, true_classes):

@@ -1,11 +1,13 @@
 """A world model in small: the next frame by diffusion from past frames and an action (Alonso et al. 2024, DIAMOND)."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.fields import Field
 from fmcv_jax.models.common.layers import HEAD_AXES, NORM_AXES, BlockConfig, Stack, dense, layer_norm
 from fmcv_jax.models.common.patches import PATCH_AXES, patchify, unpatchify
 from fmcv_jax.models.generative.conditioning import MLPEmbedder, timestep_embedding
@@ -23,6 +25,7 @@ class FramePredictor(nn.Module):
   )
   condition_keys: ClassVar[tuple[str, ...]] = ('action', 'past_frames')
   never_dropped: ClassVar[tuple[str, ...]] = ('past_frames',)
+  condition_kinds: ClassVar[Mapping[str, Field]] = {'past_frames': Field('clip')}
 
   image_size: int
   past: int

@@ -8,7 +8,6 @@ import numpy as np
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.tokenizers import Tokenizer
 
-PADDING = -1  # class of the rows of `classes` that hold no box
 COLORS = {'red': (230, 20, 20), 'green': (20, 230, 20), 'blue': (20, 20, 230), 'white': (240, 240, 240)}
 CAPTIONS = ('red', 'a green one', 'something very blue here', 'all white')
 
@@ -87,8 +86,8 @@ class MovingBars(Source):
 
 @dataclasses.dataclass(frozen=True)
 class Rectangles(Source):
-  """Images uint8 [16, 16, 3] with 0 to 3 rectangles: `boxes` float32 [4, 4] (center x, center y, width, height, as
-  fractions of the sides) and `classes` int32 [4]: 0 red, 1 green. Rows without a box have class -1 and zeros."""
+  """Images uint8 [16, 16, 3] with N = 0 to 3 rectangles: `boxes` float32 [N, 4] and `classes` int32 [N]: 0 red,
+  1 green."""
 
   count: int = 32
 
@@ -98,13 +97,13 @@ class Rectangles(Source):
   def __getitem__(self, index: int):
     draw = np.random.default_rng(index)
     image = draw.integers(0, 16, (16, 16, 3)).astype(np.uint8)
-    boxes, classes = np.zeros((4, 4), np.float32), np.full(4, PADDING, np.int32)
+    boxes, classes = np.zeros((index % 4, 4), np.float32), np.zeros(index % 4, np.int32)
     for row in range(index % 4):
       width, height = draw.integers(3, 9, 2)
       left, top = draw.integers(0, 16 - width + 1), draw.integers(0, 16 - height + 1)
       classes[row] = draw.integers(2)
       image[top : top + height, left : left + width, classes[row]] = 255
-      boxes[row] = np.array([left + width / 2, top + height / 2, width, height]) / 16
+      boxes[row] = left, top, left + width, top + height
     return {'image': image, 'boxes': boxes, 'classes': classes}
 
 

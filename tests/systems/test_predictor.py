@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from fmcv_jax.errors import UserError
+from fmcv_jax.run import Run
 from tests.systems import experiments
 
 
@@ -28,6 +30,13 @@ def test_a_frame_predictor_learns_and_gives_frames(tmp_path):
   frames, truth = found['samples'].values, found['samples'].truth
   assert (frames.dtype, truth['past_frames'].dtype, truth['action'].dtype) == (np.uint8, np.uint8, np.float32)
   np.testing.assert_array_equal(truth['past_frames'][:, 0], truth['past_frames'][:, 1])
+
+
+def test_a_flip_is_refused_where_the_action_would_point_the_wrong_way():
+  flipped = config()
+  flipped['objective']['augment'] = ({'name': 'flip'},)
+  with pytest.raises(UserError, match=r'Flip moves the pixels .* in condition_kinds whether action moves with them'):
+    Run(flipped)
 
 
 @pytest.mark.slow

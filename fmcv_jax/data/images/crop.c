@@ -1,4 +1,4 @@
-/* A crop of an image, resized to a square. native.py builds it where it can; without it packages give the same bytes.
+/* A crop of an image, resized. native_crop.py builds it where it can; without it packages give the same bytes.
  *
  * Of a JPEG only the rows and columns of the crop are transformed and colored, by libjpeg-turbo's partial decoding. The
  * resize is Pillow's convolution in cykooz.resizer's fixed point: first down, rounded, then across.
@@ -192,16 +192,17 @@ static void narrow_row_plainly(const uint8_t *in, uint8_t *out, const Axis *axis
   }
 }
 
-/* The box (left, top, right, bottom) of RGB pixels, `stride` bytes a row, to out [size, size, 3]. */
-int fmcv_resize(const uint8_t *in, ptrdiff_t stride, int width, int height, const double *box, int filter, int size,
-                uint8_t *out) {
+/* The box (left, top, right, bottom) of RGB pixels, `stride` bytes a row, to out [out_height, out_width, 3]. */
+int fmcv_resize(const uint8_t *in, ptrdiff_t stride, int width, int height, const double *box, int filter,
+                int out_height, int out_width, uint8_t *out) {
   Axis across = {0}, down = {0};
-  int blocks = (3 * size + 31) / 32, status = NO_MEMORY;
+  int blocks = (3 * out_width + 31) / 32, status = NO_MEMORY;
   Group *groups = NULL;
   Pairs *pairs = NULL;
   uint8_t *joined = NULL, *narrowed = NULL;
   const uint8_t **rows = NULL;
-  if (axis_of(&across, width, box[0], box[2], size, filter) || axis_of(&down, height, box[1], box[3], size, filter))
+  if (axis_of(&across, width, box[0], box[2], out_width, filter) ||
+      axis_of(&down, height, box[1], box[3], out_height, filter))
     goto end;
   groups = aligned_alloc(32, 4 * blocks * sizeof(Group));
   pairs = aligned_alloc(32, (size_t)4 * blocks * across.taps / 2 * sizeof(Pairs));
@@ -209,8 +210,8 @@ int fmcv_resize(const uint8_t *in, ptrdiff_t stride, int width, int height, cons
   narrowed = malloc(32 * (size_t)blocks);
   rows = malloc(down.taps * sizeof(*rows));
   if (!groups || !pairs || !joined || !narrowed || !rows) goto end;
-  int vectors = gather(&across, size, groups, pairs, blocks);
-  for (int y = 0; y < size; y++) {
+  int vectors = gather(&across, out_width, groups, pairs, blocks);
+  for (int y = 0; y < out_height; y++) {
     int first = down.starts[y];
     for (int k = 0; k < down.taps; k++) /* rows that do not exist have no weight */
       rows[k] = in + (first + k < height ? first + k : first) * stride;
@@ -218,8 +219,8 @@ int fmcv_resize(const uint8_t *in, ptrdiff_t stride, int width, int height, cons
     if (vectors)
       narrow_row(across.taps / 2, joined, narrowed, across.precision, groups, pairs, blocks);
     else
-      narrow_row_plainly(joined, narrowed, &across, size);
-    memcpy(out + (size_t)y * 3 * size, narrowed, 3 * (size_t)size);
+      narrow_row_plainly(joined, narrowed, &across, out_width);
+    memcpy(out + (size_t)y * 3 * out_width, narrowed, 3 * (size_t)out_width);
   }
   status = 0;
 end:
@@ -254,7 +255,7 @@ static int common_sampling(const struct jpeg_decompress_struct *jpeg) {
 
 /* As fmcv_resize, of the window (left, top, width, height) of a JPEG that is reduced by `factor` (1, 2, 4, 8). */
 int fmcv_crop_jpeg(const uint8_t *data, size_t bytes, int factor, const int *window, const double *box, int filter,
-                   int size, uint8_t *out) {
+                   int out_height, int out_width, uint8_t *out) {
   struct jpeg_decompress_struct jpeg;
   Errors errors;
   uint8_t *volatile rows = NULL;
@@ -291,7 +292,8 @@ int fmcv_crop_jpeg(const uint8_t *data, size_t bytes, int factor, const int *win
     JSAMPROW row = rows + y * stride;
     y += jpeg_read_scanlines(&jpeg, &row, 1);
   }
-  status = fmcv_resize(rows + 3 * (left - from), stride, width, height, box, filter, size, out);
+  status = fmcv_resize(rows + 3 * (left - from), stride, width, height, box, filter, out_height,
+                       out_width, out);
 end:
   free(rows);
   jpeg_destroy_decompress(&jpeg);

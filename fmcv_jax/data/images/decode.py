@@ -11,6 +11,7 @@ from PIL import Image
 from fmcv_jax.data.images import jpeg, native_crop
 from fmcv_jax.data.images.resize import RADII, Box, Interpolation, resize
 from fmcv_jax.errors import BadRecord
+from fmcv_jax.fields import ImageSize, height_width
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own limit for a warning
 
@@ -31,6 +32,7 @@ _UPRIGHT = {
 }
 
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
+_SWAPPED = tuple(_UPRIGHT[orientation] for orientation in _TURNED)
 
 _FACTORS = (1, 2, 4, 8)  # DCT-domain reductions of libjpeg
 _GAP = 1.5  # an image is reduced only while each side of the box keeps at least this multiple of the output size
@@ -67,29 +69,40 @@ class LazyImage(abc.ABC):
   width: int
 
   @abc.abstractmethod
-  def region(self, box: Box, size: int, radius: int = 3) -> Region:
-    """The pixels that a resize of `box` to size x size pixels with a filter of this radius (in pixels) reads.
+  def region(self, box: Box, size: tuple[int, int], radius: int = 3) -> Region:
+    """The pixels that a resize of `box` to `size` (height, width) with a filter of this radius (in pixels) reads.
+
+    The region is the image as stored: `box` and pixels before the transpose `turn`.
 
     Raises BadRecord if they cannot be decoded.
     """
 
-  def crop(self, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
-    """The box as uint8 [size, size, 3]; raises BadRecord if it cannot be decoded."""
+  def crop(self, box: Box, size: ImageSize, interpolation: Interpolation) -> np.ndarray:
+    """The box, which lies in the image, as uint8 [height, width, C]; raises BadRecord if it cannot be decoded."""
+    size = height_width(size)
     region = self.region(box, size, RADII[interpolation])
-    return _turned(resize(region.pixels, region.box, size, interpolation), region.turn)
+    stored = size[::-1] if region.turn in _SWAPPED else size
+    return _turned(resize(region.pixels, region.box, stored, interpolation), region.turn)
+
+  def pixels(self) -> np.ndarray:
+    """All pixels, uint8 [height, width, C]."""
+    region = self.region((0, 0, self.width, self.height), (self.height, self.width))
+    return _turned(region.pixels, region.turn)
 
 
-def lazy_image(image: bytes | np.ndarray, exact: bool = True) -> LazyImage:
-  """A LazyImage of encoded bytes or of uint8 [H, W, 3]; raises BadRecord for anything else.
+def lazy_image(image: bytes | np.ndarray, exact: bool = True, channels: int = 3) -> LazyImage:
+  """A LazyImage of encoded bytes, which become RGB, or of uint8 [H, W, channels]; raises BadRecord for anything else.
 
   exact   crops equal crops of the decoded array; otherwise a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size
           (in the DCT domain), which is faster and differs by half a level on average, and is resized before its
           orientation is applied
   """
   if isinstance(image, np.ndarray):
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-      raise BadRecord(f'expected an image uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
+      raise BadRecord(f'expected an image uint8 [H, W, {channels}], got {image.dtype} {list(image.shape)}')
     return _Pixels(image)
+  if channels != 3:
+    raise BadRecord(f'encoded images become RGB, but {channels} channels are expected')
   head = jpeg.header(image)
   if head and head.height * head.width <= MAX_PIXELS and (head.orientation == 1 or not exact):
     return _Jpeg(image, head, exact)
@@ -104,38 +117,45 @@ class _Pixels(LazyImage):
   def region(self, box, size, radius=3):
     return _cut(self._pixels, box, size, radius)
 
+  def pixels(self):
+    return self._pixels
+
 
 class _Jpeg(LazyImage):
   def __init__(self, data: bytes, head: jpeg.Header, exact: bool):
     self._data, self._head, self._exact = data, head, exact
     self._turn = _UPRIGHT.get(head.orientation)
-    sides = head.height, head.width
-    self.height, self.width = sides[::-1] if head.orientation in _TURNED else sides
+    self.height, self.width = self._as_stored_size((head.height, head.width))
 
   def crop(self, box, size, interpolation):
+    size = height_width(size)
     # The C code also skips columns outside the crop, and resizes pixels while they are in the processor's cache.
     factor = self._factor(box, size)
-    reduced = _reduced(self._as_stored(box), factor)
+    reduced, stored = _reduced(self._as_stored(box), factor), self._as_stored_size(size)
     height, width = -(-self._head.height // factor), -(-self._head.width // factor)
-    left, top, right, bottom = _window(height, width, reduced, size, RADII[interpolation])
+    left, top, right, bottom = _window(height, width, reduced, stored, RADII[interpolation])
     window = left, top, right - left, bottom - top
-    pixels = native_crop.crop_jpeg(self._data, factor, window, _within(reduced, left, top), size, interpolation)
+    pixels = native_crop.crop_jpeg(self._data, factor, window, _within(reduced, left, top), stored, interpolation)
     return super().crop(box, size, interpolation) if pixels is None else _turned(pixels, self._turn)
 
   def region(self, box, size, radius=3):
-    factor, stored = self._factor(box, size), self._as_stored(box)
-    beyond = factor * _reach((stored[3] - stored[1]) / factor, size, radius)
+    factor, stored, stored_size = self._factor(box, size), self._as_stored(box), self._as_stored_size(size)
+    beyond = factor * _reach((stored[3] - stored[1]) / factor, stored_size[0], radius)
     last = min(self._head.height, math.ceil(stored[3]) + beyond)
     pixels = jpeg.decode_rows(self._data, self._head, last, factor)
     if pixels is None:
       return _cut(np.asarray(decode_pil(self._data)), box, size, radius)  # raises with the reason, or succeeds
-    return _cut(pixels, _reduced(stored, factor), size, radius)._replace(turn=self._turn)
+    return _cut(pixels, _reduced(stored, factor), stored_size, radius)._replace(turn=self._turn)
 
-  def _factor(self, box: Box, size: int) -> int:
+  def _factor(self, box: Box, size: tuple[int, int]) -> int:
     if self._exact:
       return 1
-    side = min(box[2] - box[0], box[3] - box[1])
-    return max(f for f in _FACTORS if f == 1 or side >= f * _GAP * size)
+    width, height = box[2] - box[0], box[3] - box[1]
+    return max(f for f in _FACTORS if f == 1 or (width >= f * _GAP * size[1] and height >= f * _GAP * size[0]))
+
+  def _as_stored_size(self, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) with the sides swapped if the orientation swaps them, in either direction."""
+    return size[::-1] if self._head.orientation in _TURNED else size
 
   def _as_stored(self, box: Box) -> Box:
     """The box in the coordinates of the stored image, before its orientation is applied."""
@@ -149,14 +169,14 @@ class _Jpeg(LazyImage):
     return left, top, right, bottom
 
 
-def _cut(pixels: np.ndarray, box: Box, size: int, radius: int) -> Region:
+def _cut(pixels: np.ndarray, box: Box, size: tuple[int, int], radius: int) -> Region:
   left, top, right, bottom = _window(pixels.shape[0], pixels.shape[1], box, size, radius)
   return Region(pixels[top:bottom, left:right], _within(box, left, top))
 
 
-def _window(height: int, width: int, box: Box, size: int, radius: int) -> tuple[int, int, int, int]:
+def _window(height: int, width: int, box: Box, size: tuple[int, int], radius: int) -> tuple[int, int, int, int]:
   """The window of pixels that a resize of the box reads: (left, top, right, bottom), right and bottom excluded."""
-  x, y = _reach(box[2] - box[0], size, radius), _reach(box[3] - box[1], size, radius)
+  x, y = _reach(box[2] - box[0], size[1], radius), _reach(box[3] - box[1], size[0], radius)
   left, top = max(0, math.floor(box[0]) - x), max(0, math.floor(box[1]) - y)
   return left, top, min(width, math.ceil(box[2]) + x), min(height, math.ceil(box[3]) + y)
 

@@ -42,16 +42,16 @@ def engine() -> str:
 
 
 def resize(
-  pixels: np.ndarray, box: tuple[float, float, float, float], size: int, interpolation: str
+  pixels: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int], interpolation: str
 ) -> np.ndarray | None:
-  """The box of uint8 [H, W, 3] as [size, size, 3]; None if the packages have to do it."""
+  """The box of uint8 [H, W, 3] as uint8 [*size, 3]; None if the packages have to do it."""
   library, _ = _loaded()
-  if library is None or interpolation not in FILTERS or pixels.strides[1:] != (3, 1):
+  if library is None or interpolation not in FILTERS or pixels.shape[2] != 3 or pixels.strides[1:] != (3, 1):
     return None
   height, width, _ = pixels.shape
-  out = np.empty((size, size, 3), np.uint8)
+  out = np.empty((*size, 3), np.uint8)
   failed = library.fmcv_resize(
-    pixels.ctypes.data, pixels.strides[0], width, height, _Box(*box), FILTERS[interpolation], size, out.ctypes.data
+    pixels.ctypes.data, pixels.strides[0], width, height, _Box(*box), FILTERS[interpolation], *size, out.ctypes.data
   )
   return None if failed else out
 
@@ -61,16 +61,16 @@ def crop_jpeg(
   factor: int,
   window: tuple[int, int, int, int],
   box: tuple[float, float, float, float],
-  size: int,
+  size: tuple[int, int],
   interpolation: str,
 ) -> np.ndarray | None:
   """As `resize`, of a JPEG reduced by `factor`: the `box` inside its window (left, top, width, height)."""
   library, _ = _loaded()
   if library is None or interpolation not in FILTERS:
     return None
-  out = np.empty((size, size, 3), np.uint8)
+  out = np.empty((*size, 3), np.uint8)
   failed = library.fmcv_crop_jpeg(
-    data, len(data), factor, _Window(*window), _Box(*box), FILTERS[interpolation], size, out.ctypes.data
+    data, len(data), factor, _Window(*window), _Box(*box), FILTERS[interpolation], *size, out.ctypes.data
   )
   return None if failed else out
 
@@ -81,13 +81,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
   try:
     library = ctypes.CDLL(str(_built()))
     number, pointer = ctypes.c_int, ctypes.c_void_p
-    library.fmcv_resize.argtypes = [pointer, ctypes.c_ssize_t, number, number, _Box, number, number, pointer]
+    library.fmcv_resize.argtypes = [pointer, ctypes.c_ssize_t, number, number, _Box, number, number, number, pointer]
     library.fmcv_crop_jpeg.argtypes = [
       ctypes.c_char_p,
       ctypes.c_size_t,
       number,
       _Window,
       _Box,
+      number,
       number,
       number,
       pointer,
@@ -137,6 +138,6 @@ def _check(library: ctypes.CDLL) -> None:
   out = np.empty((32, 32, 3), np.uint8)
   data = file.getvalue()
   window, box = _Window(21, 19, 48, 48), _Box(8, 8, 40, 40)
-  failed = library.fmcv_crop_jpeg(data, len(data), 1, window, box, FILTERS['bilinear'], 32, out.ctypes.data)
+  failed = library.fmcv_crop_jpeg(data, len(data), 1, window, box, FILTERS['bilinear'], 32, 32, out.ctypes.data)
   if failed or (out != np.asarray(Image.open(file))[27:59, 29:61]).any():
     raise Unavailable("pixels of this machine's libjpeg differ from Pillow's")

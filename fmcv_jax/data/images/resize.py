@@ -1,4 +1,4 @@
-"""Resizing a box of an image to a square, with Pillow's filters and antialiasing."""
+"""Resizing a box of an image, with Pillow's filters and antialiasing."""
 
 import threading
 from typing import Literal
@@ -25,25 +25,33 @@ class _Reused(threading.local):
 
   def __init__(self):
     self.resizer = resizer.Resizer()
-    self.targets: dict[int, resizer.ImageData] = {}
+    self.targets: dict[tuple[int, int, resizer.PixelType], resizer.ImageData] = {}
 
 
 _THREAD = _Reused()
 
 
-def resize(pixels: np.ndarray, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
-  """The box of uint8 [H, W, 3] as uint8 [size, size, 3]; the C code and cykooz.resizer give the same bytes."""
+def resize(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
+  """The box of uint8 [H, W, C] as uint8 [*size, C]; the C code and cykooz.resizer give the same bytes."""
   done = native_crop.resize(pixels, box, size, interpolation)
   return by_package(pixels, box, size, interpolation) if done is None else done
 
 
-def by_package(pixels: np.ndarray, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
-  height, width, _ = pixels.shape
+def by_package(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
+  if pixels.shape[2] == 3:
+    return _by_package(pixels, box, size, interpolation, resizer.PixelType.U8x3)
+  # One at a time: of two or four channels the package takes the last for transparency.
+  planes = np.moveaxis(pixels, -1, 0)[..., None]
+  return np.concatenate([_by_package(x, box, size, interpolation, resizer.PixelType.U8) for x in planes], axis=-1)
+
+
+def _by_package(pixels, box, size, interpolation, kind) -> np.ndarray:
+  height, width, channels = pixels.shape
   left, top, right, bottom = box
-  source = resizer.ImageData(width, height, resizer.PixelType.U8x3, pixels.tobytes())
-  target = _THREAD.targets.get(size)
+  source = resizer.ImageData(width, height, kind, pixels.tobytes())
+  target = _THREAD.targets.get((*size, kind))
   if target is None:
-    target = _THREAD.targets[size] = resizer.ImageData(size, size, resizer.PixelType.U8x3)
+    target = _THREAD.targets[(*size, kind)] = resizer.ImageData(size[1], size[0], kind)
   crop = resizer.CropBox(left, top, right - left, bottom - top)
   _THREAD.resizer.resize(source, target, resizer.ResizeOptions(FILTERS[interpolation], crop_box=crop))
-  return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+  return np.frombuffer(target.get_buffer(), np.uint8).reshape(*size, channels)

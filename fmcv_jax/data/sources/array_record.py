@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -24,10 +24,12 @@ from fmcv_jax.data import storage
 from fmcv_jax.data.sources.account import Account, LeftOut
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.errors import UserError
+from fmcv_jax.fields import Field
 
 FIELDS = ('image', 'label', 'text', 'texts', 'key')
 INFO = 'info.json'
 _ARRAYS = 'arrays'
+_CLIPS = 'clips'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,10 @@ class ArrayRecord(Source):
   @property
   def names(self) -> tuple[str, ...]:
     return tuple(self._info.get('names', ()))
+
+  @functools.cached_property
+  def fields(self) -> Mapping[str, Field]:  # type: ignore[override]
+    return {name: Field(**field) for name, field in self._info.get('fields', {}).items()}
 
   def __len__(self) -> int:
     return self._shards.ends[-1]
@@ -129,11 +135,18 @@ def _count(file: storage.File) -> int:
 
 
 def encode_record(example: Example) -> bytes:
-  """An example as bytes. An image as array uint8 [H, W, 3 or 4] is stored as PNG, arrays of other names as they are."""
-  arrays = {name: value for name, value in example.items() if name not in FIELDS and isinstance(value, np.ndarray)}
-  fields = {name: value for name, value in example.items() if name not in arrays}
+  """An example as bytes.
+
+  An image as array uint8 [H, W], [H, W, 3] or [H, W, 4] is stored as PNG; other arrays, and tuples of encoded frames,
+  as they are.
+  """
+  arrays = {name: value for name, value in example.items() if isinstance(value, np.ndarray) and _is_array(name, value)}
+  clips = {name: list(value) for name, value in example.items() if _is_clip(value)}
+  fields = {name: value for name, value in example.items() if name not in arrays and name not in clips}
   if unknown := set(fields) - set(FIELDS):
     raise ValueError(f'fields {sorted(unknown)} of an example are neither one of {FIELDS} nor arrays')
+  if clips:
+    fields[_CLIPS] = clips
   if arrays:
     fields[_ARRAYS] = {name: (a.dtype.str, a.shape, np.ascontiguousarray(a).tobytes()) for name, a in arrays.items()}
   if isinstance(fields.get('image'), np.ndarray):
@@ -145,16 +158,27 @@ def encode_record(example: Example) -> bytes:
   return msgpack.packb(fields)
 
 
+def _is_array(name: str, value: np.ndarray) -> bool:
+  """Whether an array is stored as it is, and not as a PNG or a number."""
+  return name not in FIELDS or (name == 'image' and value.shape[2:] not in ((), (3,), (4,)))
+
+
+def _is_clip(value: Any) -> bool:
+  return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(frame, bytes) for frame in value)
+
+
 def decode_record(data: bytes) -> Example:
   """The example of `encode_record`, its image as encoded bytes. Raises BadRecord for anything else."""
   try:
     example = msgpack.unpackb(data)
   except Exception as error:  # msgpack has an exception hierarchy of its own
     raise BadRecord(f'not msgpack: {type(error).__name__}: {error}') from error
-  if not isinstance(example, dict) or set(example) - {*FIELDS, _ARRAYS}:
+  if not isinstance(example, dict) or set(example) - {*FIELDS, _ARRAYS, _CLIPS}:
     raise BadRecord(f'not an example: {str(example)[:60]!r}')
   for name, (dtype, shape, values) in example.pop(_ARRAYS, {}).items():
     example[name] = np.frombuffer(values, dtype).reshape(shape)
+  for name, frames in example.pop(_CLIPS, {}).items():
+    example[name] = tuple(frames)
   if 'texts' in example:
     example['texts'] = tuple(example['texts'])
   return example
@@ -174,7 +198,7 @@ def write_array_record(source: Source, path: str, shards: int = 1) -> None:
     for shard in range(shards):
       rows = range(bounds[shard], bounds[shard + 1])
       write_shard((source[index] for index in rows), shard_path(partial, shard, shards))
-    write_info(partial, len(source), shards, source.names)
+    write_info(partial, len(source), shards, source.names, fields=source.fields)
     partial.rename(target)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
@@ -206,9 +230,12 @@ def write_info(
   counts: Sequence[int] = (),
   skipped: int = 0,
   origin: Any = None,
+  fields: Mapping[str, Field] = {},
 ) -> None:
-  """Writes info.json, as the last file of a dataset: `counts` of records per shard, and the number of unreadable
-  records `skipped` when it was written from `origin`."""
-  info = {'records': records, 'shards': shards, 'names': list(names)}
+  """Writes info.json, as the last file of a dataset: `counts` of records per shard, the number of unreadable records
+  `skipped` when it was written from `origin`, and the meaning of its `fields`."""
+  info: dict[str, Any] = {'records': records, 'shards': shards, 'names': list(names)}
+  if fields:
+    info['fields'] = {name: dataclasses.asdict(field) for name, field in fields.items()}
   made = {'counts': list(counts), 'skipped': skipped, 'origin': origin} if counts else {}
   (folder / INFO).write_text(json.dumps({**info, **made}, indent=1), encoding='utf-8')

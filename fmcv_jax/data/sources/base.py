@@ -2,11 +2,13 @@
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from fmcv_jax.data.order import Order, RunOrder
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.errors import BadRecord, UserError
+from fmcv_jax.fields import Field
 
 Example = dict[str, Any]
 
@@ -24,12 +26,17 @@ class Source(abc.ABC):
   """A dataset with random access: frozen, picklable, cheap to construct, opened lazily.
 
   An example has some of the fields
-    image   encoded bytes (JPEG, PNG, WebP, ...) or a uint8 array [height, width, 3]
-    label   int, an index into `names`
-    segments uint8 [height, width]: the class of each pixel of an image that is an array; 255: ignore
-    text    str: the caption or the name
-    texts   tuple of str: every caption; transforms pick one
-    key     str that identifies the record in messages (a path, a record number)
+    image     encoded bytes (JPEG, PNG, WebP, ...) or uint8 [height, width, channels]
+    clip      uint8 [frames, height, width, channels], or a tuple of encoded frames
+    label     int, an index into `names`
+    segments  integers [height, width]: the class of each pixel; 255: ignore
+    boxes     float [N, 4]: left, top, right, bottom in pixels of the image
+    classes   int [N], the class of each box; masks bool [N, height, width], the pixels of each object
+    points    float [..., 2]: x, y in pixels
+    text      str: the caption or the name
+    texts     tuple of str: every caption; transforms pick one
+    key       str that identifies the record in messages (a path, a record number)
+  and arrays of other names, whose meaning `fields` states.
 
   A record that cannot be read raises `BadRecord`, `OSError` or `ValueError` from `__getitem__`; the loader skips,
   counts and reports it by `key_of`. Any other exception is a bug and stops the run.
@@ -45,6 +52,11 @@ class Source(abc.ABC):
   def names(self) -> tuple[str, ...]:
     """Names of the classes by label; empty where the source has none."""
     return ()
+
+  @property
+  def fields(self) -> Mapping[str, Field]:
+    """The meaning of fields whose name alone does not tell it (see fmcv_jax/fields.py)."""
+    return {}
 
   def key_of(self, index: int) -> str:
     """A name of record `index`, available even if the record is unreadable."""

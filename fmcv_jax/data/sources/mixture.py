@@ -10,6 +10,7 @@ from fmcv_jax.data.order import MixedOrder, RunOrder
 from fmcv_jax.data.sources.account import Account, merged
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.fields import Field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,16 @@ class Mixture(Source):
   @functools.cached_property
   def names(self) -> tuple[str, ...]:  # type: ignore[override]
     return tuple(dict.fromkeys(itertools.chain.from_iterable(source.names for source in self.sources.values())))
+
+  @functools.cached_property
+  def fields(self) -> Mapping[str, Field]:  # type: ignore[override]
+    """The fields of all sources, which have to agree."""
+    merged: dict[str, Field] = {}
+    for part, source in self.sources.items():
+      for name, field in source.fields.items():
+        if merged.setdefault(name, field) != field:
+          raise UserError(f'mixture: {name} of {part!r} is {field}, but {merged[name]} of another source')
+    return merged
 
   def __len__(self) -> int:
     return self._ends[-1]

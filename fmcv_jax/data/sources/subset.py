@@ -1,11 +1,13 @@
 """Some records of a source."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import Example, Source
+from fmcv_jax.fields import Field
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +26,10 @@ class Subset(Source):
   @property
   def names(self) -> tuple[str, ...]:
     return self.source.names
+
+  @property
+  def fields(self) -> Mapping[str, Field]:
+    return self.source.fields
 
   def key_of(self, index: int) -> str:
     return self.source.key_of(int(self.rows[index]))

@@ -10,12 +10,6 @@ PATCH_AXES = (
   (r'(.*/)?patch/kernel', (None, 'embed')),
   (r'(.*/)?patch/bias', (None,)),
 )
-ImageSize = int | tuple[int, int]
-
-
-def height_width(size: ImageSize) -> tuple[int, int]:
-  """(height, width) of an image size; a single number is a square."""
-  return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def patchify(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:

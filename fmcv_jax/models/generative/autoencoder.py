@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import did_you_mean
+from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.conv_blocks import (
   Downsample,
   ResidualBlock,
@@ -20,7 +21,6 @@ from fmcv_jax.models.common.conv_blocks import (
   groups_of,
 )
 from fmcv_jax.models.common.layers import NORM_AXES, Dtype, Remat, dense, rematerialize
-from fmcv_jax.models.common.patches import ImageSize, height_width
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 

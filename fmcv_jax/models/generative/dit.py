@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
 from fmcv_jax.errors import did_you_mean
+from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
@@ -25,7 +26,7 @@ from fmcv_jax.models.common.layers import (
   layer_norm,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import PATCH_AXES, ImageSize, height_width, patchify
+from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.generative.adaln import MODULATION_AXES, final_layer, modulated_layer_norm, modulation
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding

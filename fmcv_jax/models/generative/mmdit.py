@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.diffusion.condition import Condition
 from fmcv_jax.errors import did_you_mean
+from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.attention.dispatch import Backend, attention
 from fmcv_jax.models.common.layers import (
   ATTENTION_AXES,
@@ -25,7 +26,7 @@ from fmcv_jax.models.common.layers import (
   rematerialize,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import PATCH_AXES, ImageSize, height_width, patchify
+from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.generative.adaln import MODULATION_AXES, final_layer, layer_norm_no_affine
 from fmcv_jax.models.generative.conditioning import MLPEmbedder, timestep_embedding

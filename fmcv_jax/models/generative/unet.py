@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
 from fmcv_jax.errors import did_you_mean
+from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.conv_blocks import (
   Downsample,
@@ -34,7 +35,6 @@ from fmcv_jax.models.common.layers import (
   rematerialize,
   scan_layers,
 )
-from fmcv_jax.models.common.patches import ImageSize, height_width
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
 from fmcv_jax.parallel.rules import with_logical_constraint
 

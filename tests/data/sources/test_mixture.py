@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmcv_jax.config import build
-from fmcv_jax.data.loader import Pipeline, TrainLoader, evaluation_batches, fingerprint
+from fmcv_jax.data.loader import TrainLoader, evaluation_batches, fingerprint
 from fmcv_jax.data.order import MixedOrder, Order
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.sources.mixture import Mixture
 from fmcv_jax.errors import UserError

@@ -3,8 +3,9 @@ import pickle
 import numpy as np
 import pytest
 
-from fmcv_jax.data.loader import Pipeline, TrainLoader, fingerprint
+from fmcv_jax.data.loader import TrainLoader, fingerprint
 from fmcv_jax.data.order import WindowedOrder
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.parquet import Parquet
 from fmcv_jax.errors import UserError

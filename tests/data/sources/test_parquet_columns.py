@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.loader import TrainLoader
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.array_record import ArrayRecord, write_array_record
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.parquet import Parquet

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from fmcv_jax.data.images.decode import decode
-from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.data.packing import pack
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.tfds import Tfds

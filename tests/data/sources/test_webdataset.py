@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.loader import TrainLoader
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources import tar
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.webdataset import WebDataset

@@ -6,7 +6,8 @@ import tarfile
 
 import pytest
 
-from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.loader import TrainLoader
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.webdataset import WebDataset
 from fmcv_jax.data.tokenizers import ClipBpe

@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.loader import TrainLoader
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.tokenizers import ClipBpe
 from fmcv_jax.data.transforms import RandomResizedCrop
 from fmcv_jax.errors import UserError
@@ -99,7 +100,8 @@ def test_a_hung_worker_is_a_user_error_after_the_timeout_and_is_killed():
 TRAINER = """
 import sys, time
 sys.path.insert(0, '.')
-from fmcv_jax.data.loader import Pipeline, TrainLoader
+from fmcv_jax.data.loader import TrainLoader
+from fmcv_jax.data.pipeline import Pipeline
 from tests.data.counting import Counting
 
 if __name__ == '__main__':

@@ -1,0 +1,203 @@
+"""An example of a run from a record of the source: text, label, and everything spatial by one drawn geometry."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from fmcv_jax.data.images.decode import LazyImage, decode
+from fmcv_jax.data.pipeline import Pipeline
+from fmcv_jax.data.sources import values
+from fmcv_jax.data.sources.base import BadRecord, Example
+from fmcv_jax.data.transforms import ImageTransform
+from fmcv_jax.errors import UserError
+from fmcv_jax.fields import Field, padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Reads examples with `fields`; `train` draws caption templates and texts, evaluation takes the first ones."""
+
+  pipeline: Pipeline
+  fields: tuple[str, ...]
+  train: bool
+
+  def read(self, index: int, rng: np.random.Generator) -> Example:
+    """The example of a record: arrays by field, a string for 'tokens'. Random values are drawn from `rng` alone.
+
+    Raises BadRecord for a record that cannot be used, and UserError for a field that the source does not provide.
+    """
+    record = self.pipeline.source[index]
+    row: Example = {}
+    if 'tokens' in self.fields:
+      row['tokens'] = self._text(record, rng)
+    for name in self._of_kind('label'):
+      classes = self._classes if name == 'label' else values.Classes(())
+      row[name] = classes.number(self._given(record, name), name)
+    row |= self._spatial(record, rng)
+    row |= self._views(record, rng)
+    for name in self.fields:
+      if name not in row:
+        row[name] = self._array(record, name)
+    return row
+
+  @functools.cached_property
+  def _kinds(self) -> dict[str, Field]:
+    """The meaning of each requested field; one that nobody states is an array."""
+    return {
+      name: self.pipeline.field(name) or Field('array') for name in self.fields if name not in self.pipeline.views
+    }
+
+  def _of_kind(self, *kinds: str) -> list[str]:
+    return [name for name, field in self._kinds.items() if field.kind in kinds]
+
+  # --- what belongs to positions in the image
+
+  def _spatial(self, record: Example, rng: np.random.Generator) -> Example:
+    """The requested images, clips, maps, masks, boxes and points, changed by one geometry, and rows of their groups."""
+    names = [name for name, field in self._kinds.items() if field.spatial or field.group]
+    if not names:
+      return {}
+    given = {name: self._given(record, name) for name in names}
+    transform = self.pipeline.image
+    if transform is None:
+      return {name: self._padded(name, self._unchanged(name, value)) for name, value in given.items()}
+    self._check_undeclared(record)
+    drawn = _Drawn(transform, self.pipeline.channels, *self._anchor(record), rng)
+    row = {name: drawn.apply(name, value, self._kinds[name]) for name, value in given.items()}
+    for group in {field.group for field in self._kinds.values() if field.group}:
+      kept = self._kept(record, group, drawn)
+      for name in [name for name in names if self._kinds[name].group == group]:
+        if kept is not None and len(row[name]) != len(kept):
+          raise BadRecord(f'{name} has {len(row[name])} rows, but there are {len(kept)} boxes')
+        row[name] = row[name] if kept is None else row[name][kept]
+    return {name: self._padded(name, value) for name, value in row.items()}
+
+  def _padded(self, name: str, value: Any) -> Any:
+    return padded(name, value, self._kinds[name]) if self._kinds[name].ragged else value
+
+  def _unchanged(self, name: str, value: Any) -> np.ndarray:
+    field = self._kinds[name]
+    if field.kind in ('image', 'clip') and not isinstance(value, np.ndarray):
+      raise UserError("data: the source provides encoded images; set the pipeline's image, such as resize_crop")
+    return value if isinstance(value, np.ndarray) else np.asarray(value, np.float32 if field.kind == 'boxes' else None)
+
+  def _anchor(self, record: Example) -> tuple[str, Any]:
+    """Name and value of the field whose size the geometry is drawn for: an image or clip, requested or not."""
+    ordered = dict.fromkeys((*self._of_kind('image', 'clip'), *record))
+    for kinds in (('image', 'clip'), ('map',)):
+      for name in ordered:
+        field = self.pipeline.field(name)
+        if field is not None and field.kind in kinds and name in record:
+          return name, record[name]
+    wanted = ', '.join(name for name, field in self._kinds.items() if field.spatial)
+    raise UserError(f'data: {wanted} belong to an image, which {type(self.pipeline.source).__name__} does not provide')
+
+  def _kept(self, record: Example, group: str | None, drawn: '_Drawn') -> np.ndarray | None:
+    """bool [N]: the objects of a group of which something is left; None for a group without boxes."""
+    for name in record:
+      field = self.pipeline.field(name)
+      if field is not None and field.kind == 'boxes' and field.group == group:
+        return drawn.geometry.kept(name, np.asarray(record[name]))
+    return None
+
+  def _check_undeclared(self, record: Example) -> None:
+    """Refuses arrays that look like positions or pixels, of which nobody states the kind: they would stay unchanged."""
+    for name in self._kinds:
+      if self.pipeline.field(name) is not None or not isinstance(record.get(name), np.ndarray):
+        continue
+      shape = record[name].shape
+      pixels = len(shape) > 2 and shape[-1] in (1, 3, 4)
+      positions = len(shape) == 2 and shape[-1] in (2, 4)
+      if pixels or positions or any(word in name for word in ('box', 'mask', 'point', 'frame')):
+        raise UserError(
+          f'data: data.image changes the geometry of images, and it is not known whether {name} '
+          f'{record[name].dtype} {list(shape)} has to change with them: set data.fields.{name} to its kind, such as '
+          f"dict(kind='boxes'), or to dict(kind='array') if it does not depend on positions"
+        )
+
+  def _views(self, record: Example, rng: np.random.Generator) -> Example:
+    names = [name for name in self.pipeline.views if name in self.fields]
+    if not names:
+      return {}
+    if others := [name for name, field in self._kinds.items() if field.spatial and field.kind != 'image']:
+      raise UserError(f'data: each of data.views is a crop of its own, which {", ".join(others)} cannot follow')
+    image = self._given(record, 'image')
+    image = image if isinstance(image, np.ndarray) else decode(image)  # once for all views
+    row = {}
+    for name in names:
+      views = self.pipeline.views[name]
+      row[name] = np.stack([views.image(image, rng) for _ in range(views.count)])
+    return row
+
+  # --- the rest
+
+  def _array(self, record: Example, name: str) -> np.ndarray:
+    value = np.asarray(self._given(record, name))
+    if value.dtype.kind not in 'biuf':
+      raise UserError(f'data: {name} of {type(self.pipeline.source).__name__} is not numbers, but {record[name]!r:.60}')
+    return self._padded(name, value)
+
+  @functools.cached_property
+  def _classes(self) -> values.Classes:
+    return values.Classes(self.pipeline.source.names)
+
+  def _text(self, record: Example, rng: np.random.Generator) -> str:
+    if 'texts' in record or 'text' in record:
+      texts = values.texts(record.get('texts', record.get('text')), 'its text')
+    elif self._classes.names and 'label' in record:
+      texts = (self._classes.names[self._classes.number(record['label'], 'label')],)
+    else:
+      texts = values.texts(self._given(record, 'text'), 'its text')
+    if not texts:
+      raise BadRecord('has no text')
+    templates = self.pipeline.caption_templates
+    chosen = (rng.integers(len(templates)), rng.integers(len(texts))) if self.train else (0, 0)
+    return templates[chosen[0]].replace('{}', texts[chosen[1]])
+
+  def _given(self, record: Example, field: str) -> Any:
+    if field not in record:
+      name, given = type(self.pipeline.source).__name__, ', '.join(sorted(set(record) - {'key'}))
+      views = f', and data.views gives {", ".join(self.pipeline.views)}' if self.pipeline.views else ''
+      raise UserError(
+        f'data: the objective needs the fields {", ".join(self.fields)}, but {name} has no {field}; it provides '
+        f'{given}{views}'
+      )
+    return record[field]
+
+
+class _Drawn:
+  """The geometry drawn for the image, clip or map `value` of a record, and the fields that it changes."""
+
+  def __init__(self, transform: ImageTransform, channels: int, name: str, value: Any, rng: np.random.Generator):
+    self._transform, self._channels, self._name = transform, channels, name
+    if isinstance(value, np.ndarray) and value.ndim == 2:  # a map, of a record without an image
+      self._frames, (height, width) = [], value.shape
+    else:
+      self._frames = self._opened(value)
+      height, width = self._frames[0].height, self._frames[0].width
+    self.geometry = transform.draw(height, width, rng)
+
+  def apply(self, name: str, value: Any, field: Field) -> np.ndarray:
+    """The field in the output; raises BadRecord if it does not fit the image."""
+    if field.kind not in ('image', 'clip'):
+      return self.geometry.apply(name, value, field) if field.spatial else np.asarray(value)
+    frames = self._frames if name == self._name else self._opened(value)
+    if field.kind == 'image' and len(frames) > 1:
+      raise BadRecord(f'{name} has {len(frames)} frames; an image has one')
+    for frame in frames:
+      if (frame.height, frame.width) != (self.geometry.height, self.geometry.width):
+        raise BadRecord(
+          f'{name} has {frame.height} x {frame.width} pixels, but {self._name} {self.geometry.height} x '
+          f'{self.geometry.width} (height x width)'
+        )
+    pixels = [self._transform.apply(frame, self.geometry) for frame in frames]
+    return pixels[0] if field.kind == 'image' else np.stack(pixels)
+
+  def _opened(self, value: Any) -> list[LazyImage]:
+    clip = isinstance(value, (tuple, list)) or (isinstance(value, np.ndarray) and value.ndim == 4)
+    frames = [self._transform.open(frame, self._channels) for frame in (value if clip else (value,))]
+    if not frames:
+      raise BadRecord('a clip without frames')
+    return frames
