@@ -29,14 +29,15 @@ def augment_fields(
           fields of its group. Points outside of the image keep their coordinates, or become invisible.
   """
   images = batch['image'].astype(jnp.float32) / 255
+  height, width = images.shape[-3:-1]
   out = dict(batch)
   for index, augment in enumerate(augments):
     own = jax.random.fold_in(rng, index)
     call: Callable[[jax.Array], jax.Array] = functools.partial(augment, rng=own)
     if isinstance(augment, GeometricAugment):
-      matrix = augment.draw(len(images), *images.shape[-3:-1], own)
+      matrix = augment.draw(len(images), height, width, own)
       call = functools.partial(augment.images, matrix=matrix)
-      out |= _moved(augment, matrix, out, fields, images.shape[-3:-1])
+      out |= _moved(augment, matrix, out, fields, (height, width))
     images = _each_frame(call, images)
   return {**out, 'image': images}
 

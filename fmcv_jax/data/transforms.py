@@ -7,7 +7,7 @@ flips, noise and mixing run on the device, in `augment/`; the host only does wha
 import abc
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class ImageTransform(abc.ABC):
 
   exact: ClassVar[bool] = True  # False: large JPEGs may be decoded at a fraction of their size
   size: ImageSize
-  interpolation: Interpolation
+  interpolation: str
 
   @abc.abstractmethod
   def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
@@ -39,10 +39,11 @@ class ImageTransform(abc.ABC):
     """The pixels of the output, uint8 [height, width, C]; raises BadRecord if they cannot be decoded."""
     if geometry.identity:
       return image.pixels()
-    pixels = _visible(image, geometry, self.interpolation)
+    left, top, right, bottom = geometry.inside
+    filter_name = cast(Interpolation, self.interpolation)
+    pixels = image.crop(geometry.visible_box, (bottom - top, right - left), filter_name)
     if pixels.shape[:2] == geometry.size:
       return pixels
-    left, top, right, bottom = geometry.inside
     out = np.empty((*geometry.size, pixels.shape[2]), np.uint8)
     out[:] = np.asarray(self.fill_color, np.uint8)
     out[top:bottom, left:right] = pixels
@@ -60,12 +61,6 @@ class ImageTransform(abc.ABC):
     """
     whole = self.open(image)
     return self.apply(whole, self.draw(whole.height, whole.width, rng))
-
-
-def _visible(image: LazyImage, geometry: Geometry, interpolation: Interpolation) -> np.ndarray:
-  """The pixels of `geometry.inside`."""
-  left, top, right, bottom = geometry.inside
-  return image.crop(geometry.visible_box, (bottom - top, right - left), interpolation)
 
 
 @dataclasses.dataclass(frozen=True)

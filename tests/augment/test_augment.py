@@ -165,7 +165,7 @@ def test_affine_zooms_and_stretches_about_the_center():
 def test_affine_draws_each_parameter_within_its_bounds():
   count, height, width = 500, 30, 40
   affine = Affine((0.8, 1.25), (0.5, 2.0), rotation=30.0, translate=0.25, shear=0.3)
-  matrices = np.asarray(jax.jit(affine.matrices, static_argnums=(0, 1, 2))(count, height, width, KEY), np.float64)
+  matrices = np.asarray(jax.jit(affine.draw, static_argnums=(0, 1, 2))(count, height, width, KEY), np.float64)
   right, down, shift = matrices[..., 0], matrices[..., 1], matrices[..., 2]  # where a step to the right or down leads
 
   angle = np.arctan2(right[:, 1], right[:, 0])
