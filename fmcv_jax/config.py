@@ -30,13 +30,35 @@ logger = logging.getLogger(__name__)
 Kinds = Mapping[type, Mapping[str, Callable[..., Any]]]
 
 
+def shipped_configs() -> pathlib.Path:
+  """The folder of the configs that come with the package: of an installation, or of a checkout."""
+  package = pathlib.Path(__file__).parent
+  installed = package / 'configs'
+  return installed if installed.is_dir() else package.parent / 'configs'
+
+
+def find_file(path: str) -> pathlib.Path:
+  """The config file at `path`, or else the config of that name that comes with the package.
+
+  A shipped config is named as in a checkout ('configs/demo/clip.py') or shortly ('demo/clip'). UserError if there is
+  neither, with the nearest name.
+  """
+  file, shipped = pathlib.Path(path), shipped_configs()
+  if file.is_file():
+    return file
+  name = path.removeprefix('configs/').removesuffix('.py') + '.py'
+  if not file.is_absolute() and (shipped / name).is_file():
+    return shipped / name
+  here = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
+  names = [p.relative_to(shipped).with_suffix('').as_posix() for p in sorted(shipped.rglob('*.py'))]
+  near = [*here, *names, *(f'configs/{known}.py' for known in names)]
+  raise UserError(f'--config: no file {path!r}, and no config of that name in the package; {did_you_mean(path, near)}')
+
+
 def load_file(spec: str) -> dict[str, Any]:
-  """Runs `get_config(arg)` of the python file in `spec`, 'path/to/config.py' or 'path/to/config.py:arg'."""
+  """Runs `get_config(arg)` of a python file; `spec` is 'path/to/config.py' or 'path/to/config.py:arg' (`find_file`)."""
   path, _, arg = spec.partition(':')
-  file = pathlib.Path(path)
-  if not file.is_file():
-    near = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
-    raise UserError(f'--config: no file {path!r}; {did_you_mean(path, near)}')
+  file = find_file(path)
   module_spec = importlib.util.spec_from_file_location(f'fmcv_config_{file.stem}', file)
   assert module_spec
   assert module_spec.loader
