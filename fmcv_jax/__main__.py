@@ -342,7 +342,7 @@ def _suppress_tensorstore_shutdown_errors() -> Iterator[None]:
   """Silences 'Event loop is closed', which every tensorstore thread reports after a failed write."""
   usual = sys.unraisablehook
 
-  def hook(unraisable):
+  def hook(unraisable: Any) -> None:
     if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != 'Event loop is closed':
       usual(unraisable)
 

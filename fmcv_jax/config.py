@@ -149,7 +149,7 @@ def resolve(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> 
 def build(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> Any:
   """Constructs what plain data describes. A ValueError of a constructor is reported with the field's path."""
 
-  def construct(name, constructor, fields, path):
+  def construct(name: Any, constructor: Callable[..., Any], fields: Mapping[str, Any], path: str) -> Any:
     with config_path_context(path):
       return constructor(**fields)
 
@@ -210,7 +210,7 @@ def _visit(annotation: Any, value: Any, kinds: Kinds, path: str, make: Callable[
   return value
 
 
-def _visit_union(args, value, kinds, path, make):
+def _visit_union(args: Any, value: Any, kinds: Kinds, path: str, make: Callable[..., Any]) -> Any:
   if value is None and types.NoneType in args:
     return None
   options = [option for option in args if option is not types.NoneType]
@@ -223,7 +223,9 @@ def _visit_union(args, value, kinds, path, make):
   raise errors[0] if len(options) == 1 else UserError(f'{path}: got {value!r}; ' + '; or '.join(map(str, errors)))
 
 
-def _visit_spec(table, value, kinds, path, make):
+def _visit_spec(
+  table: Mapping[str, Callable[..., Any]], value: Any, kinds: Kinds, path: str, make: Callable[..., Any]
+) -> Any:
   if isinstance(value, str):  # a name alone stands for the name with every default
     value = {'name': value}
   if not isinstance(value, dict) or not isinstance(value.get('name'), str):
@@ -239,7 +241,14 @@ def _visit_spec(table, value, kinds, path, make):
   return _visit_call({'name': name}, constructor, fields, kinds, path, make)
 
 
-def _visit_call(name, constructor, fields, kinds, path, make):
+def _visit_call(
+  name: Mapping[str, Any],
+  constructor: Any,
+  fields: Mapping[str, Any],
+  kinds: Kinds,
+  path: str,
+  make: Callable[..., Any],
+) -> Any:
   parameters = _parameters(constructor)
   fields = _in_present_names(fields, parameters, path)
   for key in fields:
@@ -291,7 +300,7 @@ def _described(default: Any, kinds: Kinds) -> Any:
   return to_plain_dict(default)
 
 
-def _parameters(constructor) -> dict[str, tuple[Any, Any]]:
+def _parameters(constructor: Any) -> dict[str, tuple[Any, Any]]:
   """Parameter name -> (annotation, default). Dataclass defaults that are made by a factory are made here."""
   if dataclasses.is_dataclass(constructor):
     hints = typing.get_type_hints(constructor, include_extras=True)
@@ -314,7 +323,7 @@ def _parameters(constructor) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def _import(name: str, path: str):
+def _import(name: str, path: str) -> Any:
   module_name, _, attribute = name.partition(':')
   try:
     return getattr(importlib.import_module(module_name), attribute)

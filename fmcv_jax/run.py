@@ -72,7 +72,7 @@ class Run:
     return init_state(e.objective, self.tx, e.seed, ema=e.train.ema_decay is not None)
 
   @functools.cached_property
-  def _traced(self):
+  def _traced(self) -> Any:
     e = self.experiment
     return trace_state(e.objective, self.tx, e.seed, ema=e.train.ema_decay is not None)
 

@@ -82,7 +82,7 @@ class WindowedOrder(RunOrder):
   def records(self) -> int:  # type: ignore[override]
     return int(self.ends[-1])
 
-  def __call__(self, position, attempt=0):
+  def __call__(self, position: int, attempt: int = 0) -> int:
     epoch, place = _epoch_and_place(position, attempt, self.records)
     if not self.shuffle:
       return place
@@ -129,7 +129,7 @@ class MixedOrder(RunOrder):
   def records(self) -> int:  # type: ignore[override]
     return sum(order.records for order in self.orders)
 
-  def __call__(self, position, attempt=0):
+  def __call__(self, position: int, attempt: int = 0) -> int:
     part, position = self.part(position)
     return self._offsets[part] + self.orders[part](position, attempt)
 

@@ -65,7 +65,7 @@ class Process:
   shift: float = 1.0
   data_std: float = 0.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.schedule == 'zero_snr' and self.prediction == 'noise':
       raise ValueError('prediction: noise is undefined at zero SNR; use velocity with zero_snr')
     if self.shift != 1 and self.schedule != 'flow':

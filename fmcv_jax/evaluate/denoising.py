@@ -3,7 +3,7 @@
 import dataclasses
 
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Denoising(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __call__(self, subject):
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     errors = subject.map_dataset('denoising_errors', self.data, self.batch_size).values
     by_level = errors.mean(axis=0)
     return {'error': float(errors.mean()), **{f'level{i}': float(error) for i, error in enumerate(by_level)}}

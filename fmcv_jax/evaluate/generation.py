@@ -11,7 +11,7 @@ from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.diffusion.samplers import Spacing
 from fmcv_jax.diffusion.sharded_sampling import NEGATIVE, SamplerConfig, ShardedSampler
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 from fmcv_jax.objectives.outputs import generator_of
 
@@ -41,7 +41,7 @@ class Generation(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     try:
       self._options  # noqa: B018 (the constructor validates)
     except UserError as error:
@@ -53,10 +53,10 @@ class Generation(Evaluator):
   def _options(self) -> SamplingOptions:
     return SamplingOptions(self.steps, self.guidance, solver=self.solver, spacing=self.spacing, seed=self.seed)
 
-  def prepare(self, subject):
+  def prepare(self, subject: EvaluatedModel) -> None:
     FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
-  def __call__(self, subject):
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     make_generator = generator_of(subject.outputs)
     generator = make_generator(subject.params, subject.extra)
     if other := [name for name in generator.condition_fields if name not in ('tokens', 'label')]:
@@ -84,6 +84,7 @@ class Generation(Evaluator):
       if guided:
         inputs['guidance'] = np.full(count, self.guidance, np.float32)
       if guided and 'tokens' in inputs:
+        assert subject.tokenizer is not None  # the pipeline made the tokens with it
         inputs[f'{NEGATIVE}tokens'] = np.repeat(subject.tokenizer(['']), count, axis=0)
       if generator.control is not None:
         inputs |= {'control': batch['image'], 'control_scale': np.ones(count, np.float32)}
@@ -91,6 +92,7 @@ class Generation(Evaluator):
       generated.append(extractor(images))
       real.append(extractor(batch['image']))
       if 'tokens' in inputs and extractor.reads:
+        assert subject.tokenizer is not None
         texts = extractor.read(subject.tokenizer.decode(inputs['tokens']))
         scores.append(100 * np.maximum((generated[-1] * texts).sum(axis=1), 0))
       first += count

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from fmcv_jax.data.loader import Pipeline
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class MeanIou(Evaluator):
   batch_size: int = 64
   every: int = 0
 
-  def __call__(self, subject):
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     counts = subject.map_dataset('confusion', self.data, self.batch_size).values
     return ious(counts.sum(0, dtype=np.int64))
 

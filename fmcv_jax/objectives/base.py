@@ -170,7 +170,7 @@ class CoupledObjective(Objective):
   """
 
   @property
-  def coupled(self):
+  def coupled(self) -> bool:
     return True
 
   @abc.abstractmethod
@@ -181,7 +181,7 @@ class CoupledObjective(Objective):
   def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:
     """The loss of the whole batch from its embeddings; `params` for scalars such as the temperature."""
 
-  def loss(self, params, batch, rng, extra):
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     embeddings, aux = self.embed(params, batch, rng, extra)
     loss = self.couple(params, embeddings, batch, extra)
     return loss._replace(aux={**aux, **loss.aux})

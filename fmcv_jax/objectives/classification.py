@@ -1,6 +1,7 @@
 """Supervised classification: softmax or sigmoid cross-entropy, label smoothing, mixup and cutmix on the device."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -11,9 +12,9 @@ import optax
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.mixing import mix
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.objectives.base import BATCH_STATS, Objective, flax_variables, mean_loss
+from fmcv_jax.objectives.base import BATCH_STATS, Loss, Objective, flax_variables, mean_loss
 from fmcv_jax.objectives.distillation import Distillation
-from fmcv_jax.objectives.outputs import ImageEncoder, encoder_outputs
+from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Classification(Objective):
   normalize: Normalize = Normalize()
   distillation: Distillation | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not getattr(self.network, 'num_classes', 0):
       raise ValueError('classification needs a network with num_classes=<number of classes>')
     if self.distillation and self.distillation.teacher.num_classes != self.network.num_classes:  # type: ignore[attr-defined]
@@ -46,11 +47,11 @@ class Classification(Objective):
       raise ValueError('network.distilled: its second head learns from a teacher; add objective.distillation')
 
   @property
-  def frozen_networks(self):
+  def frozen_networks(self) -> tuple[str, ...]:
     return () if self.distillation is None else ('teacher',)
 
   @property
-  def example_batch(self):
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {
       'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
@@ -58,10 +59,10 @@ class Classification(Objective):
     }
 
   @property
-  def class_counts(self):
+  def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return {'label': (self.network.num_classes, None)}
 
-  def init(self, rng):
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
     params = extra.pop('params')
@@ -69,7 +70,7 @@ class Classification(Objective):
       extra |= self.distillation.init(jax.random.fold_in(rng, 1), size)
     return params, extra
 
-  def loss(self, params, batch, rng, extra):
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
     targets = jax.nn.one_hot(batch['label'], self.network.num_classes)
     images = apply_augments(batch['image'], self.augment, augment_rng)
@@ -94,11 +95,11 @@ class Classification(Objective):
       losses = (1 - self.distillation.weight) * losses + self.distillation.weight * metrics['distillation']
     return mean_loss(losses, metrics, statistics)
 
-  def update_extra(self, extra, params, aux, step):
+  def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     return {**extra, **aux}
 
-  def outputs(self):
+  def outputs(self) -> Mapping[str, Output]:
     return encoder_outputs(self.network, self._encoder)
 
-  def _encoder(self, params, extra):
+  def _encoder(self, params: Params, extra: Any) -> ImageEncoder:
     return ImageEncoder(self.network, flax_variables(params, extra), self.normalize)

@@ -94,11 +94,11 @@ def encoder_outputs(network: nn.Module, encoder: Callable[[Params, Any], ImageEn
   [B, rows, columns, D]; of a ViT 'attention' [B, heads, rows, columns]. All are float32.
   """
 
-  def field(name):
+  def field(name: str) -> Callable[[Params, Any, Batch], jax.Array]:
     return lambda params, extra, batch: getattr(encoder(params, extra).apply(batch['image']), name).astype(jnp.float32)
 
-  def of_patches(read):
-    def call(params, extra, batch):
+  def of_patches(read: Callable[[Any, Any, jax.Array], jax.Array]) -> Callable[[Params, Any, Batch], jax.Array]:
+    def call(params: Params, extra: Any, batch: Batch) -> jax.Array:
       found = encoder(params, extra)
       return read(found.network, found.params, found.normalized(batch['image']))
 

@@ -43,7 +43,7 @@ class TextCondition:
   padding: Literal['masked', 'zeros', 'end'] = 'masked'
   special: SpecialTokens | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.encoder is not None and not isinstance(self.encoder, TextTransformer):
       raise ValueError('encoder: needs encoder.name=text_transformer')
     if self.train and self.encoder is None:

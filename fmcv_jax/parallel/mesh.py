@@ -34,7 +34,7 @@ class MeshShape:
   tensor: int = 1
   max_fsdp: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     sizes = self.sizes()
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(f'axis sizes must be positive, with -1 at most once for the remaining devices; got {self}')

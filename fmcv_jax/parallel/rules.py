@@ -92,7 +92,7 @@ class Placement:
   def parameters(self, tree: Any, rows: Rows) -> Any:
     """Shardings of a tree of parameters (arrays or ShapeDtypeStructs), leaf by leaf, by rows from `trace_init`."""
 
-    def leaf(key_path, x):
+    def leaf(key_path: Any, x: Any) -> Any:
       path = path_of(key_path)
       return self.sharding(axes_of(path, x.shape, self.rules.parameters, rows), x.shape, f'parameter {path}')
 
@@ -101,7 +101,7 @@ class Placement:
   def batch(self, tree: Any) -> Any:
     """Shardings of a batch: the leading axis of each leaf is `batch`, other axes are not sharded."""
 
-    def leaf(key_path, x):
+    def leaf(key_path: Any, x: Any) -> Any:
       axes = ('batch',) + (None,) * (len(x.shape) - 1)
       return self.sharding(axes, x.shape, f'batch field {path_of(key_path)!r}')
 
@@ -163,7 +163,7 @@ def shard_mapped(function: Callable[..., Any], inputs: tuple[LogicalAxes, ...], 
   if placement is None:
     return function
 
-  def run(*args):
+  def run(*args: Any) -> Any:
     for axes, arg in zip(inputs, args, strict=True):
       for leaf in jax.tree.leaves(arg):
         placement.sharding(axes, leaf.shape, f'activation {axes}')

@@ -57,7 +57,7 @@ def _masked(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   return {'objective': objective, 'data': _data_config(own['encoder']['image_size'], 0.875)}
 
 
-def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
+def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str) -> Callable[..., Any]:
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     network = clip.dual_encoder(shapes, sigmoid=sigmoid, activation=activation)
     objective = {'name': 'contrastive', 'network': network, 'normalize': dict(normalize)}
@@ -76,12 +76,12 @@ def _clip_words(text: Mapping[str, Any]) -> dict[str, Any]:
   return {'tokenizer': {'name': 'clip_bpe', 'length': text['length']}}
 
 
-def _image_tower(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
+def _image_tower(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str) -> Callable[..., Any]:
   network = functools.partial(clip.image_tower, sigmoid=sigmoid, activation=activation)
   return _encoder(normalize, None if sigmoid else 1.0, network)
 
 
-def _text_tower(*, sigmoid: bool, activation: str):
+def _text_tower(*, sigmoid: bool, activation: str) -> Callable[..., Any]:
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     network = clip.text_tower(shapes, sigmoid=sigmoid, activation=activation)
     words = {} if sigmoid else _clip_words(network)

@@ -4,7 +4,7 @@ All become a transform of ours that gives the same pixels, and a mean and deviat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fmcv_jax.dataset_statistics import CLIP, HALF, IMAGENET
@@ -29,8 +29,7 @@ class _Defaults(NamedTuple):
   size: dict[str, int]
   crop: int | None = None
   resample: int = 3
-  mean: Sequence[float] = IMAGENET['mean']
-  std: Sequence[float] = IMAGENET['std']
+  statistics: Mapping[str, Sequence[float]] = IMAGENET
   square: bool = True
   rgb: bool = False
 
@@ -40,13 +39,13 @@ def _square(side: int) -> dict[str, int]:
 
 
 _PROCESSORS = {
-  'ViT': _Defaults(_square(224), None, 2, **HALF),
-  'DeiT': _Defaults(_square(256), 224, 3, **HALF),
-  'Siglip': _Defaults(_square(224), None, 3, **HALF),
-  'CLIP': _Defaults({'shortest_edge': 224}, 224, 3, **CLIP, square=False),
-  'Bit': _Defaults({'shortest_edge': 224}, 224, 3, **CLIP, square=False),
-  'ConvNext': _Defaults({'shortest_edge': 384}, None, 3, **IMAGENET, square=False),
-  'EfficientNet': _Defaults(_square(346), None, 3, **HALF),
+  'ViT': _Defaults(_square(224), None, 2, HALF),
+  'DeiT': _Defaults(_square(256), 224, 3, HALF),
+  'Siglip': _Defaults(_square(224), None, 3, HALF),
+  'CLIP': _Defaults({'shortest_edge': 224}, 224, 3, CLIP, square=False),
+  'Bit': _Defaults({'shortest_edge': 224}, 224, 3, CLIP, square=False),
+  'ConvNext': _Defaults({'shortest_edge': 384}, None, 3, IMAGENET, square=False),
+  'EfficientNet': _Defaults(_square(346), None, 3, HALF),
 }
 _SPELLINGS = ('FeatureExtractor', 'ImageProcessorFast', 'ImageProcessorPil', 'ImageProcessor')
 
@@ -127,7 +126,10 @@ def _normalize(file: HubFile, name: str, usual: _Defaults) -> None:
   offset = 1.0 if file.get('rescale_offset', False) and file.get('do_rescale', True) else 0.0
   mean: tuple[float, ...] = (0.0,) * 3
   std: tuple[float, ...] = (1.0,) * 3
-  given = _three(file.get('image_mean', tuple(usual.mean))), _three(file.get('image_std', tuple(usual.std)))
+  given = (
+    _three(file.get('image_mean', tuple(usual.statistics['mean']))),
+    _three(file.get('image_std', tuple(usual.statistics['std']))),
+  )
   if file.get('do_normalize', True):
     mean, std = given
   again = given[1] if name == 'EfficientNet' and file.get('include_top', True) else (1.0,) * 3

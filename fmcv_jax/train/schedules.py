@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Cosine(Schedule):
   warmup_steps: NonNegativeInt = 0
   end: NonNegativeFloat = 0.0
 
-  def decay(self, steps):
+  def decay(self, steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(self.peak_lr, steps, alpha=self.end / self.peak_lr)
 
 
@@ -57,7 +58,7 @@ class Linear(Schedule):
   warmup_steps: NonNegativeInt = 0
   end: NonNegativeFloat = 0.0
 
-  def decay(self, steps):
+  def decay(self, steps: int) -> optax.Schedule:
     return optax.linear_schedule(self.peak_lr, self.end, steps)
 
 
@@ -70,11 +71,11 @@ class Rsqrt(Schedule):
   timescale: PositiveInt = 10_000
   cooldown_steps: NonNegativeInt = 0
 
-  def decay(self, steps):
+  def decay(self, steps: int) -> optax.Schedule:
     if self.cooldown_steps > steps:
       raise ValueError(f'cooldown_steps {self.cooldown_steps} is longer than the {steps} steps after warm-up')
 
-    def rate(step):
+    def rate(step: Any) -> jax.Array:
       cooldown = jnp.clip((steps - step) / max(self.cooldown_steps, 1), 0, 1) if self.cooldown_steps else 1.0
       return self.peak_lr * jax.lax.rsqrt(1 + step / self.timescale) * cooldown
 

@@ -3,7 +3,7 @@
 import abc
 import io
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -101,7 +101,7 @@ class _Pixels(LazyImage):
     self._pixels = pixels
     self.height, self.width = pixels.shape[:2]
 
-  def region(self, box, size, radius=3):
+  def region(self, box: Any, size: Any, radius: Any = 3) -> Any:
     return _cut(self._pixels, box, size, radius)
 
 
@@ -112,7 +112,7 @@ class _Jpeg(LazyImage):
     sides = head.height, head.width
     self.height, self.width = sides[::-1] if head.orientation in _TURNED else sides
 
-  def crop(self, box, size, interpolation):
+  def crop(self, box: Any, size: Any, interpolation: Any) -> Any:
     # The C code also skips columns outside the crop, and resizes pixels while they are in the processor's cache.
     factor = self._factor(box, size)
     reduced = _reduced(self._as_stored(box), factor)
@@ -122,7 +122,7 @@ class _Jpeg(LazyImage):
     pixels = native_crop.crop_jpeg(self._data, factor, window, _within(reduced, left, top), size, interpolation)
     return super().crop(box, size, interpolation) if pixels is None else _turned(pixels, self._turn)
 
-  def region(self, box, size, radius=3):
+  def region(self, box: Any, size: Any, radius: Any = 3) -> Any:
     factor, stored = self._factor(box, size), self._as_stored(box)
     beyond = factor * _reach((stored[3] - stored[1]) / factor, size, radius)
     last = min(self._head.height, math.ceil(stored[3]) + beyond)

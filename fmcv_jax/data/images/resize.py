@@ -23,7 +23,7 @@ RADII = {'bicubic': 2, 'bilinear': 1, 'lanczos': 3, 'nearest': 1}  # filter radi
 class _Reused(threading.local):
   """Per-thread resizer and output buffers, reused for every image to avoid allocations."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.resizer = resizer.Resizer()
     self.targets: dict[int, resizer.ImageData] = {}
 

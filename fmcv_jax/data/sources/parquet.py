@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -232,7 +232,7 @@ class _Groups:
     self._held: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
     self._lock = threading.Lock()
 
-  def get(self, group: tuple[int, int], read) -> Any:
+  def get(self, group: tuple[int, int], read: Callable[..., Any]) -> Any:
     with self._lock:  # of two threads that want the same, one reads it
       if group not in self._held:
         self._held[group] = read(group)
@@ -241,7 +241,7 @@ class _Groups:
       self._held.move_to_end(group)
       return self._held[group]
 
-  def __reduce__(self):
+  def __reduce__(self) -> Any:
     return _Groups, (self._most,)
 
 

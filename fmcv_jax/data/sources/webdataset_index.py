@@ -172,7 +172,7 @@ def _scan(shard: storage.File) -> _Scan:
   return _Scan(members, rows, left_out, damage)
 
 
-def _reading_ahead(shard: storage.File):
+def _reading_ahead(shard: storage.File) -> Any:
   ranges, block = storage.Ranges(), _REMOTE_BLOCK if storage.is_remote(shard.path) else _LOCAL_BLOCK
   held, at = b'', 0
 

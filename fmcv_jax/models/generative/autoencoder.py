@@ -47,7 +47,7 @@ class MidBlock(nn.Module):
   remat: Remat
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = block(x.shape[-1], dtype=self.dtype, name='block0')(x)
     if self.attention:
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
   remat: Remat
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = conv(self.channels[0], self.dtype, 'conv_in')(x)
     for level, features in enumerate(self.channels):
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
   remat: Remat
 
   @nn.compact
-  def __call__(self, z):
+  def __call__(self, z: jax.Array) -> jax.Array:
     block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = conv(self.channels[-1], self.dtype, 'conv_in')(z)
     x = MidBlock(self.middle_attention, self.dtype, self.remat, name='middle')(x)
@@ -147,7 +147,7 @@ class Autoencoder(nn.Module):
   dtype: str = 'float32'
   remat: Remat = 'none'
 
-  def setup(self):
+  def setup(self) -> None:
     shape = (self.channels, self.layers, self.attention, self.middle_attention)
     self.encoder = Encoder(*shape, 2 * self.latent_channels, self.dtype, self.remat)
     self.decoder = Decoder(*shape, self.dtype, self.remat)
@@ -171,7 +171,7 @@ class Autoencoder(nn.Module):
     height, width = height_width(self.image_size)
     return (height // self.factor, width // self.factor, self.latent_channels)
 
-  def encode(self, images) -> Gaussian:
+  def encode(self, images: jax.Array) -> Gaussian:
     if images.shape[1] % self.factor or images.shape[2] % self.factor:
       raise ValueError(f'images: {images.shape[1]} x {images.shape[2]} pixels are not divisible by {self.factor}')
     x = self.encoder(with_logical_constraint(images, 'batch', None, None, None))
@@ -179,18 +179,18 @@ class Autoencoder(nn.Module):
     mean, log_variance = jnp.split(x, 2, axis=-1)
     return Gaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 
-  def features(self, z):
+  def features(self, z: jax.Array) -> jax.Array:
     """Input of the last convolution, [B, H, W, channels[0]]."""
     return self.decoder(self.out_of_latent(z) if self.quantize else z)
 
-  def pixels(self, features):
+  def pixels(self, features: jax.Array) -> jax.Array:
     """Applies the last convolution: [B, H, W, channels[0]] -> float32 [B, H, W, 3]."""
     return self.conv_out(features).astype(jnp.float32)
 
-  def decode(self, z):
+  def decode(self, z: jax.Array) -> jax.Array:
     return self.pixels(self.features(z))
 
-  def __call__(self, images, rng=None):
+  def __call__(self, images: jax.Array, rng: jax.Array | None = None) -> tuple[jax.Array, Gaussian]:
     """Reconstruction from the mean of the latent or, with an rng, from a sample; and the Gaussian."""
     latent = self.encode(images)
     return self.decode(latent.mean if rng is None else latent.sample(rng)), latent
