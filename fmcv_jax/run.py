@@ -68,6 +68,7 @@ class Run:
     return self._workdir
 
   def init(self) -> TrainState:
+    """The initial state of training, on the mesh."""
     e = self.experiment
     return init_state(e.objective, self.tx, e.seed, ema=e.train.ema_decay is not None)
 
@@ -83,6 +84,7 @@ class Run:
 
   @functools.cached_property
   def shardings(self) -> TrainState:
+    """Shardings of every array of the training state."""
     state, rows = self._traced
     return state_shardings(state, self.placement, rows, self.experiment.objective.frozen_networks)
 
@@ -96,6 +98,7 @@ class Run:
     }
 
   def train_step(self) -> StepFn:
+    """The jitted train step of the config; built once."""
     e = self.experiment
     return make_train_step(
       e.objective,
@@ -109,6 +112,7 @@ class Run:
     )
 
   def subject(self) -> EvaluatedModel:
+    """The model under evaluation, without parameters: see `restored_model`."""
     e = self.experiment
     return EvaluatedModel(
       e.objective.outputs(),
@@ -216,4 +220,5 @@ def load_trained_params(workdir: str) -> dict[str, Any]:
 
 
 def parameter_count(params: Any) -> int:
+  """Number of parameters of a tree of arrays or ShapeDtypeStructs."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data.images.decode import decode_pil
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
@@ -56,6 +57,7 @@ class PillowResize(ImageTransform):
     """Pixels of the side that `mode` names, before the center is cut out."""
     return math.floor(self.size / self.crop + 1e-6)
 
+  @override
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
     whole = decode_pil(image) if isinstance(image, bytes) else _of_array(image)
     resized = whole.resize(self._sides(whole.width, whole.height), FILTERS[self.interpolation])

@@ -75,6 +75,7 @@ class Process:
 
   @property
   def tabulated(self) -> bool:
+    """True for schedules that are tables of STEPS entries, whose training times are integers."""
     return self.schedule not in ('flow', 'edm')
 
   @property
@@ -185,6 +186,7 @@ class Process:
     return jnp.round(time).clip(0, STEPS - 1) if self.tabulated else time
 
   def shifted(self, time: Any) -> Any:
+    """Time in steps after the shift towards noise (Esser et al. 2024, eq. 23): s t / (1 + (s - 1) t)."""
     t = time / STEPS
     return STEPS * self.shift * t / (1 + (self.shift - 1) * t)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.diffusion.process import STEPS, Process, log_ratios
 
@@ -19,6 +20,8 @@ Spacing = Literal['trailing', 'leading', 'uniform', 'quadratic', 'karras']
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Draw = Callable[[], jax.Array]
 Rows = Mapping[str, np.ndarray]
+Noise = Callable[[], jax.Array]  # standard normal noise
+Stepped = tuple[jax.Array, Any]  # the next x and the next memory of the solver
 
 
 def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> np.ndarray:
@@ -99,9 +102,7 @@ class Solver(abc.ABC):
     return ()
 
   @abc.abstractmethod
-  def step(
-    self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
-  ) -> tuple[jax.Array, Any]:
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     """(next x, next memory); draw() is standard normal noise."""
 
 
@@ -115,17 +116,18 @@ class Ddim(Solver):
   eta: float = 0.0
 
   @property
+  @override
   def stochastic(self) -> bool:  # type: ignore[override]
     return self.eta > 0
 
+  @override
   def rows(self, process: Process, path: Trajectory) -> Rows:
     alpha, sigma, variance = path.alpha[1:], path.sigma[1:], _posterior_variance(path)
     kept = np.sqrt(sigma**2 - self.eta**2 * variance)
     return {'time': path.times, 'alpha': alpha, 'sigma': sigma, 'noise': kept, 'fresh': self.eta * np.sqrt(variance)}
 
-  def step(
-    self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
-  ) -> tuple[jax.Array, Any]:
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     x = row['alpha'] * prediction.image + row['noise'] * prediction.noise
     return (x + row['fresh'] * draw() if self.stochastic else x), memory
 
@@ -138,6 +140,7 @@ class Ddpm(Solver):
   variance: Literal['small', 'large', 'learned'] = 'small'
   stochastic = True
 
+  @override
   def rows(self, process: Process, path: Trajectory) -> Rows:
     if self.variance == 'learned' and not process.learned_variance:
       raise ValueError('solver: this network has no learned variance')
@@ -153,9 +156,8 @@ class Ddpm(Solver):
       'more': 0.5 * np.log(large / np.where(last, large, small)),
     }
 
-  def step(
-    self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
-  ) -> tuple[jax.Array, Any]:
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     fresh = row['fresh'] * draw()
     if self.variance == 'learned':
       between = (prediction.output[..., prediction.image.shape[-1] :] + 1) / 2
@@ -170,6 +172,7 @@ class Heun(Solver):
   Two network evaluations per step, except for the last, which is an Euler step.
   """
 
+  @override
   def rows(self, process: Process, path: Trajectory) -> Rows:
     flow = process.schedule == 'flow'
     alpha, sigma = path.alpha, path.sigma
@@ -190,12 +193,12 @@ class Heun(Solver):
       'image': np.full(calls, float(flow)),
     }
 
+  @override
   def start(self, x: jax.Array) -> Any:
     return x, jnp.zeros_like(x)
 
-  def step(
-    self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
-  ) -> tuple[jax.Array, Any]:
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     before, slope = memory
     second = row['second']
     now = prediction.noise - row['image'] * prediction.image
@@ -211,9 +214,11 @@ class DpmPlusPlus(Solver):
   sde: bool = False
 
   @property
+  @override
   def stochastic(self) -> bool:  # type: ignore[override]
     return self.sde
 
+  @override
   def rows(self, process: Process, path: Trajectory) -> Rows:
     step, ratio = _steps(path)
     alpha, sigma = path.alpha[1:], path.sigma[1:]
@@ -229,12 +234,12 @@ class DpmPlusPlus(Solver):
       'fresh': sigma * np.sqrt(-np.expm1(-2 * step)),
     }
 
+  @override
   def start(self, x: jax.Array) -> Any:
     return jnp.zeros_like(x)
 
-  def step(
-    self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
-  ) -> tuple[jax.Array, Any]:
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     x = row['x'] * x + row['now'] * prediction.image + row['before'] * memory
     return (x + row['fresh'] * draw() if self.sde else x), prediction.image
 
@@ -246,6 +251,7 @@ class UniPC(Solver):
   The prediction at a predicted x also corrects that x, without another evaluation.
   """
 
+  @override
   def rows(self, process: Process, path: Trajectory) -> Rows:
     step, ratio = _steps(path)
     count = len(step)
@@ -273,12 +279,12 @@ class UniPC(Solver):
       correct['newest'][i] = -alpha[i - 1] * b * by_newest
     return {'time': path.times, 'alpha': alpha, 'sigma': path.sigma[1:], **predict, **correct}
 
+  @override
   def start(self, x: jax.Array) -> Any:
     return (jnp.zeros_like(x),) * 3
 
-  def step(
-    self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
-  ) -> tuple[jax.Array, Any]:
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     before, old, older = memory
     x = (
       row['as_is'] * x

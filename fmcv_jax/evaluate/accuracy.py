@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from typing_extensions import override
+
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, topk_accuracy
 from fmcv_jax.evaluate.labels import align_labels, check_labels
@@ -18,6 +20,7 @@ class Accuracy(Evaluator):
   batch_size: int = 256
   every: int = 0
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     logits, _, truth = subject.map_dataset('logits', self.data, self.batch_size, truth=('label',))
     labels = align_labels(truth['label'], self.data.source.names, subject.class_names(), 'the training data')

@@ -168,7 +168,8 @@ class Evaluator(abc.ABC):
     """Opens what is needed, before the first step of a run: a mistake in a config should not show after hours."""
 
   @abc.abstractmethod
-  def __call__(self, subject: EvaluatedModel) -> Metrics: ...
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
+    """Measures `subject`; metrics by name, without the evaluator's own name."""
 
 
 def topk_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from typing_extensions import override
+
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
@@ -17,6 +19,7 @@ class Denoising(Evaluator):
   batch_size: int = 256
   every: int = 0
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     errors = subject.map_dataset('denoising_errors', self.data, self.batch_size).values
     by_level = errors.mean(axis=0)

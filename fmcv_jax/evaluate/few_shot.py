@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
@@ -32,6 +33,7 @@ class FewShot(Evaluator):
       if getattr(self, name) < least:
         raise ValueError(f'{name}: expected at least {least}, got {getattr(self, name)}')
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     features, _, truth = subject.map_dataset(self.features, self.data, self.batch_size, truth=('label',))
     figures = {}

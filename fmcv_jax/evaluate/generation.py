@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline, evaluation_batches
 from fmcv_jax.data.sources.subset import evenly_spaced
@@ -53,9 +54,11 @@ class Generation(Evaluator):
   def _options(self) -> SamplingOptions:
     return SamplingOptions(self.steps, self.guidance, solver=self.solver, spacing=self.spacing, seed=self.seed)
 
+  @override
   def prepare(self, subject: EvaluatedModel) -> None:
     FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     make_generator = generator_of(subject.outputs)
     generator = make_generator(subject.params, subject.extra)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.bank import queries_and_bank
@@ -24,6 +25,7 @@ class Knn(Evaluator):
   batch_size: int = 256
   every: int = 0
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     queries, labels, bank, bank_labels = queries_and_bank(subject, self)
     return {f'k{k}_top1': knn_accuracy(queries, labels, bank, bank_labels, k, self.temperature) for k in self.ks}

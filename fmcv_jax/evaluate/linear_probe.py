@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.bank import queries_and_bank
@@ -42,6 +43,7 @@ class LinearProbe(Evaluator):
     if not self.strengths or min(self.strengths) <= 0:
       raise ValueError(f'strengths: expected numbers above 0, got {self.strengths}')
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     queries, labels, bank, bank_labels = queries_and_bank(subject, self)
     classes = int(max(labels.max(), bank_labels.max())) + 1

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
@@ -24,6 +25,7 @@ class ObjectMasks(Evaluator):
   batch_size: int = 256
   every: int = 0
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     attention, _, fields = subject.map_dataset('attention', self.data, self.batch_size, truth=('image',))
     truth = (np.abs(fields['image'].astype(int) - np.array(self.background)) > 8).any(-1)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
@@ -23,10 +24,12 @@ class Reconstruction(Evaluator):
   batch_size: int = 256
   every: int = 0
 
+  @override
   def prepare(self, subject: EvaluatedModel) -> None:
     if self.feature_extractor is not None:
       FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     made, _, fields = subject.map_dataset('reconstruction', self.data, self.batch_size, truth=('image',))
     true = fields['image'].astype(np.float32) / 255

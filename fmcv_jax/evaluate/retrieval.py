@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.sources.base import Source
@@ -23,6 +24,7 @@ class Retrieval(Evaluator):
   batch_size: int = 256
   every: int = 0
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     images, records, _ = subject.map_dataset('embed_image', self.data, self.batch_size)
     texts, truth = captions_of(self.data.source, first_caption_only=self.first_caption_only)

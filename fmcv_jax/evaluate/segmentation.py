@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
@@ -16,6 +17,7 @@ class MeanIou(Evaluator):
   batch_size: int = 64
   every: int = 0
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     counts = subject.map_dataset('confusion', self.data, self.batch_size).values
     return ious(counts.sum(0, dtype=np.int64))

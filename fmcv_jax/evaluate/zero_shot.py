@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.tokenizers import Tokenizer
@@ -21,6 +22,7 @@ class ZeroShot(Evaluator):
   batch_size: int = 256
   every: int = 0
 
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     texts = class_embeddings(subject, self.data.source.names, self.templates, self.batch_size)
     images, _, truth = subject.map_dataset('embed_image', self.data, self.batch_size, truth=('label',))

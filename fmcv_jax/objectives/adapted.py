@@ -12,6 +12,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
@@ -78,18 +79,22 @@ class PartialFineTuning(Objective):
       raise ValueError('objective: partial fine-tuning cannot be nested')
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     return self.objective.example_batch
 
   @property
+  @override
   def coupled(self) -> bool:
     return self.objective.coupled
 
   @property
+  @override
   def frozen_networks(self) -> tuple[str, ...]:
     return (FROZEN, *self.objective.frozen_networks)
 
   @property
+  @override
   def logical_axes(self) -> tuple[Row, ...]:
     return (
       (r'lora/.*/down', ('embed', None)),
@@ -97,6 +102,7 @@ class PartialFineTuning(Objective):
       *self.objective.logical_axes,
     )
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     whole, extra = self.objective.init(rng)
     flat = _flat(whole)
@@ -110,37 +116,46 @@ class PartialFineTuning(Objective):
       raise UserError('config.objective: no trainable parameters; set `trainable` or `lora`')
     return params, {**extra, FROZEN: _tree({path: x for path, x in flat.items() if path not in kept})}
 
+  @override
   def full_params(self, params: Params, extra: Any) -> Params:
     params = dict(params)
     added = _flat(params.pop(LORA, {}))
     flat = {**_flat(extra[FROZEN]), **_flat(params)}
     return self.objective.full_params(_tree(self.lora.merge(flat, added) if self.lora else flat), _rest(extra))
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     return self.objective.loss(self.full_params(params, extra), batch, rng, _rest(extra))
 
   def embed(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> tuple[Any, dict[str, Any]]:
+    """`CoupledObjective.embed` of the inner objective, with the full parameters."""
     inner: Any = self.objective
     return inner.embed(self.full_params(params, extra), batch, rng, _rest(extra))
 
   def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:
+    """`CoupledObjective.couple` of the inner objective, with the full parameters."""
     inner: Any = self.objective
     return inner.couple(self.full_params(params, extra), embeddings, batch, _rest(extra))
 
+  @override
   def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     new = self.objective.update_extra(_rest(extra), self.full_params(params, extra), aux, step)
     return {**new, FROZEN: extra[FROZEN]}
 
   @property
+  @override
   def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return self.objective.class_counts
 
+  @override
   def with_total_steps(self, steps: int) -> 'PartialFineTuning':
     return dataclasses.replace(self, objective=self.objective.with_total_steps(steps))
 
+  @override
   def with_tokenizer(self, tokenizer: Tokenizer) -> 'PartialFineTuning':
     return dataclasses.replace(self, objective=self.objective.with_tokenizer(tokenizer))
 
+  @override
   def outputs(self) -> Mapping[str, Output]:
     def with_full_params(function: Any) -> Any:
       if function is None:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
@@ -58,18 +59,22 @@ class Autoencoding(Objective):
 
   @property
   def discriminator(self) -> PatchDiscriminator:
+    """The discriminator, in the dtype of the autoencoder."""
     network: Any = self.network
     return PatchDiscriminator(self.discriminator_width, self.discriminator_layers, network.dtype)
 
   @property
+  @override
   def frozen_networks(self) -> tuple[str, ...]:
     return () if self.features is None else ('features',)
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     network: Any = self.network
     return {'image': jax.ShapeDtypeStruct(network.input_shape, jnp.uint8)}
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     keys = jax.random.split(rng, 3)
     network: Any = self.network
@@ -82,6 +87,7 @@ class Autoencoding(Objective):
       extra['features'] = self.features.init(keys[2], self._for_features(images))['params']
     return params, extra
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, latent_rng = jax.random.split(rng)
     x = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
@@ -144,6 +150,7 @@ class Autoencoding(Objective):
     }
     return started * (self.adversarial * balance * generator + discriminator), metrics
 
+  @override
   def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     return {**extra, 'steps': extra['steps'] + 1}
 

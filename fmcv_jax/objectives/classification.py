@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.mixing import mix
@@ -47,10 +48,12 @@ class Classification(Objective):
       raise ValueError('network.distilled: its second head learns from a teacher; add objective.distillation')
 
   @property
+  @override
   def frozen_networks(self) -> tuple[str, ...]:
     return () if self.distillation is None else ('teacher',)
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {
@@ -59,9 +62,11 @@ class Classification(Objective):
     }
 
   @property
+  @override
   def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return {'label': (self.network.num_classes, None)}
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
@@ -70,6 +75,7 @@ class Classification(Objective):
       extra |= self.distillation.init(jax.random.fold_in(rng, 1), size)
     return params, extra
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
     targets = jax.nn.one_hot(batch['label'], self.network.num_classes)
@@ -95,9 +101,11 @@ class Classification(Objective):
       losses = (1 - self.distillation.weight) * losses + self.distillation.weight * metrics['distillation']
     return mean_loss(losses, metrics, statistics)
 
+  @override
   def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     return {**extra, **aux}
 
+  @override
   def outputs(self) -> Mapping[str, Output]:
     return encoder_outputs(self.network, self._encoder)
 

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
@@ -43,6 +44,7 @@ class Contrastive(CoupledObjective):
       raise ValueError('patch_keep_ratio: only a ViT image encoder can drop patches')
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size, length = self.network.image.image_size, self.network.text.length
     return {
@@ -50,11 +52,13 @@ class Contrastive(CoupledObjective):
       'tokens': jax.ShapeDtypeStruct((length,), jnp.int32),
     }
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     image, tokens = (jnp.zeros((1, *x.shape), x.dtype) for x in self.example_batch.values())
     extra = dict(self.network.init(rng, image.astype(jnp.float32), tokens))
     return extra.pop('params'), extra
 
+  @override
   def embed(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> tuple[Any, dict[str, Any]]:
     augment_rng, keep_rng, dropout_rng = jax.random.split(rng, 3)
     images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
@@ -73,9 +77,11 @@ class Contrastive(CoupledObjective):
     )
     return embeddings_and_state
 
+  @override
   def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     return {**extra, **aux}
 
+  @override
   def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:
     image, text = embeddings
     scale_and_bias: Any = self.network.apply({'params': params}, method='logit_scale_and_bias')
@@ -83,6 +89,7 @@ class Contrastive(CoupledObjective):
     loss, accuracy = pair_loss(image, text, scale, bias, self.loss_name, self.label_smoothing)
     return mean_loss(loss, {'accuracy': accuracy, 'logit_scale': scale, 'logit_bias': bias})
 
+  @override
   def outputs(self) -> Mapping[str, Output]:
     def encode_image(params: Params, extra: Any, batch: Batch) -> Any:
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
@@ -111,10 +112,12 @@ class Diffusion(Objective):
     if unknown := set(self._never_dropped) - set(self._batch_keys) - NEVER_DROPPED:
       raise ValueError(f'network.never_dropped: {sorted(unknown)} are not in its condition_shapes')
 
+  @override
   def with_tokenizer(self, tokenizer: Tokenizer) -> 'Diffusion':
     return dataclasses.replace(self, text_condition=self.text_condition.with_tokenizer(tokenizer))
 
   @property
+  @override
   def frozen_networks(self) -> tuple[str, ...]:
     return ('network',) if self.image_condition.control is not None else ()
 
@@ -155,6 +158,7 @@ class Diffusion(Objective):
     return ('label',) * ('label' in self._keys) + tokens + self._batch_keys
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     network: Any = self.network
     shapes = self.latent_space.example_fields(self.input_shape)
@@ -164,9 +168,11 @@ class Diffusion(Objective):
     return shapes | {key: network.condition_shapes[key] for key in self._batch_keys}
 
   @property
+  @override
   def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return {'label': (self.network.num_classes, None)} if 'label' in self.condition_fields else {}
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     keys = iter(jax.random.split(rng, 7))
     images = jnp.zeros((1, *self.image_shape))
@@ -189,6 +195,7 @@ class Diffusion(Objective):
       params, extra = {**params, **projector}, {**extra, **teacher}
     return params, extra
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, latent_rng, drop_rng, time_rng, noise_rng = jax.random.split(rng, 5)
     mask_rng, extra = jax.random.fold_in(rng, 6), self.text_condition.parameters(params, extra)
@@ -311,6 +318,7 @@ class Diffusion(Objective):
     return jax.lax.map(lambda args: at(*args), (times, jnp.arange(LEVELS))).T
 
   def generator(self, params: Params, extra: Any) -> Generator:
+    """The denoiser with its condition, encoder and decoder, for a sampler."""
     extra = self.text_condition.parameters(params, extra)
     encode = functools.partial(self.encode, extra)
 

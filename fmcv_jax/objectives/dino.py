@@ -14,6 +14,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
@@ -87,6 +88,7 @@ class SelfDistillation(Objective):
     return side, side
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     views = {
       'global_views': (GLOBALS, self.network.image_size),
@@ -96,6 +98,7 @@ class SelfDistillation(Objective):
       name: jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8) for name, (count, size) in views.items() if count
     }
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     picked = jnp.zeros((1, 1), jnp.int32) if self.ibot_loss_weight else None
@@ -106,6 +109,7 @@ class SelfDistillation(Objective):
       extra['centre'] = {name: jnp.zeros(self.network.head.prototypes) for name in names}
     return params, extra
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     global_rng, local_rng, mask_rng, dropout_rng = jax.random.split(rng, 4)
     large, small = self.views(batch, global_rng, local_rng)
@@ -177,6 +181,7 @@ class SelfDistillation(Objective):
     return jax.nn.softmax((scores - extra['centre'][name]) / temperature)
 
   def temperature_at(self, step: jax.Array) -> jax.Array:
+    """Temperature of the teacher at a step: linear from the first value to the second, then constant."""
     start, end = self.teacher_temperature
     return start + (end - start) * jnp.minimum(step / max(self.temperature_steps, 1), 1.0)
 
@@ -189,9 +194,11 @@ class SelfDistillation(Objective):
     heads = {k: {n: hold(n, w) for n, w in v.items()} for k, v in params.items() if k.endswith('head')}
     return {**params, **heads}
 
+  @override
   def with_total_steps(self, steps: int) -> 'SelfDistillation':
     return self if self.momentum_steps else dataclasses.replace(self, momentum_steps=steps)
 
+  @override
   def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     if self.momentum_steps is None:
       raise ValueError('momentum_steps is not set; train objective.with_total_steps(steps)')
@@ -206,6 +213,7 @@ class SelfDistillation(Objective):
       new['centre'] = jax.tree.map(lambda old, mean: old * keep + mean * (1 - keep), extra['centre'], aux)
     return new
 
+  @override
   def outputs(self) -> Mapping[str, Output]:
     offered = encoder_outputs(self.network.encoder, self._encoder)
     if self.ibot_loss_weight:

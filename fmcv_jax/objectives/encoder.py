@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.errors import UserError
@@ -22,25 +23,30 @@ class PretrainedEncoder(Objective):
   normalize: Normalize = Normalize()
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
 
   @property
+  @override
   def input_size(self) -> int | None:
     return None if getattr(self.network, 'any_size', False) else self.network.image_size
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
     return extra.pop('params'), extra
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     raise UserError(
       "config.objective: 'encoder' is a network as it was imported, which is not trained; choose another objective, "
       'and begin with its weights by --config.init_from.params.workdir=...'
     )
 
+  @override
   def outputs(self) -> Mapping[str, Output]:
     return encoder_outputs(self.network, self._encoder)
 

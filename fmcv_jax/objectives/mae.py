@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
@@ -40,22 +41,27 @@ class MaskedAutoencoding(Objective):
 
   @property
   def patches(self) -> int:
+    """Number of patches of an image."""
     return (self.network.image_size // self.network.encoder.patch_size) ** 2
 
   @property
   def visible(self) -> int:
+    """Number of patches that the encoder processes."""
     return int(self.patches * (1 - self.mask_ratio))
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     images, order = jnp.zeros((1, size, size, 3)), jnp.arange(self.patches)[None]
     return self.network.init(rng, images, order, visible=self.visible)['params'], {}
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, _, dropout_rng = jax.random.split(rng, 3)
     images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
@@ -77,6 +83,7 @@ class MaskedAutoencoding(Objective):
     masked = jnp.argsort(self.order(batch['rng'], images), axis=1) >= self.visible
     return masked.reshape(images, 1, side, side)
 
+  @override
   def outputs(self) -> Mapping[str, Output]:
     return {
       **encoder_outputs(self.network.encoder, self._encoder),

@@ -31,6 +31,7 @@ class ImageEncoder(NamedTuple):
 
   @property
   def params(self) -> Params:
+    """The trained parameters of the network."""
     return self.variables['params']
 
   def normalized(self, images: jax.Array) -> jax.Array:
@@ -84,6 +85,7 @@ def generator_of(outputs: Outputs) -> Callable[[Params, Any], Generator]:
 
 
 def listed(outputs: Outputs) -> str:
+  """Names of outputs for an error message, 'none' without any."""
   return ', '.join(outputs) or 'none'
 
 

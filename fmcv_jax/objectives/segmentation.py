@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.geometry import Affine, Flip
@@ -42,6 +43,7 @@ class Segmentation(Objective):
       raise ValueError(f'augment: {moving[0]} does not transform the label map; use crops in data.image, and `flip`')
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {
@@ -50,13 +52,16 @@ class Segmentation(Objective):
     }
 
   @property
+  @override
   def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return {'segments': (self.network.num_classes, IGNORE_INDEX)}
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, flip_rng, dropout_rng = jax.random.split(rng, 3)
     images, segments = apply_augments(batch['image'], self.augment, augment_rng), batch['segments'].astype(jnp.int32)
@@ -73,6 +78,7 @@ class Segmentation(Objective):
     right = jnp.sum(logits.argmax(-1) == segments, where=known, dtype=jnp.float32)
     return Loss(jnp.sum(losses, where=known), count, {'accuracy': Mean(right, count)}, {})
 
+  @override
   def outputs(self) -> Mapping[str, Output]:
     def segments(params: Params, extra: Any, batch: Batch) -> jax.Array:
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.common.layers import l2_normalize
@@ -24,18 +25,22 @@ class TextEncoder(Objective):
   network: nn.Module
 
   @property
+  @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     return {'tokens': jax.ShapeDtypeStruct((self.network.length,), jnp.int32)}
 
+  @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
     return self.network.init(rng, jnp.zeros((1, self.network.length), jnp.int32))['params'], {}
 
+  @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     raise UserError(
       "config.objective: 'text_encoder' is a network as it was imported, which is not trained; choose another one, "
       'and begin with its weights by --config.init_from.params/text.workdir=...'
     )
 
+  @override
   def outputs(self) -> Mapping[str, Output]:
     def encode_text(params: Params, extra: Any, batch: Batch) -> jax.Array:
       features: Any = self.network.apply({'params': params}, batch['tokens'])

@@ -42,6 +42,7 @@ class MeshShape:
       raise ValueError(f'max_fsdp: expected a positive number, got {self.max_fsdp}')
 
   def sizes(self) -> list[int]:
+    """Axis sizes in the order of AXES; -1 is not filled in."""
     return [getattr(self, axis) for axis in AXES]
 
   def sizes_for(self, device_count: int) -> tuple[int, ...]:

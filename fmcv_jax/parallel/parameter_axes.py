@@ -41,6 +41,7 @@ def trace_init(init: Callable[[], T]) -> tuple[T, dict[str, Sequence[Row]]]:
 
 
 def class_name(cls: type) -> str:
+  """Full name of a class, for errors: 'package.module.Class'."""
   return f'{cls.__module__}.{cls.__qualname__}'
 
 

@@ -84,9 +84,11 @@ class Placement:
   rules: Rules = Rules()
 
   def sharding(self, axes: LogicalAxes, shape: tuple[int, ...], what: str) -> NamedSharding:
+    """Sharding of an array with these logical axes; UserError naming `what` if a side is not divisible."""
     return NamedSharding(self.mesh, self.rules.spec(axes, shape, self.mesh, what))
 
   def replicated(self) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
     return NamedSharding(self.mesh, PartitionSpec())
 
   def parameters(self, tree: Any, rows: Rows) -> Any:

@@ -234,6 +234,7 @@ class Checkpointer:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Closes the checkpoint manager, after its pending saves."""
     self._manager.close()
 
   @contextlib.contextmanager

@@ -144,6 +144,7 @@ class ThroughputMeter:
     self.step, self.start, self.waited = step, time.monotonic(), 0.0
 
   def waiting(self) -> 'ThroughputMeter':
+    """A `with` block in which the loop waits for input."""
     return self
 
   def __enter__(self) -> None:
@@ -153,6 +154,8 @@ class ThroughputMeter:
     self.waited += time.monotonic() - self._since
 
   def close(self, step: int, batch: int, step_flops: float, peak_flops: float | None) -> dict[str, float]:
+    """Throughput of the window that ends at `step`: metrics by name, with MFU if the peak FLOP/s of the devices are
+    known."""
     seconds, steps = time.monotonic() - self.start, step - self.step
     figures = {
       'steps_per_second': steps / seconds,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.bounds import Decay, NonNegativeFloat, Pattern, PositiveFloat, PositiveFraction, PositiveInt
 from fmcv_jax.errors import did_you_mean
@@ -37,6 +38,7 @@ class AdamW(UpdateRule):
   eps: PositiveFloat = 1e-8
   mu_dtype: Dtype = 'float32'
 
+  @override
   def make(
     self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
   ) -> optax.GradientTransformation:
@@ -51,6 +53,7 @@ class Lion(UpdateRule):
   b2: Decay = 0.99
   mu_dtype: Dtype = 'float32'
 
+  @override
   def make(
     self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
   ) -> optax.GradientTransformation:
@@ -67,6 +70,7 @@ class Adafactor(UpdateRule):
   clip_rms: PositiveFloat = 1.0
   min_factored: PositiveInt = 128
 
+  @override
   def make(
     self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
   ) -> optax.GradientTransformation:
@@ -93,6 +97,7 @@ class Lamb(UpdateRule):
   b2: Decay = 0.999
   eps: PositiveFloat = 1e-6
 
+  @override
   def make(
     self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
   ) -> optax.GradientTransformation:
@@ -136,6 +141,7 @@ class Muon(UpdateRule):
   b2: Decay = 0.95
   rms: PositiveFloat = 0.2
 
+  @override
   def make(
     self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
   ) -> optax.GradientTransformation:
@@ -209,6 +215,8 @@ class Optimizer:
           raise ValueError(f'{name}: {pattern!r} matches no parameter; {did_you_mean(pattern, paths)}')
 
   def make(self, total_steps: int) -> optax.GradientTransformation:
+    """The optax transformation for a run of `total_steps` steps."""
+
     def mask(params: Any) -> Any:
       return map_by_path(lambda path, x: any(re.fullmatch(pattern, path) for pattern in self.weight_decay_mask), params)
 

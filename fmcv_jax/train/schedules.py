@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -46,6 +47,7 @@ class Cosine(Schedule):
   warmup_steps: NonNegativeInt = 0
   end: NonNegativeFloat = 0.0
 
+  @override
   def decay(self, steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(self.peak_lr, steps, alpha=self.end / self.peak_lr)
 
@@ -58,6 +60,7 @@ class Linear(Schedule):
   warmup_steps: NonNegativeInt = 0
   end: NonNegativeFloat = 0.0
 
+  @override
   def decay(self, steps: int) -> optax.Schedule:
     return optax.linear_schedule(self.peak_lr, self.end, steps)
 
@@ -71,6 +74,7 @@ class Rsqrt(Schedule):
   timescale: PositiveInt = 10_000
   cooldown_steps: NonNegativeInt = 0
 
+  @override
   def decay(self, steps: int) -> optax.Schedule:
     if self.cooldown_steps > steps:
       raise ValueError(f'cooldown_steps {self.cooldown_steps} is longer than the {steps} steps after warm-up')

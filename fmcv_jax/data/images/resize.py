@@ -38,6 +38,7 @@ def resize(pixels: np.ndarray, box: Box, size: int, interpolation: Interpolation
 
 
 def by_package(pixels: np.ndarray, box: Box, size: int, interpolation: Interpolation) -> np.ndarray:
+  """Resizes `box` of uint8 [H, W, 3] to [size, size, 3] by cykooz.resizer, with buffers that each thread keeps."""
   height, width, _ = pixels.shape
   left, top, right, bottom = box
   source = resizer.ImageData(width, height, resizer.PixelType.U8x3, pixels.tobytes())

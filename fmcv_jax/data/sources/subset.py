@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import Example, Source
@@ -22,12 +23,15 @@ class Subset(Source):
     return self.source[int(self.rows[index])]
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return self.source.names
 
+  @override
   def key_of(self, index: int) -> str:
     return self.source.key_of(int(self.rows[index]))
 
+  @override
   def texts_of(self, index: int) -> tuple[str, ...]:
     return self.source.texts_of(int(self.rows[index]))
 

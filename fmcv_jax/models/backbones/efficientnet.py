@@ -64,6 +64,7 @@ STEM, TOP = 32, 1280
 
 
 def batch_norm(dtype: str, name: str, train: bool, momentum: float) -> nn.BatchNorm:
+  """Batch norm of TensorFlow's EfficientNets: running statistics unless `train`; parameters and statistics float32."""
   return nn.BatchNorm(
     use_running_average=not train,
     momentum=momentum,
@@ -89,12 +90,14 @@ class Depthwise(nn.Module):
     return jax.lax.platform_dependent(x, kernel.astype(self.dtype), cpu=self.sum_of_shifts, default=self.convolution)
 
   def convolution(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, R, C, D] with kernel [size, size, 1, D] by XLA's grouped convolution, in 'SAME' padding."""
     strides, layout, groups = (self.stride, self.stride), ('NHWC', 'HWIO', 'NHWC'), x.shape[-1]
     return jax.lax.conv_general_dilated(
       x, kernel, strides, 'SAME', dimension_numbers=layout, feature_group_count=groups
     )
 
   def sum_of_shifts(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """As `convolution`, as a sum of size x size shifted and scaled maps."""
     size, stride = self.size, self.stride
     x = jnp.pad(x, [(0, 0), *jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), 'SAME'), (0, 0)])
     rows, columns = ((side - size) // stride + 1 for side in x.shape[1:3])

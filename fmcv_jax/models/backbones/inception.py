@@ -123,6 +123,8 @@ class FrozenNorm(nn.Module):
 
 
 class Unit(nn.Module):
+  """Convolution without bias, frozen batch norm and ReLU: [B, H, W, C] -> [B, H', W', conv.features]."""
+
   logical_axes = ((r'(.*/)?conv/kernel', (None, None, None, 'embed')),)
 
   conv: Conv
@@ -150,6 +152,8 @@ def _walk(x: jax.Array, branch: Branch) -> jax.Array:
 
 
 class Mixed(nn.Module):
+  """Inception block: branches of the same input, concatenated along channels."""
+
   branches: tuple[Branch, ...]
 
   @nn.compact

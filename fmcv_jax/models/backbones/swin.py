@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.layers import (
@@ -235,6 +236,7 @@ class Swin(nn.Module):
     """Side in pixels of the image area of one token of the last stage."""
     return self.smallest_patch * 2 ** (len(self.depths) - 1)
 
+  @override
   def setup(self) -> None:
     eps, dtype = self.blocks[0].eps, self.blocks[0].dtype
     self.embed = dense(self.width, dtype, 'patch')
@@ -270,6 +272,7 @@ class Swin(nn.Module):
     return tuple(levels)
 
   def __call__(self, images: jax.Array, *, train: bool = False) -> Features:
+    """Images [B, H, W, 3] -> features: tokens of the last stage [B, T, D], their mean, and the classes' logits."""
     x = self.norm(self.pyramid(images, train=train)[-1].tokens)
     pooled = jnp.mean(x, axis=1, dtype=jnp.float32).astype(x.dtype)
     return Features(self.head(pooled) if self.num_classes else pooled, pooled, x)

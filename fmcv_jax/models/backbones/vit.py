@@ -97,6 +97,7 @@ class ViT(nn.Module):
 
   @property
   def has_class_token(self) -> bool:
+    """True if a class token precedes the patches."""
     return self.class_token or self.pool == 'cls'
 
   @nn.compact

@@ -27,6 +27,7 @@ def conv(
   padding: str | Sequence[tuple[int, int]] = 'SAME',
   init: nn.initializers.Initializer = GLOROT,
 ) -> nn.Conv:
+  """Convolution with bias, padded to keep the size for a stride of 1; parameters float32, products in `dtype`."""
   return nn.Conv(
     features, (size, size), (stride, stride), padding=padding, dtype=jnp.dtype(dtype), kernel_init=init, name=name
   )
@@ -38,6 +39,7 @@ def groups_of(channels: int) -> int:
 
 
 def group_norm(channels: int, dtype: str, name: str, eps: float = 1e-6) -> nn.GroupNorm:
+  """Group norm with the number of groups of `groups_of`; statistics float32, with a two-pass variance."""
   return nn.GroupNorm(groups_of(channels), epsilon=eps, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
 
 

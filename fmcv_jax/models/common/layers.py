@@ -131,10 +131,12 @@ def dense(
   bias: bool = True,
   init: nn.initializers.Initializer = nn.initializers.xavier_uniform(),
 ) -> Dense:
+  """`Dense` with a name; `init` initializes the kernel."""
   return Dense(features, jnp.dtype(dtype), bias, init, name=name)
 
 
 def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
+  """LayerNorm over the last axis with scale and bias; statistics float32, output in `dtype`."""
   # The variance is E[x^2] - E[x]^2 in float32, in one pass over the tokens (docs/plan.md has the measured gain).
   # Cancellation is small, since the mean over the channels is small compared to their standard deviation.
   return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)

@@ -26,6 +26,7 @@ class Segmenter(nn.Module):
 
   @property
   def image_size(self) -> int:
+    """Side in pixels of the images of the encoder."""
     return self.encoder.image_size  # type: ignore[attr-defined]
 
   @nn.compact

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.conv_blocks import (
@@ -31,6 +32,7 @@ class Gaussian(NamedTuple):
   log_variance: jax.Array
 
   def sample(self, rng: jax.Array) -> jax.Array:
+    """A sample mean + exp(log_variance / 2) * noise, [B, h, w, z]."""
     return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(rng, self.mean.shape)
 
   def kl(self) -> jax.Array:
@@ -147,6 +149,7 @@ class Autoencoder(nn.Module):
   dtype: str = 'float32'
   remat: Remat = 'none'
 
+  @override
   def setup(self) -> None:
     shape = (self.channels, self.layers, self.attention, self.middle_attention)
     self.encoder = Encoder(*shape, 2 * self.latent_channels, self.dtype, self.remat)
@@ -168,10 +171,13 @@ class Autoencoder(nn.Module):
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
+    """Shape of one latent, (h, w, z)."""
     height, width = height_width(self.image_size)
     return (height // self.factor, width // self.factor, self.latent_channels)
 
   def encode(self, images: jax.Array) -> Gaussian:
+    """Gaussian over latents [B, h, w, z] of normalized images [B, H, W, 3]; ValueError for sides not divisible by
+    `factor`."""
     if images.shape[1] % self.factor or images.shape[2] % self.factor:
       raise ValueError(f'images: {images.shape[1]} x {images.shape[2]} pixels are not divisible by {self.factor}')
     x = self.encoder(with_logical_constraint(images, 'batch', None, None, None))
@@ -188,6 +194,7 @@ class Autoencoder(nn.Module):
     return self.conv_out(features).astype(jnp.float32)
 
   def decode(self, z: jax.Array) -> jax.Array:
+    """Latents [B, h, w, z] -> normalized images, float32 [B, H, W, 3]."""
     return self.pixels(self.features(z))
 
   def __call__(self, images: jax.Array, rng: jax.Array | None = None) -> tuple[jax.Array, Gaussian]:

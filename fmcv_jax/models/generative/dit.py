@@ -93,6 +93,7 @@ class DiT(nn.Module):
 
   @property
   def condition_keys(self) -> tuple[str, ...]:
+    """Keys of the condition that the network reads."""
     text = ('text', 'text_mask') * self.cross_attention + ('pooled_text',) * self.pooled_text
     return ('label',) * bool(self.num_classes) + text
 

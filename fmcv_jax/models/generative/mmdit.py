@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.diffusion.condition import Condition
 from fmcv_jax.errors import did_you_mean
@@ -46,6 +47,7 @@ class Projections(nn.Module):
   qk_norm: bool
   pre_only: bool = False
 
+  @override
   def setup(self) -> None:
     c = self.config
     self.query, self.key, self.value = (dense(self.width, c.dtype, name) for name in ('query', 'key', 'value'))
@@ -57,6 +59,7 @@ class Projections(nn.Module):
       self.out = dense(self.width, c.dtype, 'out')
 
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values [B, T, H, K] of x [B, T, D]."""
     shape = (*x.shape[:2], self.config.num_heads, -1)
     query, key, value = (project(x).reshape(shape) for project in (self.query, self.key, self.value))
     if self.qk_norm:
@@ -64,6 +67,7 @@ class Projections(nn.Module):
     return query, key, value
 
   def project_out(self, y: jax.Array) -> jax.Array:
+    """Output projection of the attention: [B, T, H, K] -> [B, T, D]."""
     return self.out(y.reshape(*y.shape[:2], self.width))
 
 
@@ -77,6 +81,7 @@ class Stream(nn.Module):
   qk_norm: bool
   pre_only: bool = False
 
+  @override
   def setup(self) -> None:
     parts = 2 if self.pre_only else 6
     self.modulation = dense(parts * self.width, self.config.dtype, 'modulation', init=nn.initializers.zeros)
@@ -86,10 +91,13 @@ class Stream(nn.Module):
       self.mlp = Mlp(self.config)
 
   def pre_attention(self, x: jax.Array, c: jax.Array) -> Any:
+    """(queries, keys and values [B, T, H, K]; the modulation that `post_attention` takes), of x [B, T, D] and c [B,
+    D]."""
     shift, scale, *parts = jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2 if self.pre_only else 6, axis=-1)
     return self.attention(self.norm(x) * (1 + scale) + shift), parts
 
   def post_attention(self, x: jax.Array, y: jax.Array, parts: Any) -> jax.Array:
+    """x [B, T, D] after the attention output y [B, T, H, K] and the MLP, both gated by `parts` of `pre_attention`."""
     gate1, shift2, scale2, gate2 = parts
     x = x + (gate1 * self.attention.project_out(y)).astype(x.dtype)
     y = self.mlp(self.norm(x) * (1 + scale2) + shift2)

@@ -116,6 +116,7 @@ class UNetConfig:
 
   @property
   def eps(self) -> float:
+    """Epsilon of the group norms of residual blocks, as published for each family."""
     return 1e-6 if self.family == 'ddpm' else 1e-5
 
   def residual(self, x: jax.Array, c: BlockCondition, features: int, train: bool, name: str) -> jax.Array:
@@ -124,6 +125,7 @@ class UNetConfig:
     return block(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(x, c.time)
 
   def attend(self, x: jax.Array, c: BlockCondition, level: int, name: str) -> jax.Array:
+    """The transformer (or the plain self-attention, without cross-attention) of a level, on x [B, H, W, C]."""
     depth = max(1, self.depths[level])
     if not self.cross_attention_dim:
       return rematerialize(SpatialAttention, self.remat)(self.num_heads[level], self.eps, self.dtype, name=name)(x)
@@ -264,6 +266,7 @@ class UNet(nn.Module):
 
   @property
   def condition_keys(self) -> tuple[str, ...]:
+    """Keys of the condition that the network reads."""
     text = ('text', 'text_mask') if self.config.cross_attention_dim and not self.num_classes else ()
     label, image = ('label',) * bool(self.num_classes), ('image',) * bool(self.extra_in_channels)
     return label + text + ('pooled_text',) * self.pooled_text + image

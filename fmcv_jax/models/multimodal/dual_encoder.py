@@ -9,6 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.backbones.efficientnet import efficientnet
@@ -38,6 +39,7 @@ class DualEncoder(nn.Module):
   initial_scale: float = 1 / 0.07
   initial_bias: float | None = None
 
+  @override
   def setup(self) -> None:
     self.temperature = self.param('temperature', nn.initializers.constant(math.log(self.initial_scale)), ())
     if self.initial_bias is not None:
@@ -60,6 +62,7 @@ class DualEncoder(nn.Module):
   def __call__(
     self, images: jax.Array, tokens: jax.Array, *, keep: jax.Array | None = None, train: bool = False
   ) -> Pairs:
+    """Unit vectors of both towers; `keep` int32 [B, N] are the patches that the image tower processes (None: all)."""
     return Pairs(self.encode_image(images, keep=keep, train=train), self.encode_text(tokens, train=train))
 
 

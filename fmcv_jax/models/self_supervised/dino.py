@@ -68,6 +68,7 @@ class DinoNetwork(nn.Module):
 
   @property
   def image_size(self) -> int:
+    """Side in pixels of global crops."""
     return self.encoder.image_size
 
   def __call__(

@@ -63,6 +63,7 @@ class MaskedAutoencoder(nn.Module):
 
   @property
   def image_size(self) -> int:
+    """Side in pixels of the images."""
     return self.encoder.image_size
 
   def __call__(self, images: jax.Array, order: jax.Array, *, visible: int, train: bool = False) -> Reconstruction:
