@@ -12,6 +12,8 @@ Pairs are ArrayRecord shards below data/pairs/train and data/pairs/val; any othe
 
 import ml_collections
 
+from fmcv_jax.dataset_statistics import CLIP
+
 PAIRS = 400_000_000
 EPOCHS = 32
 BATCH = 32_768
@@ -24,7 +26,7 @@ def get_config(variant='B/32'):
   c.objective = dict(
     name='contrastive',
     network=dict(name='clip', variant=variant, image_size=size, dtype='bfloat16', remat='dots'),
-    normalize=dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)),
+    normalize=CLIP,
   )
   c.tokenizer = dict(name='clip_bpe', length=77)
   c.data = dict(

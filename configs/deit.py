@@ -14,9 +14,8 @@ takes 0.7 of a chip's 16 GiB.
 
 import ml_collections
 
-EXAMPLES = 1_281_167
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+from fmcv_jax.dataset_statistics import HALF, IMAGENET, IMAGENET_EXAMPLES
+
 # image_size, drop_path and rate of DeiT III's first phase; of 160 pixels, patches of 14 show 154.
 III = {'S/16': (224, 0.05, 4e-3), 'B/16': (192, 0.2, 3e-3), 'L/16': (192, 0.45, 3e-3), 'H/14': (154, 0.6, 3e-3)}
 
@@ -27,7 +26,7 @@ def get_config(arg='S/16'):
   size = c.objective.network.image_size
   imagenet = dict(name='tfds', builder='imagenet2012')
   c.data = dict(source=dict(imagenet, split='train'), image=dict(name='random_resized_crop', size=size), workers=16)
-  steps_per_epoch = EXAMPLES // c.train.batch_size
+  steps_per_epoch = IMAGENET_EXAMPLES // c.train.batch_size
   c.evaluators = dict(
     val=dict(
       name='accuracy',
@@ -44,7 +43,7 @@ def get_config(arg='S/16'):
 
 def first(variant, distilled):
   batch = 1024
-  steps_per_epoch = EXAMPLES // batch
+  steps_per_epoch = IMAGENET_EXAMPLES // batch
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='classification',
@@ -84,7 +83,7 @@ def first(variant, distilled):
 def third(variant):
   batch = 2048
   size, drop_path, rate = III[variant]
-  steps_per_epoch = EXAMPLES // batch
+  steps_per_epoch = IMAGENET_EXAMPLES // batch
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='classification',

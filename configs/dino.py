@@ -10,14 +10,15 @@ trained with other arguments. Not measured here. Compiled for its pod, a step of
 
 import ml_collections
 
-EXAMPLES = 1_281_167
+from fmcv_jax.dataset_statistics import IMAGENET, IMAGENET_EXAMPLES
+
 BATCH = 1024
 EPOCHS = 300
 LENGTHS = {'S/16': True, 'S/8': True, 'B/16': False, 'B/8': False}
 
 
 def get_config(variant='S/16'):
-  steps_per_epoch = EXAMPLES // BATCH
+  steps_per_epoch = IMAGENET_EXAMPLES // BATCH
   steps = EPOCHS * steps_per_epoch
   c = ml_collections.ConfigDict()
   jitter = (
@@ -35,7 +36,7 @@ def get_config(variant='S/16'):
       (*jitter, dict(name='blur', probability=0.1), dict(name='solarize', probability=0.2)),
     ),
     local_augment=(*jitter, dict(name='blur', probability=0.5)),
-    normalize=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    normalize=IMAGENET,
     network=dict(
       name='dino',
       learn_prototype_norms=LENGTHS[variant],

@@ -11,14 +11,14 @@ authors' default of 800 epochs is --config.train.steps=249600.
 
 import ml_collections
 
-EXAMPLES = 1_281_167
+from fmcv_jax.dataset_statistics import IMAGENET, IMAGENET_EXAMPLES
+
 BATCH = 4096
 MESH = {'B/16': dict(data=-1), 'L/16': dict(data=-1, fsdp=16), 'H/14': dict(data=-1, fsdp=16)}
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def get_config(variant='B/16'):
-  steps_per_epoch = EXAMPLES // BATCH
+  steps_per_epoch = IMAGENET_EXAMPLES // BATCH
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='mae',

@@ -9,7 +9,8 @@ measured here. Two differences: the patches are pooled after the last norm, and 
 
 import ml_collections
 
-EXAMPLES = 1_281_167
+from fmcv_jax.dataset_statistics import IMAGENET, IMAGENET_EXAMPLES
+
 BATCH = 1024
 # epochs, rate for 256 images, layer_decay, drop_path
 RECIPES = {'B/16': (100, 5e-4, 0.65, 0.1), 'L/16': (50, 1e-3, 0.75, 0.2), 'H/14': (50, 1e-3, 0.75, 0.3)}
@@ -18,7 +19,7 @@ MESH = {'B/16': dict(data=-1), 'L/16': dict(data=-1, fsdp=16), 'H/14': dict(data
 
 def get_config(variant='B/16'):
   epochs, rate, layer_decay, drop_path = RECIPES[variant]
-  steps_per_epoch = EXAMPLES // BATCH
+  steps_per_epoch = IMAGENET_EXAMPLES // BATCH
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='classification',
@@ -30,7 +31,7 @@ def get_config(variant='B/16'):
       dict(name='rand_augment', recipe='timm', layers=2, magnitude=9, magnitude_std=0.5, probability=0.5),
       dict(name='random_erasing', probability=0.25),
     ),
-    normalize=dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    normalize=IMAGENET,
     network=dict(
       name='vit',
       variant=variant,

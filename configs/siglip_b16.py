@@ -2,6 +2,8 @@
 
 Published: 76.0 % zero-shot ImageNet-1k top-1 after 40 B pairs of WebLI, which is not public. Not measured here. The
 published model reads a 32 k SentencePiece vocabulary; this recipe trains from scratch with CLIP's byte-pair one.
+Their weight decay of 1e-4 is not multiplied by the peak learning rate of 1e-3 (big_vision/optax.py); that of optax is,
+so it is 0.1 here.
 
     fmcv train --config configs/siglip_b16.py --workdir gs://BUCKET/siglip_b16
 """
@@ -42,7 +44,7 @@ def get_config():
   c.optimizer = dict(
     rule=dict(name='adafactor'),
     schedule=dict(name='cosine', peak_lr=1e-3, warmup_steps=10_000),
-    weight_decay=1e-4,
+    weight_decay=0.1,
     clip_norm=1.0,
   )
   c.train = dict(steps=TOTAL_EXAMPLES // BATCH, batch_size=BATCH)

@@ -9,14 +9,14 @@ Published top-1: T 81.3 %, S 83.0 %, B 83.5 % (81.2, 83.2 and 83.5 % in the auth
 
 import ml_collections
 
-EXAMPLES = 1_281_167
+from fmcv_jax.dataset_statistics import IMAGENET, IMAGENET_EXAMPLES
+
 BATCH = 1024
 DROP_PATH = {'T': 0.2, 'S': 0.3, 'B': 0.5}
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def get_config(variant='T'):
-  steps_per_epoch = EXAMPLES // BATCH
+  steps_per_epoch = IMAGENET_EXAMPLES // BATCH
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='classification',

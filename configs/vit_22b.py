@@ -4,7 +4,8 @@ Published: 21,743 M parameters, 177,000 steps of 65,536 images of JFT-4B, which 
 89.5 % ImageNet-1k top-1 by a linear probe. Not measured here: `fmcv plan --config configs/vit_22b.py` compiles it for
 its pod (results in docs/plan.md). As in the paper: parallel attention and MLP, normalized queries and keys, no bias in
 the attention projections, attention pooling, sigmoid cross-entropy, Adafactor and a reciprocal square-root schedule.
-Unlike the paper: norms have biases, and one weight decay acts on body and head.
+Unlike the paper: norms have biases, and the weight decay of the body, 0.03, acts on the head too, which has 3.0 there
+(both are multiplied by the learning rate, as here: 3.0 by itself would flip every sign).
 
     fmcv train --config configs/vit_22b.py --workdir gs://BUCKET/vit_22b
 """

@@ -9,14 +9,15 @@ here. GELU is the tanh approximation, which TPUs support in hardware.
 
 import ml_collections
 
-EXAMPLES = 1_281_167
+from fmcv_jax.dataset_statistics import IMAGENET_EXAMPLES
+
 BATCH = 4096
 RECIPES = {'B/16': dict(epochs=300, drop_path=0.1), 'L/16': dict(epochs=200, drop_path=0.2)}
 
 
 def get_config(variant='B/16'):
   recipe = RECIPES[variant]
-  steps_per_epoch = EXAMPLES // BATCH
+  steps_per_epoch = IMAGENET_EXAMPLES // BATCH
   c = ml_collections.ConfigDict()
   c.objective = dict(
     name='classification',

@@ -1,11 +1,10 @@
 """Command-line entry point: `fmcv <command>`, or `python -m fmcv_jax <command>`."""
 
 import argparse
-import contextlib
+import inspect
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fmcv_jax.errors import UserError
@@ -15,30 +14,35 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Train a config. Running the same command again resumes from the latest checkpoint."""
   from fmcv_jax import experiment, trainer
 
   trainer.train(experiment.load_config(args.config, overrides), args.workdir)
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Run the evaluators of trained runs and print one table."""
   from fmcv_jax.apps import evaluation
 
   evaluation.evaluate_workdirs(args.workdir, overrides, step=args.step)
 
 
 def demo(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Train the demo model and plot its results."""
   from fmcv_jax.apps import demo as demo_app
 
   demo_app.run(args.config, args.workdir, overrides)
 
 
 def explain(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Visualize attention, relevance and features of a trained model."""
   from fmcv_jax.apps import explain as explain_app
 
   explain_app.run(args.image, args.model, args.text, args.output, step=args.step, size=args.size)
 
 
 def generate(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Generate images with a trained diffusion model."""
   from fmcv_jax.apps import generate as generate_app
 
   generate_app.run(
@@ -61,6 +65,7 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Generate a labeled synthetic dataset with a trained diffusion model."""
   from fmcv_jax.apps import synthesize as synthesize_app
 
   synthesize_app.run(
@@ -76,42 +81,49 @@ def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Generate a grid of samples from a text-to-image model and score it with a CLIP."""
   from fmcv_jax.apps import emoji_report as gallery_app
 
   gallery_app.run(args.model, args.feature_extractor, steps=args.steps, guidance=args.guidance, seed=args.seed)
 
 
 def import_(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Import a published checkpoint into a new workdir."""
   from fmcv_jax.apps import conversion
 
   conversion.import_checkpoint(args.file, args.to, args.family, overrides)
 
 
 def export(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Export a trained model for timm, OpenCLIP, transformers or diffusers."""
   from fmcv_jax.apps import conversion
 
   conversion.export_checkpoint(args.workdir, args.to, args.format, args.step)
 
 
 def report(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Summarize a run: time breakdown, restarts and loss curve."""
   from fmcv_jax.apps import report as report_app
 
   report_app.run(args.workdir)
 
 
 def replay(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Re-run one training step and report which values are not finite."""
   from fmcv_jax.apps import replay as replay_app
 
   replay_app.run(args.workdir, args.at, overrides)
 
 
 def pack(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Convert a data source to ArrayRecord shards (resumable)."""
   from fmcv_jax.apps import pack as pack_app
 
   pack_app.run(args.source, args.to, overrides, shards=args.shards, workers=args.workers, max_bad=args.max_bad)
 
 
 def data(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Preview a config's training inputs, or benchmark its input pipeline."""
   from fmcv_jax.apps import data_bench, data_show
 
   if args.show is None and not args.bench:
@@ -123,6 +135,7 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def precompute(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Precompute latents, embeddings or other outputs for every record."""
   from fmcv_jax.apps import precompute as precompute_app
 
   precompute_app.run(
@@ -140,6 +153,7 @@ def precompute(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Compile a config for a remote TPU topology and report memory, communication and cost."""
   from fmcv_jax.plan import planning
 
   planning.run(
@@ -165,18 +179,19 @@ def _sampling(args: argparse.Namespace, **more: Any) -> Any:
 
 
 def parser() -> argparse.ArgumentParser:
+  """The parser of the command line; the help of a command is the docstring of its function."""
   top = argparse.ArgumentParser(prog='fmcv', description='Pretrain vision foundation models in JAX.')
   commands = top.add_subparsers(dest='command', required=True, metavar='command')
 
   def add(
     function: Callable[..., None],
-    summary: str,
     *,
     config: str | None = None,
     model: bool = False,
     workdir: bool = True,
     fields: bool = True,
   ) -> argparse.ArgumentParser:
+    summary = inspect.getdoc(function)
     example = '--config.mesh.fsdp=-1' if model else '--config.train.steps=200'
     sub = commands.add_parser(
       function.__name__.rstrip('_'),
@@ -196,21 +211,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument('--cpu-devices', type=int, metavar='N', help='emulate N devices on the CPU')
     return sub
 
-  add(train, 'Train a config. Running the same command again resumes from the latest checkpoint.', config='')
-  sub = add(evaluate, 'Run the evaluators of trained runs and print one table.', workdir=False)
+  add(train, config='')
+  sub = add(evaluate, workdir=False)
   sub.add_argument('--workdir', nargs='+', required=True, metavar='DIR', help='run folders (local or gs://)')
   sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
-  sub = add(replay, 'Re-run one training step and report which values are not finite.')
+  sub = add(replay)
   sub.add_argument('--at', type=int, required=True, metavar='STEP', help='step number, counted from 1')
-  sub = add(import_, 'Import a published checkpoint into a new workdir.', workdir=False)
+  sub = add(import_, workdir=False)
   sub.add_argument('file', metavar='FILE', help='.safetensors, .npz, .pth, or a folder of .safetensors')
   sub.add_argument(
     '--as', dest='family', metavar='FAMILY', help='model family, e.g. vit, dinov2_l14, clip (default: detected)'
   )
   sub.add_argument('--to', required=True, metavar='DIR', help='new folder')
-  sub = add(
-    export, 'Export a trained model for timm, OpenCLIP, transformers or diffusers.', workdir=False, fields=False
-  )
+  sub = add(export, workdir=False, fields=False)
   sub.add_argument('workdir', metavar='DIR', help='workdir of `fmcv train` or `fmcv import` (local or gs://)')
   sub.add_argument(
     '--format',
@@ -221,9 +234,9 @@ def parser() -> argparse.ArgumentParser:
     '--to', required=True, metavar='FILE', help='.safetensors or .npz file, or a folder that the library opens'
   )
   sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
-  add(report, 'Summarize a run: time breakdown, restarts and loss curve.', fields=False)
-  add(demo, 'Train the demo model and plot its results.', config='configs/demo/clip.py')
-  sub = add(explain, 'Visualize attention, relevance and features of a trained model.', model=True, fields=False)
+  add(report, fields=False)
+  add(demo, config='configs/demo/clip.py')
+  sub = add(explain, model=True, fields=False)
   sub.add_argument('image', nargs='+', metavar='IMAGE', help='image file')
   sub.add_argument('--text', nargs='+', default=[], help='text queries (image-text models only)')
   sub.add_argument('--output', default='explained', metavar='DIR', help='output folder (default: explained)')
@@ -247,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
       '--rescale', type=float, default=0.0, metavar='PHI', help='CFG rescale factor phi (Lin et al. 2024; default: 0)'
     )
 
-  sub = add(generate, 'Generate images with a trained diffusion model.', model=True)
+  sub = add(generate, model=True)
   sub.add_argument('prompt', nargs='*', metavar='PROMPT', help='text prompt, or a class by name or index')
   sub.add_argument('-n', type=int, default=4, help='images per prompt (default: 4)')
   add_sampling(sub)
@@ -263,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--control-scale', type=float, metavar='X', help='ControlNet conditioning scale (default: 1)')
   sub.add_argument('--interpolate', action='store_true', help='interpolate between two prompts in n images')
   sub.add_argument('--output', default='generated', metavar='DIR', help='output folder (default: generated)')
-  sub = add(synthesize, 'Generate a labeled synthetic dataset with a trained diffusion model.', model=True)
+  sub = add(synthesize, model=True)
   sub.add_argument('--to', required=True, metavar='DIR', help='new folder for ArrayRecord shards')
   sub.add_argument('-n', type=int, default=10, help='images per prompt (default: 10)')
   sub.add_argument(
@@ -272,7 +285,6 @@ def parser() -> argparse.ArgumentParser:
   add_sampling(sub)
   sub = add(
     gallery,
-    'Generate a grid of samples from a text-to-image model and score it with a CLIP.',
     model=True,
     fields=False,
   )
@@ -280,7 +292,7 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--steps', type=int, default=20, help='number of sampling steps (default: 20)')
   sub.add_argument('--guidance', type=float, default=4.0, help='classifier-free guidance scale (default: 4)')
   sub.add_argument('--seed', type=int, default=0)
-  sub = add(data, "Preview a config's training inputs, or benchmark its input pipeline.", config='', workdir=False)
+  sub = add(data, config='', workdir=False)
   sub.add_argument('--show', type=int, metavar='N', help='draw N examples exactly as the network receives them')
   sub.add_argument('--output', default='data.png', metavar='FILE', help='output image (default: data.png)')
   sub.add_argument(
@@ -288,7 +300,7 @@ def parser() -> argparse.ArgumentParser:
   )
   sub.add_argument('--seconds', type=float, default=5.0, help='seconds per stage of --bench (default: 5)')
   sub.add_argument('--no-step', action='store_true', help='benchmark the input pipeline alone, without the train step')
-  sub = add(pack, 'Convert a data source to ArrayRecord shards (resumable).', workdir=False)
+  sub = add(pack, workdir=False)
   sub.add_argument('source', metavar='SOURCE', help='config FILE.py[:ARG], path, or source name such as emoji')
   sub.add_argument('--to', required=True, metavar='DIR', help='new folder')
   sub.add_argument('--shards', type=int, metavar='N', help='number of files (default: half a GiB each)')
@@ -296,7 +308,7 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument(
     '--max-bad', type=float, default=0.01, metavar='X', help='maximum fraction of unreadable records (default: 0.01)'
   )
-  sub = add(precompute, 'Precompute latents, embeddings or other outputs for every record.', workdir=False)
+  sub = add(precompute, workdir=False)
   sub.add_argument('name', nargs='+', metavar='NAME', help='output name: latents, features, embed_image, ...')
   sub.add_argument('--to', required=True, metavar='DIR', help='new folder for ArrayRecord shards')
   sub.add_argument('--config', metavar='FILE.py[:ARG]', help='config whose frozen networks are used')
@@ -310,7 +322,6 @@ def parser() -> argparse.ArgumentParser:
   )
   sub = add(
     plan,
-    'Compile a config for a remote TPU topology and report memory, communication and cost.',
     config='',
     workdir=False,
   )
@@ -327,32 +338,6 @@ def parser() -> argparse.ArgumentParser:
   return top
 
 
-def _keep_compiled() -> None:
-  """Enables JAX's persistent compilation cache, for programs that take a second or more to compile."""
-  import jax
-
-  from fmcv_jax.data.storage import cache_folder
-
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # which may be a gs:// folder
-    jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'compiled'))
-
-
-@contextlib.contextmanager
-def _suppress_tensorstore_shutdown_errors() -> Iterator[None]:
-  """Silences 'Event loop is closed', which every tensorstore thread reports after a failed write."""
-  usual = sys.unraisablehook
-
-  def hook(unraisable):
-    if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != 'Event loop is closed':
-      usual(unraisable)
-
-  sys.unraisablehook = hook
-  try:
-    yield
-  finally:
-    sys.unraisablehook = usual
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status: 0 success, 2 user error, 75 preempted after saving."""
   argv = list(sys.argv[1:] if argv is None else argv)
@@ -365,18 +350,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'fmcv {args.command}: unknown argument {unknown[0]!r}; see fmcv {args.command} --help', file=sys.stderr)
     return EXIT_USER_ERROR
 
+  from fmcv_jax.apps.environment import keep_compiled, suppress_tensorstore_shutdown_errors
   from fmcv_jax.parallel import distributed
 
   if args.cpu_devices:
     distributed.emulate(args.cpu_devices)
   if args.command != 'plan':  # compiles for a target that is not attached
-    _keep_compiled()
+    keep_compiled()
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   for library in ('absl', 'asyncio'):  # not addressed to users
     logging.getLogger(library).setLevel(logging.CRITICAL)
   from fmcv_jax.train.loop import Preempted
 
-  with _suppress_tensorstore_shutdown_errors():
+  with suppress_tensorstore_shutdown_errors():
     try:
       distributed.initialize()
       args.function(args, overrides)

@@ -30,13 +30,35 @@ logger = logging.getLogger(__name__)
 Kinds = Mapping[type, Mapping[str, Callable[..., Any]]]
 
 
+def shipped_configs() -> pathlib.Path:
+  """The folder of the configs that come with the package: of an installation, or of a checkout."""
+  package = pathlib.Path(__file__).parent
+  installed = package / 'configs'
+  return installed if installed.is_dir() else package.parent / 'configs'
+
+
+def find_file(path: str) -> pathlib.Path:
+  """The config file at `path`, or else the config of that name that comes with the package.
+
+  A shipped config is named as in a checkout ('configs/demo/clip.py') or shortly ('demo/clip'). UserError if there is
+  neither, with the nearest name.
+  """
+  file, shipped = pathlib.Path(path), shipped_configs()
+  if file.is_file():
+    return file
+  name = path.removeprefix('configs/').removesuffix('.py') + '.py'
+  if not file.is_absolute() and (shipped / name).is_file():
+    return shipped / name
+  here = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
+  names = [p.relative_to(shipped).with_suffix('').as_posix() for p in sorted(shipped.rglob('*.py'))]
+  near = [*here, *names, *(f'configs/{known}.py' for known in names)]
+  raise UserError(f'--config: no file {path!r}, and no config of that name in the package; {did_you_mean(path, near)}')
+
+
 def load_file(spec: str) -> dict[str, Any]:
-  """Runs `get_config(arg)` of the python file in `spec`, 'path/to/config.py' or 'path/to/config.py:arg'."""
+  """Runs `get_config(arg)` of a python file; `spec` is 'path/to/config.py' or 'path/to/config.py:arg' (`find_file`)."""
   path, _, arg = spec.partition(':')
-  file = pathlib.Path(path)
-  if not file.is_file():
-    near = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
-    raise UserError(f'--config: no file {path!r}; {did_you_mean(path, near)}')
+  file = find_file(path)
   module_spec = importlib.util.spec_from_file_location(f'fmcv_config_{file.stem}', file)
   assert module_spec
   assert module_spec.loader
@@ -127,7 +149,7 @@ def resolve(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> 
 def build(annotation: Any, value: Any, kinds: Kinds, path: str = 'config') -> Any:
   """Constructs what plain data describes. A ValueError of a constructor is reported with the field's path."""
 
-  def construct(name, constructor, fields, path):
+  def construct(name: Any, constructor: Callable[..., Any], fields: Mapping[str, Any], path: str) -> Any:
     with config_path_context(path):
       return constructor(**fields)
 
@@ -188,7 +210,7 @@ def _visit(annotation: Any, value: Any, kinds: Kinds, path: str, make: Callable[
   return value
 
 
-def _visit_union(args, value, kinds, path, make):
+def _visit_union(args: Any, value: Any, kinds: Kinds, path: str, make: Callable[..., Any]) -> Any:
   if value is None and types.NoneType in args:
     return None
   options = [option for option in args if option is not types.NoneType]
@@ -201,7 +223,9 @@ def _visit_union(args, value, kinds, path, make):
   raise errors[0] if len(options) == 1 else UserError(f'{path}: got {value!r}; ' + '; or '.join(map(str, errors)))
 
 
-def _visit_spec(table, value, kinds, path, make):
+def _visit_spec(
+  table: Mapping[str, Callable[..., Any]], value: Any, kinds: Kinds, path: str, make: Callable[..., Any]
+) -> Any:
   if isinstance(value, str):  # a name alone stands for the name with every default
     value = {'name': value}
   if not isinstance(value, dict) or not isinstance(value.get('name'), str):
@@ -217,7 +241,14 @@ def _visit_spec(table, value, kinds, path, make):
   return _visit_call({'name': name}, constructor, fields, kinds, path, make)
 
 
-def _visit_call(name, constructor, fields, kinds, path, make):
+def _visit_call(
+  name: Mapping[str, Any],
+  constructor: Any,
+  fields: Mapping[str, Any],
+  kinds: Kinds,
+  path: str,
+  make: Callable[..., Any],
+) -> Any:
   parameters = _parameters(constructor)
   fields = _in_present_names(fields, parameters, path)
   for key in fields:
@@ -274,7 +305,7 @@ def _described(default: Any, kinds: Kinds) -> Any:
   return to_plain_dict(default)
 
 
-def _parameters(constructor) -> dict[str, tuple[Any, Any]]:
+def _parameters(constructor: Any) -> dict[str, tuple[Any, Any]]:
   """Parameter name -> (annotation, default). Dataclass defaults that are made by a factory are made here."""
   if dataclasses.is_dataclass(constructor):
     hints = typing.get_type_hints(constructor, include_extras=True)
@@ -297,7 +328,7 @@ def _parameters(constructor) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def _import(name: str, path: str):
+def _import(name: str, path: str) -> Any:
   module_name, _, attribute = name.partition(':')
   try:
     return getattr(importlib.import_module(module_name), attribute)

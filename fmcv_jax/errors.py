@@ -1,5 +1,8 @@
 """Errors written for the person at the terminal."""
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(Exception):
   """Something the user can put right: a config, a path, a file, an image, a mesh.
@@ -13,7 +16,7 @@ class BadRecord(Exception):
   """This record cannot be used; the message is one line that says why. The loader skips, counts and reports it."""
 
 
-def did_you_mean(word: str, known, *, limit: int = 8) -> str:
+def did_you_mean(word: str, known: Iterable[Any], *, limit: int = 8) -> str:
   """Ends a message about an unknown `word`: the nearest of the `known` names, or the list of them."""
   import difflib
 

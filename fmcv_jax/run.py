@@ -69,11 +69,12 @@ class Run:
     return self._workdir
 
   def init(self) -> TrainState:
+    """The initial state of training, on the mesh."""
     e = self.experiment
     return init_state(e.objective, self.tx, e.seed, ema=e.train.ema_decay is not None)
 
   @functools.cached_property
-  def _traced(self):
+  def _traced(self) -> Any:
     e = self.experiment
     return trace_state(e.objective, self.tx, e.seed, ema=e.train.ema_decay is not None)
 
@@ -84,6 +85,7 @@ class Run:
 
   @functools.cached_property
   def shardings(self) -> TrainState:
+    """Shardings of every array of the training state."""
     state, rows = self._traced
     return state_shardings(state, self.placement, rows, self.experiment.objective.frozen_networks)
 
@@ -97,6 +99,7 @@ class Run:
     }
 
   def train_step(self) -> StepFn:
+    """The jitted train step of the config; built once."""
     e = self.experiment
     return make_train_step(
       e.objective,
@@ -110,6 +113,7 @@ class Run:
     )
 
   def subject(self) -> EvaluatedModel:
+    """The model under evaluation, without parameters: see `restored_model`."""
     e = self.experiment
     return EvaluatedModel(
       e.objective.outputs(),
@@ -218,4 +222,5 @@ def load_trained_params(workdir: str) -> dict[str, Any]:
 
 
 def parameter_count(params: Any) -> int:
+  """Number of parameters of a tree of arrays or ShapeDtypeStructs."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

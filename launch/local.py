@@ -129,6 +129,7 @@ def run_once(command: list[str], processes: int, devices: int, asked: list[int],
 
 
 def main(arguments: list[str] | None = None) -> int:
+  """Runs the command line; returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--processes', type=int, default=2, help='how many processes')
   parser.add_argument('--devices', type=int, default=1, help='emulated devices of each process')

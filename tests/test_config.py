@@ -117,10 +117,40 @@ def test_a_missing_config_file_names_its_nearest_neighbour(tmp_path):
     config.load_file(str(tmp_path / 'clp.py'))
 
 
-def test_every_config_of_the_project_resolves():
-  import pathlib
+@pytest.mark.parametrize('spec', ['configs/demo/clip.py', 'demo/clip', 'demo/clip.py'])
+def test_a_config_of_the_package_is_found_from_any_folder(tmp_path, monkeypatch, spec):
+  monkeypatch.chdir(tmp_path)
+  assert config.load_file(spec) == config.load_file(str(config.shipped_configs() / 'demo/clip.py'))
 
-  files = sorted(pathlib.Path('configs').rglob('*.py'))
+
+def test_an_argument_of_a_config_follows_its_short_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config.load_file('vit_i1k:L/16')['objective']['network']['variant'] == 'L/16'
+
+
+def test_a_file_of_the_current_folder_precedes_a_config_of_the_package(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs/clip.py').write_text('def get_config():\n  return {"own": 1}')
+  assert config.load_file('configs/clip.py') == {'own': 1}
+
+
+@pytest.mark.parametrize(('spec', 'near'), [('demo/clap', 'demo/clip'), ('configs/vit_i1K.py', r'configs/vit_i1k\.py')])
+def test_a_misspelled_config_of_the_package_names_the_nearest(tmp_path, monkeypatch, spec, near):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=f'no config of that name in the package; .*{near}'):
+    config.load_file(spec)
+
+
+@pytest.mark.parametrize(('name', 'peak_lr', 'unscaled'), [('vit_s16_i1k', 1e-3, 1e-4), ('siglip_b16', 1e-3, 1e-4)])
+def test_weight_decay_of_big_vision_is_divided_by_its_learning_rate(name, peak_lr, unscaled):
+  optimizer = experiment.load_config(name)['optimizer']
+  assert optimizer['schedule']['peak_lr'] == peak_lr
+  assert optimizer['weight_decay'] * peak_lr == pytest.approx(unscaled)
+
+
+def test_every_config_of_the_project_resolves():
+  files = sorted(config.shipped_configs().rglob('*.py'))
   assert len(files) >= 2
   for file in files:
     resolved = experiment.load_config(str(file))

@@ -11,9 +11,10 @@ fmcv train --config configs/demo/deit.py:alone --workdir runs/deit_alone        
 
 import ml_collections
 
+from fmcv_jax.dataset_statistics import SCATTERED_DIGITS
+
 SIZE = 20
 AFFINE = dict(name='affine', scale=(0.8, 1.25), ratio=(0.8, 1.25), rotation=15.0, translate=0.1, shear=0.2, fill=0.0)
-BLACK = dict(mean=(0.15, 0.15, 0.15), std=(0.3, 0.3, 0.3))  # most of a scene is black
 TEACHER = dict(
   name='swin', variant='mu', image_size=SIZE, patch_size=2, window=5, num_classes=10
 )  # configs/demo/swin.py
@@ -27,7 +28,7 @@ def get_config(kind='distilled'):
     name='classification',
     label_smoothing=0.1,
     augment=(AFFINE,),
-    normalize=BLACK,
+    normalize=SCATTERED_DIGITS,
     network=dict(
       name='vit',
       variant='mu/4',
@@ -43,7 +44,7 @@ def get_config(kind='distilled'):
     ),
   )
   if distilled:
-    c.objective.distillation = dict(teacher=TEACHER, kind='hard', weight=0.5, normalize=BLACK)
+    c.objective.distillation = dict(teacher=TEACHER, kind='hard', weight=0.5, normalize=SCATTERED_DIGITS)
     c.init_from = {'extra/teacher': dict(workdir='runs/swin')}
   c.data = dict(source=dict(digits, copies=64))
   c.evaluators = dict(val=dict(name='accuracy', data=dict(source=dict(digits, split='test', copies=4))))

@@ -10,6 +10,8 @@ fmcv explain an_emoji.png --model runs/dino
 
 import ml_collections
 
+from fmcv_jax.dataset_statistics import EMOJI
+
 
 def get_config():
   c = ml_collections.ConfigDict()
@@ -28,7 +30,7 @@ def get_config():
     koleo_weight=0.1,
     global_augments=(jitter, (*jitter, dict(name='blur', probability=0.5, sigma=(0.3, 0.8)))),
     local_augment=jitter,
-    normalize=dict(mean=(0.75, 0.75, 0.75), std=(0.33, 0.33, 0.33)),  # most of a drawing is white
+    normalize=EMOJI,
     network=dict(
       name='dino',
       prototypes=2048,

@@ -19,11 +19,12 @@ held-out scenes with held-out digits. Measured on 2 busy cores (seed 0; CPU minu
 
 import ml_collections
 
+from fmcv_jax.dataset_statistics import SCATTERED_DIGITS
+
 SIZE, SMALL = 20, 12
 STEPS = dict(untrained=1, mae=1000, dino=600, supervised=300, mae_tuned=300, dino_tuned=300)
 PEAK = dict(untrained=1e-12, mae=6e-3, dino=3e-3, supervised=6e-3, mae_tuned=6e-3, dino_tuned=6e-3)
 ENCODER = dict(mae_tuned=('mae', 'params/encoder'), dino_tuned=('dino', 'extra/teacher/encoder'))  # of which run
-BLACK = dict(mean=(0.15, 0.15, 0.15), std=(0.3, 0.3, 0.3))  # most of a scene is black
 
 NETWORK = dict(
   name='vit',
@@ -49,7 +50,7 @@ def get_config(method='dino'):
   c.data = dict(source=dict(digits, copies=1 if labels else 64))
   if method == 'mae':
     network = dict(name='mae', encoder=NETWORK, width=32, depth=1, num_heads=4)
-    c.objective = dict(name='mae', network=network, norm_pix_loss=False, normalize=BLACK)
+    c.objective = dict(name='mae', network=network, norm_pix_loss=False, normalize=SCATTERED_DIGITS)
   elif method == 'dino':
     c.objective = dict(
       name='dino',
@@ -63,7 +64,7 @@ def get_config(method='dino'):
       koleo_weight=0.5,
       global_augments=((AFFINE,), (AFFINE,)),
       local_augment=(AFFINE,),
-      normalize=BLACK,
+      normalize=SCATTERED_DIGITS,
     )
     crop = dict(name='random_resized_crop')
     c.data.views = dict(
@@ -71,7 +72,9 @@ def get_config(method='dino'):
       local_crops_number=dict(count=2, image=dict(crop, size=SMALL, scale=(0.3, 0.6))),
     )
   else:
-    c.objective = dict(name='classification', network=dict(NETWORK, num_classes=10), augment=(AFFINE,), normalize=BLACK)
+    c.objective = dict(
+      name='classification', network=dict(NETWORK, num_classes=10), augment=(AFFINE,), normalize=SCATTERED_DIGITS
+    )
   if method in ENCODER:
     run, part = ENCODER[method]
     c.init_from = dict(params=dict(workdir=f'runs/features/{run}', part=part, skip=('head/.*',)))

@@ -10,6 +10,8 @@ fmcv explain an_emoji.png --model runs/mae
 
 import ml_collections
 
+from fmcv_jax.dataset_statistics import EMOJI
+
 
 def get_config():
   c = ml_collections.ConfigDict()
@@ -21,7 +23,7 @@ def get_config():
       dict(name='affine', scale=(0.7, 1.4), ratio=(0.8, 1.25), rotation=10.0, translate=0.08, shear=0.12),
       dict(name='flip'),
     ),
-    normalize=dict(mean=(0.75, 0.75, 0.75), std=(0.33, 0.33, 0.33)),  # most of a drawing is white
+    normalize=EMOJI,
     network=dict(
       name='mae',
       width=64,

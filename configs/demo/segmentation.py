@@ -8,13 +8,15 @@ fmcv train --config configs/demo/segmentation.py --workdir runs/segmentation
 
 import ml_collections
 
+from fmcv_jax.dataset_statistics import SCATTERED_DIGITS
+
 
 def get_config():
   c = ml_collections.ConfigDict()
   size = 24
   c.objective = dict(
     name='segmentation',
-    normalize=dict(mean=(0.15, 0.15, 0.15), std=(0.3, 0.3, 0.3)),  # most of a scene is black
+    normalize=SCATTERED_DIGITS,
     network=dict(
       name='segmenter',
       num_classes=11,  # the ground and ten digits

@@ -8,16 +8,19 @@ fmcv train --config configs/demo/swin.py --workdir runs/swin
 
 import ml_collections
 
+from fmcv_jax.dataset_statistics import SCATTERED_DIGITS
+
 SIZE = 20
 AFFINE = dict(name='affine', scale=(0.8, 1.25), ratio=(0.8, 1.25), rotation=15.0, translate=0.1, shear=0.2, fill=0.0)
-BLACK = dict(mean=(0.15, 0.15, 0.15), std=(0.3, 0.3, 0.3))  # most of a scene is black
 NETWORK = dict(name='swin', variant='mu', image_size=SIZE, patch_size=2, window=5, num_classes=10)
 
 
 def get_config():
   c = ml_collections.ConfigDict()
   digits = dict(name='scattered', size=SIZE, clutter=0)
-  c.objective = dict(name='classification', network=NETWORK, augment=(AFFINE,), normalize=BLACK, label_smoothing=0.1)
+  c.objective = dict(
+    name='classification', network=NETWORK, augment=(AFFINE,), normalize=SCATTERED_DIGITS, label_smoothing=0.1
+  )
   c.data = dict(source=dict(digits, copies=64))
   c.evaluators = dict(val=dict(name='accuracy', data=dict(source=dict(digits, split='test', copies=4))))
   c.optimizer = dict(

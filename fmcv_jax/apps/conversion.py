@@ -100,6 +100,7 @@ class Match(NamedTuple):
 
   @property
   def network(self) -> Any:
+    """The network of the objective; None for an objective without a field `network`."""
     return getattr(self.run.experiment.objective, 'network', None)
 
   @property

@@ -121,7 +121,7 @@ def _worker_stages(benched: Run, seconds: float, bad: dict[str, str]) -> list[St
     stages.append(Stage('decode, crop', 'one core', _timed(readable(lambda x: transform(x, rng), images), seconds)))
   if views := [data.views[name] for name in data.views if name in fields]:
 
-    def cropped(image):
+    def cropped(image: Any) -> list[np.ndarray]:
       image = image if isinstance(image, np.ndarray) else decode(image)
       return [view.image(image, rng) for view in views for _ in range(view.count)]
 

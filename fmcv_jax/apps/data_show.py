@@ -3,6 +3,7 @@
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -111,7 +112,7 @@ def _places(tile: Sequence[np.ndarray], scale: int) -> tuple[list[tuple[int, int
   return places, (x, height)
 
 
-def _fitting(text: str, width: int, font) -> str:
+def _fitting(text: str, width: int, font: Any) -> str:
   shown = ''.join(c if c.isprintable() else ' ' for c in text)
   while shown and font.getlength(shown) > width:
     shown = shown[:-2].rstrip() + '…' if len(shown) > 2 else ''

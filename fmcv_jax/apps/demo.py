@@ -102,7 +102,7 @@ def nearest_by_pixels(train: Pipeline, test: Pipeline, side: int = 16) -> float:
   A baseline for learned representations: it uses no text, but its training set has a drawing of every concept.
   """
 
-  def pixels(pipeline):
+  def pixels(pipeline: Pipeline) -> tuple[np.ndarray, list[str]]:
     examples = [pipeline.source[index] for index in range(len(pipeline.source))]
     images = np.stack([example['image'] for example in examples]).astype(np.float32) / 255
     block = images.shape[1] // side

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from fmcv_jax.apps import figures
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, topk_accuracy
@@ -102,11 +103,11 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
   console.print(f'images and figures: {folder}/', highlight=False)
 
 
-def _labels(source: Source):
+def _labels(source: Source) -> Iterator[int]:
   return (source[index]['label'] for index in range(len(source)))
 
 
-def _with_labels(source: Source, labels: set[int]):
+def _with_labels(source: Source, labels: set[int]) -> list[Example]:
   examples = (source[index] for index in range(len(source)))
   return [example for example in examples if example['label'] in labels]
 

@@ -67,7 +67,7 @@ def run(
   folder, written = pathlib.Path(output), []
   folder.mkdir(parents=True, exist_ok=True)
 
-  def draw(name, maps, title, **options):
+  def draw(name: str, maps: Any, title: str, **options: Any) -> None:
     written.append(folder / f'{name}.png')
     figures.overlay_sheet(pixels, maps, written[-1], title=f'{title}\n{model}, step {step}', **options)
 
@@ -114,7 +114,7 @@ def _read(file: str, size: int) -> np.ndarray:
     raise UserError(f'{file}: {error}') from error
 
 
-def _attention(network: ViT, params: Any, images: jax.Array):
+def _attention(network: ViT, params: Any, images: jax.Array) -> Any:
   """Attention of the last layer [B, H, rows, columns], rollout [B, rows, columns], features [B, rows, columns, D]."""
   _, projections = attention_maps.apply_with_intermediates(network, params, images)
   weights = projections.weights()
@@ -124,20 +124,22 @@ def _attention(network: ViT, params: Any, images: jax.Array):
   return *grids, patch_features(network, params, images)
 
 
-def _relevance(network: ViT, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]):
+def _relevance(
+  network: ViT, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
   """Relevance of each patch for the score of its image, [B, rows, columns], and the scores [B]."""
   flow, scores = attention_maps.relevance(network, params, images, score)
   given = attention_maps.from_class_token(flow - jnp.eye(flow.shape[-1]), network)  # without the identity term
   return attention_maps.on_grid(given, network, images), scores
 
 
-def _of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]):
+def _of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]) -> Any:
   """Patch similarity and relevance per text, both [texts, B, rows, columns], and scores [texts, B]."""
   network, params = tower.network, tower.params
   assert isinstance(network, ViT)
 
   @jax.jit
-  def compare(params, images, embedded):
+  def compare(params: Any, images: jax.Array, embedded: jax.Array) -> Any:
     patches = attention_maps.patch_embeddings(network, params, images)
     similarity = jnp.einsum('brce,te->tbrc', patches, embedded)
     relevant, scores = jax.lax.map(
@@ -148,13 +150,13 @@ def _of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, t
   return jax.device_get(compare(params, images, subject.embed_texts(texts, jax.device_count())))
 
 
-def _of_classes(tower: ImageEncoder, images: jax.Array):
+def _of_classes(tower: ImageEncoder, images: jax.Array) -> Any:
   """Relevance of each patch for the top-1 class, [B, rows, columns], and that class, [B]."""
   network, params = tower.network, tower.params
   assert isinstance(network, ViT)
 
   @jax.jit
-  def explain(params, images):
+  def explain(params: Any, images: jax.Array) -> Any:
     relevant, _ = _relevance(network, params, images, lambda features: features.output.max(-1))
     features: Any = network.apply({'params': params}, images)
     return relevant, features.output.argmax(-1)
@@ -162,13 +164,15 @@ def _of_classes(tower: ImageEncoder, images: jax.Array):
   return jax.device_get(explain(params, images))
 
 
-def _activation_maps(tower: ImageEncoder, images: jax.Array):
+def _activation_maps(tower: ImageEncoder, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Last feature map [B, rows, columns, D] of a network with global average pooling, and activation maps [..., E]."""
   maps = jax.jit(activation_maps.class_activation_maps, static_argnums=0)
   return maps(tower.network, tower.variables, images)
 
 
-def _activation_maps_of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]):
+def _activation_maps_of_texts(
+  subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]
+) -> Any:
   """As _of_texts, without relevance: the score of an image is the mean of its similarity map."""
   given = _activation_maps(tower, images)[1]
   whole = jnp.linalg.norm(given.mean((1, 2)), axis=-1)[:, None, None, None]
@@ -176,7 +180,7 @@ def _activation_maps_of_texts(subject: EvaluatedModel, tower: ImageEncoder, imag
   return jax.device_get(similarity), None, jax.device_get(similarity.mean((2, 3)))
 
 
-def _activation_maps_of_classes(tower: ImageEncoder, images: jax.Array):
+def _activation_maps_of_classes(tower: ImageEncoder, images: jax.Array) -> Any:
   """As _of_classes: the mean of the activation map of an image is the logit of its top-1 class."""
   given = _activation_maps(tower, images)[1]
   best = given.mean((1, 2)).argmax(-1)

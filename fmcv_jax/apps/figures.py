@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,7 +11,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.train.storage import read_metrics
 
 
-def _pyplot():
+def _pyplot() -> Any:
   try:
     import matplotlib
   except ImportError as error:
@@ -134,6 +135,6 @@ def _short(text: str, limit: int = 26) -> str:
   return text if len(text) <= limit else text[: limit - 1] + '…'
 
 
-def _save(figure, path: pathlib.Path) -> None:
+def _save(figure: Any, path: pathlib.Path) -> None:
   figure.savefig(path, dpi=110)
   _pyplot().close(figure)

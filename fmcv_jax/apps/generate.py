@@ -97,7 +97,7 @@ def run(
       console.print(f'prompt too long, cut to: {left}', highlight=False, markup=False)
   rows = [prompts[0]] * count if interpolate else [prompt for prompt in prompts for _ in range(count)]
 
-  def repeated(x):
+  def repeated(x: np.ndarray) -> np.ndarray:
     return np.repeat(x[None], len(rows), axis=0)
 
   edited = image is not None and mask is None and expand is None

@@ -164,7 +164,7 @@ def _write(
     for shard in missing:
       skipped: dict[str, str] = {}
 
-      def examples(shard=shard, skipped=skipped) -> Iterator[Example]:
+      def examples(shard: int = shard, skipped: Any = skipped) -> Iterator[Example]:
         for record, values in itertools.islice(computed, len(begun.plan.rows(shard))):
           bar.advance(task)
           if values is None or not all(np.isfinite(value).all() for value in values.values()):

@@ -95,7 +95,7 @@ def _measured(run: Run, state: TrainState, batch: Any) -> tuple[float, float, li
   e = run.experiment
 
   @jax.jit
-  def measured(state: TrainState, batch: Any):
+  def measured(state: TrainState, batch: Any) -> Any:
     with run.placement.active():
       rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
       loss, _, _, gradient = gradients(e.objective, state.params, batch, rng, state.extra, e.train.grad_accum_steps)

@@ -1,15 +1,9 @@
-"""Normalization of images by channel, with the statistics that published networks were trained with."""
+"""Normalization of images by channel; published statistics are in `fmcv_jax.dataset_statistics`."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-
-# ImageNet's statistics, with which most published networks were trained; CLIP has its own.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,7 @@ class TrainLoader:
     return dict(self._tally.reasons)
 
   def close(self) -> None:
+    """Stops the workers."""
     self._ahead.close()
 
 

@@ -46,6 +46,7 @@ class PackingPlan:
   fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
 
   def rows(self, shard: int) -> range:
+    """Numbers of the records of a shard; shards differ by at most one record."""
     return range(self.records * shard // self.shards, self.records * (shard + 1) // self.shards)
 
 
@@ -62,6 +63,7 @@ class ShardWriter:
     return [shard for shard in range(self.plan.shards) if self.note(shard) is None]
 
   def note(self, shard: int) -> dict[str, Any] | None:
+    """The note of a complete shard: its size and skipped records; None for a missing or incomplete one."""
     path = shard_path(self.folder, shard, self.plan.shards)
     try:
       note = json.loads(_note_path(path).read_text())

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data.geometry import Geometry
 from fmcv_jax.data.images.decode import LazyImage, decode_pil, lazy_image
@@ -59,9 +60,11 @@ class PillowResize(ImageTransform):
     return math.floor(self.size / self.crop + 1e-6)
 
   @property
+  @override
   def fill_color(self) -> tuple[int, int, int]:
     return self.fill
 
+  @override
   def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
     columns, rows = self._sides(width, height)
     left, top = (self._margin(side) for side in (columns, rows))
@@ -69,9 +72,11 @@ class PillowResize(ImageTransform):
     box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
     return Geometry(height, width, box, (self.size, self.size))
 
+  @override
   def open(self, image: bytes | np.ndarray, channels: int = 3) -> LazyImage:
     return lazy_image(np.asarray(decode_pil(image)) if isinstance(image, bytes) else image, channels=channels)
 
+  @override
   def apply(self, image: LazyImage, geometry: Geometry) -> np.ndarray:
     whole = Image.fromarray(image.pixels())
     resized = whole.resize(self._sides(whole.width, whole.height), FILTERS[self.interpolation])

@@ -36,6 +36,7 @@ class File:
 
 
 def is_remote(path: str) -> bool:
+  """True for a URL such as gs://bucket/folder; False for a local path."""
   return '://' in path
 
 
@@ -78,6 +79,7 @@ def _instead(path: str) -> str:
 
 
 def in_threads(function: Callable[[Any], _T], items: Iterable[Any]) -> list[_T]:
+  """[function(item) for item in items], in threads: for requests that wait for a network or a disk."""
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     return list(pool.map(function, items))
 

@@ -19,10 +19,12 @@ from typing import Any
 import ftfy
 import numpy as np
 from etils import epath
+from typing_extensions import override
 
 from fmcv_jax.data import clip_vocabulary
 from fmcv_jax.data.bpe_training import train_bpe
 from fmcv_jax.data.sources.base import UNREADABLE, Source
+from fmcv_jax.data.tokenizer_files import existing_file, open_sentencepiece, open_tokenizer_json
 from fmcv_jax.errors import UserError
 
 
@@ -69,21 +71,26 @@ class ClipBpe(Tokenizer):
     _check_length(self.length)
 
   @property
+  @override
   def vocab_size(self) -> int:  # type: ignore[override]
     return 49_408
 
   @property
+  @override
   def pad_id(self) -> int:
     return 0
 
   @property
+  @override
   def start_id(self) -> int:
     return self.vocab_size - 2
 
   @property
+  @override
   def end_id(self) -> int:
     return self.vocab_size - 1
 
+  @override
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
     for row, encoding in zip(rows, clip_vocabulary.tokenizer().encode_batch([_clip_cleaned(text) for text in texts])):
@@ -91,6 +98,7 @@ class ClipBpe(Tokenizer):
       row[: len(ids)] = ids
     return rows
 
+  @override
   def decode(self, tokens: np.ndarray) -> list[str]:
     return [clip_vocabulary.tokenizer().decode(row).strip() for row in _bodies(tokens, self.end_id)]
 
@@ -130,17 +138,21 @@ class Bpe(Tokenizer):
       raise ValueError('give exactly one of corpus and file')
 
   @property
+  @override
   def pad_id(self) -> int:
     return 0
 
   @property
+  @override
   def start_id(self) -> int:
     return 1
 
   @property
+  @override
   def end_id(self) -> int:
     return self.vocab_size - 1
 
+  @override
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
     encoded = self._bpe.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
@@ -149,6 +161,7 @@ class Bpe(Tokenizer):
       row[: len(ids)] = ids
     return rows
 
+  @override
   def decode(self, tokens: np.ndarray) -> list[str]:
     return [self._bpe.decode(row).strip() for row in _bodies(tokens, self.end_id)]
 
@@ -208,27 +221,33 @@ class SentencePiece(Tokenizer):
     _check_length(self.length)
 
   @property
+  @override
   def vocab_size(self) -> int:  # type: ignore[override]
     return self._model.vocab_size()
 
   @property
+  @override
   def pad_id(self) -> int:
     return self.end_id
 
   @property
+  @override
   def start_id(self) -> None:
     return None
 
   @property
+  @override
   def end_id(self) -> int:
     return self._model.eos_id()
 
+  @override
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
     for row, ids in zip(rows, self._model.encode([_canonical(_encodable(text)) for text in texts])):
       row[: len(ids[: self.length - 1])] = ids[: self.length - 1]
     return rows
 
+  @override
   def decode(self, tokens: np.ndarray) -> list[str]:
     end = self.end_id
     rows = (row[: int(np.argmax(np.append(row, end) == end))] for row in np.asarray(tokens))
@@ -236,7 +255,7 @@ class SentencePiece(Tokenizer):
 
   @property
   def _model(self) -> Any:
-    return _sentencepiece(_existing(self.file))
+    return open_sentencepiece(existing_file(self.file))
 
 
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
@@ -244,18 +263,6 @@ _PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 def _canonical(text: str) -> str:
   return re.sub(r'\s+', ' ', text.lower().translate(_PUNCTUATION)).strip()
-
-
-@functools.cache
-def _sentencepiece(file: str) -> Any:
-  try:
-    import sentencepiece
-  except ImportError as error:
-    raise UserError(f'tokenizer: {file!r} needs the package sentencepiece: pip install sentencepiece') from error
-  try:
-    return sentencepiece.SentencePieceProcessor(model_file=file)
-  except (RuntimeError, OSError) as error:
-    raise UserError(f'tokenizer: {file!r} is no SentencePiece model: {error}') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,18 +284,22 @@ class TokenizerJson(Tokenizer):
     _check_length(self.length)
 
   @property
+  @override
   def vocab_size(self) -> int:  # type: ignore[override]
     return self._model.get_vocab_size()
 
   @property
+  @override
   def pad_id(self) -> int:
     return self._id(self.padding)
 
   @property
+  @override
   def start_id(self) -> int | None:
     return self._wrapping[0]
 
   @property
+  @override
   def end_id(self) -> int | None:
     return self._wrapping[1] if self.end is None else self._id(self.end)
 
@@ -301,6 +312,7 @@ class TokenizerJson(Tokenizer):
     after = ids[first + len(text) :]
     return ids[0] if first else None, after[-1] if after else None
 
+  @override
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     end = () if self.end is None else (self._id(self.end),)
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
@@ -311,6 +323,7 @@ class TokenizerJson(Tokenizer):
       row[: len(ids)] = ids
     return rows
 
+  @override
   def decode(self, tokens: np.ndarray) -> list[str]:
     return [self._model.decode([int(i) for i in row]) for row in np.asarray(tokens)]
 
@@ -322,26 +335,7 @@ class TokenizerJson(Tokenizer):
 
   @property
   def _model(self) -> Any:
-    return _opened_file(_existing(self.file))
-
-
-def _existing(file: str) -> str:
-  if not os.path.isfile(file):
-    raise UserError(f'tokenizer: no file {file!r} (relative to {os.getcwd()})')
-  return file
-
-
-@functools.cache
-def _opened_file(file: str) -> Any:
-  import tokenizers
-
-  try:
-    tokenizer = tokenizers.Tokenizer.from_file(file)
-  except Exception as error:  # the package raises bare Exceptions
-    raise UserError(f'tokenizer: {file!r} is no tokenizer file: {error}') from error
-  tokenizer.no_padding()
-  tokenizer.no_truncation()
-  return tokenizer
+    return open_tokenizer_json(existing_file(self.file))
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def guided(
              al. 2024, eq. 15 and 16)
   """
 
-  def run(x, time):
+  def run(x: jax.Array, time: jax.Array) -> jax.Array:
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, without)
     output = denoise(jnp.concatenate([x, x]), jnp.concatenate([time, time]), both)
     with_it, without_it = jnp.split(output, 2)

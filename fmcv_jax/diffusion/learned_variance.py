@@ -1,5 +1,7 @@
 """The loss of a learned variance (Nichol & Dhariwal 2021)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ def variance_bits(process: Process, output: jax.Array, x: jax.Array, x0: jax.Arr
   small[0] = small[1]
   index = time.astype(jnp.int32)
 
-  def at(values):
+  def at(values: Any) -> jax.Array:
     return jnp.asarray(values, jnp.float32)[index].reshape(-1, *(1,) * (x.ndim - 1))
 
   predicted, between = jnp.split(output.astype(jnp.float32), 2, axis=-1)

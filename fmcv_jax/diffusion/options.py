@@ -43,7 +43,7 @@ class SamplingOptions:
   control_scale: float = 1.0
   control_preprocessed: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if np.ndim(self.guidance):  # hashable, whatever sequence was given
       object.__setattr__(self, 'guidance', tuple(float(scale) for scale in np.asarray(self.guidance).ravel()))
     if self.interval is not None:

@@ -65,7 +65,7 @@ class Process:
   shift: float = 1.0
   data_std: float = 0.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.schedule == 'zero_snr' and self.prediction == 'noise':
       raise ValueError('prediction: noise is undefined at zero SNR; use velocity with zero_snr')
     if self.shift != 1 and self.schedule != 'flow':
@@ -75,6 +75,7 @@ class Process:
 
   @property
   def tabulated(self) -> bool:
+    """True for schedules that are tables of STEPS entries, whose training times are integers."""
     return self.schedule not in ('flow', 'edm')
 
   @property
@@ -185,6 +186,7 @@ class Process:
     return jnp.round(time).clip(0, STEPS - 1) if self.tabulated else time
 
   def shifted(self, time: Any) -> Any:
+    """Time in steps after the shift towards noise (Esser et al. 2024, eq. 23): s t / (1 + (s - 1) t)."""
     t = time / STEPS
     return STEPS * self.shift * t / (1 + (self.shift - 1) * t)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.diffusion.process import STEPS, Process, log_ratios
 
@@ -19,6 +20,8 @@ Spacing = Literal['trailing', 'leading', 'uniform', 'quadratic', 'karras']
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Draw = Callable[[], jax.Array]
 Rows = Mapping[str, np.ndarray]
+Noise = Callable[[], jax.Array]  # standard normal noise
+Stepped = tuple[jax.Array, Any]  # the next x and the next memory of the solver
 
 
 def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> np.ndarray:
@@ -99,9 +102,7 @@ class Solver(abc.ABC):
     return ()
 
   @abc.abstractmethod
-  def step(
-    self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Callable[[], jax.Array]
-  ) -> tuple[jax.Array, Any]:
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     """(next x, next memory); draw() is standard normal noise."""
 
 
@@ -115,15 +116,18 @@ class Ddim(Solver):
   eta: float = 0.0
 
   @property
+  @override
   def stochastic(self) -> bool:  # type: ignore[override]
     return self.eta > 0
 
-  def rows(self, process, path):
+  @override
+  def rows(self, process: Process, path: Trajectory) -> Rows:
     alpha, sigma, variance = path.alpha[1:], path.sigma[1:], _posterior_variance(path)
     kept = np.sqrt(sigma**2 - self.eta**2 * variance)
     return {'time': path.times, 'alpha': alpha, 'sigma': sigma, 'noise': kept, 'fresh': self.eta * np.sqrt(variance)}
 
-  def step(self, x, prediction, memory, row, draw):
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     x = row['alpha'] * prediction.image + row['noise'] * prediction.noise
     return (x + row['fresh'] * draw() if self.stochastic else x), memory
 
@@ -136,7 +140,8 @@ class Ddpm(Solver):
   variance: Literal['small', 'large', 'learned'] = 'small'
   stochastic = True
 
-  def rows(self, process, path):
+  @override
+  def rows(self, process: Process, path: Trajectory) -> Rows:
     if self.variance == 'learned' and not process.learned_variance:
       raise ValueError('solver: this network has no learned variance')
     small = _posterior_variance(path)
@@ -151,7 +156,8 @@ class Ddpm(Solver):
       'more': 0.5 * np.log(large / np.where(last, large, small)),
     }
 
-  def step(self, x, prediction, memory, row, draw):
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     fresh = row['fresh'] * draw()
     if self.variance == 'learned':
       between = (prediction.output[..., prediction.image.shape[-1] :] + 1) / 2
@@ -166,7 +172,8 @@ class Heun(Solver):
   Two network evaluations per step, except for the last, which is an Euler step.
   """
 
-  def rows(self, process, path):
+  @override
+  def rows(self, process: Process, path: Trajectory) -> Rows:
     flow = process.schedule == 'flow'
     alpha, sigma = path.alpha, path.sigma
     if not flow and alpha[0] < 1e-6:
@@ -186,10 +193,12 @@ class Heun(Solver):
       'image': np.full(calls, float(flow)),
     }
 
-  def start(self, x):
+  @override
+  def start(self, x: jax.Array) -> Any:
     return x, jnp.zeros_like(x)
 
-  def step(self, x, prediction, memory, row, draw):
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     before, slope = memory
     second = row['second']
     now = prediction.noise - row['image'] * prediction.image
@@ -205,10 +214,12 @@ class DpmPlusPlus(Solver):
   sde: bool = False
 
   @property
+  @override
   def stochastic(self) -> bool:  # type: ignore[override]
     return self.sde
 
-  def rows(self, process, path):
+  @override
+  def rows(self, process: Process, path: Trajectory) -> Rows:
     step, ratio = _steps(path)
     alpha, sigma = path.alpha[1:], path.sigma[1:]
     decay = np.exp(-step)
@@ -223,10 +234,12 @@ class DpmPlusPlus(Solver):
       'fresh': sigma * np.sqrt(-np.expm1(-2 * step)),
     }
 
-  def start(self, x):
+  @override
+  def start(self, x: jax.Array) -> Any:
     return jnp.zeros_like(x)
 
-  def step(self, x, prediction, memory, row, draw):
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     x = row['x'] * x + row['now'] * prediction.image + row['before'] * memory
     return (x + row['fresh'] * draw() if self.sde else x), prediction.image
 
@@ -238,7 +251,8 @@ class UniPC(Solver):
   The prediction at a predicted x also corrects that x, without another evaluation.
   """
 
-  def rows(self, process, path):
+  @override
+  def rows(self, process: Process, path: Trajectory) -> Rows:
     step, ratio = _steps(path)
     count = len(step)
     change = np.expm1(-step)  # B(h), and phi_1
@@ -265,10 +279,12 @@ class UniPC(Solver):
       correct['newest'][i] = -alpha[i - 1] * b * by_newest
     return {'time': path.times, 'alpha': alpha, 'sigma': path.sigma[1:], **predict, **correct}
 
-  def start(self, x):
+  @override
+  def start(self, x: jax.Array) -> Any:
     return (jnp.zeros_like(x),) * 3
 
-  def step(self, x, prediction, memory, row, draw):
+  @override
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
     before, old, older = memory
     x = (
       row['as_is'] * x
@@ -317,7 +333,7 @@ def sample(
   rows = {name: jnp.asarray(values, jnp.float32) for name, values in coefficients(process, solver, times).items()}
   calls = len(rows['time'])
 
-  def visit(carry, inputs):
+  def visit(carry: Any, inputs: Any) -> Any:
     x, memory = carry
     call, row = inputs
     time = jnp.broadcast_to(row['time'], x.shape[:1])
@@ -327,7 +343,7 @@ def sample(
       image = jnp.clip(image, -clip, clip)
     prediction = ModelPrediction(image, process.noise(image, x, time), output)
 
-    def draw():
+    def draw() -> jax.Array:
       if keys is None:
         raise ValueError('keys: this solver draws noise')
       return normal(keys, x.shape[1:], call)

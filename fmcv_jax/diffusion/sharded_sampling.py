@@ -82,8 +82,8 @@ class ShardedSampler:
     return np.concatenate(made)
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 (a sampler lives as long as what it compiled)
-  def _program(self, config: SamplerConfig):
-    def program(params, extra, batch, seed):
+  def _program(self, config: SamplerConfig) -> Any:
+    def program(params: Any, extra: Any, batch: Mapping[str, jax.Array], seed: jax.Array) -> jax.Array:
       with self._placement.active():
         return sample_batch(self._generator(params, extra), batch, seed, config)
 
@@ -97,7 +97,7 @@ def sample_batch(
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), batch['number'])
   image = batch['image'].astype(jnp.float32) / 255 if 'image' in batch else None
 
-  def with_images(condition):
+  def with_images(condition: Condition) -> Condition:
     if g.control is not None:
       control = batch['control'].astype(jnp.float32) / 255
       control = control if config.control_preprocessed else g.control(control)
@@ -114,10 +114,9 @@ def sample_batch(
     condition = interpolate_conditions(condition, other, batch['fraction'])
   condition = with_images(condition)
 
-  def denoise(x, time):
-    return g.denoise(x, time, condition)
-
-  if config.guided:
+  if not config.guided:
+    denoise: Callable[[jax.Array, jax.Array], jax.Array] = lambda x, time: g.denoise(x, time, condition)  # noqa: E731
+  else:
     negative = {name.removeprefix(NEGATIVE): v for name, v in batch.items() if name.startswith(NEGATIVE)}
     without = with_images(g.condition({**batch, **negative}, conditional=bool(negative)))
     denoise = guided(g.denoise, condition, without, batch['guidance'], interval=config.interval, rescale=config.rescale)
@@ -129,7 +128,7 @@ def sample_batch(
     missing = jax.image.resize(batch['mask'].astype(jnp.float32), known.shape[:-1], 'linear')[..., None] > 0
     fixed = jax.vmap(lambda key: jax.random.fold_in(key, INPAINT_NOISE_OFFSET))(keys)
 
-    def adjust(x, alpha, sigma, call):
+    def adjust(x: jax.Array, alpha: Any, sigma: Any, call: Any) -> jax.Array:
       return jnp.where(missing, x, alpha * known + sigma * normal(fixed, g.input_shape, call))
 
   times = np.array(config.times)
@@ -142,7 +141,7 @@ def sample_batch(
 def interpolate_conditions(first: Condition, last: Condition, fraction: jax.Array) -> Condition:
   """Conditions [B, ...] interpolated between `first` and `last` with weights `fraction` [B]."""
 
-  def mix(a, b):
+  def mix(a: jax.Array, b: jax.Array) -> jax.Array:
     if a.dtype == bool:
       return a | b
     weight = fraction.reshape(-1, *(1,) * (a.ndim - 1))

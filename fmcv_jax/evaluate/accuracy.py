@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from typing_extensions import override
+
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, topk_accuracy
 from fmcv_jax.evaluate.labels import align_labels, check_labels
 
 
@@ -18,7 +20,8 @@ class Accuracy(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     logits, _, truth = subject.map_dataset('logits', self.data, self.batch_size, truth=('label',))
     labels = align_labels(truth['label'], self.data.source.names, subject.class_names(), 'the training data')
     check_labels(labels, logits.shape[1])

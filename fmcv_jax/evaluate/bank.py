@@ -13,13 +13,20 @@ class BankEvaluator(Protocol):
   """Fields of an evaluator that classifies `data` by the labeled features of `train_data`."""
 
   @property
-  def data(self) -> Pipeline: ...
+  def data(self) -> Pipeline:
+    """Images to classify."""
+
   @property
-  def train_data(self) -> Pipeline: ...
+  def train_data(self) -> Pipeline:
+    """Labeled images, the bank."""
+
   @property
-  def features(self) -> str: ...
+  def features(self) -> str:
+    """Name of the output that is compared."""
+
   @property
-  def batch_size(self) -> int: ...
+  def batch_size(self) -> int:
+    """Images (of all processes) in one pass."""
 
 
 def queries_and_bank(model: EvaluatedModel, evaluator: BankEvaluator) -> tuple[Any, np.ndarray, Any, np.ndarray]:

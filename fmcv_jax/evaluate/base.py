@@ -57,7 +57,7 @@ class EvaluatedModel:
   between_batches: Callable[[], None] = lambda: None
   class_names: Callable[[], Sequence[str]] = tuple
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self._kept: dict[Any, Any] = {}
 
   def cached(self, name: Any, make: Callable[[], Any]) -> Any:
@@ -131,7 +131,7 @@ class EvaluatedModel:
     """(params, extra, batch) -> the outputs of a global batch, and its fields `truth`, 'index' and 'mask'."""
     outputs = {name: self._output(name) for name in names}
 
-    def program(params, extra, batch):
+    def program(params: Any, extra: Any, batch: Any) -> Any:
       drawn = {}
       if 'index' in batch:
         drawn = {'index': batch['index'], 'rng': jax.random.fold_in(jax.random.key(0), batch['index'][0])}
@@ -171,7 +171,8 @@ class Evaluator(abc.ABC):
     """Opens what is needed, before the first step of a run: a mistake in a config should not show after hours."""
 
   @abc.abstractmethod
-  def __call__(self, subject: EvaluatedModel) -> Metrics: ...
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
+    """Measures `subject`; metrics by name, without the evaluator's own name."""
 
 
 def topk_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:

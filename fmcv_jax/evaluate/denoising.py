@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from typing_extensions import override
+
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Denoising(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     errors = subject.map_dataset('denoising_errors', self.data, self.batch_size).values
     by_level = errors.mean(axis=0)
     return {'error': float(errors.mean()), **{f'level{i}': float(error) for i, error in enumerate(by_level)}}

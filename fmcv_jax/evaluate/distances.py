@@ -1,5 +1,7 @@
 """Distribution metrics of generated and real images, on features of any network: FID, KID, CMMD, precision, recall."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from fmcv_jax.evaluate.base import chunks
@@ -19,10 +21,10 @@ def kid(made: np.ndarray, real: np.ndarray) -> float:
   """Unbiased squared MMD of two sets of features [N, D], kernel (x . y / D + 1)^3 (Binkowski et al. 2018)."""
   a, b = made.astype(np.float64), real.astype(np.float64)
 
-  def kernel(x, y):
+  def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
-  def among(x):
+  def among(x: np.ndarray) -> float:
     itself = ((np.square(x).sum(1) / x.shape[1] + 1) ** 3).sum()
     return (_total(kernel, x, x) - itself) / (len(x) * (len(x) - 1))
 
@@ -33,11 +35,11 @@ def cmmd(made: np.ndarray, real: np.ndarray, sigma: float = 10.0) -> float:
   """1000 times the squared MMD of unit embeddings [N, E], with a Gaussian kernel (Jayasumana et al. 2024)."""
   a, b = made.astype(np.float64), real.astype(np.float64)
 
-  def kernel(x, y):
+  def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     distance = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T
     return np.exp(-distance / (2 * sigma**2))
 
-  def mean(x, y):
+  def mean(x: np.ndarray, y: np.ndarray) -> float:
     return _total(kernel, x, y) / (len(x) * len(y))
 
   return float(1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)))
@@ -47,7 +49,7 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
   """(precision, recall): fraction of generated features [N, D] within the radius of a real one, and vice versa; the
   radius of a feature is the distance to its k-th nearest neighbor in its own set (Kynkaanniemi et al. 2019)."""
 
-  def within(queries, centers):
+  def within(queries: np.ndarray, centers: np.ndarray) -> float:
     reach = [np.partition(_distances(centers[part], centers), k, axis=1)[:, k] for part in chunks(len(centers), 1024)]
     inside = [
       (_distances(queries[part], centers) <= np.concatenate(reach)).any(axis=1) for part in chunks(len(queries), 1024)
@@ -57,7 +59,7 @@ def precision_recall(made: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[fl
   return within(made, real), within(real, made)
 
 
-def _total(kernel, x: np.ndarray, y: np.ndarray) -> float:
+def _total(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray) -> float:
   """Sum of the kernel over all pairs, in blocks of rows."""
   return sum(float(kernel(x[part], y).sum()) for part in chunks(len(x), 1024))
 

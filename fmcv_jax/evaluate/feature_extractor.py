@@ -34,11 +34,13 @@ class FeatureExtractor:
     self._batch = -(-batch // devices) * devices
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
+    """Features float32 [N, D] of images uint8 [N, H, W, 3], resized to the size that the model takes."""
     size = self._model.image_size
     pipeline = Pipeline(InMemoryImages(images), Resize(size) if size else None, max_bad=0.0)
     return self._model.map_dataset(self._name, pipeline, self._batch).values
 
   def read(self, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings of texts, float32 [N, E], in the space of the image features."""
     return self._model.embed_texts(texts, self._batch)
 
   def compare(self, made: np.ndarray, real: np.ndarray) -> Metrics:

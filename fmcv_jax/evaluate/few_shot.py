@@ -3,10 +3,11 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,13 @@ class FewShot(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name, least in (('ways', 2), ('queries', 1), ('episodes', 2)):
       if getattr(self, name) < least:
         raise ValueError(f'{name}: expected at least {least}, got {getattr(self, name)}')
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     features, _, truth = subject.map_dataset(self.features, self.data, self.batch_size, truth=('label',))
     figures = {}
     for shots in self.shots:
@@ -42,7 +44,9 @@ class FewShot(Evaluator):
     return figures
 
 
-def episode_accuracies(features, labels, ways: int, shots: int, queries: int, episodes: int) -> np.ndarray:
+def episode_accuracies(
+  features: np.ndarray, labels: np.ndarray, ways: int, shots: int, queries: int, episodes: int
+) -> np.ndarray:
   """Features [N, D] with labels [N] -> accuracy of each episode."""
   features = features - features.mean(0)
   features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.loader import evaluation_batches
 from fmcv_jax.data.pipeline import Pipeline
@@ -12,7 +13,7 @@ from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.diffusion.samplers import Spacing
 from fmcv_jax.diffusion.sharded_sampling import NEGATIVE, SamplerConfig, ShardedSampler
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 from fmcv_jax.objectives.outputs import generator_of
 
@@ -42,7 +43,7 @@ class Generation(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     try:
       self._options  # noqa: B018 (the constructor validates)
     except UserError as error:
@@ -54,10 +55,12 @@ class Generation(Evaluator):
   def _options(self) -> SamplingOptions:
     return SamplingOptions(self.steps, self.guidance, solver=self.solver, spacing=self.spacing, seed=self.seed)
 
-  def prepare(self, subject):
+  @override
+  def prepare(self, subject: EvaluatedModel) -> None:
     FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     make_generator = generator_of(subject.outputs)
     generator = make_generator(subject.params, subject.extra)
     if other := [name for name in generator.condition_fields if name not in ('tokens', 'label')]:
@@ -85,6 +88,7 @@ class Generation(Evaluator):
       if guided:
         inputs['guidance'] = np.full(count, self.guidance, np.float32)
       if guided and 'tokens' in inputs:
+        assert subject.tokenizer is not None  # the pipeline made the tokens with it
         inputs[f'{NEGATIVE}tokens'] = np.repeat(subject.tokenizer(['']), count, axis=0)
       if generator.control is not None:
         inputs |= {'control': batch['image'], 'control_scale': np.ones(count, np.float32)}
@@ -92,6 +96,7 @@ class Generation(Evaluator):
       generated.append(extractor(images))
       real.append(extractor(batch['image']))
       if 'tokens' in inputs and extractor.reads:
+        assert subject.tokenizer is not None
         texts = extractor.read(subject.tokenizer.decode(inputs['tokens']))
         scores.append(100 * np.maximum((generated[-1] * texts).sum(axis=1), 0))
       first += count

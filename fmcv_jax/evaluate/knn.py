@@ -3,10 +3,11 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.bank import queries_and_bank
-from fmcv_jax.evaluate.base import Evaluator, chunks
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,15 @@ class Knn(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     queries, labels, bank, bank_labels = queries_and_bank(subject, self)
     return {f'k{k}_top1': knn_accuracy(queries, labels, bank, bank_labels, k, self.temperature) for k in self.ks}
 
 
-def knn_accuracy(queries, labels, bank, bank_labels, k: int, temperature: float) -> float:
+def knn_accuracy(
+  queries: np.ndarray, labels: np.ndarray, bank: np.ndarray, bank_labels: np.ndarray, k: int, temperature: float
+) -> float:
   """Features [N, D] and [M, D] with labels [N] and [M] -> accuracy of the weighted vote over the queries."""
   queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
   bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)

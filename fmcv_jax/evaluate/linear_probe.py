@@ -1,16 +1,18 @@
 """Linear probe of frozen features without a learning rate: closed-form ridge regression, or logistic by L-BFGS."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from typing_extensions import override
 
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.bank import queries_and_bank
-from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, topk_accuracy
 from fmcv_jax.parallel.rules import Placement, num_shards
 
 
@@ -35,13 +37,14 @@ class LinearProbe(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.folds < 2:
       raise ValueError(f'folds: expected at least 2, got {self.folds}')
     if not self.strengths or min(self.strengths) <= 0:
       raise ValueError(f'strengths: expected numbers above 0, got {self.strengths}')
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     queries, labels, bank, bank_labels = queries_and_bank(subject, self)
     classes = int(max(labels.max(), bank_labels.max())) + 1
     mean, deviation = bank.mean(0), bank.std(0) + 1e-6
@@ -57,7 +60,15 @@ class LinearProbe(Evaluator):
       strength, scores = self._logistic(subject.placement, bank, bank_labels, fold == 0, queries, classes)
     return {'top1': topk_accuracy(scores, labels, 1), 'top5': topk_accuracy(scores, labels, 5), 'strength': strength}
 
-  def _logistic(self, placement, bank, labels, held_out, queries, classes):
+  def _logistic(
+    self,
+    placement: Placement,
+    bank: np.ndarray,
+    labels: np.ndarray,
+    held_out: np.ndarray,
+    queries: np.ndarray,
+    classes: int,
+  ) -> tuple[float, np.ndarray]:
     right = {}
     for strength in self.strengths:
       weights, bias = logistic(placement, bank[~held_out], labels[~held_out], classes, strength)
@@ -67,7 +78,9 @@ class LinearProbe(Evaluator):
     return strength, queries @ weights + bias
 
 
-def ridge(features, labels, classes: int, strengths):
+def ridge(
+  features: np.ndarray, labels: np.ndarray, classes: int, strengths: Sequence[float]
+) -> Callable[[np.ndarray], np.ndarray]:
   """Fits one-hot labels by least squares for each strength; returns queries [M, D] -> scores [strengths, M, classes].
 
   Minimizes mean |x W + b - y|^2 + strength |W|^2; one eigendecomposition serves all strengths.
@@ -78,14 +91,16 @@ def ridge(features, labels, classes: int, strengths):
   spectrum, vectors = np.linalg.eigh(x.T @ x / len(x))
   target = vectors.T @ (x.T @ (y - prior)) / len(x)
 
-  def predict(queries):
+  def predict(queries: np.ndarray) -> np.ndarray:
     rotated = (queries - center) @ vectors
     return np.stack([(rotated / (np.maximum(spectrum, 0) + s)) @ target + prior for s in strengths])
 
   return predict
 
 
-def best_ridge(features, labels, fold, classes: int, strengths) -> float:
+def best_ridge(
+  features: np.ndarray, labels: np.ndarray, fold: np.ndarray, classes: int, strengths: Sequence[float]
+) -> float:
   """The strength with the highest cross-validation accuracy; the largest in case of ties."""
   right = np.zeros(len(strengths))
   for part in np.unique(fold):
@@ -95,7 +110,9 @@ def best_ridge(features, labels, fold, classes: int, strengths) -> float:
   return max(zip(right, strengths, strict=True))[1]
 
 
-def logistic(placement: Placement, features, labels, classes: int, strength: float, tolerance: float = 1e-5):
+def logistic(
+  placement: Placement, features: np.ndarray, labels: np.ndarray, classes: int, strength: float, tolerance: float = 1e-5
+) -> tuple[np.ndarray, np.ndarray]:
   """Weights [D, classes] and bias [classes] of softmax regression, float32.
 
   Minimizes mean cross-entropy + strength / 2 |W|^2 by L-BFGS, until the gradient's norm is below `tolerance` or 1000
@@ -114,22 +131,22 @@ def logistic(placement: Placement, features, labels, classes: int, strength: flo
 
 
 @jax.jit
-def _minimize(start, rows, strength, tolerance):
+def _minimize(start: Any, rows: Mapping[str, jax.Array], strength: float, tolerance: float) -> Any:
   solver = optax.lbfgs()
 
-  def objective(params):
+  def objective(params: Any) -> jax.Array:
     weights, bias = params
     logits = jnp.matmul(rows['x'], weights, precision='highest') + bias
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows['label'])
     return jnp.sum(losses * rows['weight']) / rows['weight'].sum() + strength / 2 * jnp.sum(weights**2)
 
-  def step(carry):
+  def step(carry: Any) -> Any:
     params, state, count, _ = carry
     value, gradient = optax.value_and_grad_from_state(objective)(params, state=state)
     updates, state = solver.update(gradient, state, params, value=value, grad=gradient, value_fn=objective)
     return optax.apply_updates(params, updates), state, count + 1, optax.tree.norm(gradient)
 
-  def unfinished(carry):
+  def unfinished(carry: Any) -> jax.Array:
     return (carry[2] < 1000) & (carry[3] > tolerance)
 
   return jax.lax.while_loop(unfinished, step, (start, solver.init(start), 0, jnp.inf))[0]

@@ -3,10 +3,11 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 from fmcv_jax.interpret.attention_maps import attention_mass_masks
 
 
@@ -24,7 +25,8 @@ class ObjectMasks(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     attention, _, fields = subject.map_dataset('attention', self.data, self.batch_size, truth=('image',))
     truth = (np.abs(fields['image'].astype(int) - np.array(self.background)) > 8).any(-1)
     if not truth.any((1, 2)).all():

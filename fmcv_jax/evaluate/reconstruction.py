@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 from fmcv_jax.evaluate.distances import fid
 from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 
@@ -23,11 +24,13 @@ class Reconstruction(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def prepare(self, subject):
+  @override
+  def prepare(self, subject: EvaluatedModel) -> None:
     if self.feature_extractor is not None:
       FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     made, _, fields = subject.map_dataset('reconstruction', self.data, self.batch_size, truth=('image',))
     true = fields['image'].astype(np.float32) / 255
     latent = subject.map_dataset('latent', self.data, self.batch_size).values
@@ -55,11 +58,11 @@ def ssim(true: np.ndarray, made: np.ndarray) -> float:
 
 
 @jax.jit
-def _ssim(true, made):
+def _ssim(true: jax.Array, made: jax.Array) -> jax.Array:
   weights = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
   line = jnp.asarray(weights / weights.sum(), jnp.float32)
 
-  def blurred(x):
+  def blurred(x: jax.Array) -> jax.Array:
     x = jnp.moveaxis(x, -1, 0)[..., None]  # channels as a batch
     for shape in ((11, 1, 1, 1), (1, 11, 1, 1)):
       x = jax.lax.conv_general_dilated(

@@ -1,12 +1,14 @@
 """Image-text retrieval: recall at 1, 5 and 10, both ways (Karpathy & Fei-Fei 2015)."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Source
-from fmcv_jax.evaluate.base import Evaluator, chunks
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Retrieval(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     images, records, _ = subject.map_dataset('embed_image', self.data, self.batch_size)
     texts, truth = captions_of(self.data.source, first_caption_only=self.first_caption_only)
     embeddings = subject.embed_texts(texts, self.batch_size)
@@ -39,7 +42,9 @@ def captions_of(source: Source, *, first_caption_only: bool = False) -> tuple[li
   return list(ids), truth
 
 
-def recalls(images: np.ndarray, texts: np.ndarray, truth: list[tuple[int, ...]], ks=(1, 5, 10)) -> dict[str, float]:
+def recalls(
+  images: np.ndarray, texts: np.ndarray, truth: list[tuple[int, ...]], ks: Iterable[int] = (1, 5, 10)
+) -> dict[str, float]:
   """Recall figures from unit embeddings images [N, E], texts [M, E], and the texts that are right for each image."""
   right = np.zeros((len(images), len(texts)), bool)
   for image, own in enumerate(truth):

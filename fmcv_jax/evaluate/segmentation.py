@@ -3,9 +3,10 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,8 @@ class MeanIou(Evaluator):
   batch_size: int = 64
   every: int = 0
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     counts = subject.map_dataset('confusion', self.data, self.batch_size).values
     return ious(counts.sum(0, dtype=np.int64))
 

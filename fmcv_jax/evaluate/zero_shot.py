@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, topk_accuracy
+from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, topk_accuracy
 from fmcv_jax.evaluate.labels import check_labels
 
 
@@ -21,7 +22,8 @@ class ZeroShot(Evaluator):
   batch_size: int = 256
   every: int = 0
 
-  def __call__(self, subject):
+  @override
+  def __call__(self, subject: EvaluatedModel) -> Metrics:
     texts = class_embeddings(subject, self.data.source.names, self.templates, self.batch_size)
     images, _, truth = subject.map_dataset('embed_image', self.data, self.batch_size, truth=('label',))
     labels, scores = truth['label'], images @ texts.T

@@ -85,7 +85,7 @@ def relevance(
   """
   _, projections = apply_with_intermediates(network, params, images)
 
-  def total(mixed):
+  def total(mixed: jax.Array) -> tuple[jax.Array, jax.Array]:
     variables = {'params': params, 'probes': {'blocks': {'attention': {'mixed': mixed}}}}
     features: Any = network.apply(variables, images)
     scores = score(features)

@@ -12,10 +12,13 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
+from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
-from fmcv_jax.objectives.base import Objective
-from fmcv_jax.objectives.outputs import Params
+from fmcv_jax.objectives.base import Loss, Objective
+from fmcv_jax.objectives.outputs import Batch, Output, Params
+from fmcv_jax.parallel.parameter_axes import Row
 
 FROZEN, LORA = 'frozen', 'lora'
 
@@ -31,7 +34,7 @@ class Lora:
   alpha: float | None = None
   targets: tuple[str, ...] = (r'(.*/)?attention/(query|value)/kernel',)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.rank < 1:
       raise ValueError(f'rank: expected at least 1, got {self.rank}')
 
@@ -71,31 +74,36 @@ class PartialFineTuning(Objective):
   trainable: tuple[str, ...] = (r'(.*/)?head/.*',)
   lora: Lora | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if isinstance(self.objective, PartialFineTuning):
       raise ValueError('objective: partial fine-tuning cannot be nested')
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     return self.objective.example_batch
 
   @property
-  def coupled(self):
+  @override
+  def coupled(self) -> bool:
     return self.objective.coupled
 
   @property
-  def frozen_networks(self):
+  @override
+  def frozen_networks(self) -> tuple[str, ...]:
     return (FROZEN, *self.objective.frozen_networks)
 
   @property
-  def logical_axes(self):
+  @override
+  def logical_axes(self) -> tuple[Row, ...]:
     return (
       (r'lora/.*/down', ('embed', None)),
       (r'lora/.*/up', (None, None)),
       *self.objective.logical_axes,
     )
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     whole, extra = self.objective.init(rng)
     flat = _flat(whole)
     kept = {path: x for path, x in flat.items() if matches(path, self.trainable)}
@@ -108,39 +116,48 @@ class PartialFineTuning(Objective):
       raise UserError('config.objective: no trainable parameters; set `trainable` or `lora`')
     return params, {**extra, FROZEN: _tree({path: x for path, x in flat.items() if path not in kept})}
 
-  def full_params(self, params, extra):
+  @override
+  def full_params(self, params: Params, extra: Any) -> Params:
     params = dict(params)
     added = _flat(params.pop(LORA, {}))
     flat = {**_flat(extra[FROZEN]), **_flat(params)}
     return self.objective.full_params(_tree(self.lora.merge(flat, added) if self.lora else flat), _rest(extra))
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     return self.objective.loss(self.full_params(params, extra), batch, rng, _rest(extra))
 
-  def embed(self, params, batch, rng, extra):
+  def embed(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> tuple[Any, dict[str, Any]]:
+    """`CoupledObjective.embed` of the inner objective, with the full parameters."""
     inner: Any = self.objective
     return inner.embed(self.full_params(params, extra), batch, rng, _rest(extra))
 
-  def couple(self, params, embeddings, batch, extra):
+  def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:
+    """`CoupledObjective.couple` of the inner objective, with the full parameters."""
     inner: Any = self.objective
     return inner.couple(self.full_params(params, extra), embeddings, batch, _rest(extra))
 
-  def update_extra(self, extra, params, aux, step):
+  @override
+  def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     new = self.objective.update_extra(_rest(extra), self.full_params(params, extra), aux, step)
     return {**new, FROZEN: extra[FROZEN]}
 
   @property
-  def class_counts(self):
+  @override
+  def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return self.objective.class_counts
 
-  def with_total_steps(self, steps):
+  @override
+  def with_total_steps(self, steps: int) -> 'PartialFineTuning':
     return dataclasses.replace(self, objective=self.objective.with_total_steps(steps))
 
-  def with_tokenizer(self, tokenizer):
+  @override
+  def with_tokenizer(self, tokenizer: Tokenizer) -> 'PartialFineTuning':
     return dataclasses.replace(self, objective=self.objective.with_tokenizer(tokenizer))
 
-  def outputs(self):
-    def with_full_params(function):
+  @override
+  def outputs(self) -> Mapping[str, Output]:
+    def with_full_params(function: Any) -> Any:
       if function is None:
         return None
       return lambda params, extra, *batch: function(self.full_params(params, extra), _rest(extra), *batch)

@@ -1,12 +1,14 @@
 """Training of a KL-regularized autoencoder with a PatchGAN discriminator (Esser et al. 2021; Rombach et al. 2022)."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
@@ -16,8 +18,8 @@ from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.models.generative.autoencoder import Autoencoder
 from fmcv_jax.models.generative.discriminator import PatchDiscriminator
-from fmcv_jax.objectives.base import Objective, mean_loss
-from fmcv_jax.objectives.outputs import Output
+from fmcv_jax.objectives.base import Loss, Objective, mean_loss
+from fmcv_jax.objectives.outputs import Batch, Output, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Autoencoding(Objective):
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.network, Autoencoder):
       raise ValueError('network: autoencoding needs network.name=autoencoder')
     if bool(self.perceptual) != (self.features is not None):
@@ -58,19 +60,23 @@ class Autoencoding(Objective):
 
   @property
   def discriminator(self) -> PatchDiscriminator:
+    """The discriminator, in the dtype of the autoencoder."""
     network: Any = self.network
     return PatchDiscriminator(self.discriminator_width, self.discriminator_layers, network.dtype)
 
   @property
-  def frozen_networks(self):
+  @override
+  def frozen_networks(self) -> tuple[str, ...]:
     return () if self.features is None else ('features',)
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     network: Any = self.network
     return {'image': jax.ShapeDtypeStruct(network.input_shape, jnp.uint8)}
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     keys = jax.random.split(rng, 3)
     network: Any = self.network
     images = jnp.zeros((1, *network.input_shape))
@@ -82,7 +88,8 @@ class Autoencoding(Objective):
       extra['features'] = self.features.init(keys[2], self._for_features(images))['params']
     return params, extra
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, latent_rng = jax.random.split(rng)
     x = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
     network: Any = self.network.bind({'params': params['autoencoder']})
@@ -90,10 +97,10 @@ class Autoencoding(Objective):
     before = network.features(latent.sample(latent_rng))
     last = params['autoencoder']['conv_out']
 
-    def decoded(last):
+    def decoded(last: Any) -> Any:
       return self.network.apply({'params': {**params['autoencoder'], 'conv_out': last}}, before, method='pixels')
 
-    def error(image):
+    def error(image: jax.Array) -> jax.Array:
       value = jnp.abs(x - image).mean()
       return value + self.perceptual * self._distance(extra, x, image) if self.perceptual else value
 
@@ -108,15 +115,23 @@ class Autoencoding(Objective):
       metrics.update(more)
     return mean_loss(loss, metrics)
 
-  def _adversarial(self, params, extra, x, decoded, fake, error):
+  def _adversarial(
+    self,
+    params: Params,
+    extra: Any,
+    x: jax.Array,
+    decoded: Callable[[Any], jax.Array],
+    fake: jax.Array,
+    error: Callable[[jax.Array], jax.Array],
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(weighted generator loss + discriminator loss, metrics)."""
 
-    def logits(images, weights):
+    def logits(images: jax.Array, weights: Params) -> Any:
       return self.discriminator.apply({'params': weights}, images)
 
     frozen = jax.lax.stop_gradient(params['discriminator'])
 
-    def generator_loss(image):
+    def generator_loss(image: jax.Array) -> jax.Array:
       return -logits(image, frozen).mean()
 
     # Gradient norms of both losses at the last layer.
@@ -136,31 +151,32 @@ class Autoencoding(Objective):
     }
     return started * (self.adversarial * balance * generator + discriminator), metrics
 
-  def update_extra(self, extra, params, aux, step):
+  @override
+  def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     return {**extra, 'steps': extra['steps'] + 1}
 
-  def outputs(self):
+  def outputs(self) -> Mapping[str, Output]:
     """'latent' [B, h, w, z], the mean of the Gaussian; 'reconstruction' [B, H, W, 3] in [0, 1], decoded from it."""
 
-    def latent(params, extra, batch):
+    def latent(params: Params, extra: Any, batch: Batch) -> jax.Array:
       x = self.normalize(batch['image'].astype(jnp.float32) / 255)
       gaussian: Any = self.network.apply({'params': params['autoencoder']}, x, method='encode')
       return gaussian.mean
 
-    def reconstruction(params, extra, batch):
+    def reconstruction(params: Params, extra: Any, batch: Batch) -> jax.Array:
       z = latent(params, extra, batch)
       image: Any = self.network.apply({'params': params['autoencoder']}, z, method='decode')
       return jnp.clip(self.normalize.undo(image), 0, 1)
 
     return {'latent': Output(latent, 'map'), 'reconstruction': Output(reconstruction, 'image')}
 
-  def _for_features(self, x):
+  def _for_features(self, x: jax.Array) -> jax.Array:
     features: Any = self.features
     shape = (x.shape[0], features.image_size, features.image_size, 3)
     images = self.normalize.undo(x)
     return self.features_normalize(images if images.shape == shape else jax.image.resize(images, shape, 'cubic'))
 
-  def _distance(self, extra, x, reconstruction):
+  def _distance(self, extra: Any, x: jax.Array, reconstruction: jax.Array) -> jax.Array:
     """Mean squared distance between the unit-length patch features of both images."""
     one, other = (
       l2_normalize(patch_features(self.features, extra['features'], self._for_features(images)))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.objectives.outputs import Batch, Output, Params
@@ -170,7 +171,8 @@ class CoupledObjective(Objective):
   """
 
   @property
-  def coupled(self):
+  @override
+  def coupled(self) -> bool:
     return True
 
   @abc.abstractmethod
@@ -181,7 +183,8 @@ class CoupledObjective(Objective):
   def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:
     """The loss of the whole batch from its embeddings; `params` for scalars such as the temperature."""
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     embeddings, aux = self.embed(params, batch, rng, extra)
     loss = self.couple(params, embeddings, batch, extra)
     return loss._replace(aux={**aux, **loss.aux})

@@ -1,6 +1,7 @@
 """Block-wise patch masks (BEiT, Bao et al. 2022, algorithm 1), sampled on the device with fixed shapes."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def most_hidden(grid: tuple[int, int], share: tuple[float, float]) -> int:
 def _one(key: jax.Array, goal: jax.Array, grid: tuple[int, int]) -> jax.Array:
   rows, columns = jnp.arange(grid[0])[:, None], jnp.arange(grid[1])[None]
 
-  def attempt(mask, draws):
+  def attempt(mask: jax.Array, draws: Any) -> Any:
     left = goal - mask.sum()
     area = jnp.minimum(SMALLEST, left) + draws[0] * jnp.maximum(left - SMALLEST, 0)
     ratio = jnp.exp((2 * draws[1] - 1) * math.log(1 / FLATTEST))

@@ -1,20 +1,22 @@
 """Supervised classification: softmax or sigmoid cross-entropy, label smoothing, mixup and cutmix on the device."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.mixing import mix
 from fmcv_jax.augment.normalize import Normalize
-from fmcv_jax.objectives.base import BATCH_STATS, Objective, flax_variables, mean_loss
+from fmcv_jax.objectives.base import BATCH_STATS, Loss, Objective, flax_variables, mean_loss
 from fmcv_jax.objectives.distillation import Distillation
-from fmcv_jax.objectives.outputs import ImageEncoder, encoder_outputs
+from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Classification(Objective):
   normalize: Normalize = Normalize()
   distillation: Distillation | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not getattr(self.network, 'num_classes', 0):
       raise ValueError('classification needs a network with num_classes=<number of classes>')
     if self.distillation and self.distillation.teacher.num_classes != self.network.num_classes:  # type: ignore[attr-defined]
@@ -47,11 +49,13 @@ class Classification(Objective):
       raise ValueError('network.distilled: its second head learns from a teacher; add objective.distillation')
 
   @property
-  def frozen_networks(self):
+  @override
+  def frozen_networks(self) -> tuple[str, ...]:
     return () if self.distillation is None else ('teacher',)
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {
       'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
@@ -59,10 +63,12 @@ class Classification(Objective):
     }
 
   @property
-  def class_counts(self):
+  @override
+  def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return {'label': (self.network.num_classes, None)}
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
     params = extra.pop('params')
@@ -70,7 +76,8 @@ class Classification(Objective):
       extra |= self.distillation.init(jax.random.fold_in(rng, 1), size)
     return params, extra
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
     targets = jax.nn.one_hot(batch['label'], self.network.num_classes)
     images = apply_augments(batch['image'], self.augment, augment_rng)
@@ -95,11 +102,13 @@ class Classification(Objective):
       losses = (1 - self.distillation.weight) * losses + self.distillation.weight * metrics['distillation']
     return mean_loss(losses, metrics, statistics)
 
-  def update_extra(self, extra, params, aux, step):
+  @override
+  def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     return {**extra, **aux}
 
-  def outputs(self):
+  @override
+  def outputs(self) -> Mapping[str, Output]:
     return encoder_outputs(self.network, self._encoder)
 
-  def _encoder(self, params, extra):
+  def _encoder(self, params: Params, extra: Any) -> ImageEncoder:
     return ImageEncoder(self.network, flax_variables(params, extra), self.normalize)

@@ -1,19 +1,21 @@
 """Image-text contrast: CLIP's softmax (Radford et al. 2021) and SigLIP's sigmoid (Zhai et al. 2023)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.patches import random_keep
-from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, flax_variables, mean_loss
-from fmcv_jax.objectives.outputs import ImageEncoder, Output
+from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, Loss, flax_variables, mean_loss
+from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params
 from fmcv_jax.objectives.ring_contrastive import LossName, pair_loss
 
 
@@ -34,7 +36,7 @@ class Contrastive(CoupledObjective):
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.label_smoothing and self.loss_name == 'sigmoid':
       raise ValueError('label_smoothing is for the softmax loss')
     if not hasattr(self.network, 'encode_text'):
@@ -43,26 +45,29 @@ class Contrastive(CoupledObjective):
       raise ValueError('patch_keep_ratio: only a ViT image encoder can drop patches')
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size, length = self.network.image.image_size, self.network.text.length
     return {
       'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
       'tokens': jax.ShapeDtypeStruct((length,), jnp.int32),
     }
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     image, tokens = (jnp.zeros((1, *x.shape), x.dtype) for x in self.example_batch.values())
     extra = dict(self.network.init(rng, image.astype(jnp.float32), tokens))
     return extra.pop('params'), extra
 
-  def embed(self, params, batch, rng, extra):
+  @override
+  def embed(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> tuple[Any, dict[str, Any]]:
     augment_rng, keep_rng, dropout_rng = jax.random.split(rng, 3)
     images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
     keep = None
     if self.patch_keep_ratio < 1:
       patches = (self.network.image.image_size // self.network.image.patch_size) ** 2
       keep = random_keep(keep_rng, images.shape[0], patches, self.patch_keep_ratio)
-    return self.network.apply(
+    embeddings_and_state: Any = self.network.apply(
       flax_variables(params, extra),
       images,
       batch['tokens'],
@@ -71,29 +76,33 @@ class Contrastive(CoupledObjective):
       rngs={'dropout': dropout_rng},
       mutable=[BATCH_STATS],
     )
+    return embeddings_and_state
 
-  def update_extra(self, extra, params, aux, step):
+  @override
+  def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     return {**extra, **aux}
 
-  def couple(self, params, embeddings, batch, extra):
+  @override
+  def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:
     image, text = embeddings
     scale_and_bias: Any = self.network.apply({'params': params}, method='logit_scale_and_bias')
     scale, bias = scale_and_bias
     loss, accuracy = pair_loss(image, text, scale, bias, self.loss_name, self.label_smoothing)
     return mean_loss(loss, {'accuracy': accuracy, 'logit_scale': scale, 'logit_bias': bias})
 
-  def outputs(self):
-    def encode_image(params, extra, batch):
+  @override
+  def outputs(self) -> Mapping[str, Output]:
+    def encode_image(params: Params, extra: Any, batch: Batch) -> Any:
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)
       return self.network.apply(flax_variables(params, extra), images, method='encode_image')
 
-    def encode_text(params, extra, batch):
+    def encode_text(params: Params, extra: Any, batch: Batch) -> Any:
       return self.network.apply({'params': params}, batch['tokens'], method='encode_text')
 
     image = Output(encode_image, 'embedding', encoder=self._encoder)
     return {'embed_image': image, 'embed_text': Output(encode_text, 'embedding', ('tokens',)), 'features': image}
 
-  def _encoder(self, params, extra):
+  def _encoder(self, params: Params, extra: Any) -> ImageEncoder:
     statistics = extra.get(BATCH_STATS, {}).get('image')
     of_image = {} if statistics is None else {BATCH_STATS: statistics}
     return ImageEncoder(self.network.image, flax_variables(params['image'], of_image), self.normalize)

@@ -9,10 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.augment.apply import augment_fields, check_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.diffusion.condition import NEVER_DROPPED, Condition
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.diffusion.learned_variance import variance_bits
@@ -21,10 +23,10 @@ from fmcv_jax.diffusion.samplers import sampling_timesteps
 from fmcv_jax.diffusion.sharded_sampling import SamplerConfig, sample_batch
 from fmcv_jax.errors import UserError
 from fmcv_jax.fields import Field
-from fmcv_jax.objectives.base import Objective, mean_loss
+from fmcv_jax.objectives.base import Loss, Objective, mean_loss
 from fmcv_jax.objectives.image_condition import ImageCondition, inpaint_condition
 from fmcv_jax.objectives.latent_space import LatentSpace
-from fmcv_jax.objectives.outputs import Kind, Output
+from fmcv_jax.objectives.outputs import Batch, Kind, Output, Params
 from fmcv_jax.objectives.repa import REPA
 from fmcv_jax.objectives.text_condition import TextCondition
 
@@ -81,7 +83,7 @@ class Diffusion(Objective):
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     network: Any = self.network
     if not hasattr(network, 'input_shape') or not hasattr(network, 'condition_keys'):
       raise ValueError('network: needs a denoiser with input_shape and condition_keys, such as network.name=dit')
@@ -120,11 +122,13 @@ class Diffusion(Objective):
           f'condition_kinds whether {sorted(unknown)[0]} moves with them'
         )
 
-  def with_tokenizer(self, tokenizer):
+  @override
+  def with_tokenizer(self, tokenizer: Tokenizer) -> 'Diffusion':
     return dataclasses.replace(self, text_condition=self.text_condition.with_tokenizer(tokenizer))
 
   @property
-  def frozen_networks(self):
+  @override
+  def frozen_networks(self) -> tuple[str, ...]:
     return ('network',) if self.image_condition.control is not None else ()
 
   @property
@@ -170,7 +174,8 @@ class Diffusion(Objective):
     return ('label',) * ('label' in self._keys) + tokens + self._batch_keys
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     network: Any = self.network
     shapes = self.latent_space.example_fields(self.input_shape)
     if 'label' in self._keys:
@@ -179,10 +184,12 @@ class Diffusion(Objective):
     return shapes | {key: network.condition_shapes[key] for key in self._batch_keys}
 
   @property
-  def class_counts(self):
+  @override
+  def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return {'label': (self.network.num_classes, None)} if 'label' in self.condition_fields else {}
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     keys = iter(jax.random.split(rng, 7))
     images = jnp.zeros((1, *self.image_shape))
     extra: dict[str, Any] = {}
@@ -204,7 +211,8 @@ class Diffusion(Objective):
       params, extra = {**params, **projector}, {**extra, **teacher}
     return params, extra
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, latent_rng, drop_rng, time_rng, noise_rng = jax.random.split(rng, 5)
     mask_rng, extra = jax.random.fold_in(rng, 6), self.text_condition.parameters(params, extra)
     if self.latent_space.precomputed:
@@ -236,7 +244,7 @@ class Diffusion(Objective):
       loss -= self.repa.weight * metrics['alignment']
     return mean_loss(loss, metrics)
 
-  def condition(self, extra, batch, keep=None) -> dict[str, jax.Array]:
+  def condition(self, extra: Any, batch: Batch, keep: jax.Array | None = None) -> dict[str, jax.Array]:
     """The condition of a batch, but for that of its images; dropped for examples whose `keep` (bool [B]) is false."""
     network: Any = self.network
     condition = {}
@@ -252,19 +260,22 @@ class Diffusion(Objective):
       condition[key] = value
     return condition
 
-  def _condition(self, extra, batch, images, keys, keep=None) -> Condition:
+  def _condition(
+    self, extra: Any, batch: Batch, images: jax.Array | None, keys: jax.Array, keep: jax.Array | None = None
+  ) -> Condition:
     """The whole condition; images [B, *image_shape] in [0, 1], and keys [B] for what is drawn at random of each."""
     condition = self.condition(extra, batch, keep)
     if not self.image_condition.active:
       return condition
+    assert images is not None  # image conditions refuse precomputed latents
     encode = functools.partial(self.encode, extra)
     return {**condition, **self.image_condition(images, keys, encode, self.normalize.mean)}
 
-  def encode(self, extra, images, rng=None) -> jax.Array:
+  def encode(self, extra: Any, images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
     """x of images [B, *image_shape] in [0, 1], from the mean of each latent or, with an rng, from a sample."""
     return self.latent_space.encode(extra, self.normalize(images), rng)
 
-  def outputs(self):
+  def outputs(self) -> Mapping[str, Output]:
     """'latents', 'words' and 'whole_text' are float16, as the batch fields of these names that they are stored for."""
     control = ('image',) if self.image_condition.control is not None else ()
     kind: Kind = 'video' if len(self.image_shape) == 4 else 'image'
@@ -279,7 +290,7 @@ class Diffusion(Objective):
       offered['whole_text'] = Output(self.whole_text_of, 'embedding', ('tokens',))
     return offered
 
-  def samples(self, params, extra, batch):
+  def samples(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """uint8 [B, H, W, 3]: an image for each record's label, first text and control image, by its own noise, without
     guidance."""
     fields = {name: batch[name] for name in self.condition_fields} | {'number': batch['index']}
@@ -289,32 +300,32 @@ class Diffusion(Objective):
     config = SamplerConfig('dpm++', tuple(times), guided=False)
     return sample_batch(self.generator(params, extra), fields, 0, config)
 
-  def latents_of(self, params, extra, batch):
+  def latents_of(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """float16 [B, h, w, 2 z], `LatentSpace.moments`."""
     return self.latent_space.moments(extra, self.normalize(batch['image'].astype(jnp.float32) / 255)).astype(
       jnp.float16
     )
 
-  def words_of(self, params, extra, batch):
+  def words_of(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """float16 [B, L, E]: the text encoder's output for each token, and zeros where the network does not attend."""
     text, mask, _ = self._encode_text(params, extra, batch)
     return (text if mask is None else jnp.where(mask[..., None], text, 0)).astype(jnp.float16)
 
-  def whole_text_of(self, params, extra, batch):
+  def whole_text_of(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """float16 [B, P]: the text encoder's output for the whole text."""
     return self._encode_text(params, extra, batch)[2].astype(jnp.float16)
 
-  def _encode_text(self, params, extra, batch):
+  def _encode_text(self, params: Params, extra: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     return self.text_condition.encode(self.text_condition.parameters(params, extra), batch['tokens'])
 
-  def denoising_errors(self, params, extra, batch):
+  def denoising_errors(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """float32 [B, LEVELS]: squared errors at evenly spaced times from no noise to all, drawn by each record's index."""
     images, extra = batch['image'].astype(jnp.float32) / 255, self.text_condition.parameters(params, extra)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), batch['index'])
     condition = self._condition(extra, batch, images, keys)
     x0 = self.encode(extra, images)
 
-    def at(time, level):
+    def at(time: Any, level: Any) -> jax.Array:
       noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), x0.shape[1:]))(keys)
       times = jnp.full(x0.shape[:1], time)
       output = self._apply(params, extra, self.process.add_noise(x0, noise, times), times, condition)
@@ -323,18 +334,19 @@ class Diffusion(Objective):
     times = jnp.asarray((np.arange(LEVELS) + 0.5) / LEVELS * self.process.last, jnp.float32)
     return jax.lax.map(lambda args: at(*args), (times, jnp.arange(LEVELS))).T
 
-  def generator(self, params, extra):
+  def generator(self, params: Params, extra: Any) -> Generator:
+    """The denoiser with its condition, encoder and decoder, for a sampler."""
     extra = self.text_condition.parameters(params, extra)
     encode = functools.partial(self.encode, extra)
 
-    def decode(x):
+    def decode(x: jax.Array) -> jax.Array:
       return jnp.clip(self.normalize.undo(self.latent_space.decode(extra, x)), 0, 1)
 
-    def condition(batch, conditional=True):
+    def condition(batch: Batch, conditional: bool = True) -> dict[str, jax.Array]:
       count = len(next(iter(batch.values())))
       return self.condition(extra, batch, None if conditional else jnp.zeros(count, bool))
 
-    def inpaint(images, masks):
+    def inpaint(images: jax.Array, masks: jax.Array) -> jax.Array:
       return inpaint_condition(images, masks, encode, self.normalize.mean)
 
     return Generator(
@@ -350,7 +362,17 @@ class Diffusion(Objective):
       None if self.image_condition.inpainting is None else inpaint,
     )
 
-  def _apply(self, params, extra, x, time, condition, *, rng=None, **options) -> Any:
+  def _apply(
+    self,
+    params: Params,
+    extra: Any,
+    x: jax.Array,
+    time: jax.Array,
+    condition: Condition,
+    *,
+    rng: jax.Array | None = None,
+    **options: Any,
+  ) -> Any:
     """The network's output; with an rng as in training, with dropout."""
     train: dict[str, Any] = {} if rng is None else {'train': True, 'rngs': {'dropout': jax.random.fold_in(rng, 5)}}
     if self.image_condition.control is None:
@@ -359,10 +381,10 @@ class Diffusion(Objective):
     return self.network.apply({'params': extra['network']}, x, time, condition, residuals=residuals)
 
   @property
-  def _controlnet(self):
+  def _controlnet(self) -> Any:
     return self.image_condition.controlnet(self.network, self.image_shape)
 
-  def _errors(self, output, x0, noise, time):
+  def _errors(self, output: jax.Array, x0: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
     """Mean squared error of each example, [B]."""
     expected = (*x0.shape[:-1], self._out_channels)
     if output.shape != expected:

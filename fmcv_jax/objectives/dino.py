@@ -8,20 +8,22 @@ Letters in shapes: B batch, G global crops (2), V all crops, M masked patches at
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.self_supervised.dino import DinoNetwork
-from fmcv_jax.objectives.base import Objective, mean_loss
+from fmcv_jax.objectives.base import Loss, Objective, mean_loss
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
-from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
+from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 GLOBALS = 2
 
@@ -64,7 +66,7 @@ class SelfDistillation(Objective):
   local_augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.network, DinoNetwork):
       raise ValueError('network: self-distillation needs network.name=dino')
     if self.momentum_steps is not None and self.momentum_steps < 1:
@@ -87,7 +89,8 @@ class SelfDistillation(Objective):
     return side, side
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     views = {
       'global_views': (GLOBALS, self.network.image_size),
       'local_views': (self.local_crops_number, self.local_size),
@@ -96,7 +99,8 @@ class SelfDistillation(Objective):
       name: jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8) for name, (count, size) in views.items() if count
     }
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     picked = jnp.zeros((1, 1), jnp.int32) if self.ibot_loss_weight else None
     params = self.network.init(rng, jnp.zeros((1, size, size, 3)), picked=picked)['params']
@@ -106,7 +110,8 @@ class SelfDistillation(Objective):
       extra['centre'] = {name: jnp.zeros(self.network.head.prototypes) for name in names}
     return params, extra
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     global_rng, local_rng, mask_rng, dropout_rng = jax.random.split(rng, 4)
     large, small = self.views(batch, global_rng, local_rng)
     images, temperature = large.shape[0], self.temperature_at(extra['step'])
@@ -115,7 +120,7 @@ class SelfDistillation(Objective):
     if self.ibot_loss_weight:
       masked, picked, valid = self.masks(mask_rng, images)
 
-    def student(views, **masks):
+    def student(views: jax.Array, **masks: Any) -> Any:
       return self.network.apply({'params': params}, views, train=True, rngs={'dropout': dropout_rng}, **masks)
 
     teacher: Any = self.network.apply({'params': extra['teacher']}, large, picked=picked)
@@ -141,7 +146,7 @@ class SelfDistillation(Objective):
       loss = loss + self.koleo_weight * metrics['koleo']
     return mean_loss(loss, metrics, jax.lax.stop_gradient(aux))
 
-  def views(self, batch, global_rng, local_rng):
+  def views(self, batch: Batch, global_rng: jax.Array, local_rng: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Augmented, normalized crops [B * G, H, W, 3] and [B * L, h, w, 3] (or None); crops of an image are adjacent."""
     large = jnp.stack(
       [
@@ -156,41 +161,46 @@ class SelfDistillation(Objective):
     small = batch['local_views'].reshape(-1, *batch['local_views'].shape[2:])
     return large, self.normalize(apply_augments(small, self.local_augment, local_rng))
 
-  def masks(self, rng, images):
+  def masks(self, rng: jax.Array, images: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(mask bool [B * G, T], indices int32 [B * G, M] of the masked patches, float32 [B * G, M]: 0 for padding)."""
     masked = block_masks(rng, images, self.grid, self.mask_ratio_min_max, self.mask_sample_probability)
     picked = jnp.argsort(~masked, axis=1)[:, : most_hidden(self.grid, self.mask_ratio_min_max)].astype(jnp.int32)
     return masked, picked, jnp.take_along_axis(masked, picked, axis=1).astype(jnp.float32)
 
-  def masked_patches(self, params, extra, batch):
+  def masked_patches(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """bool [B, GLOBALS, rows, columns]: the patches of the global crops that are masked for the student."""
     images = len(batch['global_views'])
     masked, _, _ = self.masks(jax.random.split(batch['rng'], 4)[2], images * GLOBALS)
     return masked.reshape(images, GLOBALS, *self.grid)
 
-  def targets_of(self, scores, extra, name, temperature, valid=None):
+  def targets_of(
+    self, scores: jax.Array, extra: Any, name: str, temperature: jax.Array, valid: jax.Array | None = None
+  ) -> jax.Array:
     """Teacher targets: probabilities [N, K] from its logits [N, K]."""
     if self.centering == 'sinkhorn_knopp':
       return sinkhorn(scores / temperature, self.sinkhorn_rounds, valid)
     return jax.nn.softmax((scores - extra['centre'][name]) / temperature)
 
-  def temperature_at(self, step):
+  def temperature_at(self, step: jax.Array) -> jax.Array:
+    """Temperature of the teacher at a step: linear from the first value to the second, then constant."""
     start, end = self.teacher_temperature
     return start + (end - start) * jnp.minimum(step / max(self.temperature_steps, 1), 1.0)
 
-  def frozen(self, params, step):
+  def frozen(self, params: Params, step: jax.Array) -> Params:
     """params, with the gradient of the prototypes stopped in the first steps."""
 
-    def hold(name, w):
+    def hold(name: str, w: jax.Array) -> jax.Array:
       return jnp.where(step < self.freeze_last_layer_steps, jax.lax.stop_gradient(w), w) if name == 'prototypes' else w
 
     heads = {k: {n: hold(n, w) for n, w in v.items()} for k, v in params.items() if k.endswith('head')}
     return {**params, **heads}
 
-  def with_total_steps(self, steps):
+  @override
+  def with_total_steps(self, steps: int) -> 'SelfDistillation':
     return self if self.momentum_steps else dataclasses.replace(self, momentum_steps=steps)
 
-  def update_extra(self, extra, params, aux, step):
+  @override
+  def update_extra(self, extra: Any, params: Params, aux: Any, step: jax.Array) -> Any:
     if self.momentum_steps is None:
       raise ValueError('momentum_steps is not set; train objective.with_total_steps(steps)')
     rest = jnp.minimum(step / self.momentum_steps, 1.0)
@@ -204,13 +214,14 @@ class SelfDistillation(Objective):
       new['centre'] = jax.tree.map(lambda old, mean: old * keep + mean * (1 - keep), extra['centre'], aux)
     return new
 
-  def outputs(self):
+  @override
+  def outputs(self) -> Mapping[str, Output]:
     offered = encoder_outputs(self.network.encoder, self._encoder)
     if self.ibot_loss_weight:
       offered['masked_patches'] = Output(self.masked_patches, 'masks', ('global_views',))
     return offered
 
-  def _encoder(self, params, extra):
+  def _encoder(self, params: Params, extra: Any) -> ImageEncoder:
     return ImageEncoder(self.network.encoder, {'params': extra['teacher']['encoder']}, self.normalize)
 
 
@@ -266,7 +277,7 @@ def koleo(features: jax.Array, eps: float = 1e-8) -> jax.Array:
 def diagnosis(targets: jax.Array) -> dict[str, jax.Array]:
   """Collapse diagnostics: mean entropy of the targets [N, K], and entropy of their mean; both at most log K."""
 
-  def entropy(p):
+  def entropy(p: jax.Array) -> jax.Array:
     return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-12)), axis=-1)
 
   return {'target_entropy': entropy(targets).mean(), 'prototype_entropy': entropy(targets.mean(0))}

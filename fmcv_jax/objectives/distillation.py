@@ -33,7 +33,7 @@ class Distillation:
   temperature: float = 1.0
   normalize: Normalize = Normalize()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not getattr(self.teacher, 'num_classes', 0):
       raise ValueError('teacher: set num_classes=<number of classes>')
     if not 0 <= self.weight <= 1:

@@ -1,15 +1,18 @@
 """A network that was trained elsewhere: what it offers, and nothing to learn."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.errors import UserError
-from fmcv_jax.objectives.base import Objective, flax_variables
-from fmcv_jax.objectives.outputs import ImageEncoder, encoder_outputs
+from fmcv_jax.objectives.base import Loss, Objective, flax_variables
+from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,27 +23,32 @@ class PretrainedEncoder(Objective):
   normalize: Normalize = Normalize()
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
 
   @property
-  def input_size(self):
+  @override
+  def input_size(self) -> int | None:
     return None if getattr(self.network, 'any_size', False) else self.network.image_size
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
     return extra.pop('params'), extra
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     raise UserError(
       "config.objective: 'encoder' is a network as it was imported, which is not trained; choose another objective, "
       'and begin with its weights by --config.init_from.params.workdir=...'
     )
 
-  def outputs(self):
+  @override
+  def outputs(self) -> Mapping[str, Output]:
     return encoder_outputs(self.network, self._encoder)
 
-  def _encoder(self, params, extra):
+  def _encoder(self, params: Params, extra: Any) -> ImageEncoder:
     return ImageEncoder(self.network, flax_variables(params, extra), self.normalize)

@@ -35,6 +35,7 @@ class ImageCondition:
 
   @property
   def active(self) -> bool:
+    """True if there is a condition from images."""
     return bool(self.keys)
 
   def check(self, network: Any, image_shape: tuple[int, ...]) -> None:
@@ -52,6 +53,7 @@ class ImageCondition:
       self.controlnet(network, image_shape)
 
   def controlnet(self, network: nn.Module, image_shape: tuple[int, ...]) -> ControlNet:
+    """The ControlNet of a network whose images have `image_shape` (H, W, 3)."""
     unet: Any = network
     return controlnet(unet, image_shape[0] // unet.input_shape[0])
 

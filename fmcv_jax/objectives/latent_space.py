@@ -25,7 +25,7 @@ class LatentSpace:
   shift: float = 0.0
   precomputed: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.autoencoder is not None and not isinstance(self.autoencoder, Autoencoder):
       raise ValueError('autoencoder: needs autoencoder.name=autoencoder')
     if self.precomputed and self.autoencoder is None:

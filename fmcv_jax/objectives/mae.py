@@ -1,19 +1,21 @@
 """Masked autoencoding (He et al. 2022): predicts the pixels of masked patches from the visible ones."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.self_supervised.mae import MaskedAutoencoder
-from fmcv_jax.objectives.base import Objective, mean_loss
-from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
+from fmcv_jax.objectives.base import Loss, Objective, mean_loss
+from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class MaskedAutoencoding(Objective):
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.network, MaskedAutoencoder):
       raise ValueError('network: masked autoencoding needs network.name=mae')
     if not 0 < self.visible < self.patches:
@@ -40,23 +42,28 @@ class MaskedAutoencoding(Objective):
 
   @property
   def patches(self) -> int:
+    """Number of patches of an image."""
     return (self.network.image_size // self.network.encoder.patch_size) ** 2
 
   @property
   def visible(self) -> int:
+    """Number of patches that the encoder processes."""
     return int(self.patches * (1 - self.mask_ratio))
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     images, order = jnp.zeros((1, size, size, 3)), jnp.arange(self.patches)[None]
     return self.network.init(rng, images, order, visible=self.visible)['params'], {}
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, _, dropout_rng = jax.random.split(rng, 3)
     images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
     order = self.order(rng, images.shape[0])
@@ -67,24 +74,25 @@ class MaskedAutoencoding(Objective):
     target = normalize_patches(target)[0] if self.norm_pix_loss else target
     return mean_loss(masked_mse(predicted.pixels, target, order, self.visible))
 
-  def order(self, rng, images):
+  def order(self, rng: jax.Array, images: int) -> jax.Array:
     """int32 [B, T]: a random order of the patches of each image; the first ones are visible."""
     return random_order(jax.random.split(rng, 3)[1], images, self.patches)
 
-  def masked_patches(self, params, extra, batch):
+  def masked_patches(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """bool [B, 1, rows, columns]: True for masked patches."""
     images, side = len(batch['image']), self.network.image_size // self.network.encoder.patch_size
     masked = jnp.argsort(self.order(batch['rng'], images), axis=1) >= self.visible
     return masked.reshape(images, 1, side, side)
 
-  def outputs(self):
+  @override
+  def outputs(self) -> Mapping[str, Output]:
     return {
       **encoder_outputs(self.network.encoder, self._encoder),
       'reconstruct': Output(self.reconstruct, 'image', encoder=self._encoder),
       'masked_patches': Output(self.masked_patches, 'masks'),
     }
 
-  def reconstruct(self, params, extra, batch):
+  def reconstruct(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """[B, 2, H, W, 3] in [0, 1]: the masked input, and the input with the masked patches replaced by predictions.
 
     The mask is the same in every call. With norm_pix_loss the network does not predict the mean and standard deviation
@@ -104,7 +112,7 @@ class MaskedAutoencoding(Objective):
     masked = jnp.where(unpatchify(jnp.broadcast_to(visible, true.shape), grid, patch), images, 0.5)
     return jnp.stack([masked, jnp.clip(self.normalize.undo(filled), 0, 1)], axis=1)
 
-  def _encoder(self, params, extra):
+  def _encoder(self, params: Params, extra: Any) -> ImageEncoder:
     return ImageEncoder(self.network.encoder, {'params': params['encoder']}, self.normalize)
 
 

@@ -10,6 +10,7 @@ from fmcv_jax.augment.control_maps import Control
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.image_condition import ImageCondition
+from fmcv_jax.objectives.outputs import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class _Recording(Normalize):
 
   record: list[jax.Array] = dataclasses.field(default_factory=list, compare=False)
 
-  def __call__(self, images):
+  def __call__(self, images: jax.Array) -> jax.Array:
     self.record.append(images)
     return super().__call__(images)
 
@@ -30,7 +31,7 @@ class _RecordingControl(Control):
   control: Control
   record: list[jax.Array] = dataclasses.field(default_factory=list, compare=False)
 
-  def __call__(self, images):
+  def __call__(self, images: jax.Array) -> jax.Array:
     self.record.append(self.control(images))
     return self.record[-1]
 
@@ -43,7 +44,7 @@ def network_inputs(objective: Objective, batch: Any, rng: jax.Array) -> list[jax
   count = len(next(iter(batch.values())))
 
   @jax.jit
-  def traced(batch, rng):
+  def traced(batch: Batch, rng: jax.Array) -> Any:
     record: list[jax.Array] = []
     params, extra = _zero_state(objective)
     _recorded(objective, record).loss(params, batch, rng, extra)
@@ -62,7 +63,7 @@ def masked_patches(objective: Objective, batch: Any, rng: jax.Array) -> jax.Arra
     return None
 
   @jax.jit
-  def traced(batch, rng):
+  def traced(batch: Batch, rng: jax.Array) -> Any:
     params, extra = _zero_state(objective)
     return output.call(params, extra, {**{name: batch[name] for name in output.reads}, 'rng': rng})
 

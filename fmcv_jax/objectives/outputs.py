@@ -31,6 +31,7 @@ class ImageEncoder(NamedTuple):
 
   @property
   def params(self) -> Params:
+    """The trained parameters of the network."""
     return self.variables['params']
 
   def normalized(self, images: jax.Array) -> jax.Array:
@@ -85,6 +86,7 @@ def generator_of(outputs: Outputs) -> Callable[[Params, Any], Generator]:
 
 
 def listed(outputs: Outputs) -> str:
+  """Names of outputs for an error message, 'none' without any."""
   return ', '.join(outputs) or 'none'
 
 
@@ -95,11 +97,11 @@ def encoder_outputs(network: nn.Module, encoder: Callable[[Params, Any], ImageEn
   [B, rows, columns, D]; of a ViT 'attention' [B, heads, rows, columns]. All are float32.
   """
 
-  def field(name):
+  def field(name: str) -> Callable[[Params, Any, Batch], jax.Array]:
     return lambda params, extra, batch: getattr(encoder(params, extra).apply(batch['image']), name).astype(jnp.float32)
 
-  def of_patches(read):
-    def call(params, extra, batch):
+  def of_patches(read: Callable[[Any, Any, jax.Array], jax.Array]) -> Callable[[Params, Any, Batch], jax.Array]:
+    def call(params: Params, extra: Any, batch: Batch) -> jax.Array:
       found = encoder(params, extra)
       return read(found.network, found.params, found.normalized(batch['image']))
 

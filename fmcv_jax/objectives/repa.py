@@ -26,7 +26,7 @@ class Projector(nn.Module):
   out_channels: int
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     for name in ('hidden1', 'hidden2'):
       x = jax.nn.silu(dense(self.width, 'float32', name)(x))
     return dense(self.out_channels, 'float32', 'head')(x)
@@ -49,7 +49,7 @@ class REPA:
   hidden: int = 2048
   normalize: Normalize = Normalize()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.teacher, ViT):
       raise ValueError('teacher: alignment needs a vision transformer, teacher.name=vit')
 

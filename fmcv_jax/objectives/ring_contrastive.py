@@ -7,7 +7,7 @@ Letters in shapes: B global batch, b examples of this device, c texts of one blo
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,14 @@ BLOCK = 1024
 PAIRS = ('batch', None)  # the axes of embeddings
 
 
-def pair_loss(image, text, scale, bias, loss_name: LossName, label_smoothing: float = 0.0):
+def pair_loss(
+  image: jax.Array,
+  text: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  loss_name: LossName,
+  label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
   """(loss, accuracy), float32 scalars, of unit-length embeddings [B, E]; logits are scale * image . text + bias.
 
   'softmax' is the mean of the two cross-entropies of InfoNCE (Radford et al. 2021), whose targets label_smoothing mixes
@@ -35,17 +42,21 @@ def pair_loss(image, text, scale, bias, loss_name: LossName, label_smoothing: fl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pair_loss(loss_name, smoothing, image, text, scale, bias):
+def _pair_loss(
+  loss_name: LossName, smoothing: float, image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   return _forward(loss_name, smoothing, image, text, scale, bias)[0]
 
 
-def _forward(loss_name, smoothing, image, text, scale, bias):
+def _forward(
+  loss_name: LossName, smoothing: float, image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.Array
+) -> Any:
   """First rotation: sums over all pairs, and log-sum-exp of each row (image) and column (text) of the logits."""
 
-  def local(image, text, scale, bias):
+  def local(image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
     rows = len(image)
 
-    def meet(row, texts, column):
+    def meet(row: Any, texts: Any, column: Any) -> Any:
       best, by_image, own_logit, total = row
       start, block = texts
       logits, own = _logits(image, block, scale, bias, start)
@@ -77,12 +88,20 @@ def _forward(loss_name, smoothing, image, text, scale, bias):
   return (loss, right / count), (image, text, scale, bias, by_image, by_text)
 
 
-def _backward(loss_name, smoothing, saved, cotangents):
+def _backward(loss_name: LossName, smoothing: float, saved: Any, cotangents: Any) -> Any:
   """Second rotation: recomputes each logit once for the gradients of its image, its text, the scale and the bias."""
   count = len(saved[0])
 
-  def local(image, text, scale, bias, by_image, by_text, cotangent):
-    def meet(row, texts, column):
+  def local(
+    image: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    by_image: jax.Array,
+    by_text: jax.Array,
+    cotangent: jax.Array,
+  ) -> Any:
+    def meet(row: Any, texts: Any, column: Any) -> Any:
       by_row, by_bias = row
       start, (block, by_text) = texts
       logits, own = _logits(image, block, scale, bias, start)
@@ -114,12 +133,14 @@ def _backward(loss_name, smoothing, saved, cotangents):
 _pair_loss.defvjp(_forward, _backward)
 
 
-def _logits(image, block, scale, bias, start):
+def _logits(
+  image: jax.Array, block: jax.Array, scale: jax.Array, bias: jax.Array, start: Any
+) -> tuple[jax.Array, jax.Array]:
   """Logits [b, c] of a block of texts, the first of which belongs to image `start`, and a mask of positive pairs."""
   logits = scale * jnp.einsum('ie,te->it', image, block, preferred_element_type=jnp.float32) + bias
   return logits, jnp.arange(len(image))[:, None] == start + jnp.arange(len(block))
 
 
-def _over_devices(sums):
+def _over_devices(sums: jax.Array) -> jax.Array:
   names = mesh_axes('batch')
   return jax.lax.psum(sums, names) if names else sums

@@ -1,12 +1,14 @@
 """Semantic segmentation: the class of every pixel, by cross-entropy (Long et al. 2015)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.augment.apply import augment_fields, check_augments
 from fmcv_jax.augment.base import Augment
@@ -14,7 +16,7 @@ from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.fields import Field
 from fmcv_jax.models.dense.segmenter import Segmenter
 from fmcv_jax.objectives.base import Loss, Mean, Objective
-from fmcv_jax.objectives.outputs import ImageEncoder, Output, encoder_outputs
+from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 IGNORE_INDEX = 255  # label of pixels that are excluded from the loss and all metrics
 LABEL_MAP = {'segments': Field('map', fill=IGNORE_INDEX)}
@@ -31,13 +33,14 @@ class Segmentation(Objective):
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.network, Segmenter):
       raise ValueError('network: segmentation needs network.name=segmenter')
     check_augments(self.augment, LABEL_MAP)
 
   @property
-  def example_batch(self):
+  @override
+  def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.network.image_size
     return {
       'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
@@ -45,14 +48,17 @@ class Segmentation(Objective):
     }
 
   @property
-  def class_counts(self):
+  @override
+  def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return {'segments': (self.network.num_classes, IGNORE_INDEX)}
 
-  def init(self, rng):
+  @override
+  def init(self, rng: jax.Array) -> tuple[Params, Any]:
     size = self.network.image_size
     return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
 
-  def loss(self, params, batch, rng, extra):
+  @override
+  def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, _, dropout_rng = jax.random.split(rng, 3)
     batch = augment_fields(batch, LABEL_MAP, self.augment, augment_rng)
     images, segments = self.normalize(batch['image']), batch['segments'].astype(jnp.int32)
@@ -63,13 +69,14 @@ class Segmentation(Objective):
     right = jnp.sum(logits.argmax(-1) == segments, where=known, dtype=jnp.float32)
     return Loss(jnp.sum(losses, where=known), count, {'accuracy': Mean(right, count)}, {})
 
-  def outputs(self):
-    def segments(params, extra, batch):
+  @override
+  def outputs(self) -> Mapping[str, Output]:
+    def segments(params: Params, extra: Any, batch: Batch) -> jax.Array:
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)
       logits: Any = self.network.apply({'params': params}, images)
       return logits.argmax(-1).astype(jnp.uint8)
 
-    def confusion(params, extra, batch):
+    def confusion(params: Params, extra: Any, batch: Batch) -> jax.Array:
       return confusions(segments(params, extra, batch), batch['segments'], self.network.num_classes)
 
     return {
@@ -78,7 +85,7 @@ class Segmentation(Objective):
       'confusion': Output(confusion, reads=('image', 'segments')),
     }
 
-  def _encoder(self, params, extra):
+  def _encoder(self, params: Params, extra: Any) -> ImageEncoder:
     return ImageEncoder(self.network.encoder, {'params': params['encoder']}, self.normalize)
 
 

@@ -43,7 +43,7 @@ class TextCondition:
   padding: Literal['masked', 'zeros', 'end'] = 'masked'
   special: SpecialTokens | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.encoder is not None and not isinstance(self.encoder, TextTransformer):
       raise ValueError('encoder: needs encoder.name=text_transformer')
     if self.train and self.encoder is None:
@@ -57,6 +57,7 @@ class TextCondition:
     return () if self.encoder is None else KEYS
 
   def with_tokenizer(self, tokenizer: Tokenizer) -> 'TextCondition':
+    """A copy with the ids of padding, start and end of the tokenizer; itself if it has them or no encoder."""
     if self.encoder is None or self.special is not None:
       return self
     special = SpecialTokens(tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id)
@@ -68,6 +69,7 @@ class TextCondition:
       raise ValueError('text_condition: the network reads no text; leave the encoder out')
 
   def example_fields(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the batch fields of one example: tokens, and precomputed embeddings."""
     encoder: Any = self.encoder
     if encoder is None:
       return {}
@@ -78,6 +80,7 @@ class TextCondition:
     return fields
 
   def init(self, rng: jax.Array) -> dict[str, Any]:
+    """Parameters of the text encoder: {'text': ...}."""
     encoder: Any = self.encoder
     return {'text': encoder.init(rng, jnp.zeros((1, encoder.length), jnp.int32))['params']}
 

@@ -34,7 +34,7 @@ class MeshShape:
   tensor: int = 1
   max_fsdp: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     sizes = self.sizes()
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(f'axis sizes must be positive, with -1 at most once for the remaining devices; got {self}')
@@ -42,6 +42,7 @@ class MeshShape:
       raise ValueError(f'max_fsdp: expected a positive number, got {self.max_fsdp}')
 
   def sizes(self) -> list[int]:
+    """Axis sizes in the order of AXES; -1 is not filled in."""
     return [getattr(self, axis) for axis in AXES]
 
   def sizes_for(self, device_count: int) -> tuple[int, ...]:

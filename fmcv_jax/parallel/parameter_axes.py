@@ -11,7 +11,7 @@ leading axis is `layers`, which rows leave out. Modules outside of this package 
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,7 @@ def trace_init(init: Callable[[], T]) -> tuple[T, dict[str, Sequence[Row]]]:
   """(shapes and dtypes of what init() returns, rows of all modules that it calls); nothing is allocated."""
   rows: dict[str, Sequence[Row]] = {}
 
-  def collect(call, args, kwargs, context):
+  def collect(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     own = getattr(type(context.module), 'logical_axes', ())
     if own:
       rows[class_name(type(context.module))] = own
@@ -41,6 +41,7 @@ def trace_init(init: Callable[[], T]) -> tuple[T, dict[str, Sequence[Row]]]:
 
 
 def class_name(cls: type) -> str:
+  """Full name of a class, for errors: 'package.module.Class'."""
   return f'{cls.__module__}.{cls.__qualname__}'
 
 

@@ -35,20 +35,20 @@ def ring_scan(
   size = len(jax.tree.leaves(items)[0])
   blocks = next(n for n in range(-(-size // block), size + 1) if size % n == 0)
 
-  def cut(tree):
+  def cut(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(blocks, size // blocks, *x.shape[1:]), tree)
 
-  def turn(tree):
+  def turn(tree: Any) -> Any:
     if not names:
       return tree
     around = [(i, (i + 1) % devices) for i in range(devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, names, around), tree)
 
-  def visit(carry, step):
+  def visit(carry: Any, step: Any) -> Any:
     row, items, gathered = carry
     home = jnp.where(step > index, devices, 0) - step  # the device that these items are of, counted from this one
 
-    def one(row, args):
+    def one(row: Any, args: Any) -> Any:
       number, block, column = args
       return meet(row, (home * size + number * (size // blocks), block), column)
 

@@ -84,15 +84,17 @@ class Placement:
   rules: Rules = Rules()
 
   def sharding(self, axes: LogicalAxes, shape: tuple[int, ...], what: str) -> NamedSharding:
+    """Sharding of an array with these logical axes; UserError naming `what` if a side is not divisible."""
     return NamedSharding(self.mesh, self.rules.spec(axes, shape, self.mesh, what))
 
   def replicated(self) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
     return NamedSharding(self.mesh, PartitionSpec())
 
   def parameters(self, tree: Any, rows: Rows) -> Any:
     """Shardings of a tree of parameters (arrays or ShapeDtypeStructs), leaf by leaf, by rows from `trace_init`."""
 
-    def leaf(key_path, x):
+    def leaf(key_path: Any, x: Any) -> Any:
       path = path_of(key_path)
       return self.sharding(axes_of(path, x.shape, self.rules.parameters, rows), x.shape, f'parameter {path}')
 
@@ -101,7 +103,7 @@ class Placement:
   def batch(self, tree: Any) -> Any:
     """Shardings of a batch: the leading axis of each leaf is `batch`, other axes are not sharded."""
 
-    def leaf(key_path, x):
+    def leaf(key_path: Any, x: Any) -> Any:
       axes = ('batch',) + (None,) * (len(x.shape) - 1)
       return self.sharding(axes, x.shape, f'batch field {path_of(key_path)!r}')
 
@@ -163,7 +165,7 @@ def shard_mapped(function: Callable[..., Any], inputs: tuple[LogicalAxes, ...], 
   if placement is None:
     return function
 
-  def run(*args):
+  def run(*args: Any) -> Any:
     for axes, arg in zip(inputs, args, strict=True):
       for leaf in jax.tree.leaves(arg):
         placement.sharding(axes, leaf.shape, f'activation {axes}')

@@ -80,6 +80,7 @@ class Plan:
 
   @property
   def needed(self) -> int:
+    """Bytes of HBM that one chip needs for the step."""
     return self.parameter_bytes + self.optimizer_bytes + self.other_bytes + self.batch_bytes + self.temporaries
 
   @property
@@ -88,6 +89,7 @@ class Plan:
     return self.compute_seconds * self.model_flops / self.flops / self.estimated_seconds
 
   def days(self, utilization: float) -> float:
+    """Days of the whole run at an assumed model FLOPs utilization (0 to 1)."""
     return self.steps * self.compute_seconds * self.model_flops / self.flops / utilization / 86400
 
 
@@ -175,6 +177,7 @@ def _topology(config: str, resolved: dict[str, Any], given: str | None) -> str:
 
 
 def show(plan: Plan, console: Console, utilization: float) -> None:
+  """Prints the plan: memory, communication, time and cost."""
   table = Table(title=f'{plan.config} on {plan.topology}, one chip of {plan.chips}', show_header=False)
   axes = ' x '.join(f'{name} {size}' for name, size in plan.mesh.items() if size > 1) or '1 device'
   bounds = {'compute': plan.compute_seconds, 'HBM': plan.memory_seconds, 'interconnect': plan.interconnect_seconds}
@@ -238,6 +241,7 @@ class Cost(NamedTuple):
 
 
 def figures(plan: Plan) -> Cost:
+  """The objectives of the search for a plan, per example and chip."""
   examples = plan.batch / plan.chips
   sent = sum(row.bytes for row in plan.collectives)
   return Cost(plan.estimated_seconds / examples, sent / examples, plan.needed)

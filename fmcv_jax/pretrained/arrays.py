@@ -30,5 +30,6 @@ def widened(x: np.ndarray) -> np.ndarray:
 
 
 def first_line(error: BaseException) -> str:
+  """First line of an error, at most 160 characters; the name of its class if it has no text."""
   lines = str(error).strip().splitlines()
   return (lines[0] if lines else type(error).__name__)[:160]

@@ -76,6 +76,7 @@ def diffusers(levels: int, *, old: bool = False) -> Rows:
 
 
 def compvis(levels: int) -> Rows:
+  """Rows of the original layout of latent diffusion (CompVis), of an autoencoder of that many levels."""
   names = ('norm', 'q', 'k', 'v', 'proj_out')
 
   def half(ways: str, said: str) -> Iterator[Row]:
@@ -111,6 +112,7 @@ def _coder(encoder: Iterator[Row], decoder: Iterator[Row]) -> Rows:
 
 
 def layouts() -> tuple[tuple[str, Layout], ...]:
+  """All layouts of autoencoders by format: diffusers, diffusers before 0.15 with other attention names, and CompVis."""
   return tuple(
     (format, Layout(below('autoencoder', rows(levels)), ignored=NON_NETWORK))
     for format, rows in (
@@ -140,5 +142,6 @@ def network(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  """The config of an objective whose network has these shapes; its adversarial loss is off."""
   own = network(part(shapes, 'autoencoder/'))
   return {'objective': {'name': 'autoencoding', 'network': own, 'adversarial': 0.0}}

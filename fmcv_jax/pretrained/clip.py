@@ -40,6 +40,7 @@ def _resblocks() -> Rows:
 
 
 def open_clip_text() -> Rows:
+  """Rows of OpenCLIP's text tower, which is also OpenAI's."""
   return (
     Row('tokens/embedding', 'token_embedding.weight'),
     Row('position', 'positional_embedding'),
@@ -84,6 +85,7 @@ def _blocks(theirs: str) -> Rows:
 
 
 def transformers_text() -> Rows:
+  """Rows of the text tower of transformers' CLIPTextModel."""
   return (
     Row('tokens/embedding', 'embeddings.token_embedding.weight'),
     Row('position', 'embeddings.position_embedding.weight'),
@@ -104,6 +106,7 @@ _POSITIONS = (r'.*\.position_ids',)
 
 
 def transformers_clip() -> Layout:
+  """Layout of transformers' CLIPModel."""
   rows = (
     *below('image', _CLIP_IMAGE, 'vision_model.'),
     *matrix('image/head', 'visual_projection'),
@@ -152,6 +155,7 @@ def _siglip_words() -> Rows:
 
 
 def transformers_siglip() -> Layout:
+  """Layout of transformers' SiglipModel."""
   rows = (
     *below('image', _SIGLIP_IMAGE, 'vision_model.'),
     *below('text', _siglip_words(), 'text_model.'),
@@ -190,10 +194,12 @@ def open_clip_siglip() -> Layout:
 
 
 def siglip_image_towers() -> tuple[tuple[str, Layout], ...]:
+  """Layouts of SigLIP's image tower alone, of transformers and timm."""
   return (('transformers', Layout(_SIGLIP_IMAGE, ignored=_POSITIONS)), ('timm', Layout(_siglip_trunk())))
 
 
 def siglip_text_towers() -> tuple[tuple[str, Layout], ...]:
+  """Layouts of SigLIP's text tower alone, of transformers and OpenCLIP."""
   return (
     ('transformers', Layout(_siglip_words(), ignored=_POSITIONS)),
     ('open_clip', Layout(_open_clip_siglip_words())),

@@ -14,6 +14,7 @@ from fmcv_jax.pretrained.vit import timm_block
 
 
 def original() -> Layout:
+  """Layout of the authors' checkpoints (Peebles & Xie 2023)."""
   rows = (
     *patch('x_embedder.proj', channels=4),
     *_condition('t_embedder.mlp.0', 't_embedder.mlp.2', 'y_embedder'),

@@ -31,6 +31,7 @@ _HUB = {
 
 
 def timm() -> Layout:
+  """Layout of timm's tf_efficientnet models."""
   rows = _ends('conv_stem', 'bn1', 'conv_head', 'bn2')
   for stage, row in enumerate(TABLE):
     names = _TIMM_FIRST if row.ratio == 1 else _TIMM
@@ -40,6 +41,7 @@ def timm() -> Layout:
 
 
 def transformers(variant: str) -> Layout:
+  """Layout of transformers' EfficientNetModel of a variant, whose blocks are numbered through all stages."""
   prefix = 'efficientnet.'
   encoder = f'{prefix}encoder'
   embed = f'{prefix}embeddings'

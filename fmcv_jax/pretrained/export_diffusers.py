@@ -69,6 +69,7 @@ def files(family: str, objective: Any, tokenizer: Tokenizer | None, *, whole: bo
 
 
 def unet(network: UNet, *, linear: bool) -> dict[str, Any]:
+  """config.json of UNet2DConditionModel; `linear`: attention projections are linear layers, not 1 x 1 convolutions."""
   unet = network.config
   return {
     '_class_name': 'UNet2DConditionModel',
@@ -81,6 +82,7 @@ def unet(network: UNet, *, linear: bool) -> dict[str, Any]:
 
 
 def control(network: UNet, hint: Sequence[int], *, linear: bool) -> dict[str, Any]:
+  """config.json of ControlNetModel; `hint`: channels of the layers that read the control image."""
   return {
     '_class_name': 'ControlNetModel',
     'in_channels': network.channels,
@@ -115,6 +117,7 @@ def groups(widths: Sequence[int]) -> int:
 
 
 def coder(network: Autoencoder, scale: float) -> dict[str, Any]:
+  """config.json of AutoencoderKL; `scale` is its scaling_factor. UserError for attention that it cannot describe."""
   if any(network.attention):
     raise UserError('diffusers has no autoencoder with attention at some of its levels only')
   levels = len(network.channels)
@@ -138,6 +141,7 @@ def coder(network: Autoencoder, scale: float) -> dict[str, Any]:
 
 
 def transformer(network: DiT) -> dict[str, Any]:
+  """config.json of DiTTransformer2DModel; UserError for images that are not square."""
   if not isinstance(network.image_size, int):
     raise UserError(f'diffusers has DiTs of square images only, not of {network.image_size}')
   return {
@@ -155,6 +159,7 @@ def transformer(network: DiT) -> dict[str, Any]:
 
 
 def scheduler(process: Process) -> dict[str, Any]:
+  """scheduler_config.json of DDIMScheduler; UserError for a process that it cannot describe."""
   if process.schedule not in _BETAS or process.prediction not in PREDICTIONS:
     raise UserError(f'no scheduler of Stable Diffusion knows {process.schedule} with {process.prediction}')
   return {

@@ -5,15 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fmcv_jax.data.tokenizers import ClipBpe
+from fmcv_jax.dataset_statistics import CLIP, HALF, IMAGENET
 from fmcv_jax.pretrained import autoencoder, big_vision, clip, dit, efficientnet, inception, stable_diffusion, swin, vit
 from fmcv_jax.pretrained.layout import Layout, Shape
 from fmcv_jax.pretrained.outline import has
 from fmcv_jax.pretrained.stable_diffusion import SD1, SD2
 
-HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
-IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 BYTES = {'mean': (128 / 255,) * 3, 'std': (128 / 255,) * 3}  # (byte - 128) / 128
-OPENAI = {'mean': (0.48145466, 0.4578275, 0.40821073), 'std': (0.26862954, 0.26130258, 0.27577711)}
 
 
 class Family(NamedTuple):
@@ -59,7 +57,7 @@ def _masked(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   return {'objective': objective, 'data': _data_config(own['encoder']['image_size'], 0.875)}
 
 
-def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
+def _dual(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str) -> Callable[..., Any]:
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     network = clip.dual_encoder(shapes, sigmoid=sigmoid, activation=activation)
     objective = {'name': 'contrastive', 'network': network, 'normalize': dict(normalize)}
@@ -78,12 +76,12 @@ def _clip_words(text: Mapping[str, Any]) -> dict[str, Any]:
   return {'tokenizer': {'name': 'clip_bpe', 'length': text['length']}}
 
 
-def _image_tower(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str):
+def _image_tower(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str) -> Callable[..., Any]:
   network = functools.partial(clip.image_tower, sigmoid=sigmoid, activation=activation)
   return _encoder(normalize, None if sigmoid else 1.0, network)
 
 
-def _text_tower(*, sigmoid: bool, activation: str):
+def _text_tower(*, sigmoid: bool, activation: str) -> Callable[..., Any]:
   def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     network = clip.text_tower(shapes, sigmoid=sigmoid, activation=activation)
     words = {} if sigmoid else _clip_words(network)
@@ -155,13 +153,13 @@ FAMILIES: dict[str, Family] = {
   ),
   'dinov2': Family((*_TIMM, *_DINOV2), _encoder(IMAGENET, 0.875, vit.dinov2)),
   'swin': Family(_SWIN, _encoder(IMAGENET, 0.875, swin.network)),
-  'clip': Family(_CLIP, _dual(OPENAI, **_OPEN), _PAIR),
-  'clip_openai': Family(_CLIP, _dual(OPENAI, **_OPENAI), _PAIR),
+  'clip': Family(_CLIP, _dual(CLIP, **_OPEN), _PAIR),
+  'clip_openai': Family(_CLIP, _dual(CLIP, **_OPENAI), _PAIR),
   'siglip': Family(_SIGLIP, _dual(HALF, **_SIGMOID), _PAIR),
   # One tower alone.
-  'clip_image': Family(clip.image_towers(), _image_tower(OPENAI, **_OPEN)),
+  'clip_image': Family(clip.image_towers(), _image_tower(CLIP, **_OPEN)),
   'clip_text': Family(clip.text_towers(), _text_tower(**_OPEN)),
-  'clip_openai_image': Family(clip.image_towers(), _image_tower(OPENAI, **_OPENAI)),
+  'clip_openai_image': Family(clip.image_towers(), _image_tower(CLIP, **_OPENAI)),
   'clip_openai_text': Family(clip.text_towers(), _text_tower(**_OPENAI)),
   'siglip_image': Family(_SIGLIP_IMAGE, _image_tower(HALF, **_SIGMOID)),
   'siglip_text': Family(_SIGLIP_TEXT, _text_tower(**_SIGMOID)),

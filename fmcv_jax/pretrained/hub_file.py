@@ -116,6 +116,7 @@ class HubFile:
         raise UserError(f'{self.shown}: {key} is {_short(value)}: {error}') from error
 
   def set(self, path: str, value: Any) -> None:
+    """Sets a config field, by its path from the root of the config."""
     self.findings.overrides[path] = value
 
   def agree(self, key: str, value: Any, ours: Any) -> None:
@@ -124,6 +125,7 @@ class HubFile:
       raise self.refusal(key, value, _short(ours))
 
   def refusal(self, key: str, value: Any, ours: str) -> UserError:
+    """The error about a value that our network would compute otherwise; `ours` says how."""
     said = '' if key in self else ' (the default of the library)'
     return UserError(f'{self.shown}: {key} is {_short(value)}{said}, but this would be computed with {ours}')
 

@@ -4,15 +4,12 @@ All become a transform of ours that gives the same pixels, and a mean and deviat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fmcv_jax.dataset_statistics import CLIP, HALF, IMAGENET
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.pretrained.hub_file import HubFile, one_of
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
 
 _FILTERS = one_of(dict(enumerate(('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming'))))  # Pillow's numbers
 _IGNORED = (
@@ -32,8 +29,7 @@ class _Defaults(NamedTuple):
   size: dict[str, int]
   crop: int | None = None
   resample: int = 3
-  mean: Sequence[float] = IMAGENET_MEAN
-  std: Sequence[float] = IMAGENET_STD
+  statistics: Mapping[str, Sequence[float]] = IMAGENET
   square: bool = True
   rgb: bool = False
 
@@ -43,13 +39,13 @@ def _square(side: int) -> dict[str, int]:
 
 
 _PROCESSORS = {
-  'ViT': _Defaults(_square(224), None, 2, HALF, HALF),
-  'DeiT': _Defaults(_square(256), 224, 3, HALF, HALF),
-  'Siglip': _Defaults(_square(224), None, 3, HALF, HALF),
-  'CLIP': _Defaults({'shortest_edge': 224}, 224, 3, CLIP_MEAN, CLIP_STD, square=False),
-  'Bit': _Defaults({'shortest_edge': 224}, 224, 3, CLIP_MEAN, CLIP_STD, square=False),
-  'ConvNext': _Defaults({'shortest_edge': 384}, None, 3, IMAGENET_MEAN, IMAGENET_STD, square=False),
-  'EfficientNet': _Defaults(_square(346), None, 3, HALF, HALF),
+  'ViT': _Defaults(_square(224), None, 2, HALF),
+  'DeiT': _Defaults(_square(256), 224, 3, HALF),
+  'Siglip': _Defaults(_square(224), None, 3, HALF),
+  'CLIP': _Defaults({'shortest_edge': 224}, 224, 3, CLIP, square=False),
+  'Bit': _Defaults({'shortest_edge': 224}, 224, 3, CLIP, square=False),
+  'ConvNext': _Defaults({'shortest_edge': 384}, None, 3, IMAGENET, square=False),
+  'EfficientNet': _Defaults(_square(346), None, 3, HALF),
 }
 _SPELLINGS = ('FeatureExtractor', 'ImageProcessorFast', 'ImageProcessorPil', 'ImageProcessor')
 
@@ -130,7 +126,10 @@ def _normalize(file: HubFile, name: str, usual: _Defaults) -> None:
   offset = 1.0 if file.get('rescale_offset', False) and file.get('do_rescale', True) else 0.0
   mean: tuple[float, ...] = (0.0,) * 3
   std: tuple[float, ...] = (1.0,) * 3
-  given = _three(file.get('image_mean', tuple(usual.mean))), _three(file.get('image_std', tuple(usual.std)))
+  given = (
+    _three(file.get('image_mean', tuple(usual.statistics['mean']))),
+    _three(file.get('image_std', tuple(usual.statistics['std']))),
+  )
   if file.get('do_normalize', True):
     mean, std = given
   again = given[1] if name == 'EfficientNet' and file.get('include_top', True) else (1.0,) * 3
@@ -153,7 +152,7 @@ def timm(file: HubFile, side: int) -> None:
   interpolation = file.get('interpolation', 'bicubic')
   if interpolation not in filters:
     raise file.refusal('interpolation', interpolation, f'one of {", ".join(sorted(filters))}')
-  mean, std = _three(file.get('mean', IMAGENET_MEAN)), _three(file.get('std', IMAGENET_STD))
+  mean, std = _three(file.get('mean', IMAGENET['mean'])), _three(file.get('std', IMAGENET['std']))
   spec = {'name': 'pillow_resize', 'size': height, 'mode': modes[mode], 'crop': _share(height, share)}
   fill = {'fill': tuple(round(255 * m) for m in mean)} if mode == 'border' else {}
   file.set('data.image', {**spec, 'interpolation': interpolation, **fill})
@@ -178,8 +177,8 @@ def open_clip(file: HubFile, side: int) -> None:
   fill = int(file.get('fill_color', 0))
   spec = {'name': 'pillow_resize', 'size': side, 'mode': mode, 'crop': 1.0, 'interpolation': interpolation}
   file.set('data.image', {**spec, **({'fill': (fill,) * 3} if mode == 'longest' else {})})
-  file.set('objective.normalize.mean', _three(file.get('mean', CLIP_MEAN)))
-  file.set('objective.normalize.std', _three(file.get('std', CLIP_STD)))
+  file.set('objective.normalize.mean', _three(file.get('mean', CLIP['mean'])))
+  file.set('objective.normalize.std', _three(file.get('std', CLIP['std'])))
   file.done()
 
 

@@ -7,6 +7,7 @@ from fmcv_jax.pretrained.layout import SPATIAL, Layout, Row, Rows, linear
 
 
 def published() -> Layout:
+  """Layout of the port of the Inception-v3 of 2015 to PyTorch that FID implementations share."""
   blocks = ((f'{name}/', branch) for name, branches in BLOCKS.items() for branch in branches)
   rows = [row for scope, branch in (('', STEM), *blocks) for conv in _convs(branch) for row in _unit(scope, conv)]
   return Layout((*rows, *linear('head', 'fc')), ignored=(r'.*\.num_batches_tracked',))

@@ -112,6 +112,8 @@ OUT_OF_HEADS = Form(_unbound, _reshaped, _of_heads_out)
 
 
 class Row(NamedTuple):
+  """Our path of an array, their name for it, and how one form becomes the other; '{i}' stands for the layer."""
+
   ours: str
   theirs: str
   form: Form = SAME
@@ -157,6 +159,7 @@ def matrix(ours: str, theirs: str) -> Rows:
 
 
 def norm(ours: str, theirs: str) -> Rows:
+  """Scale and bias of a norm."""
   return Row(f'{ours}/scale', f'{theirs}.weight'), Row(f'{ours}/bias', f'{theirs}.bias')
 
 
@@ -334,6 +337,7 @@ def _empty(shape: Shape) -> np.ndarray:
 
 
 def is_ignored(layout: Layout, name: str) -> bool:
+  """True for a name of theirs that the layout leaves out on purpose."""
   return any(re.fullmatch(pattern, name) for pattern in layout.ignored)
 
 

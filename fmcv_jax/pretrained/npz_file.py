@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Mapping
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.pretrained.arrays import Tensors, first_line, widened
@@ -39,6 +40,7 @@ class NpzFile(Tensors):
     return shape
 
   @property
+  @override
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
     return self._shapes
 
@@ -52,6 +54,7 @@ class NpzFile(Tensors):
 
 
 def check_inflation(file: pathlib.Path, archive: zipfile.ZipFile) -> None:
+  """Raises UserError for an archive that would grow beyond INFLATION times its size when it is read."""
   held, size = sum(info.file_size for info in archive.infolist()), file.stat().st_size
   if held > INFLATION * size:
     raise UserError(f'{file}: would grow from {size:,} to {held:,} bytes; such a file holds no weights')

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from typing_extensions import override
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.pretrained.arrays import Tensors, first_line, widened
@@ -45,6 +46,7 @@ class SafetensorsFile(Tensors):
     self._start, self._table = 8 + size, table
 
   @property
+  @override
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(entry['shape']) for name, entry in self._table.items()}
 

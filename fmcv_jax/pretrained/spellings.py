@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.pretrained.arrays import Tensors
 
@@ -31,6 +32,7 @@ class Respelled(Tensors):
     self.notes = (*tensors.notes, *notes)
 
   @property
+  @override
   def shapes(self) -> Mapping[str, Shape]:
     return {name: source.shape for name, source in self._sources.items()}
 
@@ -48,6 +50,7 @@ def spellings(tensors: Tensors) -> Iterator[Tensors]:
 
 
 def canonical(tensors: Tensors) -> Tensors:
+  """The tensors under the names that the layouts use, whichever version of a library wrote them."""
   for change in (_without_chunks, _with_text_model, _square_attention, _placed_registers, _without_pre_logits):
     tensors = change(tensors)
   return tensors

@@ -73,6 +73,8 @@ def encoder(levels: int, project: Project = point) -> Rows:
 
 
 def diffusers(levels: int, project: Project = point) -> Rows:
+  """Rows of UNet2DConditionModel with that many levels; `project`: its attention projections, convolutions by
+  default."""
   rows = [*norm('norm', 'conv_norm_out'), *spatial('conv_out', 'conv_out')]
   for level in range(levels):
     up = f'up_blocks.{levels - 1 - level}'

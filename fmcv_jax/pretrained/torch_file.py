@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.errors import UserError
 from fmcv_jax.pretrained.arrays import Tensors, first_line
@@ -71,6 +72,7 @@ class TorchFile(Tensors):
     self._tensors = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
 
   @property
+  @override
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in self._tensors.items()}
 

@@ -129,6 +129,7 @@ def transformers(prefix: str, *, hub: bool = True) -> Layout:
 
 
 def transformers_dinov2(prefix: str, *, hub: bool = True, gated: bool = False) -> Layout:
+  """Layout of transformers' Dinov2Model and its kin; `gated`: the MLP is a SwiGLU, stored as one matrix on the hub."""
   block = f'{prefix}encoder.layer.{{i}}'
   own = f'{block}.mlp'
   if not gated:

@@ -52,7 +52,7 @@ class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
 
   metrics: Callable[[], Mapping[int, float]]
 
-  def should_preserve(self, checkpoints, *, context):
+  def should_preserve(self, checkpoints: Any, *, context: Any) -> Any:
     best = _best_of(self.metrics(), {info.step for info in checkpoints})
     return [info.step == best for info in checkpoints]
 
@@ -234,6 +234,7 @@ class Checkpointer:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Closes the checkpoint manager, after its pending saves."""
     self._manager.close()
 
   @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -64,7 +65,7 @@ def _digest(path: epath.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _files(folder: epath.Path):
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
   for path in sorted(folder.iterdir()):
     if path.is_dir():
       yield from _files(path)

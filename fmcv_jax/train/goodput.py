@@ -30,6 +30,7 @@ class GoodputTimer:
 
   @contextlib.contextmanager
   def during(self, cause: str) -> Iterator[None]:
+    """Adds the seconds of a `with` block to a cause."""
     since = time.monotonic()
     try:
       yield

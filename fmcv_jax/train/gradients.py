@@ -1,5 +1,6 @@
 """Loss and gradient of a batch, optionally accumulated over microbatches."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.objectives.base import Loss, Objective
+from fmcv_jax.objectives.base import Loss, Mean, Objective
 
 
-def gradients(objective: Objective, params: Any, batch: Any, rng: jax.Array, extra: Any, microbatches: int):
+def gradients(
+  objective: Objective, params: Any, batch: Any, rng: jax.Array, extra: Any, microbatches: int
+) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
   """(loss, metrics, aux, gradient) of a batch, accumulated over `microbatches` of equal numbers of examples.
 
   The loss is the sum of the weighted losses of all microbatches over the sum of their weights, and so is each metric:
@@ -41,15 +44,17 @@ def join_batch(x: jax.Array) -> jax.Array:
   return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
-def _accumulated(objective, params, pieces, rng, extra, count):
-  def total_of(params, piece, key):
+def _accumulated(
+  objective: Objective, params: Any, pieces: Any, rng: jax.Array, extra: Any, count: int
+) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
+  def total_of(params: Any, piece: Any, key: jax.Array) -> tuple[jax.Array, Loss]:
     loss = _checked(objective.loss(params, piece, key, extra))
     return loss.total, loss
 
-  def of_piece(index, piece):
+  def of_piece(index: Any, piece: Any) -> Any:
     return jax.grad(total_of, has_aux=True)(params, piece, jax.random.fold_in(rng, index))
 
-  def add(sums, indexed):
+  def add(sums: Any, indexed: Any) -> Any:
     return jax.tree.map(jnp.add, sums, of_piece(*indexed)), None
 
   shapes = jax.eval_shape(of_piece, 0, jax.tree.map(lambda x: x[0], pieces))
@@ -59,19 +64,21 @@ def _accumulated(objective, params, pieces, rng, extra, count):
   return loss.value, _values(loss.metrics), jax.tree.map(lambda x: x / count, loss.aux), gradient
 
 
-def _coupled(objective, params, batch, pieces, rng, extra, count):
+def _coupled(
+  objective: Any, params: Any, batch: Any, pieces: Any, rng: jax.Array, extra: Any, count: int
+) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
   """GradCache (Gao et al. 2021): embed all, differentiate by the embeddings, then recompute them per microbatch."""
   keys = jax.vmap(lambda index: jax.random.fold_in(rng, index))(jnp.arange(count))
   embeddings, kept = jax.lax.map(lambda args: objective.embed(params, *args, extra), (pieces, keys))
 
-  def couple(params, embeddings):
+  def couple(params: Any, embeddings: Any) -> Loss:
     return objective.couple(params, jax.tree.map(join_batch, embeddings), batch, extra)
 
   (value, loss), (direct, cotangents) = jax.value_and_grad(_value_of(couple), argnums=(0, 1), has_aux=True)(
     params, embeddings
   )
 
-  def one(total, args):
+  def one(total: Any, args: Any) -> Any:
     piece, key, cotangent = args
     _, pull_back = jax.vjp(lambda p: objective.embed(p, piece, key, extra)[0], params)
     return jax.tree.map(jnp.add, total, pull_back(cotangent)[0]), None
@@ -80,17 +87,17 @@ def _coupled(objective, params, batch, pieces, rng, extra, count):
   return value, _values(loss.metrics), {**jax.tree.map(lambda x: x.mean(0), kept), **loss.aux}, gradient
 
 
-def _value_of(loss_of):
+def _value_of(loss_of: Callable[..., Any]) -> Callable[..., tuple[jax.Array, Loss]]:
   """Returns a function that returns the loss to differentiate, and the rest as auxiliary output."""
 
-  def call(*args):
+  def call(*args: Any) -> tuple[jax.Array, Loss]:
     loss = _checked(loss_of(*args))
     return loss.value, loss
 
   return call
 
 
-def _values(metrics):
+def _values(metrics: Mapping[str, Mean]) -> dict[str, jax.Array]:
   return {name: mean.value for name, mean in metrics.items()}
 
 

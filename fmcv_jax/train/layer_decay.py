@@ -30,7 +30,7 @@ def layerwise_lr_scales(params: Any, decay: float) -> Any:
   if decay != 1 and not stacks:
     raise UserError('config.optimizer.layer_decay: this network has no stack of blocks whose layers could be counted')
 
-  def rate(path, x):
+  def rate(path: str, x: Any) -> np.ndarray:
     towers = [tower for tower in stacks if path.startswith(tower)]
     if not towers:
       return np.ones(())

@@ -66,17 +66,17 @@ def run(
   window = ThroughputMeter(step)
   last_metrics, skipped = None, float(state.skipped)
 
-  def save():
+  def save() -> None:
     with clock.during('save'):
       checkpointer.save(state, {'data': position()})
 
-  def raise_if_stopped():
+  def raise_if_stopped() -> None:
     if stop.requested_here():
       save()
       checkpointer.wait()
       raise Preempted(f'asked to stop while evaluating step {step}: saved; the same command resumes from here')
 
-  def run_evaluators():
+  def run_evaluators() -> None:
     with clock.during('evaluate'):
       metrics = evaluate(state, step, raise_if_stopped)
     if metrics:
@@ -144,15 +144,18 @@ class ThroughputMeter:
     self.step, self.start, self.waited = step, time.monotonic(), 0.0
 
   def waiting(self) -> 'ThroughputMeter':
+    """A `with` block in which the loop waits for input."""
     return self
 
-  def __enter__(self):
+  def __enter__(self) -> None:
     self._since = time.monotonic()
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: Any) -> None:
     self.waited += time.monotonic() - self._since
 
   def close(self, step: int, batch: int, step_flops: float, peak_flops: float | None) -> dict[str, float]:
+    """Throughput of the window that ends at `step`: metrics by name, with MFU if the peak FLOP/s of the devices are
+    known."""
     seconds, steps = time.monotonic() - self.start, step - self.step
     figures = {
       'steps_per_second': steps / seconds,
@@ -168,12 +171,12 @@ class ThroughputMeter:
 class PreemptionGuard:
   """Detects requests to stop: SIGTERM in a single process, jax's preemption notice in multi-process runs."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._asked = False
     if jax.process_count() == 1:
       signal.signal(signal.SIGTERM, self._ask)
 
-  def _ask(self, *_):
+  def _ask(self, *_: Any) -> None:
     self._asked = True
 
   def requested_here(self) -> bool:

@@ -109,6 +109,7 @@ class Writer:
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
+    """Ends the progress bar and closes the TensorBoard file."""
     self._progress.stop()
     if self._board is not None:
       try:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.bounds import Decay, NonNegativeFloat, Pattern, PositiveFloat, PositiveFraction, PositiveInt
 from fmcv_jax.errors import did_you_mean
@@ -37,7 +38,10 @@ class AdamW(UpdateRule):
   eps: PositiveFloat = 1e-8
   mu_dtype: Dtype = 'float32'
 
-  def make(self, rate, decay, mask):
+  @override
+  def make(
+    self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
+  ) -> optax.GradientTransformation:
     return optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=decay, mask=mask, mu_dtype=self.mu_dtype)
 
 
@@ -49,7 +53,10 @@ class Lion(UpdateRule):
   b2: Decay = 0.99
   mu_dtype: Dtype = 'float32'
 
-  def make(self, rate, decay, mask):
+  @override
+  def make(
+    self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
+  ) -> optax.GradientTransformation:
     return optax.lion(rate, self.b1, self.b2, weight_decay=decay, mask=mask, mu_dtype=self.mu_dtype)
 
 
@@ -63,7 +70,10 @@ class Adafactor(UpdateRule):
   clip_rms: PositiveFloat = 1.0
   min_factored: PositiveInt = 128
 
-  def make(self, rate, decay, mask):
+  @override
+  def make(
+    self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
+  ) -> optax.GradientTransformation:
     momentum = optax.ema(self.momentum, debias=False, accumulator_dtype=self.momentum_dtype) if self.momentum else None
     parts = (
       optax.scale_by_factored_rms(decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_factored),
@@ -87,8 +97,11 @@ class Lamb(UpdateRule):
   b2: Decay = 0.999
   eps: PositiveFloat = 1e-6
 
-  def make(self, rate, decay, mask):
-    def rescaled(updates, params):
+  @override
+  def make(
+    self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
+  ) -> optax.GradientTransformation:
+    def rescaled(updates: Any, params: Any) -> Any:
       return jax.tree_util.tree_map_with_path(
         lambda key_path, u, w, decayed: (
           u * _trust_ratio(u, w, 'blocks' in path_of(key_path).split('/')) if decayed else u
@@ -128,16 +141,19 @@ class Muon(UpdateRule):
   b2: Decay = 0.95
   rms: PositiveFloat = 0.2
 
-  def make(self, rate, decay, mask):
+  @override
+  def make(
+    self, rate: optax.Schedule, decay: float | optax.Schedule, mask: Callable[[Any], Any]
+  ) -> optax.GradientTransformation:
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
-    def is_matrix(path):
+    def is_matrix(path: str) -> bool:
       return 'blocks' in path.split('/') and path.endswith('kernel')
 
-    def dimensions(params):
+    def dimensions(params: Any) -> Any:
       return map_by_path(lambda path, x: matrix if is_matrix(path) else None, params)
 
-    def split(gradient, params=None):
+    def split(gradient: Any, params: Any = None) -> Any:
       return map_by_path(lambda path, x: _split_longer_side(x) if is_matrix(path) else x, gradient)
 
     muon = optax.contrib.muon(
@@ -199,7 +215,9 @@ class Optimizer:
           raise ValueError(f'{name}: {pattern!r} matches no parameter; {did_you_mean(pattern, paths)}')
 
   def make(self, total_steps: int) -> optax.GradientTransformation:
-    def mask(params):
+    """The optax transformation for a run of `total_steps` steps."""
+
+    def mask(params: Any) -> Any:
       return map_by_path(lambda path, x: any(re.fullmatch(pattern, path) for pattern in self.weight_decay_mask), params)
 
     decay: float | optax.Schedule = self.weight_decay
@@ -207,7 +225,7 @@ class Optimizer:
       start, end = self.weight_decay, self.weight_decay_end
       decay = lambda step: end + (start - end) * (1 + jnp.cos(jnp.pi * step / total_steps)) / 2  # noqa: E731
 
-    def at_own_rates(updates, params):
+    def at_own_rates(updates: Any, params: Any) -> Any:
       rates = layerwise_lr_scales(params, self.layer_decay)
       for pattern, factor in self.lr_multipliers:
         rates = map_by_path(lambda path, x: x * (factor if re.fullmatch(pattern, path) else 1), rates)  # noqa: B023

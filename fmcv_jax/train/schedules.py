@@ -2,10 +2,12 @@
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from fmcv_jax.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -45,7 +47,8 @@ class Cosine(Schedule):
   warmup_steps: NonNegativeInt = 0
   end: NonNegativeFloat = 0.0
 
-  def decay(self, steps):
+  @override
+  def decay(self, steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(self.peak_lr, steps, alpha=self.end / self.peak_lr)
 
 
@@ -57,7 +60,8 @@ class Linear(Schedule):
   warmup_steps: NonNegativeInt = 0
   end: NonNegativeFloat = 0.0
 
-  def decay(self, steps):
+  @override
+  def decay(self, steps: int) -> optax.Schedule:
     return optax.linear_schedule(self.peak_lr, self.end, steps)
 
 
@@ -70,11 +74,12 @@ class Rsqrt(Schedule):
   timescale: PositiveInt = 10_000
   cooldown_steps: NonNegativeInt = 0
 
-  def decay(self, steps):
+  @override
+  def decay(self, steps: int) -> optax.Schedule:
     if self.cooldown_steps > steps:
       raise ValueError(f'cooldown_steps {self.cooldown_steps} is longer than the {steps} steps after warm-up')
 
-    def rate(step):
+    def rate(step: Any) -> jax.Array:
       cooldown = jnp.clip((steps - step) / max(self.cooldown_steps, 1), 0, 1) if self.cooldown_steps else 1.0
       return self.peak_lr * jax.lax.rsqrt(1 + step / self.timescale) * cooldown
 

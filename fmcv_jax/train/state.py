@@ -75,7 +75,7 @@ def state_shardings(state: TrainState, placement: Placement, rows: Rows, frozen:
     for (key_path, leaf), sharding in zip(flat, jax.tree.leaves(params), strict=True)
   }
 
-  def mirrored(key_path, leaf):
+  def mirrored(key_path: Any, leaf: Any) -> Any:
     parts = path_of(key_path).split('/')
     for start in range(len(parts)):
       sharding = mirrors.get(('/'.join(parts[start:]), leaf.shape))

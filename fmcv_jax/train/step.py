@@ -37,7 +37,7 @@ def make_train_step(
   replicated: the objective's own, loss, gradient and parameter norms, learning rate, skipped and streak.
   """
 
-  def step(state: TrainState, batch: Any):
+  def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     with placement.active():
       rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
       loss, metrics, aux, gradient = gradients(objective, state.params, batch, rng, state.extra, microbatches)
@@ -49,7 +49,7 @@ def make_train_step(
       extra = objective.update_extra(state.extra, params, aux, state.step)
       average = state.ema if ema is None else moving_average(state.ema, params, ema, state.step)
 
-      def choose(new, old):
+      def choose(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
       new_state = TrainState(

@@ -7,7 +7,8 @@ from fmcv_jax.augment.color import ColorJitter
 from fmcv_jax.augment.control_maps import Edges
 from fmcv_jax.augment.geometry import Flip
 from fmcv_jax.augment.inpaint_masks import RandomInpaintMask
-from fmcv_jax.augment.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.dataset_statistics import IMAGENET
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.models.self_supervised.dino import dino
@@ -19,7 +20,7 @@ from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.network_inputs import masked_patches, network_inputs
 
 AUGMENT = (Flip(), ColorJitter(brightness=0.4, hue=0.2))
-NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+NORMALIZE = Normalize(**IMAGENET)
 COUNT = 4
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data.images import jpeg, native_crop
 from fmcv_jax.data.images.resize import RADII, Box, Interpolation, resize
@@ -114,10 +115,12 @@ class _Pixels(LazyImage):
     self._pixels = pixels
     self.height, self.width = pixels.shape[:2]
 
-  def region(self, box, size, radius=3):
+  @override
+  def region(self, box: Box, size: tuple[int, int], radius: int = 3) -> Region:
     return _cut(self._pixels, box, size, radius)
 
-  def pixels(self):
+  @override
+  def pixels(self) -> np.ndarray:
     return self._pixels
 
 
@@ -127,7 +130,8 @@ class _Jpeg(LazyImage):
     self._turn = _UPRIGHT.get(head.orientation)
     self.height, self.width = self._as_stored_size((head.height, head.width))
 
-  def crop(self, box, size, interpolation):
+  @override
+  def crop(self, box: Box, size: ImageSize, interpolation: Interpolation) -> np.ndarray:
     size = height_width(size)
     # The C code also skips columns outside the crop, and resizes pixels while they are in the processor's cache.
     factor = self._factor(box, size)
@@ -138,7 +142,8 @@ class _Jpeg(LazyImage):
     pixels = native_crop.crop_jpeg(self._data, factor, window, _within(reduced, left, top), stored, interpolation)
     return super().crop(box, size, interpolation) if pixels is None else _turned(pixels, self._turn)
 
-  def region(self, box, size, radius=3):
+  @override
+  def region(self, box: Box, size: tuple[int, int], radius: int = 3) -> Region:
     factor, stored, stored_size = self._factor(box, size), self._as_stored(box), self._as_stored_size(size)
     beyond = factor * _reach((stored[3] - stored[1]) / factor, stored_size[0], radius)
     last = min(self._head.height, math.ceil(stored[3]) + beyond)

@@ -23,7 +23,7 @@ RADII = {'bicubic': 2, 'bilinear': 1, 'lanczos': 3, 'nearest': 1}  # filter radi
 class _Reused(threading.local):
   """Per-thread resizer and output buffers, reused for every image to avoid allocations."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.resizer = resizer.Resizer()
     self.targets: dict[tuple[int, int, resizer.PixelType], resizer.ImageData] = {}
 
@@ -38,6 +38,7 @@ def resize(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation: I
 
 
 def by_package(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
+  """As `resize`, by cykooz.resizer, with buffers that each thread keeps."""
   if pixels.shape[2] == 3:
     return _by_package(pixels, box, size, interpolation, resizer.PixelType.U8x3)
   # One at a time: of two or four channels the package takes the last for transparency.
@@ -45,7 +46,9 @@ def by_package(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolatio
   return np.concatenate([_by_package(x, box, size, interpolation, resizer.PixelType.U8) for x in planes], axis=-1)
 
 
-def _by_package(pixels, box, size, interpolation, kind) -> np.ndarray:
+def _by_package(
+  pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation: Interpolation, kind: resizer.PixelType
+) -> np.ndarray:
   height, width, channels = pixels.shape
   left, top, right, bottom = box
   source = resizer.ImageData(width, height, kind, pixels.tobytes())

@@ -19,6 +19,7 @@ from typing import Any
 import msgpack
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources.account import Account, LeftOut
@@ -42,10 +43,12 @@ class ArrayRecord(Source):
   path: str
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return tuple(self._info.get('names', ()))
 
   @functools.cached_property
+  @override
   def fields(self) -> Mapping[str, Field]:  # type: ignore[override]
     return {name: Field(**field) for name, field in self._info.get('fields', {}).items()}
 
@@ -58,6 +61,7 @@ class ArrayRecord(Source):
     example = decode_record(self._shards.read(index))
     return {'key': self.key_of(index), **example}
 
+  @override
   def key_of(self, index: int) -> str:
     shard, row = self._shards.locate(index)
     return f'{self._shards.files[shard].path}[{row}]'
@@ -206,6 +210,7 @@ def write_array_record(source: Source, path: str, shards: int = 1) -> None:
 
 
 def shard_path(folder: pathlib.Path, shard: int, shards: int) -> pathlib.Path:
+  """Path of a shard, in the naming of sharded files: data-00002-of-00016.array_record."""
   return folder / f'data-{shard:05d}-of-{shards:05d}.array_record'
 
 

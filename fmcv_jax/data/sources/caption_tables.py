@@ -28,6 +28,7 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 def suffix(table: str) -> str:
+  """Extension of a table file in lower case, with its dot."""
   return os.path.splitext(table)[1].lower()
 
 

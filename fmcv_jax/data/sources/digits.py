@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.errors import UserError
@@ -28,6 +29,7 @@ class Digits(Source):
       raise ValueError(f"split: {self.split!r} is not 'train' or 'test'")
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return NAMES
 

@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
@@ -112,12 +113,14 @@ class Emoji(Source):
   def __len__(self) -> int:
     return len(self.concepts) * len(self.artists)
 
+  @override
   def key_of(self, index: int) -> str:
     return f'{self.artists[index % len(self.artists)]}/{self.concepts[index // len(self.artists)].key}'
 
   def _texts(self, concept: Concept) -> tuple[str, ...]:
     return concept.texts if self.aliases else concept.texts[:1]
 
+  @override
   def texts_of(self, index: int) -> tuple[str, ...]:
     return self._texts(self.concepts[index // len(self.artists)])
 

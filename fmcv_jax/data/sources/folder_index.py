@@ -45,6 +45,7 @@ class Index:
 
   @property
   def captioned(self) -> bool:
+    """True if images have captions, from a table or from text files."""
     return bool(self.texts or self.extension)
 
 
@@ -91,6 +92,7 @@ class Columns:
     return posixpath.join(posixpath.dirname(table), image) if self.image == FILE_NAME else image
 
   def texts_of(self, row: caption_tables.Row) -> tuple[str, ...]:
+    """Captions in a row; () without a caption column."""
     if self.caption is None:
       return ()
     column, *path = [self.caption] if self.caption in row else self.caption.split('/')
@@ -98,6 +100,7 @@ class Columns:
 
 
 def is_image(name: str) -> bool:
+  """True if the file has the extension of an image format that is decoded."""
   return name.lower().endswith(EXTENSIONS)
 
 

@@ -5,6 +5,7 @@ import functools
 import os
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources import caption_tables, splits, values
@@ -57,6 +58,7 @@ class ImageFolder(Source):
       raise ValueError(f'captions: {self.captions!r} is not a table of {known}, nor the extension of text files')
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return self._index.names
 
@@ -79,9 +81,11 @@ class ImageFolder(Source):
       example['label'] = self._index.labels[index]
     return example
 
+  @override
   def key_of(self, index: int) -> str:
     return self._index.images[index]
 
+  @override
   def texts_of(self, index: int) -> tuple[str, ...]:
     if self._index.texts:
       return self._index.texts[index]
@@ -90,6 +94,7 @@ class ImageFolder(Source):
         return tuple(text.strip() for text in values.texts(opened.read(), f'its {extension}'))
     return (self.names[self._index.labels[index]],) if self.names else ()
 
+  @override
   def account(self) -> Account:
     index = self._index
     counts = tuple(np.bincount(index.labels, minlength=len(index.names)).tolist()) if index.names else None

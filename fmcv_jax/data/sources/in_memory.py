@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data.images.decode import rgb
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
@@ -42,6 +43,7 @@ class InMemoryImages(Source):
       raise BadRecord(f'{type(image).__name__} is not an image; give an array, a Pillow image, a path or encoded bytes')
     return {'image': image, 'key': str(index)}
 
+  @override
   def key_of(self, index: int) -> str:
     image = self._images[index]
     return str(image) if isinstance(image, (str, os.PathLike)) else f'image {index}'

@@ -6,6 +6,8 @@ import functools
 import itertools
 from collections.abc import Mapping
 
+from typing_extensions import override
+
 from fmcv_jax.data.order import MixedOrder, RunOrder
 from fmcv_jax.data.sources.account import Account, merged
 from fmcv_jax.data.sources.base import Example, Source
@@ -38,10 +40,12 @@ class Mixture(Source):
       raise ValueError(f'weights: expected numbers above 0, got {self.weights[bad[0]]} for {bad[0]!r}')
 
   @functools.cached_property
+  @override
   def names(self) -> tuple[str, ...]:  # type: ignore[override]
     return tuple(dict.fromkeys(itertools.chain.from_iterable(source.names for source in self.sources.values())))
 
   @functools.cached_property
+  @override
   def fields(self) -> Mapping[str, Field]:  # type: ignore[override]
     """The fields of all sources, which have to agree."""
     merged: dict[str, Field] = {}
@@ -65,17 +69,21 @@ class Mixture(Source):
       raise UserError(f'mixture: {name!r} has labels without class names, but others have them; provide class names')
     return {**example, 'label': self._labels[name][example['label']]}
 
+  @override
   def key_of(self, index: int) -> str:
     name, row = self._locate(index)
     return f'{name}: {self.sources[name].key_of(row)}'
 
+  @override
   def texts_of(self, index: int) -> tuple[str, ...]:
     name, row = self._locate(index)
     return self.sources[name].texts_of(row)
 
+  @override
   def account(self) -> Account:
     return merged({name: source.account() for name, source in self.sources.items()}, self.names, self._labels)
 
+  @override
   def order(self, seed: int, shuffle: bool) -> RunOrder:
     parts = tuple(source.order(seed + part, shuffle) for part, source in enumerate(self.sources.values()))
     if not self.weights:
@@ -83,6 +91,7 @@ class Mixture(Source):
     return MixedOrder(parts, tuple(self.weights[name] for name in self.sources), seed)
 
   @property
+  @override
   def order_name(self) -> str:
     if not self.weights:
       return super().order_name

@@ -8,10 +8,11 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data import storage
 from fmcv_jax.data.order import RunOrder, WindowedOrder
@@ -57,6 +58,7 @@ class Parquet(Source):
       raise ValueError(f'window: expected at least 1 row group, got {self.window}')
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return self._classes.names
 
@@ -90,10 +92,12 @@ class Parquet(Source):
       raise BadRecord(f'has no bytes in {self.image!r}' + (f', only the path {path!r}' if path else ''))
     return image
 
+  @override
   def key_of(self, index: int) -> str:
     (file, group), row = self._tables.locate(index)
     return f'{self._tables.files[file]}[{group}][{row}]'
 
+  @override
   def account(self) -> Account:
     tables = self._tables
     numbers: collections.Counter[int] = collections.Counter()
@@ -121,10 +125,12 @@ class Parquet(Source):
       ),
     )
 
+  @override
   def order(self, seed: int, shuffle: bool) -> RunOrder:
     return WindowedOrder(self._tables.ends, self.window, seed, shuffle)
 
   @property
+  @override
   def order_name(self) -> str:
     return f'{super().order_name} window={self.window}'
 
@@ -232,7 +238,7 @@ class _Groups:
     self._held: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
     self._lock = threading.Lock()
 
-  def get(self, group: tuple[int, int], read) -> Any:
+  def get(self, group: tuple[int, int], read: Callable[..., Any]) -> Any:
     with self._lock:  # of two threads that want the same, one reads it
       if group not in self._held:
         self._held[group] = read(group)
@@ -241,7 +247,7 @@ class _Groups:
       self._held.move_to_end(group)
       return self._held[group]
 
-  def __reduce__(self):
+  def __reduce__(self) -> Any:
     return _Groups, (self._most,)
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.sources.digits import NAMES, Digits
@@ -44,6 +45,7 @@ class Scattered(Source):
     return Digits(self.split)
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return NAMES
 

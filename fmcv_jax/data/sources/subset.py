@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import Example, Source
@@ -24,16 +25,20 @@ class Subset(Source):
     return self.source[int(self.rows[index])]
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return self.source.names
 
   @property
+  @override
   def fields(self) -> Mapping[str, Field]:
     return self.source.fields
 
+  @override
   def key_of(self, index: int) -> str:
     return self.source.key_of(int(self.rows[index]))
 
+  @override
   def texts_of(self, index: int) -> tuple[str, ...]:
     return self.source.texts_of(int(self.rows[index]))
 

@@ -72,6 +72,7 @@ def size_in(block: bytes) -> int | None:
 
 
 def name_in(header: bytes) -> str:
+  """Member name in a tar header of 512 bytes, with the prefix field of ustar."""
   name, prefix = (part.split(b'\0')[0].decode('utf-8', 'replace') for part in (header[:100], header[345:500]))
   return f'{prefix}/{name}' if prefix and header[257:263] == b'ustar\0' else name
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from fmcv_jax.data.sources import values
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
@@ -32,6 +34,7 @@ class Tfds(Source):
   text_key: str | None = None
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return tuple(getattr(self._feature('label_key'), 'names', None) or ()) if self.label_key else ()
 
@@ -56,9 +59,11 @@ class Tfds(Source):
         example['text'] = example['texts'][0]
     return example
 
+  @override
   def key_of(self, index: int) -> str:
     return f'{self.builder}/{self.split}[{index}]'
 
+  @override
   def account(self) -> Account:
     keys = {'image': self.image_key, 'label': self.label_key, 'text': self.text_key}
     return Account(

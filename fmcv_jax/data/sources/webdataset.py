@@ -10,6 +10,8 @@ import functools
 import json
 from typing import Any, Literal
 
+from typing_extensions import override
+
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources import splits, values
 from fmcv_jax.data.sources.account import Account, other_files
@@ -55,6 +57,7 @@ class WebDataset(Source):
       raise ValueError(f"on_truncated: {self.on_truncated!r} is not 'error' or 'skip_tail'")
 
   @property
+  @override
   def names(self) -> tuple[str, ...]:
     return self.class_names
 
@@ -77,10 +80,12 @@ class WebDataset(Source):
       example['label'] = self._classes.number(_value(sample, label), f'{"/".join(label)}')
     return example
 
+  @override
   def key_of(self, index: int) -> str:
     shard, row = self._index.locate(index)
     return f'{self._index.shards[shard]}[{row}]'
 
+  @override
   def account(self) -> Account:
     index, counts = self._index, self._index.counts
     fields = {'image': ', '.join(f'{counts[member]} .{member}' for member in self._fields['image'])}

@@ -58,6 +58,8 @@ def open_index(shards: list[storage.File], folder: str | None, on_truncated: str
 
 @dataclasses.dataclass
 class Sample:
+  """One sample: its key, such as 'shard.tar/000123', and its members by extension."""
+
   key: str
   members: dict[str, bytes]  # by extension
 
@@ -81,13 +83,16 @@ class Index:
 
   @functools.cached_property
   def rows(self) -> np.ndarray:
+    """Rows of the index file, memory-mapped, one per sample (dtype of `_row`)."""
     return np.memmap(self.file, _row(self.members), 'r', self.offset, (self.ends[-1],))
 
   def locate(self, index: int) -> tuple[int, int]:
+    """(number of the shard, number of the sample in it) of a sample."""
     shard = bisect.bisect_right(self.ends, index)
     return shard, index - (self.ends[shard - 1] if shard else 0)
 
   def read(self, index: int) -> Sample:
+    """Reads all members of a sample by one request; BadRecord if the shard has changed since it was indexed."""
     path, row = self.shards[self.locate(index)[0]], self.rows[index]
     begin, places = int(row['begin']), dict(zip(self.members, row['places'].tolist()))
     places = {name: place for name, place in places.items() if place[0]}
@@ -172,7 +177,7 @@ def _scan(shard: storage.File) -> _Scan:
   return _Scan(members, rows, left_out, damage)
 
 
-def _reading_ahead(shard: storage.File):
+def _reading_ahead(shard: storage.File) -> Any:
   ranges, block = storage.Ranges(), _REMOTE_BLOCK if storage.is_remote(shard.path) else _LOCAL_BLOCK
   held, at = b'', 0
 

@@ -79,6 +79,7 @@ class SharedMemoryReader:
     self._blocks: dict[str, SharedMemory] = {}
 
   def __call__(self, handle: SharedMemoryHandle) -> Any:
+    """The element of a handle; RuntimeError if the writer has overwritten its block."""
     block = self._blocks.get(handle.name)
     if block is None:
       block = self._blocks[handle.name] = SharedMemory(handle.name)
@@ -89,6 +90,7 @@ class SharedMemoryReader:
     return element
 
   def close(self) -> None:
+    """Unmaps all blocks."""
     for block in self._blocks.values():
       block.close()
     self._blocks.clear()

@@ -64,6 +64,7 @@ STEM, TOP = 32, 1280
 
 
 def batch_norm(dtype: str, name: str, train: bool, momentum: float) -> nn.BatchNorm:
+  """Batch norm of TensorFlow's EfficientNets: running statistics unless `train`; parameters and statistics float32."""
   return nn.BatchNorm(
     use_running_average=not train,
     momentum=momentum,
@@ -82,27 +83,30 @@ class Depthwise(nn.Module):
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param('kernel', DEPTHWISE, (self.size, self.size, 1, x.shape[-1]))
     # On a CPU a training step is five times as fast with sums of shifted maps as with XLA's convolution of single
     # channels. On a TPU, which would write those maps to memory, it is three times as slow.
     return jax.lax.platform_dependent(x, kernel.astype(self.dtype), cpu=self.sum_of_shifts, default=self.convolution)
 
-  def convolution(self, x, kernel):
+  def convolution(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, R, C, D] with kernel [size, size, 1, D] by XLA's grouped convolution, in 'SAME' padding."""
     strides, layout, groups = (self.stride, self.stride), ('NHWC', 'HWIO', 'NHWC'), x.shape[-1]
     return jax.lax.conv_general_dilated(
       x, kernel, strides, 'SAME', dimension_numbers=layout, feature_group_count=groups
     )
 
-  def sum_of_shifts(self, x, kernel):
+  def sum_of_shifts(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """As `convolution`, as a sum of size x size shifted and scaled maps."""
     size, stride = self.size, self.stride
     x = jnp.pad(x, [(0, 0), *jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), 'SAME'), (0, 0)])
     rows, columns = ((side - size) // stride + 1 for side in x.shape[1:3])
-    return sum(
+    shifted = (
       x[:, i : i + rows * stride : stride, j : j + columns * stride : stride] * kernel[i, j, 0]
       for i in range(size)
       for j in range(size)
     )
+    return functools.reduce(operator.add, shifted)
 
 
 class Bottleneck(nn.Module):
@@ -132,7 +136,7 @@ class Bottleneck(nn.Module):
   momentum: float
 
   @nn.compact
-  def __call__(self, x, drop_path=None):
+  def __call__(self, x: jax.Array, drop_path: jax.Array | None = None) -> tuple[jax.Array, None]:
     channels, dtype = x.shape[-1], self.dtype
     norm = functools.partial(batch_norm, dtype, train=self.train, momentum=self.momentum)
     hidden = channels * self.ratio
@@ -164,7 +168,7 @@ class Stage(nn.Module):
   momentum: float
 
   @nn.compact
-  def __call__(self, x, drop_path=None):
+  def __call__(self, x: jax.Array, drop_path: np.ndarray | None = None) -> jax.Array:
     """drop_path: float [repeats], or None; needs the rng 'dropout'."""
     repeats, features, size, stride, ratio = self.row
     shared = (self.dtype, self.train, self.momentum)
@@ -217,7 +221,7 @@ class EfficientNet(nn.Module):
     return self.top or self.stages[-1].features
 
   @nn.compact
-  def __call__(self, images, *, train: bool = False) -> Features:
+  def __call__(self, images: jax.Array, *, train: bool = False) -> Features:
     stem = nn.Conv(
       self.stem, (3, 3), 2, 'SAME', use_bias=False, dtype=jnp.dtype(self.dtype), kernel_init=FAN_OUT, name='conv'
     )

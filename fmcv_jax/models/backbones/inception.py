@@ -5,6 +5,7 @@ average pool in the last block. Letters in shapes: B batch, R rows, C columns, D
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -65,7 +66,7 @@ def _c(width: int) -> tuple[Branch, ...]:
 
 
 def _e(pool: str) -> tuple[Branch, ...]:
-  def fork(prefix):
+  def fork(prefix: str) -> Any:
     return Conv(f'{prefix}a', 384, (1, 3)), Conv(f'{prefix}b', 384, (3, 1))
 
   return (
@@ -114,7 +115,7 @@ class FrozenNorm(nn.Module):
   logical_axes = ((r'(.*/)?norm/(scale|bias|mean|variance)', (None,)),)
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1],)
     scale, variance = (self.param(name, nn.initializers.ones, shape) for name in ('scale', 'variance'))
     bias, mean = (self.param(name, nn.initializers.zeros, shape) for name in ('bias', 'mean'))
@@ -122,12 +123,14 @@ class FrozenNorm(nn.Module):
 
 
 class Unit(nn.Module):
+  """Convolution without bias, frozen batch norm and ReLU: [B, H, W, C] -> [B, H', W', conv.features]."""
+
   logical_axes = ((r'(.*/)?conv/kernel', (None, None, None, 'embed')),)
 
   conv: Conv
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     c = self.conv
     padding = 'VALID' if c.inside else 'SAME'
     x = nn.Conv(c.features, c.size, (c.stride, c.stride), padding=padding, use_bias=False, name='conv')(x)
@@ -149,10 +152,12 @@ def _walk(x: jax.Array, branch: Branch) -> jax.Array:
 
 
 class Mixed(nn.Module):
+  """Inception block: branches of the same input, concatenated along channels."""
+
   branches: tuple[Branch, ...]
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     x = jnp.concatenate([_walk(x, branch) for branch in self.branches], axis=-1)
     return with_logical_constraint(x, 'batch', None, None, None)
 
@@ -170,7 +175,7 @@ class Inception(nn.Module):
   num_classes: int = 1008
 
   @nn.compact
-  def __call__(self, images, *, train: bool = False) -> Features:
+  def __call__(self, images: jax.Array, *, train: bool = False) -> Features:
     x = _walk(resized(with_logical_constraint(images, 'batch', None, None, None)), STEM)
     for name, branches in BLOCKS.items():
       x = Mixed(branches, name=name)(x)
@@ -181,7 +186,7 @@ class Inception(nn.Module):
 def resized(images: jax.Array) -> jax.Array:
   """Resizes to 299 x 299 by TensorFlow 1's bilinear interpolation, which aligns the first pixels of both images."""
 
-  def matrix(size):
+  def matrix(size: int) -> np.ndarray:
     place = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
     low = np.floor(place).astype(int)
     share = place - low

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.layers import (
@@ -59,7 +60,7 @@ def relative_index(window: int) -> np.ndarray:
 def shift_mask(grid: Grid, window: int, shift: int) -> np.ndarray:
   """Attention mask of shifted windows, bool [W, M, M]: True for tokens that are contiguous in the image."""
 
-  def parts(size):  # rows that the roll wrapped around form a part of their own
+  def parts(size: int) -> np.ndarray:  # rows that the roll wrapped around form a part of their own
     place = np.arange(size)
     return (place >= size - window).astype(int) + (place >= size - shift)
 
@@ -81,14 +82,14 @@ class WindowAttention(nn.Module):
   window: int
 
   @nn.compact
-  def __call__(self, x, mask=None):
+  def __call__(self, x: jax.Array, mask: np.ndarray | None = None) -> jax.Array:
     """mask: bool [W, M, M], True where attention is allowed; None for no mask."""
     c, width = self.config, x.shape[-1]
     if width % c.num_heads:
       raise ValueError(f'width {width} is not divisible by {c.num_heads} heads')
     heads = 'heads' if c.num_heads > 1 else None
 
-    def project(name):
+    def project(name: str) -> jax.Array:
       y = dense(width, c.dtype, name)(x)
       return with_logical_constraint(y.reshape(*y.shape[:3], c.num_heads, -1), 'batch', None, None, heads, None)
 
@@ -115,7 +116,7 @@ class WindowBlock(nn.Module):
   train: bool = False
 
   @nn.compact
-  def __call__(self, x, drop_path=None):
+  def __call__(self, x: jax.Array, drop_path: jax.Array | None = None) -> jax.Array:
     c, window, shift, (rows, columns) = self.config, self.window, self.shift, self.grid
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     y = layer_norm(c.eps, c.dtype, 'norm1')(x).reshape(x.shape[0], rows, columns, -1)
@@ -130,7 +131,7 @@ class WindowBlock(nn.Module):
     y = Mlp(c, name='mlp')(layer_norm(c.eps, c.dtype, 'norm2')(x))
     return with_logical_constraint(x + self._branch(y, drop_path).astype(x.dtype), 'batch', 'tokens', 'width')
 
-  def _branch(self, y, drop_path):
+  def _branch(self, y: jax.Array, drop_path: jax.Array | None) -> jax.Array:
     return y if drop_path is None else stochastic_depth(y, drop_path, self.make_rng('dropout'))
 
 
@@ -142,7 +143,7 @@ class WindowPair(nn.Module):
   window: int
 
   @nn.compact
-  def __call__(self, x, drop_path=None):
+  def __call__(self, x: jax.Array, drop_path: jax.Array | None = None) -> tuple[jax.Array, None]:
     # A single window is not shifted.
     shift = self.window // 2 if min(self.grid) > self.window else 0
     rates = (None, None) if drop_path is None else (drop_path[0], drop_path[1])
@@ -162,7 +163,7 @@ class Merge(nn.Module):
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, x, grid: Grid):
+  def __call__(self, x: jax.Array, grid: Grid) -> tuple[jax.Array, Grid]:
     rows, columns, width = *grid, x.shape[-1]
     x = x.reshape(-1, rows, columns, width)
     x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
@@ -184,7 +185,7 @@ class Stage(nn.Module):
   unroll: Unroll = 1
 
   @nn.compact
-  def __call__(self, x, grid: Grid, drop_path=None):
+  def __call__(self, x: jax.Array, grid: Grid, drop_path: np.ndarray | None = None) -> tuple[jax.Array, Grid]:
     """drop_path: float [pairs, 2], or None; needs the rng 'dropout'."""
     if self.merge:
       x, grid = Merge(self.config.eps, self.config.dtype, name='merge')(x, grid)
@@ -235,7 +236,8 @@ class Swin(nn.Module):
     """Side in pixels of the image area of one token of the last stage."""
     return self.smallest_patch * 2 ** (len(self.depths) - 1)
 
-  def setup(self):
+  @override
+  def setup(self) -> None:
     eps, dtype = self.blocks[0].eps, self.blocks[0].dtype
     self.embed = dense(self.width, dtype, 'patch')
     self.embed_norm = layer_norm(eps, dtype, 'patch_norm')
@@ -256,7 +258,7 @@ class Swin(nn.Module):
     if self.num_classes:
       self.head = linear_head(self.num_classes, True, dtype)
 
-  def pyramid(self, images, *, train: bool = False) -> tuple[Level, ...]:
+  def pyramid(self, images: jax.Array, *, train: bool = False) -> tuple[Level, ...]:
     """Feature maps of all stages, highest resolution first; the last one is not normalized."""
     x, grid = patchify(images, self.smallest_patch)
     x = self.embed_norm(self.embed(x))
@@ -269,7 +271,8 @@ class Swin(nn.Module):
       done += depth
     return tuple(levels)
 
-  def __call__(self, images, *, train: bool = False) -> Features:
+  def __call__(self, images: jax.Array, *, train: bool = False) -> Features:
+    """Images [B, H, W, 3] -> features: tokens of the last stage [B, T, D], their mean, and the classes' logits."""
     x = self.norm(self.pyramid(images, train=train)[-1].tokens)
     pooled = jnp.mean(x, axis=1, dtype=jnp.float32).astype(x.dtype)
     return Features(self.head(pooled) if self.num_classes else pooled, pooled, x)

@@ -6,6 +6,7 @@ SigLIP: Zhai et al. 2023. BERT: Devlin et al. 2019, as ALIGN's text tower (Jia e
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from fmcv_jax.models.common.attention.dispatch import Backend
@@ -35,7 +36,7 @@ class Embedding(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, tokens):
+  def __call__(self, tokens: jax.Array) -> jax.Array:
     table = self.param('embedding', nn.initializers.normal(0.02), (self.size, self.width))
     # The rows are made whole before the lookup: left split, the partitioner would replicate the looked-up batch.
     return jnp.take(with_logical_constraint(table, 'vocab', 'width'), tokens, axis=0)
@@ -69,7 +70,7 @@ class TextTransformer(nn.Module):
   end_id: int | None = None
 
   @nn.compact
-  def __call__(self, tokens, *, train: bool = False) -> Features:
+  def __call__(self, tokens: jax.Array, *, train: bool = False) -> Features:
     block = self.stack.block
     if tokens.shape[1] > self.length:
       raise ValueError(f'texts of {tokens.shape[1]} tokens for a text transformer of length {self.length}')

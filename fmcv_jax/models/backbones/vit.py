@@ -3,6 +3,7 @@
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from fmcv_jax.errors import did_you_mean
@@ -41,7 +42,7 @@ class AttentionPool(nn.Module):
   config: BlockConfig
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     probe = self.param('probe', nn.initializers.xavier_uniform(), (1, x.shape[-1]))
     query = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], *probe.shape))
     y = Attention(self.config, name='attention')(query, x)
@@ -96,10 +97,13 @@ class ViT(nn.Module):
 
   @property
   def has_class_token(self) -> bool:
+    """True if a class token precedes the patches."""
     return self.class_token or self.pool == 'cls'
 
   @nn.compact
-  def __call__(self, images, *, keep=None, masked=None, train: bool = False) -> Features:
+  def __call__(
+    self, images: jax.Array, *, keep: jax.Array | None = None, masked: jax.Array | None = None, train: bool = False
+  ) -> Features:
     """Features of the images.
 
     keep     int32 [B, N], indices of the visible patches (FLIP, Li et al. 2023; MAE); None for all

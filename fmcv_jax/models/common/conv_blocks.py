@@ -27,6 +27,7 @@ def conv(
   padding: str | Sequence[tuple[int, int]] = 'SAME',
   init: nn.initializers.Initializer = GLOROT,
 ) -> nn.Conv:
+  """Convolution with bias, padded to keep the size for a stride of 1; parameters float32, products in `dtype`."""
   return nn.Conv(
     features, (size, size), (stride, stride), padding=padding, dtype=jnp.dtype(dtype), kernel_init=init, name=name
   )
@@ -38,6 +39,7 @@ def groups_of(channels: int) -> int:
 
 
 def group_norm(channels: int, dtype: str, name: str, eps: float = 1e-6) -> nn.GroupNorm:
+  """Group norm with the number of groups of `groups_of`; statistics float32, with a two-pass variance."""
   return nn.GroupNorm(groups_of(channels), epsilon=eps, dtype=jnp.dtype(dtype), name=name, use_fast_variance=False)
 
 
@@ -61,7 +63,7 @@ class ResidualBlock(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x, time=None):
+  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
     y = jax.nn.silu(group_norm(x.shape[-1], self.dtype, 'norm1', self.eps)(x))
     y = conv(self.features, self.dtype, 'conv1')(y)
     last = GLOROT
@@ -87,7 +89,7 @@ class SpatialAttention(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     config = BlockConfig(self.num_heads, 0, dtype=self.dtype)  # type: ignore[arg-type]
     y = group_norm(channels, self.dtype, 'norm', self.eps)(x).reshape(batch, height * width, channels)
@@ -106,7 +108,7 @@ class Downsample(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     padding = (1, 1) if self.centered else (0, 1)
     return conv(x.shape[-1], self.dtype, 'conv', stride=2, padding=[padding, padding])(x)
 
@@ -122,7 +124,7 @@ class Upsample(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     return conv(channels, self.dtype, 'conv')(x.reshape(batch, 2 * height, 2 * width, channels))

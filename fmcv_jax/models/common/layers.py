@@ -32,7 +32,7 @@ ACTIVATIONS = {
 _NAMED = jax.checkpoint_policies.save_only_these_names('dense', 'attention')
 
 
-def _saves_matmuls(primitive, *args, **params) -> bool:
+def _saves_matmuls(primitive: Any, *args: Any, **params: Any) -> bool:
   """Remat policy: saves results of dense layers (with their bias), attention and convolutions, the slow operations.
 
   Norms, activations and attention logits are recomputed: they are fast to compute but large.
@@ -103,7 +103,7 @@ class Dense(nn.Module):
   kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
     y = jnp.dot(x.astype(self.dtype), cast_param(kernel, self.dtype))
     if self.use_bias:
@@ -123,11 +123,20 @@ def cast_param(parameter: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return jax.lax.optimization_barrier(parameter.astype(dtype))
 
 
-def dense(features: int, dtype: str, name: str, *, bias: bool = True, init=nn.initializers.xavier_uniform()) -> Dense:
+def dense(
+  features: int,
+  dtype: str,
+  name: str,
+  *,
+  bias: bool = True,
+  init: nn.initializers.Initializer = nn.initializers.xavier_uniform(),
+) -> Dense:
+  """`Dense` with a name; `init` initializes the kernel."""
   return Dense(features, jnp.dtype(dtype), bias, init, name=name)
 
 
 def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
+  """LayerNorm over the last axis with scale and bias; statistics float32, output in `dtype`."""
   # The variance is E[x^2] - E[x]^2 in float32, in one pass over the tokens (docs/plan.md has the measured gain).
   # Cancellation is small, since the mean over the channels is small compared to their standard deviation.
   return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
@@ -157,7 +166,14 @@ class Attention(nn.Module):
   config: BlockConfig
 
   @nn.compact
-  def __call__(self, x, context=None, *, angles=None, mask=None):
+  def __call__(
+    self,
+    x: jax.Array,
+    context: jax.Array | None = None,
+    *,
+    angles: jax.Array | None = None,
+    mask: jax.Array | None = None,
+  ) -> jax.Array:
     c, width = self.config, x.shape[-1]
     if width % c.num_heads:
       raise ValueError(f'width {width} is not divisible by {c.num_heads} heads')
@@ -167,7 +183,7 @@ class Attention(nn.Module):
     causal = c.causal and context is None
     context = x if context is None else context
 
-    def project(inputs, name, tokens):
+    def project(inputs: jax.Array, name: str, tokens: str | None) -> jax.Array:
       y = dense(width, c.dtype, name, bias=c.qkv_bias)(inputs)
       heads = 'heads' if c.num_heads > 1 else None  # a single head is never sharded
       return with_logical_constraint(y.reshape(*y.shape[:2], c.num_heads, -1), 'batch', tokens, heads, None)
@@ -202,7 +218,7 @@ class Mlp(nn.Module):
   config: BlockConfig
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
     y = ACTIVATIONS[c.activation](dense(c.mlp_dim, c.dtype, 'gate' if c.gated_mlp else 'up')(x))
     if c.gated_mlp:
@@ -223,7 +239,13 @@ class Block(nn.Module):
   train: bool = False
 
   @nn.compact
-  def __call__(self, x, drop_path=None, angles=None, mask=None):
+  def __call__(
+    self,
+    x: jax.Array,
+    drop_path: jax.Array | None = None,
+    angles: jax.Array | None = None,
+    mask: jax.Array | None = None,
+  ) -> tuple[jax.Array, None]:
     """drop_path: fraction of examples that skip a branch (Huang et al. 2016); needs the rng 'dropout'."""
     c = self.config
     # A scan body must return the dtype of its carry, so the residual stream has one dtype throughout.
@@ -244,7 +266,7 @@ class Block(nn.Module):
     x = norm2(x).astype(x.dtype) if c.post_norm else x
     return with_logical_constraint(x, 'batch', 'tokens', 'width'), None
 
-  def _branch(self, y, scale, drop_path):
+  def _branch(self, y: jax.Array, scale: str, drop_path: jax.Array | None) -> jax.Array:
     if self.config.layer_scale is not None:
       init = nn.initializers.constant(self.config.layer_scale)
       y = y * self.param(scale, init, (y.shape[-1],)).astype(y.dtype)
@@ -300,7 +322,9 @@ class Stack:
   unroll: Unroll = 1
   drop_path_rise: bool = True
 
-  def __call__(self, x, *, angles=None, mask=None, train: bool = False):
+  def __call__(
+    self, x: jax.Array, *, angles: jax.Array | None = None, mask: jax.Array | None = None, train: bool = False
+  ) -> jax.Array:
     """Runs x [B, T, D] through the blocks; to be called in the compact method that owns the scope `blocks`."""
     drop = bool(train and self.drop_path)
     in_axes = (0 if drop else nn.broadcast, nn.broadcast, nn.broadcast)

@@ -22,7 +22,7 @@ def patchify(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]
   return x.reshape(batch, rows * columns, -1), (rows, columns)
 
 
-def patch_features(network: Any, params, images: jax.Array) -> jax.Array:
+def patch_features(network: Any, params: Any, images: jax.Array) -> jax.Array:
   """Last patch tokens of normalized images [B, H, W, 3] on their grid: float32 [B, rows, columns, D].
 
   For any network whose `tokens` are `prefix` special tokens followed by the patches of `patch_size` x `patch_size`.

@@ -26,10 +26,11 @@ class Segmenter(nn.Module):
 
   @property
   def image_size(self) -> int:
+    """Side in pixels of the images of the encoder."""
     return self.encoder.image_size  # type: ignore[attr-defined]
 
   @nn.compact
-  def __call__(self, images, *, train: bool = False) -> jax.Array:
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     encoder: Any = self.encoder
     batch, height, width, _ = images.shape
     tokens = encoder(images, train=train).tokens[:, encoder.prefix :]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
@@ -31,6 +32,7 @@ class Gaussian(NamedTuple):
   log_variance: jax.Array
 
   def sample(self, rng: jax.Array) -> jax.Array:
+    """A sample mean + exp(log_variance / 2) * noise, [B, h, w, z]."""
     return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(rng, self.mean.shape)
 
   def kl(self) -> jax.Array:
@@ -47,7 +49,7 @@ class MidBlock(nn.Module):
   remat: Remat
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = block(x.shape[-1], dtype=self.dtype, name='block0')(x)
     if self.attention:
@@ -76,7 +78,7 @@ class Encoder(nn.Module):
   remat: Remat
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = conv(self.channels[0], self.dtype, 'conv_in')(x)
     for level, features in enumerate(self.channels):
@@ -109,7 +111,7 @@ class Decoder(nn.Module):
   remat: Remat
 
   @nn.compact
-  def __call__(self, z):
+  def __call__(self, z: jax.Array) -> jax.Array:
     block, attention = (rematerialize(module, self.remat) for module in (ResidualBlock, SpatialAttention))
     x = conv(self.channels[-1], self.dtype, 'conv_in')(z)
     x = MidBlock(self.middle_attention, self.dtype, self.remat, name='middle')(x)
@@ -147,7 +149,8 @@ class Autoencoder(nn.Module):
   dtype: str = 'float32'
   remat: Remat = 'none'
 
-  def setup(self):
+  @override
+  def setup(self) -> None:
     shape = (self.channels, self.layers, self.attention, self.middle_attention)
     self.encoder = Encoder(*shape, 2 * self.latent_channels, self.dtype, self.remat)
     self.decoder = Decoder(*shape, self.dtype, self.remat)
@@ -168,10 +171,13 @@ class Autoencoder(nn.Module):
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
+    """Shape of one latent, (h, w, z)."""
     height, width = height_width(self.image_size)
     return (height // self.factor, width // self.factor, self.latent_channels)
 
-  def encode(self, images) -> Gaussian:
+  def encode(self, images: jax.Array) -> Gaussian:
+    """Gaussian over latents [B, h, w, z] of normalized images [B, H, W, 3]; ValueError for sides not divisible by
+    `factor`."""
     if images.shape[1] % self.factor or images.shape[2] % self.factor:
       raise ValueError(f'images: {images.shape[1]} x {images.shape[2]} pixels are not divisible by {self.factor}')
     x = self.encoder(with_logical_constraint(images, 'batch', None, None, None))
@@ -179,18 +185,19 @@ class Autoencoder(nn.Module):
     mean, log_variance = jnp.split(x, 2, axis=-1)
     return Gaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 
-  def features(self, z):
+  def features(self, z: jax.Array) -> jax.Array:
     """Input of the last convolution, [B, H, W, channels[0]]."""
     return self.decoder(self.out_of_latent(z) if self.quantize else z)
 
-  def pixels(self, features):
+  def pixels(self, features: jax.Array) -> jax.Array:
     """Applies the last convolution: [B, H, W, channels[0]] -> float32 [B, H, W, 3]."""
     return self.conv_out(features).astype(jnp.float32)
 
-  def decode(self, z):
+  def decode(self, z: jax.Array) -> jax.Array:
+    """Latents [B, h, w, z] -> normalized images, float32 [B, H, W, 3]."""
     return self.pixels(self.features(z))
 
-  def __call__(self, images, rng=None):
+  def __call__(self, images: jax.Array, rng: jax.Array | None = None) -> tuple[jax.Array, Gaussian]:
     """Reconstruction from the mean of the latent or, with an rng, from a sample; and the Gaussian."""
     latent = self.encode(images)
     return self.decode(latent.mean if rng is None else latent.sample(rng)), latent

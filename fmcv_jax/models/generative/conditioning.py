@@ -29,7 +29,7 @@ class MLPEmbedder(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     init = nn.initializers.normal(0.02)
     x = dense(self.width, self.dtype, 'hidden1', init=init)(x)
     return dense(self.width, self.dtype, 'hidden2', init=init)(jax.nn.silu(x))
@@ -44,6 +44,6 @@ class ClassEmbedding(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, label):
+  def __call__(self, label: jax.Array) -> jax.Array:
     table = self.param('embedding', nn.initializers.normal(0.02), (self.num_classes + 1, self.width))
     return jnp.take(table, label, axis=0)

@@ -27,7 +27,7 @@ class Hint(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     x = jax.nn.silu(conv(self.widths[0], self.dtype, 'conv_in')(x))
     for level, (width, wider) in enumerate(zip(self.widths, self.widths[1:])):
       x = jax.nn.silu(conv(width, self.dtype, f'conv{2 * level}')(x))
@@ -53,13 +53,13 @@ class ControlNet(nn.Module):
   pooled_text: bool = False
 
   @nn.compact
-  def __call__(self, x, time, condition: Condition, *, train: bool = False) -> ControlResiduals:
+  def __call__(self, x: jax.Array, time: jax.Array, condition: Condition, *, train: bool = False) -> ControlResiduals:
     dtype = self.config.dtype
     hint = Hint(self.widths, self.config.block_out_channels[0], dtype, name='hint')(condition['control'])
     encoder = Encoder(self.config, self.num_classes, self.pooled_text, name='encoder')
     skips, x, _ = encoder(x, time, condition, hint=hint, train=train)
 
-    def zero(x, name):
+    def zero(x: jax.Array, name: str) -> jax.Array:
       y = dense(x.shape[-1], dtype, f'zero_{name}', init=nn.initializers.zeros)(x)
       return (
         y if 'control_scale' not in condition else y * condition['control_scale'][:, None, None, None].astype(y.dtype)

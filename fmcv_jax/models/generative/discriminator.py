@@ -26,7 +26,7 @@ class PatchDiscriminator(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     init = nn.initializers.normal(0.02)
     pad = [(1, 1), (1, 1)]
     x = conv(self.width, self.dtype, 'conv0', size=4, stride=2, padding=pad, init=init)(x)

@@ -6,6 +6,7 @@ Letters in shapes: B batch, T patches, D width, L text tokens, E their width, C 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
@@ -44,7 +45,9 @@ class DiTBlock(nn.Module):
   config: BlockConfig
 
   @nn.compact
-  def __call__(self, carry, index, c, text, mask, tap):
+  def __call__(
+    self, carry: Any, index: jax.Array, c: jax.Array, text: jax.Array | None, mask: jax.Array | None, tap: int | None
+  ) -> tuple[Any, None]:
     config, (x, tapped) = self.config, carry
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c, 6, x.shape[-1], config.dtype)
@@ -91,12 +94,19 @@ class DiT(nn.Module):
 
   @property
   def condition_keys(self) -> tuple[str, ...]:
+    """Keys of the condition that the network reads."""
     text = ('text', 'text_mask') * self.cross_attention + ('pooled_text',) * self.pooled_text
     return ('label',) * bool(self.num_classes) + text
 
   @nn.compact
   def __call__(
-    self, x, time, condition: Condition = UNCONDITIONAL, *, train: bool = False, tap: int | None = None
+    self,
+    x: jax.Array,
+    time: jax.Array,
+    condition: Condition = UNCONDITIONAL,
+    *,
+    train: bool = False,
+    tap: int | None = None,
   ) -> Any:
     """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
     dtype = self.block.dtype

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.diffusion.condition import Condition
 from fmcv_jax.errors import did_you_mean
@@ -46,7 +48,8 @@ class Projections(nn.Module):
   qk_norm: bool
   pre_only: bool = False
 
-  def setup(self):
+  @override
+  def setup(self) -> None:
     c = self.config
     self.query, self.key, self.value = (dense(self.width, c.dtype, name) for name in ('query', 'key', 'value'))
     if self.qk_norm:
@@ -56,14 +59,16 @@ class Projections(nn.Module):
     if not self.pre_only:
       self.out = dense(self.width, c.dtype, 'out')
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values [B, T, H, K] of x [B, T, D]."""
     shape = (*x.shape[:2], self.config.num_heads, -1)
     query, key, value = (project(x).reshape(shape) for project in (self.query, self.key, self.value))
     if self.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     return query, key, value
 
-  def project_out(self, y):
+  def project_out(self, y: jax.Array) -> jax.Array:
+    """Output projection of the attention: [B, T, H, K] -> [B, T, D]."""
     return self.out(y.reshape(*y.shape[:2], self.width))
 
 
@@ -77,7 +82,8 @@ class Stream(nn.Module):
   qk_norm: bool
   pre_only: bool = False
 
-  def setup(self):
+  @override
+  def setup(self) -> None:
     parts = 2 if self.pre_only else 6
     self.modulation = dense(parts * self.width, self.config.dtype, 'modulation', init=nn.initializers.zeros)
     self.norm = layer_norm_no_affine(self.config)
@@ -85,11 +91,14 @@ class Stream(nn.Module):
     if not self.pre_only:
       self.mlp = Mlp(self.config)
 
-  def pre_attention(self, x, c):
+  def pre_attention(self, x: jax.Array, c: jax.Array) -> Any:
+    """(queries, keys and values [B, T, H, K]; the modulation that `post_attention` takes), of x [B, T, D] and c [B,
+    D]."""
     shift, scale, *parts = jnp.split(self.modulation(jax.nn.silu(c))[:, None], 2 if self.pre_only else 6, axis=-1)
     return self.attention(self.norm(x) * (1 + scale) + shift), parts
 
-  def post_attention(self, x, y, parts):
+  def post_attention(self, x: jax.Array, y: jax.Array, parts: Any) -> jax.Array:
+    """x [B, T, D] after the attention output y [B, T, H, K] and the MLP, both gated by `parts` of `pre_attention`."""
     gate1, shift2, scale2, gate2 = parts
     x = x + (gate1 * self.attention.project_out(y)).astype(x.dtype)
     y = self.mlp(self.norm(x) * (1 + scale2) + shift2)
@@ -108,7 +117,9 @@ class JointBlock(nn.Module):
   last: bool = False
 
   @nn.compact
-  def __call__(self, carry, index, c, mask, tap):
+  def __call__(
+    self, carry: Any, index: jax.Array, c: jax.Array, mask: jax.Array | None, tap: int | None
+  ) -> tuple[Any, None]:
     x, words, tapped = carry
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     image = Stream(self.config, self.width, self.qk_norm, name='image')
@@ -162,7 +173,9 @@ class MMDiT(nn.Module):
     return (*height_width(self.image_size), self.channels)
 
   @nn.compact
-  def __call__(self, x, time, condition: Condition, *, train: bool = False, tap: int | None = None) -> Any:
+  def __call__(
+    self, x: jax.Array, time: jax.Array, condition: Condition, *, train: bool = False, tap: int | None = None
+  ) -> Any:
     """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
     dtype = self.block.dtype
     x, grid = patchify(x, self.patch_size)
@@ -187,7 +200,7 @@ class MMDiT(nn.Module):
     x = final_layer(x, c, self.block, grid, self.patch_size, self.out_channels)
     return x if tap is None else (x, tapped)
 
-  def _table(self, rows: int, columns: int):
+  def _table(self, rows: int, columns: int) -> np.ndarray:
     if self.positions is None:
       return sincos_2d(rows, columns, self.width)
     reach, largest = self.positions

@@ -4,6 +4,7 @@ Letters in shapes: B batch, C channels of the image or latent, L text tokens, E 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -47,7 +48,7 @@ class TransformerBlock(nn.Module):
   config: BlockConfig
 
   @nn.compact
-  def __call__(self, x, words, mask):
+  def __call__(self, x: jax.Array, words: jax.Array | None, mask: jax.Array | None) -> tuple[jax.Array, None]:
     c = self.config
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     x = x + Attention(c, name='attention')(layer_norm(c.eps, c.dtype, 'norm1')(x)).astype(x.dtype)
@@ -70,7 +71,7 @@ class Transformer(nn.Module):
   depth: int
 
   @nn.compact
-  def __call__(self, x, words, mask):
+  def __call__(self, x: jax.Array, words: jax.Array | None, mask: jax.Array | None) -> jax.Array:
     batch, height, width, channels = x.shape
     dtype = self.config.dtype
     y = group_norm(channels, dtype, 'norm')(x).reshape(batch, height * width, channels)
@@ -115,14 +116,16 @@ class UNetConfig:
 
   @property
   def eps(self) -> float:
+    """Epsilon of the group norms of residual blocks, as published for each family."""
     return 1e-6 if self.family == 'ddpm' else 1e-5
 
-  def residual(self, x, c: BlockCondition, features: int, train: bool, name: str):
+  def residual(self, x: jax.Array, c: BlockCondition, features: int, train: bool, name: str) -> jax.Array:
     """A residual block; to be called, like `attend`, in the compact method that owns its scope."""
     block = rematerialize(ResidualBlock, self.remat)
     return block(features, self.eps, self.dropout if train else 0.0, self.dtype, name=name)(x, c.time)
 
-  def attend(self, x, c: BlockCondition, level: int, name: str):
+  def attend(self, x: jax.Array, c: BlockCondition, level: int, name: str) -> jax.Array:
+    """The transformer (or the plain self-attention, without cross-attention) of a level, on x [B, H, W, C]."""
     depth = max(1, self.depths[level])
     if not self.cross_attention_dim:
       return rematerialize(SpatialAttention, self.remat)(self.num_heads[level], self.eps, self.dtype, name=name)(x)
@@ -164,8 +167,14 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, time, condition: Condition = UNCONDITIONAL, *, hint: jax.Array | None = None, train: bool = False
-  ):
+    self,
+    x: jax.Array,
+    time: jax.Array,
+    condition: Condition = UNCONDITIONAL,
+    *,
+    hint: jax.Array | None = None,
+    train: bool = False,
+  ) -> tuple[list[jax.Array], jax.Array, BlockCondition]:
     p = self.config
     c = self._block_condition(time, condition)
     x = conv(p.block_out_channels[0], p.dtype, 'conv_in')(with_logical_constraint(x, 'batch', None, None, None))
@@ -185,7 +194,7 @@ class Encoder(nn.Module):
     x = p.attend(x, c, len(p.block_out_channels) - 1, 'middle_attention0')
     return skips, p.residual(x, c, p.block_out_channels[-1], train, 'middle_block1'), c
 
-  def _block_condition(self, time, condition: Condition) -> BlockCondition:
+  def _block_condition(self, time: jax.Array, condition: Condition) -> BlockCondition:
     p, width = self.config, 4 * self.config.block_out_channels[0]
     c = timestep_embedding(time, p.block_out_channels[0], include_last=p.family == 'ddpm').astype(p.dtype)
     c = MLPEmbedder(width, p.dtype, name='time_embedding')(c)
@@ -219,11 +228,11 @@ class Decoder(nn.Module):
   out_channels: int
 
   @nn.compact
-  def __call__(self, skips, x, c: BlockCondition, *, train: bool = False):
-    p, skips = self.config, list(skips)
+  def __call__(self, skips: Sequence[jax.Array], x: jax.Array, c: BlockCondition, *, train: bool = False) -> jax.Array:
+    p, remaining = self.config, [*skips]
     for level in reversed(range(len(p.block_out_channels))):
       for layer in range(p.layers + 1):
-        x = jnp.concatenate([x, skips.pop()], axis=-1)
+        x = jnp.concatenate([x, remaining.pop()], axis=-1)
         x = p.residual(x, c, p.block_out_channels[level], train, f'up{level}_block{layer}')
         if p.depths[level]:
           x = p.attend(x, c, level, f'up{level}_attention{layer}')
@@ -257,6 +266,7 @@ class UNet(nn.Module):
 
   @property
   def condition_keys(self) -> tuple[str, ...]:
+    """Keys of the condition that the network reads."""
     text = ('text', 'text_mask') if self.config.cross_attention_dim and not self.num_classes else ()
     label, image = ('label',) * bool(self.num_classes), ('image',) * bool(self.extra_in_channels)
     return label + text + ('pooled_text',) * self.pooled_text + image
@@ -264,13 +274,13 @@ class UNet(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x,
-    time,
+    x: jax.Array,
+    time: jax.Array,
     condition: Condition = UNCONDITIONAL,
     *,
     residuals: ControlResiduals | None = None,
     train: bool = False,
-  ):
+  ) -> jax.Array:
     if self.extra_in_channels:
       extra: Any = condition['image']
       x = jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)

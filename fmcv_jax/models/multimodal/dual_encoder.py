@@ -9,6 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.backbones.efficientnet import efficientnet
@@ -38,17 +39,18 @@ class DualEncoder(nn.Module):
   initial_scale: float = 1 / 0.07
   initial_bias: float | None = None
 
-  def setup(self):
+  @override
+  def setup(self) -> None:
     self.temperature = self.param('temperature', nn.initializers.constant(math.log(self.initial_scale)), ())
     if self.initial_bias is not None:
       self.bias = self.param('bias', nn.initializers.constant(self.initial_bias), ())
 
-  def encode_image(self, images, *, keep=None, train: bool = False):
+  def encode_image(self, images: jax.Array, *, keep: jax.Array | None = None, train: bool = False) -> jax.Array:
     """Normalized images [B, H, W, 3] -> unit vectors, float32 [B, E]."""
     chosen = {} if keep is None else {'keep': keep}  # which only networks of patches take
     return embedding(self.image(images, train=train, **chosen).output)
 
-  def encode_text(self, tokens, *, train: bool = False):
+  def encode_text(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
     """Token ids int32 [B, T] -> unit vectors, float32 [B, E]."""
     return embedding(self.text(tokens, train=train).output)
 
@@ -57,7 +59,10 @@ class DualEncoder(nn.Module):
     scale = jnp.exp(jnp.minimum(self.temperature, MAX_LOG_SCALE))
     return scale, self.bias if self.initial_bias is not None else jnp.zeros(())
 
-  def __call__(self, images, tokens, *, keep=None, train: bool = False) -> Pairs:
+  def __call__(
+    self, images: jax.Array, tokens: jax.Array, *, keep: jax.Array | None = None, train: bool = False
+  ) -> Pairs:
+    """Unit vectors of both towers; `keep` int32 [B, N] are the patches that the image tower processes (None: all)."""
     return Pairs(self.encode_image(images, keep=keep, train=train), self.encode_text(tokens, train=train))
 
 

@@ -45,7 +45,7 @@ class PrototypeHead(nn.Module):
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     init = nn.initializers.truncated_normal(0.02)
     for layer in range(1, self.layers):
       x = ACTIVATIONS['gelu'](dense(self.hidden, self.dtype, f'hidden{layer}', init=init)(x))
@@ -68,9 +68,12 @@ class DinoNetwork(nn.Module):
 
   @property
   def image_size(self) -> int:
+    """Side in pixels of global crops."""
     return self.encoder.image_size
 
-  def __call__(self, images, *, masked=None, picked=None, train: bool = False) -> Scores:
+  def __call__(
+    self, images: jax.Array, *, masked: jax.Array | None = None, picked: jax.Array | None = None, train: bool = False
+  ) -> Scores:
     """masked: bool [B, T], patches to hide from the encoder; picked: int32 [B, M], the patches to score."""
     features = self.encoder(images, masked=masked, train=train)
     patches = None
@@ -98,7 +101,7 @@ def dino(
   if separate_patch_head and not encoder.mask_token:
     raise ValueError('separate_patch_head: masked patches need encoder.mask_token=True')
 
-  def head():
+  def head() -> PrototypeHead:
     return PrototypeHead(prototypes, hidden, bottleneck, layers, learn_prototype_norms, encoder.stack.block.dtype)
 
   return DinoNetwork(encoder, head(), head() if separate_patch_head else None)

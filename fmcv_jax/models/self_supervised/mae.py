@@ -39,7 +39,9 @@ class Decoder(nn.Module):
   out_dim: int
 
   @nn.compact
-  def __call__(self, tokens, order, grid: tuple[int, int], *, prefix: int, train: bool = False):
+  def __call__(
+    self, tokens: jax.Array, order: jax.Array, grid: tuple[int, int], *, prefix: int, train: bool = False
+  ) -> jax.Array:
     """tokens [B, prefix + N, D] of the prefix and the patches order[:, :N]; order int32 [B, T] -> [B, T, P]."""
     block, batch, hidden = self.stack.block, order.shape[0], order.shape[1] - (tokens.shape[1] - prefix)
     x = dense(self.width, block.dtype, 'embed')(tokens)
@@ -61,9 +63,10 @@ class MaskedAutoencoder(nn.Module):
 
   @property
   def image_size(self) -> int:
+    """Side in pixels of the images."""
     return self.encoder.image_size
 
-  def __call__(self, images, order, *, visible: int, train: bool = False) -> Reconstruction:
+  def __call__(self, images: jax.Array, order: jax.Array, *, visible: int, train: bool = False) -> Reconstruction:
     """order: int32 [B, T], a permutation of the patches of each image; the first `visible` go into the encoder."""
     features = self.encoder(images, keep=order[:, :visible], train=train)
     grid = (images.shape[1] // self.encoder.patch_size, images.shape[2] // self.encoder.patch_size)

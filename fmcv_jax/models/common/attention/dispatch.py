@@ -24,7 +24,15 @@ SHORT_FROM = 16  # queries; with fewer the rows of the kernel are mostly padding
 logger = logging.getLogger(__name__)
 
 
-def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None, backend: Backend = 'auto'):
+def attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  causal: bool = False,
+  mask: jax.Array | None = None,
+  backend: Backend = 'auto',
+) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K] -> [B, Q, H, K].
 
   mask: bool, broadcastable to [B, H, Q, T], True where attention is allowed. Logits and softmax are float32 for any
@@ -54,7 +62,7 @@ def attention(query, key, value, *, causal: bool = False, mask: jax.Array | None
   return kernels[backend](query, key, value, valid, causal=causal)
 
 
-def choose(query, key, mask) -> tuple[Backend, str]:
+def choose(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> tuple[Backend, str]:
   """Backend that 'auto' selects, and the reason, from the shapes and dtypes of the arguments and the placement."""
   tokens, dim = key.shape[1], key.shape[-1]
   if mask is not None and not _of_keys(mask):
@@ -78,7 +86,9 @@ def choose(query, key, mask) -> tuple[Backend, str]:
   return 'xla', 'the only one without a TPU or GPU'
 
 
-def xla_attention(query, key, value, *, causal: bool = False, mask: jax.Array | None = None) -> jax.Array:
+def xla_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False, mask: jax.Array | None = None
+) -> jax.Array:
   """Plain einsums, fused by XLA; fully masked queries return the mean of all values."""
   logits = jnp.einsum('bqhk,bthk->bhqt', query, key, preferred_element_type=jnp.float32)
   logits = logits * (query.shape[-1] ** -0.5)

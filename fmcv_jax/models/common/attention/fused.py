@@ -4,6 +4,8 @@ Every device runs the kernel on its own examples and heads.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,15 @@ TILE = 1024  # at most so many queries and keys are met at once
 WIDE = 256  # of wider heads half as many, or they do not fit the vector memory
 
 
-def splash_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
+def splash_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None = None, *, causal: bool = False
+) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
 
   Tokens are padded to whole tiles. On other platforms than TPU the kernel is interpreted, which is slow.
   """
 
-  def local(query, key, value, valid):
+  def local(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None) -> jax.Array:
     queries, tokens = query.shape[1], key.shape[1]
     rows, columns = (_tiles(count, query.shape[-1]) for count in (queries, tokens))
     if valid is None and math.prod(columns) > tokens:
@@ -44,17 +48,21 @@ def splash_attention(query, key, value, valid=None, *, causal: bool = False) -> 
   return on_devices(local, query, key, value, valid)
 
 
-def cudnn_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
+def cudnn_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None = None, *, causal: bool = False
+) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K]; 16-bit inputs."""
 
-  def local(query, key, value, valid):
+  def local(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None) -> jax.Array:
     mask = None if valid is None else valid[:, None, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation='cudnn')
 
   return on_devices(local, query, key, value, valid)
 
 
-def on_devices(local, query, key, value, valid):
+def on_devices(
+  local: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None
+) -> jax.Array:
   """local(query, key, value, valid) by each device, of its own examples and heads."""
   each = ('batch', None, 'heads' if query.shape[2] > 1 else None, None)
   return shard_mapped(local, inputs=(each, each, each, ('batch', None)), outputs=each)(query, key, value, valid)
@@ -66,13 +74,13 @@ def _tiles(tokens: int, dim: int) -> tuple[int, int]:
   return count, -(-tokens // (count * LANES)) * LANES
 
 
-def _segment_ids(query, key):
+def _segment_ids(query: jax.Array, key: jax.Array) -> Any:
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
   return splash.SegmentIds(query, key)
 
 
-def _splash(heads: int, rows: tuple[int, int], columns: tuple[int, int], causal: bool, interpret: bool):
+def _splash(heads: int, rows: tuple[int, int], columns: tuple[int, int], causal: bool, interpret: bool) -> Any:
   # Imported here: Pallas takes a second to load, and few runs need it.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -5,6 +5,8 @@ is a second rotation that recomputes the weights, so nothing of size Q x T is st
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ BLOCK = 512
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def ring_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
+def ring_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None = None, *, causal: bool = False
+) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
 
   Any number of tokens: they are padded to a multiple of the number of devices.
@@ -31,34 +35,34 @@ def ring_attention(query, key, value, valid=None, *, causal: bool = False) -> ja
   return _attention(causal, _padded(query, -queries % num_shards('tokens')), key, value, valid)[:, :queries]
 
 
-def _padded(x, missing):
+def _padded(x: jax.Array, missing: int) -> jax.Array:
   return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(causal, query, key, value, valid):
+def _attention(causal: bool, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None) -> jax.Array:
   return _forward(causal, query, key, value, valid)[0]
 
 
-def _axes(query):
+def _axes(query: jax.Array) -> Any:
   each = ('batch', 'tokens', 'heads' if query.shape[2] > 1 else None, None)
   return each, each[:3], each[:2]
 
 
-def _over_heads(function):
+def _over_heads(function: Callable[..., Any]) -> Callable[..., Any]:
   """`function` of [Q, ...] arrays, vmapped over B and H of [B, Q, H, ...]; the last argument has no heads."""
 
-  def of_heads(*args):
+  def of_heads(*args: Any) -> Any:
     return jax.vmap(function, in_axes=(1,) * (len(args) - 1) + (None,), out_axes=1)(*args)
 
   return jax.vmap(of_heads)
 
 
-def _forward(causal, query, key, value, valid):
+def _forward(causal: bool, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None) -> Any:
   each, of_heads, of_tokens = _axes(query)
 
-  def local(query, key, value, valid):
-    def meet(row, items, _):
+  def local(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None) -> Any:
+    def meet(row: Any, items: Any, _: None) -> Any:
       best, total, mixed = row
       start, (key, value, valid) = items
       logits = _logits(causal, query, key, valid, start)[0]
@@ -77,14 +81,23 @@ def _forward(causal, query, key, value, valid):
   return y, (query, key, value, valid, y, best, total)
 
 
-def _backward(causal, saved, cotangent):
+def _backward(causal: bool, saved: Any, cotangent: jax.Array) -> Any:
   each, of_heads, of_tokens = _axes(saved[0])
 
-  def local(query, key, value, y, best, total, cotangent, valid):
+  def local(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    y: jax.Array,
+    best: jax.Array,
+    total: jax.Array,
+    cotangent: jax.Array,
+    valid: jax.Array | None,
+  ) -> Any:
     # Subtracted from the gradient of each logit (softmax backward).
     mean = jnp.sum(y.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=1, keepdims=True)
 
-    def meet(by_query, items, column):
+    def meet(by_query: Any, items: Any, column: Any) -> Any:
       start, (key, value, valid) = items
       by_key, by_value = column
       logits, visible = _logits(causal, query, key, valid, start)
@@ -112,7 +125,9 @@ def _backward(causal, saved, cotangent):
 _attention.defvjp(_forward, _backward)
 
 
-def _logits(causal, query, key, valid, start):
+def _logits(
+  causal: bool, query: jax.Array, key: jax.Array, valid: jax.Array | None, start: Any
+) -> tuple[jax.Array, jax.Array]:
   """Float32 logits [Q, c] of one block of keys, and their mask (bool, broadcastable; True where not masked)."""
   logits = _product('qk,tk->qt', query, key) * query.shape[1] ** -0.5
   visible = jnp.ones((1, 1), bool) if valid is None else valid[None]
@@ -121,5 +136,5 @@ def _logits(causal, query, key, valid, start):
   return jnp.where(visible, logits, LOWEST), visible
 
 
-def _product(equation, x, y):
+def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)

@@ -12,7 +12,8 @@ window of lanes around it, with zeros in place of the neighbors on one side.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,9 @@ def fits(queries: int, tokens: int, heads: int, dim: int) -> bool:
   return tokens <= MOST_TOKENS and min(heads, math.lcm(dim, LANES) // dim) * queries * tokens <= MOST_LOGITS
 
 
-def short_attention(query, key, value, valid=None, *, causal: bool = False) -> jax.Array:
+def short_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None = None, *, causal: bool = False
+) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
 
   Logits and softmax are float32. On platforms other than TPU the kernel is interpreted, which is slow. ValueError for
@@ -45,7 +48,7 @@ def short_attention(query, key, value, valid=None, *, causal: bool = False) -> j
   if not fits(query.shape[1], tokens, *query.shape[2:]):
     raise ValueError(f"attention='short': {tokens} tokens and heads of {dim} are too many for one block; use splash")
 
-  def local(query, key, value, valid):
+  def local(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None) -> jax.Array:
     bias = None if valid is None else jnp.where(valid, 0.0, _MASKED).astype(jnp.float32)
     flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
     return _attention(query.shape[2], causal, platform() != 'tpu', *flat, bias).reshape(query.shape)
@@ -54,16 +57,18 @@ def short_attention(query, key, value, valid=None, *, causal: bool = False) -> j
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(heads, causal, interpret, query, key, value, bias):
+def _attention(
+  heads: int, causal: bool, interpret: bool, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
+) -> jax.Array:
   rows = None if bias is None else bias[:, None]
   return _call(_forward, heads, causal, interpret, (query, key, value), rows, (query,))[0]
 
 
-def _attention_forward(heads, causal, interpret, *inputs):
+def _attention_forward(heads: int, causal: bool, interpret: bool, *inputs: Any) -> Any:
   return _attention(heads, causal, interpret, *inputs), inputs
 
 
-def _attention_backward(heads, causal, interpret, inputs, gradient):
+def _attention_backward(heads: int, causal: bool, interpret: bool, inputs: Any, gradient: jax.Array) -> Any:
   query, key, value, bias = inputs
   columns = None if bias is None else bias[:, :, None]
   args = (query, key, value, gradient.astype(query.dtype))
@@ -73,7 +78,15 @@ def _attention_backward(heads, causal, interpret, inputs, gradient):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _call(kernel, heads: int, causal: bool, interpret: bool, args, bias, like) -> list[jax.Array]:
+def _call(
+  kernel: Callable[..., None],
+  heads: int,
+  causal: bool,
+  interpret: bool,
+  args: Sequence[jax.Array],
+  bias: jax.Array | None,
+  like: Any,
+) -> list[jax.Array]:
   """Runs the kernel on each example and on as many heads at once as fit; results have the shapes of `like`."""
   # Imported here: Pallas takes a second to load, and few runs need it.
   from jax.experimental import pallas
@@ -84,7 +97,7 @@ def _call(kernel, heads: int, causal: bool, interpret: bool, args, bias, like) -
   bytes_of_a_lane = 2 * sum(x.shape[1] * x.dtype.itemsize for x in (*args, *like))
   lanes = _lanes(heads, dim, min(BLOCK_BYTES // bytes_of_a_lane, BLOCK_LOGITS * dim // (queries * tokens)))
 
-  def block(x):
+  def block(x: jax.Array) -> Any:
     return pallas.BlockSpec((1, x.shape[1], lanes), lambda example, group: (example, 0, group))
 
   specs = [block(x) for x in args]
@@ -123,7 +136,7 @@ def _heads(lanes: int, dim: int) -> Iterator[tuple[slice, jax.Array]]:
     yield slice(first, last), (lane >= start) & (lane < start + dim)
 
 
-def _forward(query_ref, key_ref, value_ref, *refs, dim: int, causal: bool):
+def _forward(query_ref: Any, key_ref: Any, value_ref: Any, *refs: Any, dim: int, causal: bool) -> None:
   *bias, out_ref = refs
   for window, own in _heads(query_ref.shape[2], dim):
     query, key, value = (ref[0, :, window] for ref in (query_ref, key_ref, value_ref))
@@ -134,7 +147,9 @@ def _forward(query_ref, key_ref, value_ref, *refs, dim: int, causal: bool):
     _write(out_ref, window, own, _dot(weights.astype(value.dtype), value, _NN) / total)
 
 
-def _backward(query_ref, key_ref, value_ref, gradient_ref, *refs, dim: int, causal: bool):
+def _backward(
+  query_ref: Any, key_ref: Any, value_ref: Any, gradient_ref: Any, *refs: Any, dim: int, causal: bool
+) -> None:
   """Logits and weights are transposed, [T, Q], so that only one of five products transposes an operand."""
   *bias, query_out, key_out, value_out = refs
   for window, own in _heads(query_ref.shape[2], dim):
@@ -151,11 +166,11 @@ def _backward(query_ref, key_ref, value_ref, gradient_ref, *refs, dim: int, caus
     _write(query_out, window, own, _dot(of_logits, key, _TN) * dim**-0.5)
 
 
-def _dot(a, b, dimensions) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
   return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _masked(logits, bias, causal: bool, *, queries: int):
+def _masked(logits: jax.Array, bias: Sequence[jax.Array], causal: bool, *, queries: int) -> jax.Array:
   """bias: empty, or one [1, T] or [T, 1]; `queries`: the query axis of logits."""
   for mask in bias:
     logits = logits + mask
@@ -165,11 +180,11 @@ def _masked(logits, bias, causal: bool, *, queries: int):
   return logits
 
 
-def _exponentials(logits, dim: int, *, axis: int):
+def _exponentials(logits: jax.Array, dim: int, *, axis: int) -> jax.Array:
   """exp of the scaled logits minus their maximum along the axis."""
   return jnp.exp((logits - jnp.max(logits, axis=axis, keepdims=True)) * dim**-0.5)
 
 
-def _write(ref, window: slice, own, x):
+def _write(ref: Any, window: slice, own: jax.Array, x: jax.Array) -> None:
   """Writes x to the lanes of this head; lanes of other heads are left unchanged."""
   ref[0, :, window] = jnp.where(own, x.astype(ref.dtype), ref[0, :, window])
