@@ -1,13 +1,13 @@
 """Command-line entry point: `fmcv <command>`, or `python -m fmcv_jax <command>`."""
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from fmcv_jax.console import suppress_shutdown_errors
 from fmcv_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -18,6 +18,18 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax import experiment, trainer
 
   trainer.train(experiment.load_config(args.config, overrides), args.workdir)
+
+
+def finetune(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import finetune as finetune_app
+
+  finetune_app.run(args.data, args.model, args.workdir, overrides, config=args.config)
+
+
+def classify(args: argparse.Namespace, overrides: list[str]) -> None:
+  from fmcv_jax.apps import classify as classify_app
+
+  classify_app.run(args.image, args.model, args.text, step=args.step, top=args.top)
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -197,6 +209,14 @@ def parser() -> argparse.ArgumentParser:
     return sub
 
   add(train, 'Train a config. Running the same command again resumes from the latest checkpoint.', config='')
+  sub = add(finetune, 'Fine-tune a model on your own images.', config='configs/finetune.py', workdir=False)
+  sub.add_argument('data', metavar='DIR_OR_FILE', help='class folders, a table of captions or labels, or Parquet')
+  sub.add_argument('--model', metavar='DIR_OR_FILE', help='workdir of a trained model, or published weights')
+  sub.add_argument('--workdir', help='run folder (default: runs/ and the name of the data)')
+  sub = add(classify, 'Print the most probable classes of images.', model=True, fields=False)
+  sub.add_argument('image', nargs='+', metavar='IMAGE', help='image file')
+  sub.add_argument('--text', nargs='+', default=[], metavar='LABEL', help='labels (image-text models only)')
+  sub.add_argument('--top', type=int, default=3, metavar='N', help='classes per image (default: 3)')
   sub = add(evaluate, 'Run the evaluators of trained runs and print one table.', workdir=False)
   sub.add_argument('--workdir', nargs='+', required=True, metavar='DIR', help='run folders (local or gs://)')
   sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
@@ -337,22 +357,6 @@ def _keep_compiled() -> None:
     jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'compiled'))
 
 
-@contextlib.contextmanager
-def _suppress_tensorstore_shutdown_errors() -> Iterator[None]:
-  """Silences 'Event loop is closed', which every tensorstore thread reports after a failed write."""
-  usual = sys.unraisablehook
-
-  def hook(unraisable):
-    if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != 'Event loop is closed':
-      usual(unraisable)
-
-  sys.unraisablehook = hook
-  try:
-    yield
-  finally:
-    sys.unraisablehook = usual
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status: 0 success, 2 user error, 75 preempted after saving."""
   argv = list(sys.argv[1:] if argv is None else argv)
@@ -376,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger(library).setLevel(logging.CRITICAL)
   from fmcv_jax.train.loop import Preempted
 
-  with _suppress_tensorstore_shutdown_errors():
+  with suppress_shutdown_errors():
     try:
       distributed.initialize()
       args.function(args, overrides)

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import Finite, PositiveFloat
+
 # ImageNet's statistics, with which most published networks were trained; CLIP has its own.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -16,8 +18,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class Normalize:
   """(x - mean) / std by channel of images in [0, 1]; the default maps them to [-1, 1]."""
 
-  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  mean: tuple[Finite, Finite, Finite] = (0.5, 0.5, 0.5)
+  std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     return (images - jnp.array(self.mean, images.dtype)) / jnp.array(self.std, images.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fmcv_jax.bounds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.order import Order, RunOrder
 from fmcv_jax.data.sources import values
@@ -34,7 +35,7 @@ class MultiCrop:
   """`count` random crops of each image by the transform `image` (multi-crop: SwAV, Caron et al. 2020)."""
 
   image: ImageTransform
-  count: int
+  count: PositiveInt
 
   def __post_init__(self) -> None:
     if self.count < 1:
@@ -60,9 +61,9 @@ class Pipeline:
   caption_templates: tuple[str, ...] = ('{}',)
   views: Mapping[str, MultiCrop] = dataclasses.field(default_factory=dict)
   shuffle: bool = True
-  workers: int = 0
-  max_bad: float = 0.01
-  timeout: float = 600.0
+  workers: NonNegativeInt = 0
+  max_bad: Fraction = 0.01
+  timeout: PositiveFloat = 600.0
 
   def __post_init__(self) -> None:
     if not self.caption_templates or any(prompt.count('{}') != 1 for prompt in self.caption_templates):

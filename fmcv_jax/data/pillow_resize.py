@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from fmcv_jax.bounds import Byte, PositiveFloat, PositiveInt
 from fmcv_jax.data.images.decode import decode_pil
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.errors import BadRecord
@@ -38,12 +39,12 @@ class PillowResize(ImageTransform):
   fill           RGB, 0 to 255
   """
 
-  size: int
+  size: PositiveInt
   mode: Literal['shortest', 'squash', 'longest'] = 'shortest'
-  crop: float = 1.0
+  crop: PositiveFloat = 1.0
   interpolation: PillowFilter = 'bicubic'
   center: Literal['round', 'floor'] = 'round'
-  fill: tuple[int, int, int] = (0, 0, 0)
+  fill: tuple[Byte, Byte, Byte] = (0, 0, 0)
 
   def __post_init__(self) -> None:
     if self.size < 1:

@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 import numpy as np
 
+from fmcv_jax.bounds import PositiveFloat, PositiveFraction, PositiveInt
 from fmcv_jax.data.images.decode import lazy_image
 from fmcv_jax.data.images.resize import FILTERS, Interpolation
 
@@ -35,9 +36,9 @@ class RandomResizedCrop(ImageTransform):
   ratio: bounds of width / height, drawn uniformly in the logarithm
   """
 
-  size: int
-  scale: tuple[float, float] = (0.08, 1.0)
-  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  size: PositiveInt
+  scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
+  ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
   interpolation: Interpolation = 'bicubic'
 
   def __post_init__(self) -> None:
@@ -60,8 +61,8 @@ class ResizeCrop(ImageTransform):
   Rounds as timm and torchvision: 224 / 0.9 is 248, the long side is truncated, the corner of the crop rounded.
   """
 
-  size: int
-  crop: float = 0.875
+  size: PositiveInt
+  crop: PositiveFraction = 0.875
   interpolation: Interpolation = 'bicubic'
 
   def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class ResizeCrop(ImageTransform):
 class Resize(ImageTransform):
   """Resizes the whole image to a square, ignoring its aspect ratio."""
 
-  size: int
+  size: PositiveInt
   interpolation: Interpolation = 'bicubic'
 
   def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import Evaluator, topk_accuracy
 from fmcv_jax.evaluate.labels import align_labels, check_labels
@@ -15,8 +16,8 @@ class Accuracy(Evaluator):
   """
 
   data: Pipeline
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def __call__(self, subject):
     logits, _, truth = subject.map_dataset('logits', self.data, self.batch_size, truth=('label',))

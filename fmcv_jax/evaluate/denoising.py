@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import Evaluator
 
@@ -14,8 +15,8 @@ class Denoising(Evaluator):
   """
 
   data: Pipeline
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def __call__(self, subject):
     errors = subject.map_dataset('denoising_errors', self.data, self.batch_size).values

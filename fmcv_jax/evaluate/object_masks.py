@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from fmcv_jax.bounds import Byte, NonNegativeInt, PositiveFraction, PositiveInt
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Evaluator
@@ -19,10 +20,10 @@ class ObjectMasks(Evaluator):
   """
 
   data: Pipeline
-  mass: float = 0.6
-  background: tuple[int, int, int] = (255, 255, 255)
-  batch_size: int = 256
-  every: int = 0
+  mass: PositiveFraction = 0.6
+  background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def __call__(self, subject):
     attention, _, fields = subject.map_dataset('attention', self.data, self.batch_size, truth=('image',))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.distances import fid
@@ -20,8 +21,8 @@ class Reconstruction(Evaluator):
 
   data: Pipeline
   feature_extractor: str | None = None
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def prepare(self, subject):
     if self.feature_extractor is not None:

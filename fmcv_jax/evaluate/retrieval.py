@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.evaluate.base import Evaluator, chunks
@@ -19,8 +20,8 @@ class Retrieval(Evaluator):
 
   data: Pipeline
   first_caption_only: bool = False
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def __call__(self, subject):
     images, records, _ = subject.map_dataset('embed_image', self.data, self.batch_size)

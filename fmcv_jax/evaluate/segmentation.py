@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.evaluate.base import Evaluator
 
@@ -13,8 +14,8 @@ class MeanIou(Evaluator):
   """Intersection over union of each class over all pixels of the data, and its mean over the classes that occur."""
 
   data: Pipeline
-  batch_size: int = 64
-  every: int = 0
+  batch_size: PositiveInt = 64
+  every: NonNegativeInt = 0
 
   def __call__(self, subject):
     counts = subject.map_dataset('confusion', self.data, self.batch_size).values

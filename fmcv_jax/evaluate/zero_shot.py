@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.loader import Pipeline
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
@@ -18,8 +19,8 @@ class ZeroShot(Evaluator):
 
   data: Pipeline
   templates: tuple[str, ...] = ('{}',)
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def __call__(self, subject):
     texts = class_embeddings(subject, self.data.source.names, self.templates, self.batch_size)

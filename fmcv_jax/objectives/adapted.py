@@ -13,6 +13,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import PositiveFloat, PositiveInt
 from fmcv_jax.errors import UserError
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.outputs import Params
@@ -27,8 +28,8 @@ class Lora:
   alpha: scale = alpha / rank; None for a scale of 1. Kernels of stacked layers have stacked matrices.
   """
 
-  rank: int = 8
-  alpha: float | None = None
+  rank: PositiveInt = 8
+  alpha: PositiveFloat | None = None
   targets: tuple[str, ...] = (r'(.*/)?attention/(query|value)/kernel',)
 
   def __post_init__(self):

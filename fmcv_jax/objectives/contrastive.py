@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import Decay, PositiveFraction
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.patches import random_keep
 from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, flax_variables, mean_loss
@@ -28,8 +29,8 @@ class Contrastive(CoupledObjective):
 
   network: nn.Module
   loss_name: LossName = 'softmax'
-  label_smoothing: float = 0.0
-  patch_keep_ratio: float = 1.0
+  label_smoothing: Decay = 0.0
+  patch_keep_ratio: PositiveFraction = 1.0
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fmcv_jax.augment.base import Augment, apply_augments
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import Finite, Fraction, PositiveFloat
 from fmcv_jax.diffusion.condition import NEVER_DROPPED, Condition
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.diffusion.learned_variance import variance_bits
@@ -69,12 +70,12 @@ class Diffusion(Objective):
   text_condition: TextCondition = TextCondition()
   image_condition: ImageCondition = ImageCondition()
   repa: REPA | None = None
-  condition_dropout: float = 0.1
+  condition_dropout: Fraction = 0.1
   weighting: WeightName = 'simple'
-  weighting_gamma: float | None = None
+  weighting_gamma: PositiveFloat | None = None
   timestep_sampling: TimesName = 'uniform'
-  timestep_mean: float = 0.0
-  timestep_std: float = 1.0
+  timestep_mean: Finite = 0.0
+  timestep_std: PositiveFloat = 1.0
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 

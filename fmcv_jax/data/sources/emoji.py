@@ -35,6 +35,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
 
@@ -74,7 +75,7 @@ class Emoji(Source):
 
   artists: tuple[str, ...] = ('openmoji', 'noto')
   split: Literal['train', 'seen', 'held_out', 'all'] = 'train'
-  image_size: int = 64
+  image_size: PositiveInt = 64
   aliases: bool = True
   name_filter: str = ''
 

@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import PositiveInt
+
 # Logical axes of the patch embedding `patch`, for the `logical_axes` of networks.
 PATCH_AXES = (
   (r'(.*/)?patch/kernel', (None, 'embed')),
   (r'(.*/)?patch/bias', (None,)),
 )
-ImageSize = int | tuple[int, int]
+ImageSize = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
 def height_width(size: ImageSize) -> tuple[int, int]:
