@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fmcv_jax.console import suppress_shutdown_errors
 from fmcv_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -18,6 +19,20 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
   from fmcv_jax import experiment, trainer
 
   trainer.train(experiment.load_config(args.config, overrides), args.workdir)
+
+
+def finetune(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Fine-tune a model on your own images."""
+  from fmcv_jax.apps import finetune as finetune_app
+
+  finetune_app.run(args.data, args.model, args.workdir, overrides, config=args.config)
+
+
+def classify(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Print the most probable classes of images."""
+  from fmcv_jax.apps import classify as classify_app
+
+  classify_app.run(args.image, args.model, args.text, step=args.step, top=args.top)
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -212,6 +227,14 @@ def parser() -> argparse.ArgumentParser:
     return sub
 
   add(train, config='')
+  sub = add(finetune, config='configs/finetune.py', workdir=False)
+  sub.add_argument('data', metavar='DIR_OR_FILE', help='class folders, a table of captions or labels, or Parquet')
+  sub.add_argument('--model', metavar='DIR_OR_FILE', help='workdir of a trained model, or published weights')
+  sub.add_argument('--workdir', help='run folder (default: runs/ and the name of the data)')
+  sub = add(classify, model=True, fields=False)
+  sub.add_argument('image', nargs='+', metavar='IMAGE', help='image file')
+  sub.add_argument('--text', nargs='+', default=[], metavar='LABEL', help='labels (image-text models only)')
+  sub.add_argument('--top', type=int, default=3, metavar='N', help='classes per image (default: 3)')
   sub = add(evaluate, workdir=False)
   sub.add_argument('--workdir', nargs='+', required=True, metavar='DIR', help='run folders (local or gs://)')
   sub.add_argument('--step', type=int, help='checkpoint step (default: the latest)')
@@ -350,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'fmcv {args.command}: unknown argument {unknown[0]!r}; see fmcv {args.command} --help', file=sys.stderr)
     return EXIT_USER_ERROR
 
-  from fmcv_jax.apps.environment import keep_compiled, suppress_tensorstore_shutdown_errors
+  from fmcv_jax.apps.environment import keep_compiled
   from fmcv_jax.parallel import distributed
 
   if args.cpu_devices:
@@ -362,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger(library).setLevel(logging.CRITICAL)
   from fmcv_jax.train.loop import Preempted
 
-  with suppress_tensorstore_shutdown_errors():
+  with suppress_shutdown_errors():
     try:
       distributed.initialize()
       args.function(args, overrides)

@@ -52,5 +52,10 @@ NonNegativeFloat = Annotated[float, Interval(0)]
 Fraction = Annotated[float, Interval(0, 1)]
 PositiveFraction = Annotated[float, Interval(0, 1, above=True)]
 Decay = Annotated[float, Interval(0, 1, below=True)]
+OpenFraction = Annotated[float, Interval(0, 1, above=True, below=True)]
+Finite = Annotated[float, Interval()]  # unbounded on purpose: any sign and size has a meaning
+HueShift = Annotated[float, Interval(0, 0.5)]  # half of the color wheel, in both directions
+Byte = Annotated[int, Interval(0, 255)]
+AxisSize = Annotated[int, Interval(-1)]  # of a mesh; -1 takes the devices that the other axes leave
 Seed = Annotated[int, Interval(0, 2**32 - 1)]
 Pattern = Annotated[str, RegularExpression()]

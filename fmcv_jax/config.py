@@ -55,8 +55,12 @@ def find_file(path: str) -> pathlib.Path:
   raise UserError(f'--config: no file {path!r}, and no config of that name in the package; {did_you_mean(path, near)}')
 
 
-def load_file(spec: str) -> dict[str, Any]:
-  """Runs `get_config(arg)` of a python file; `spec` is 'path/to/config.py' or 'path/to/config.py:arg' (`find_file`)."""
+def load_file(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+  """Runs `get_config(arg)` of a python file; `spec` is 'path/to/config.py' or 'path/to/config.py:arg' (`find_file`).
+
+  overrides  'a.b=value' assignments. A file may also define `complete(config)`, which gets the config with them
+             applied, as plain data, and returns it with the fields that follow from others, such as from the data.
+  """
   path, _, arg = spec.partition(':')
   file = find_file(path)
   module_spec = importlib.util.spec_from_file_location(f'fmcv_config_{file.stem}', file)
@@ -70,12 +74,14 @@ def load_file(spec: str) -> dict[str, Any]:
     takes_arg = bool(inspect.signature(module.get_config).parameters)
     if arg and not takes_arg:
       raise UserError(f'{path}: get_config() takes no argument, but {arg!r} was given after the colon')
-    config = module.get_config(arg) if arg else module.get_config()
+    config = override(to_plain_dict(module.get_config(arg) if arg else module.get_config()), overrides)
+    if hasattr(module, 'complete'):
+      config = to_plain_dict(module.complete(config))
   except UserError:
     raise
   except Exception as error:  # a config is the user's own code: whatever it raises is reported at its own line
     raise UserError(f'{path}:{_line_in(error, str(file))}: {type(error).__name__}: {error}') from error
-  return to_plain_dict(config)
+  return config
 
 
 def _line_in(error: BaseException, file: str) -> int:

@@ -72,7 +72,7 @@ class Experiment:
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   """The resolved config of a file ('configs/x.py' or 'configs/x.py:arg') with 'a.b=value' overrides: plain data."""
-  return resolve(config_lib.override(config_lib.load_file(spec), overrides))
+  return resolve(config_lib.load_file(spec, overrides))
 
 
 def resolve(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-from fmcv_jax.bounds import NonNegativeInt
+from fmcv_jax.bounds import Finite, NonNegativeInt, PositiveInt
 from fmcv_jax.errors import UserError
 
-ImageSize = int | tuple[int, int]
+ImageSize = PositiveInt | tuple[PositiveInt, PositiveInt]
 Kind = Literal['image', 'clip', 'map', 'masks', 'boxes', 'points', 'label', 'tokens', 'array']
 SPATIAL = ('image', 'clip', 'map', 'masks', 'boxes', 'points')  # kinds that a change of geometry changes
 
@@ -42,8 +42,8 @@ class Field:
   kind: Kind
   group: str | None = None
   pad_to: NonNegativeInt | None = None
-  pad_value: float = 0.0
-  fill: float = 0.0
+  pad_value: Finite = 0.0
+  fill: Finite = 0.0
 
   def __post_init__(self) -> None:
     if self.kind == 'boxes' and self.group is None:

@@ -26,8 +26,11 @@ from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.flops import matmul_flops
 from fmcv_jax.train.state import TrainState, init_state, state_shardings, trace_state
 from fmcv_jax.train.step import StepFn, make_train_step
+from fmcv_jax.train.storage import write_json
 
 logger = logging.getLogger(__name__)
+
+CLASSES = 'classes.json'  # names of the training classes by label
 
 
 class Run:
@@ -122,11 +125,16 @@ class Run:
       reopen=lambda workdir: Run.reopen(workdir).restored_model()[0],
       image_size=e.objective.input_size,
       example_batch=e.objective.example_batch,
-      class_names=self._class_names,
+      class_names=self.class_names,
     )
 
-  def _class_names(self) -> Sequence[str]:
-    """The names of the training classes by label; empty where the training data has none, or is not here."""
+  def class_names(self) -> Sequence[str]:
+    """The names of the training classes by label; empty where the training data has none, or is not here.
+
+    The names that the run wrote to its workdir are used, whatever the data holds today.
+    """
+    if self._workdir is not None and (kept := self._workdir / CLASSES).exists():
+      return tuple(json.loads(kept.read_text()))
     source = self.experiment.data.source
     try:
       return source.names
@@ -208,6 +216,25 @@ def keep_tokenizer(run: Run) -> None:
     tokenizer.save(kept)
   else:
     epath.Path(spec['file']).copy(kept)
+
+
+def keep_class_names(run: Run) -> None:
+  """Writes the class names of the training data to the workdir, so that predictions are named without the data.
+
+  Raises UserError if the workdir has other names: labels would change their meaning during the run.
+  """
+  names = run.experiment.data.source.names
+  if 'label' not in run.experiment.objective.class_counts or not names:
+    return
+  kept = run.workdir / CLASSES
+  if not kept.exists():
+    write_json(kept, list(names))
+  elif (before := tuple(json.loads(kept.read_text()))) != tuple(names):
+    changed = sorted(set(before) ^ set(names)) or ['their order']
+    raise UserError(
+      f'config.data.source: the classes have changed since the run began ({", ".join(changed[:3])}); restore them, or '
+      f'start a new --workdir'
+    )
 
 
 def load_trained_params(workdir: str) -> dict[str, Any]:

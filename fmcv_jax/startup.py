@@ -45,6 +45,8 @@ def account(run: Run) -> list[str]:
   lines += _parameters(run)
   for target, source in e.init_from.items():
     lines += [f'init_from.{target}: {source.part} of {source.workdir}']
+    if new := _initialized(run, target, source.skip):
+      lines += [f'init_from.{target}: {len(new)} arrays are new, not from there: {", ".join(new[:4])}']
     lines += [
       f'init_from.{target}: {difference}' for difference in _differences(run, target, source.workdir, source.part)
     ]
@@ -147,6 +149,15 @@ def _matched(params: Any, patterns: Sequence[str]) -> int:
 
   map_by_path(visit, params)
   return sum(sizes)
+
+
+def _initialized(run: Run, target: str, skip: Sequence[str]) -> list[str]:
+  """Paths below `target` that keep their initialization, such as those of a new head."""
+  paths: list[str] = []
+  state = run.abstract_state
+  map_by_path(lambda path, x: paths.append(path), {'params': state.params, 'extra': state.extra})
+  below = [path.removeprefix(f'{target}/') for path in paths if path.startswith(f'{target}/')]
+  return sorted(path for path in below if any(re.fullmatch(pattern, path) for pattern in skip))
 
 
 def _differences(run: Run, target: str, workdir: str, part: str) -> list[str]:

@@ -21,13 +21,14 @@ from rich.console import Console
 
 from fmcv_jax import config as config_lib
 from fmcv_jax import startup
+from fmcv_jax.console import make_console
 from fmcv_jax.data.loader import TrainLoader, record_keys, resume
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import Evaluator, evaluate
 from fmcv_jax.experiment import Experiment, resolve
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.distributed import is_main
-from fmcv_jax.run import Run, keep_tokenizer, load_trained_params, parameter_count
+from fmcv_jax.run import Run, keep_class_names, keep_tokenizer, load_trained_params, parameter_count
 from fmcv_jax.train import goodput, lock, loop
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.goodput import GoodputTimer
@@ -61,7 +62,7 @@ RESUMABLE_NAMES = ('remat', 'unroll', 'attention')
 
 def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console | None = None) -> TrainState:
   """Runs a resolved config in a workdir, from where it stands there; returns the final state."""
-  console = console or Console()
+  console = console or make_console()
   run = Run(config, workdir)
   if not run.experiment.train.steps:
     raise UserError('config.train: steps and batch are missing')
@@ -139,6 +140,7 @@ def _train(run: Run, console: Console) -> TrainState:
   _check_best(e)
   lines = startup.account(run)
   if main:
+    keep_class_names(run)
     startup.write(run.workdir, lines)
     for line in lines:
       console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -153,6 +153,10 @@ def test_every_config_of_the_project_resolves():
   files = sorted(config.shipped_configs().rglob('*.py'))
   assert len(files) >= 2
   for file in files:
+    if 'def complete(' in file.read_text():  # its fields follow from data that is not here
+      with pytest.raises(UserError, match=r'config\.data\.source\.path: missing'):
+        experiment.load_config(str(file))
+      continue
     resolved = experiment.load_config(str(file))
     assert resolved['objective']['name']
     assert experiment.resolve(resolved) == resolved

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from fmcv_jax import config as config_lib
+from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import resolve
@@ -53,7 +53,7 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   Raises UserError, and writes nothing, if the checkpoint is incomplete, of an unknown family, or if its shapes differ
   from the network's.
   """
-  console = Console(stderr=True)
+  console = make_console(stderr=True)
   if pathlib.Path(to).exists() and any(pathlib.Path(to).iterdir()):
     raise UserError(f'--to {to}: already exists and is not empty; choose a new folder')
   match = matched(open_tensors(file), file, to, family, overrides)
@@ -265,7 +265,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
       write_tensors(target / file, of_file)
     for name, content in more.items():
       _write_companion(target / name, content)
-  console = Console(stderr=True)
+  console = make_console(stderr=True)
   for line in export_timm.differences(family, objective) if format == 'open_clip' else ():
     console.print(line, highlight=False, soft_wrap=True)
   console.print(f'{len(written)} arrays in {to}', highlight=False, soft_wrap=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from fmcv_jax.apps.data_show import on_any_mesh
+from fmcv_jax.console import make_console
 from fmcv_jax.data.images import native_crop
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.loader import TrainLoader
@@ -42,7 +42,7 @@ def run(config: str, overrides: Sequence[str] = (), *, seconds: float = 5.0, ste
   """
   if seconds <= 0:
     raise UserError(f'--seconds {seconds:g}: expected more than 0')
-  console, benched = Console(), Run(load_config(config, overrides)) if step else on_any_mesh(config, overrides)
+  console, benched = make_console(), Run(load_config(config, overrides)) if step else on_any_mesh(config, overrides)
   # The loader first: errors that stop a run, such as too many bad records, then read as they do in training.
   of_loader, bad = _loader_stages(benched, seconds), dict[str, str]()
   stages = [*_worker_stages(benched, seconds, bad), *of_loader]

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
 
+from fmcv_jax.console import make_console
 from fmcv_jax.data.loader import TrainLoader
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import load_config, resolve
@@ -29,7 +29,7 @@ def run(config: str, overrides: Sequence[str] = (), *, count: int, output: str |
   """
   if count < 1:
     raise UserError(f'--show {count}: expected at least 1')
-  console, shown = Console(), on_any_mesh(config, overrides)
+  console, shown = make_console(), on_any_mesh(config, overrides)
   e = shown.experiment
   with_loader = TrainLoader(e.data, batch=count, seed=e.seed, fields=tuple(shown.batch_shapes), tokenizer=e.tokenizer)
   try:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from rich.console import Console
 from rich.table import Table
 
 from fmcv_jax import experiment, trainer
 from fmcv_jax.apps import figures
+from fmcv_jax.console import make_console
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, topk_accuracy
@@ -23,7 +23,7 @@ CREDITS = 'Drawings: OpenMoji (CC BY-SA 4.0), Noto Emoji (Apache-2.0, OFL), Twem
 
 def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> None:
   """Trains `config` in `workdir` (resuming if it exists) and writes figures to workdir/demo."""
-  console, workdir = Console(), pathlib.Path(workdir)
+  console, workdir = make_console(), pathlib.Path(workdir)
   resolved = experiment.load_config(config, overrides)
   kinds = {name: evaluator['name'] for name, evaluator in resolved['evaluators'].items()}
   if (kinds.get('seen'), kinds.get('held_out')) != ('zero_shot', 'zero_shot'):

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from fmcv_jax.apps import figures
+from fmcv_jax.console import make_console
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.sources.in_memory import InMemoryImages
@@ -34,7 +34,7 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
 
   Writes images and figures.json to model/gallery.
   """
-  console, generator = Console(), ImageGenerator(model)
+  console, generator = make_console(), ImageGenerator(model)
   reopened = Run.reopen(extractor)
   subject, _ = reopened.restored_model()
   training, held_out = (reopened.experiment.evaluators.get(name) for name in ('seen', 'held_out'))

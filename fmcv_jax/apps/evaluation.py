@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from etils import epath
-from rich.console import Console
 from rich.table import Table
 
+from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import evaluate
 from fmcv_jax.parallel.distributed import is_main
@@ -26,10 +26,7 @@ def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *,
     table.add_column(f'{short[workdir] if unique_names else workdir}\nstep {at}', justify='right', overflow='fold')
   for name in dict.fromkeys(name for metrics, _ in found.values() for name in metrics):
     table.add_row(name, *(f'{metrics[name]:.4f}' if name in metrics else '' for metrics, _ in found.values()))
-  console = Console()
-  if not console.is_terminal:
-    console.width = 1000  # lines in a file are not folded
-  console.print(table)
+  make_console().print(table)
 
 
 def evaluate_workdir(
@@ -44,5 +41,5 @@ def evaluate_workdir(
   if is_main():
     path = run.workdir / f'evaluation_{step}.json'
     write_json(path, {'step': step, **metrics})
-    Console().print(f'written to {path}', highlight=False, soft_wrap=True)
+    make_console().print(f'written to {path}', highlight=False, soft_wrap=True)
   return metrics, step

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 from fmcv_jax.apps import figures
+from fmcv_jax.console import make_console
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
@@ -47,7 +47,7 @@ def run(
   For a network with global average pooling (Swin, EfficientNet): features, and class activation maps for the top-1
   class (relevance) or for each text (similarity; Zhou et al. 2016).
   """
-  console, reopened = Console(), Run.reopen(model)
+  console, reopened = make_console(), Run.reopen(model)
   subject, step = reopened.restored_model(step)
   try:
     tower = encoder_of(subject.outputs)(subject.params, subject.extra)
@@ -92,7 +92,7 @@ def run(
         console.print(f'{file}: similarity {score:.3f} to {text!r}', highlight=False)
   elif 'logits' in subject.outputs:
     relevant, best = (_of_classes if transformer else _activation_maps_of_classes)(tower, images)
-    names = reopened.experiment.data.source.names
+    names = reopened.class_names()
     draw('relevance', {'relevance': relevant}, 'Relevance for the top-1 class')
     for file, index in zip(files, best, strict=True):
       console.print(f'{file}: top-1 class {names[index] if names else index}', highlight=False)

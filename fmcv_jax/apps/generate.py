@@ -8,16 +8,17 @@ An image depends on the seed, its place in the request and its condition; not on
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from fmcv_jax.apps.arguments import command_line_errors
+from fmcv_jax.console import make_console
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.inference.generator import ImageGenerator
@@ -63,7 +64,7 @@ def run(
 ) -> pathlib.Path:
   """`count` images for each prompt; writes them and a grid (a row a prompt, of one prompt a square) to `output`.
 
-  Returns the grid's path.
+  Returns the grid's path. Raises UserError for a folder with images of the same names, before the model is read.
   """
   if count < 1:
     raise UserError(f'-n: {count} images; give at least 1')
@@ -83,7 +84,14 @@ def run(
   for file in (image, control):
     if file and not pathlib.Path(file).is_file():
       raise UserError(f'{file}: no such image file')
-  console = Console(quiet=not is_main())
+  total = count if interpolate else count * max(len(prompts), 1)
+  images_to_be = [folder / f'{index:04d}.png' for index in range(total)]
+  if is_main() and (there := [path.name for path in (*images_to_be, grid) if path.exists()]):
+    raise UserError(
+      f'--output {folder}: has images of an earlier call ({there[0]}, ...), which would be overwritten; move them, '
+      f'or give another folder: --output {_free_name(folder)}'
+    )
+  console = make_console(quiet=not is_main())
   with command_line_errors():
     given: dict[str, Any] = {'strength': strength, 'control_scale': control_scale}
     options = dataclasses.replace(options, **{name: value for name, value in given.items() if value is not None})
@@ -129,13 +137,18 @@ def run(
     return grid
   about |= {'control': control} if control else {}
   about |= {'image': image, 'mask': mask, 'expand': expand} if image else {}
-  for index, (prompt, pixels) in enumerate(zip(rows, images, strict=True)):
+  for index, (prompt, pixels, path) in enumerate(zip(rows, images, images_to_be, strict=True)):
     shown = list(prompts) if interpolate else prompt
-    save_png(pixels, folder / f'{index:04d}.png', {'prompt': shown, 'number': index, **about})
+    save_png(pixels, path, {'prompt': shown, 'number': index, **about})
   columns = count if interpolate or len(prompts) > 1 else math.ceil(math.sqrt(count))
   save_png(make_grid(images, columns), grid, {'prompts': list(prompts), **about})
   console.print(f'{len(images)} images and {grid}', highlight=False)
   return grid
+
+
+def _free_name(folder: pathlib.Path) -> pathlib.Path:
+  """The first of folder/2, folder/3, ... that does not exist."""
+  return next(path for at in itertools.count(2) if not (path := folder / str(at)).exists())
 
 
 def _relevant(options: SamplingOptions, control: str | None, edited: bool) -> dict[str, Any]:

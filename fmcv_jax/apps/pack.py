@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fmcv_jax import config as config_lib
 from fmcv_jax import experiment
+from fmcv_jax.console import make_console
 from fmcv_jax.data import packing, storage
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.sources.folder_index import is_image
@@ -30,7 +30,7 @@ def run(
   max_bad: float = 0.01,
 ) -> None:
   """Writes the source `what` (see source_spec) as shards to the folder `to`; resumes if some are written already."""
-  console, spec = Console(), source_spec(what, overrides)
+  console, spec = make_console(), source_spec(what, overrides)
   source = config_lib.build(Source, spec, KINDS, 'config')
   columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
   with Progress(*columns, console=console) as bar:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from fmcv_jax import experiment
+from fmcv_jax.console import make_console
 from fmcv_jax.data.packing import PackingPlan, ShardWriter, open_on_all_processes
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.sources.subset import Subset
@@ -84,7 +84,7 @@ def run(
         pass
       return
     made = _write(begun, missing, source, computed, images)
-  Console().print(
+  make_console().print(
     f'{made["records"]} records with {", ".join(names)}, {made["bytes"] / 1e6:.1f} MB in {to}; '
     f'{made["skipped"]} were skipped',
     highlight=False,

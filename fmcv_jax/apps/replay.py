@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 
+from fmcv_jax.console import make_console
 from fmcv_jax.data.loader import TrainLoader, record_keys, resume
 from fmcv_jax.errors import UserError
 from fmcv_jax.parallel.batches import to_devices
@@ -28,7 +28,7 @@ def run(workdir: str, at: int, overrides: Sequence[str] = ()) -> None:
   Starts from the latest checkpoint before the step, or from a later one if all steps in between were skipped, so that
   the parameters are the same. Raises UserError if there is neither.
   """
-  console = Console()
+  console = make_console()
   replayed = Run.reopen(workdir, overrides)
   e = replayed.experiment
   state, examples = _before(replayed, at)

@@ -4,9 +4,9 @@ import itertools
 import pathlib
 
 from etils import epath
-from rich.console import Console
 from rich.table import Table
 
+from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError
 from fmcv_jax.train import goodput
 from fmcv_jax.train.storage import read_metrics
@@ -17,7 +17,7 @@ INPUT_BOUND = 0.1  # fraction of training time waiting for data above which a ru
 
 def run(workdir: str | pathlib.Path) -> None:
   """Prints the loss curve, the time by cause over all sessions, and the restarts of the run in a workdir."""
-  console, folder = Console(), epath.Path(workdir)
+  console, folder = make_console(), epath.Path(workdir)
   found = goodput.sessions(folder / goodput.FILE)
   if not found:
     raise UserError(f'{workdir}: no record of a run here ({goodput.FILE}); give the --workdir of a training run')

@@ -5,10 +5,10 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.progress import Progress
 
 from fmcv_jax.apps.arguments import command_line_errors
+from fmcv_jax.console import make_console
 from fmcv_jax.data.packing import PackingPlan, open_on_all_processes
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
@@ -38,7 +38,7 @@ def run(
   """
   if per_prompt < 1:
     raise UserError(f'-n: {per_prompt} images of each prompt; give at least 1')
-  console = Console(quiet=not is_main())
+  console = make_console(quiet=not is_main())
   with command_line_errors():
     generator = ImageGenerator(model, step=step, batch=batch, overrides=overrides)
   names = generator.source.names if prompts is None else _lines(prompts)

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_share
+from fmcv_jax.bounds import Fraction, HueShift, NonNegativeFloat, PositiveFloat
 
 
 @dataclasses.dataclass(frozen=True)
 class Invert(Augment):
   """The negative of the image, with the given probability."""
 
-  probability: float = 0.5
+  probability: Fraction = 0.5
 
   def __post_init__(self):
     check_share('probability', self.probability)
@@ -26,8 +27,8 @@ class Invert(Augment):
 class Solarize(Augment):
   """Inverts pixel values at or above the threshold, with the given probability (as in BYOL and DINO)."""
 
-  threshold: float = 0.5
-  probability: float = 0.2
+  threshold: Fraction = 0.5
+  probability: Fraction = 0.2
 
   def __post_init__(self):
     check_share('threshold', self.threshold)
@@ -52,12 +53,12 @@ class ColorJitter(Augment):
   hue rotates colors about the gray axis of the RGB cube instead of in HSV, which preserves the channel mean.
   """
 
-  brightness: float = 0.0
-  contrast: float = 0.0
-  saturation: float = 0.0
-  hue: float = 0.0
-  grayscale: float = 0.0
-  probability: float = 1.0
+  brightness: NonNegativeFloat = 0.0
+  contrast: NonNegativeFloat = 0.0
+  saturation: NonNegativeFloat = 0.0
+  hue: HueShift = 0.0
+  grayscale: Fraction = 0.0
+  probability: Fraction = 1.0
 
   def __post_init__(self):
     for name in ('brightness', 'contrast', 'saturation'):
@@ -118,8 +119,8 @@ class Blur(Augment):
   reflected. Each image has its own kernel, applied as one band matrix from the left and one from the right.
   """
 
-  probability: float = 0.5
-  sigma: tuple[float, float] = (0.1, 2.0)
+  probability: Fraction = 0.5
+  sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
 
   def __post_init__(self):
     check_share('probability', self.probability)

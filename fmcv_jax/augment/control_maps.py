@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.augment.color import LUMA, blurred
+from fmcv_jax.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Control(abc.ABC):
@@ -28,10 +29,10 @@ class Edges(Control):
   reach       maximum distance in pixels over which an edge is followed from a strong pixel
   """
 
-  low: float = 100 / 255
-  high: float = 200 / 255
-  sigma: float = 1.0
-  reach: int = 16
+  low: NonNegativeFloat = 100 / 255
+  high: NonNegativeFloat = 200 / 255
+  sigma: PositiveFloat = 1.0
+  reach: NonNegativeInt = 16
 
   def __post_init__(self):
     if not 0 < self.low <= self.high:
@@ -78,7 +79,7 @@ class Gray(Control):
 class Pixelate(Control):
   """Replaces each square of `factor` x `factor` pixels by its mean color."""
 
-  factor: int = 8
+  factor: PositiveInt = 8
 
   def __post_init__(self):
     if self.factor < 1:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_share, within
+from fmcv_jax.bounds import Finite, Fraction, PositiveFloat, PositiveFraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,10 @@ class RandomErasing(Augment):
   Cutout (DeVries & Taylor 2017), its square inside the image: probability=1, area=(a, a), ratio=(1, 1), value=0.5.
   """
 
-  probability: float = 0.25
-  area: tuple[float, float] = (0.02, 1 / 3)
-  ratio: tuple[float, float] = (0.3, 1 / 0.3)
-  value: Literal['noise'] | float = 'noise'
+  probability: Fraction = 0.25
+  area: tuple[PositiveFraction, PositiveFraction] = (0.02, 1 / 3)
+  ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)
+  value: Literal['noise'] | Finite = 'noise'
 
   def __post_init__(self):
     check_share('probability', self.probability)

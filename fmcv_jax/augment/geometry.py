@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from fmcv_jax.augment.base import GeometricAugment, check_bounds, check_share
 from fmcv_jax.augment.warp import nearest_warp, warp
+from fmcv_jax.bounds import Fraction, NonNegativeFloat, PositiveFloat
 
 
 @dataclasses.dataclass(frozen=True)
 class Flip(GeometricAugment):
   """Mirrors left and right with the given probability."""
 
-  probability: float = 0.5
+  probability: Fraction = 0.5
 
   def __post_init__(self):
     check_share('probability', self.probability)
@@ -44,12 +45,12 @@ class Affine(GeometricAugment):
   fill       value outside the image: 1 is white; None replicates the nearest edge
   """
 
-  scale: tuple[float, float] = (1.0, 1.0)
-  ratio: tuple[float, float] = (1.0, 1.0)
-  rotation: float = 0.0
-  translate: float = 0.0
-  shear: float = 0.0
-  fill: float | None = 1.0
+  scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+  ratio: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+  rotation: NonNegativeFloat = 0.0
+  translate: NonNegativeFloat = 0.0
+  shear: NonNegativeFloat = 0.0
+  fill: Fraction | None = 1.0
 
   def __post_init__(self):
     check_bounds('scale', self.scale)

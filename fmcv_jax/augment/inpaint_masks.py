@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmcv_jax.bounds import Fraction, NonNegativeInt
+
 
 @dataclasses.dataclass(frozen=True)
 class RandomInpaintMask:
@@ -16,9 +18,9 @@ class RandomInpaintMask:
   strokes  at most; each up to a third of the side long, and a twentieth to a seventh wide
   """
 
-  full_mask_probability: float = 0.25
-  boxes: int = 3
-  strokes: int = 5
+  full_mask_probability: Fraction = 0.25
+  boxes: NonNegativeInt = 3
+  strokes: NonNegativeInt = 5
 
   def __post_init__(self):
     if not 0 <= self.full_mask_probability <= 1:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.augment.base import Augment, check_share
 from fmcv_jax.augment.randaugment_ops import INCREASING, MOVING, OPERATIONS, RECIPES, apply_operations
+from fmcv_jax.bounds import Fraction, NonNegativeFloat, NonNegativeInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +29,13 @@ class RandAugment(Augment):
   at least one of eight bits.
   """
 
-  layers: int = 2
-  magnitude: float = 10.0
-  magnitude_std: float = 0.0
-  probability: float = 1.0
+  layers: NonNegativeInt = 2
+  magnitude: NonNegativeFloat = 10.0
+  magnitude_std: NonNegativeFloat = 0.0
+  probability: Fraction = 1.0
   recipe: Literal['paper', 'big_vision', 'timm'] = 'big_vision'
   operations: tuple[str, ...] | None = None
-  fill: float = 0.5
+  fill: Fraction = 0.5
 
   def __post_init__(self):
     if self.layers < 1:

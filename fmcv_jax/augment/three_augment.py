@@ -7,14 +7,15 @@ import jax.numpy as jnp
 
 from fmcv_jax.augment.base import Augment, check_bounds, check_share
 from fmcv_jax.augment.color import Blur, ColorJitter, Solarize
+from fmcv_jax.bounds import Fraction, PositiveFloat
 
 
 @dataclasses.dataclass(frozen=True)
 class ThreeAugment(Augment):
   """Gray, solarized or blurred, each image one of the three (DeiT III, Touvron et al. 2022, section 3)."""
 
-  threshold: float = 0.5
-  sigma: tuple[float, float] = (0.1, 2.0)
+  threshold: Fraction = 0.5
+  sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
 
   def __post_init__(self):
     check_share('threshold', self.threshold)

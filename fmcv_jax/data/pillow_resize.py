@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from typing_extensions import override
 
+from fmcv_jax.bounds import Byte, PositiveFloat, PositiveInt
 from fmcv_jax.data.geometry import Geometry
 from fmcv_jax.data.images.decode import LazyImage, decode_pil, lazy_image
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
@@ -41,12 +42,12 @@ class PillowResize(ImageTransform):
   fill           RGB, 0 to 255
   """
 
-  size: int
+  size: PositiveInt
   mode: Literal['shortest', 'squash', 'longest'] = 'shortest'
-  crop: float = 1.0
+  crop: PositiveFloat = 1.0
   interpolation: PillowFilter = 'bicubic'
   center: Literal['round', 'floor'] = 'round'
-  fill: tuple[int, int, int] = (0, 0, 0)
+  fill: tuple[Byte, Byte, Byte] = (0, 0, 0)
 
   def __post_init__(self) -> None:
     if self.size < 1:

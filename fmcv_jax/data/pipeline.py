@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fmcv_jax.bounds import PositiveInt
+from fmcv_jax.bounds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.transforms import ImageTransform
 from fmcv_jax.fields import FIELDS, Field
@@ -15,7 +15,7 @@ class MultiCrop:
   """`count` random crops of each image by the transform `image` (multi-crop: SwAV, Caron et al. 2020)."""
 
   image: ImageTransform
-  count: int
+  count: PositiveInt
 
   def __post_init__(self) -> None:
     if self.count < 1:
@@ -46,9 +46,9 @@ class Pipeline:
   fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
   channels: PositiveInt = 3
   shuffle: bool = True
-  workers: int = 0
-  max_bad: float = 0.01
-  timeout: float = 600.0
+  workers: NonNegativeInt = 0
+  max_bad: Fraction = 0.01
+  timeout: PositiveFloat = 600.0
 
   def __post_init__(self) -> None:
     if not self.caption_templates or any(prompt.count('{}') != 1 for prompt in self.caption_templates):

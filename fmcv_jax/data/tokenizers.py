@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.data import clip_vocabulary
 from fmcv_jax.data.bpe_training import train_bpe
 from fmcv_jax.data.sources.base import UNREADABLE, Source
@@ -65,7 +66,7 @@ class ClipBpe(Tokenizer):
   As in the original wrongly decoded UTF-8 is repaired (ftfy), and HTML entities are resolved.
   """
 
-  length: int = 77
+  length: PositiveInt = 77
 
   def __post_init__(self) -> None:
     _check_length(self.length)
@@ -124,8 +125,8 @@ class Bpe(Tokenizer):
   lowercase    lowercases texts; a `file` keeps the choice it was trained with
   """
 
-  vocab_size: int
-  length: int
+  vocab_size: PositiveInt
+  length: PositiveInt
   corpus: Source | None = None
   file: str | None = None
   lowercase: bool = True
@@ -215,7 +216,7 @@ class SentencePiece(Tokenizer):
   """
 
   file: str
-  length: int = 64
+  length: PositiveInt = 64
 
   def __post_init__(self) -> None:
     _check_length(self.length)
@@ -275,7 +276,7 @@ class TokenizerJson(Tokenizer):
   """
 
   file: str
-  length: int = 64
+  length: PositiveInt = 64
   padding: str = '<pad>'
   end: str | None = None
   lowercase: bool = False

@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 
 import numpy as np
 
+from fmcv_jax.bounds import Byte, PositiveFloat, PositiveFraction
 from fmcv_jax.data.geometry import Geometry
 from fmcv_jax.data.images.decode import LazyImage, lazy_image
 from fmcv_jax.data.images.resize import FILTERS, Interpolation
@@ -73,8 +74,8 @@ class RandomResizedCrop(ImageTransform):
 
   exact: ClassVar[bool] = False
   size: ImageSize
-  scale: tuple[float, float] = (0.08, 1.0)
-  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
+  ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
   interpolation: Interpolation = 'bicubic'
 
   def __post_init__(self) -> None:
@@ -98,7 +99,7 @@ class ResizeCrop(ImageTransform):
   """
 
   size: ImageSize
-  crop: float = 0.875
+  crop: PositiveFraction = 0.875
   interpolation: Interpolation = 'bicubic'
 
   def __post_init__(self) -> None:
@@ -140,7 +141,7 @@ class ResizePad(ImageTransform):
   """
 
   size: ImageSize
-  fill: tuple[int, int, int] = (0, 0, 0)
+  fill: tuple[Byte, Byte, Byte] = (0, 0, 0)
   interpolation: Interpolation = 'bicubic'
 
   def __post_init__(self) -> None:
@@ -167,8 +168,8 @@ class ScaleJitter(ImageTransform):
 
   exact: ClassVar[bool] = False
   size: ImageSize
-  scale: tuple[float, float] = (0.1, 2.0)
-  fill: tuple[int, int, int] = (128, 128, 128)
+  scale: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+  fill: tuple[Byte, Byte, Byte] = (128, 128, 128)
   interpolation: Interpolation = 'bilinear'
 
   def __post_init__(self) -> None:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmcv_jax.bounds import PositiveFloat
+
 ScheduleName = Literal['linear', 'scaled_linear', 'cosine', 'zero_snr', 'flow', 'edm']
 Prediction = Literal['noise', 'image', 'velocity', 'flow', 'edm']
 WeightName = Literal['simple', 'min_snr', 'p2', 'sigmoid']
@@ -62,8 +64,8 @@ class Process:
   schedule: ScheduleName = 'scaled_linear'
   prediction: Prediction = 'noise'
   learned_variance: bool = False
-  shift: float = 1.0
-  data_std: float = 0.5
+  shift: PositiveFloat = 1.0
+  data_std: PositiveFloat = 0.5
 
   def __post_init__(self) -> None:
     if self.schedule == 'zero_snr' and self.prediction == 'noise':

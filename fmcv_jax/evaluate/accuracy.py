@@ -4,6 +4,7 @@ import dataclasses
 
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, topk_accuracy
 from fmcv_jax.evaluate.labels import align_labels, check_labels
@@ -17,8 +18,8 @@ class Accuracy(Evaluator):
   """
 
   data: Pipeline
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:

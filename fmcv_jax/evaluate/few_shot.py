@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
@@ -20,13 +21,13 @@ class FewShot(Evaluator):
   """
 
   data: Pipeline
-  ways: int = 5
-  shots: tuple[int, ...] = (1, 5)
-  queries: int = 15
-  episodes: int = 600
+  ways: PositiveInt = 5
+  shots: tuple[PositiveInt, ...] = (1, 5)
+  queries: PositiveInt = 15
+  episodes: PositiveInt = 600
   features: str = 'features'
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def __post_init__(self) -> None:
     for name, least in (('ways', 2), ('queries', 1), ('episodes', 2)):

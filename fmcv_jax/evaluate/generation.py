@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import Finite, NonNegativeInt, PositiveInt, Seed
 from fmcv_jax.data.loader import evaluation_batches
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.subset import evenly_spaced
@@ -34,14 +35,14 @@ class Generation(Evaluator):
 
   data: Pipeline
   feature_extractor: str
-  count: int = 10_000
-  steps: int = 50
-  guidance: float = 1.0
+  count: PositiveInt = 10_000
+  steps: PositiveInt = 50
+  guidance: Finite = 1.0
   solver: str = 'dpm++'
   spacing: Spacing = 'trailing'
-  seed: int = 0
-  batch_size: int = 256
-  every: int = 0
+  seed: Seed = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def __post_init__(self) -> None:
     try:

@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
+from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.bank import queries_and_bank
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, chunks
 
@@ -14,19 +16,29 @@ from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, chunks
 class Knn(Evaluator):
   """Accuracy of a vote of the k nearest training images, weighted by exp(cosine / temperature).
 
-  features: the evaluated output; 'pixels' is the baseline.
+  ks        numbers of neighbors, at most the number of images of `train_data`
+  features  the evaluated output; 'pixels' is the baseline
   """
 
   data: Pipeline
   train_data: Pipeline
-  ks: tuple[int, ...] = (10, 20)
-  temperature: float = 0.07
+  ks: tuple[PositiveInt, ...] = (10, 20)
+  temperature: PositiveFloat = 0.07
   features: str = 'features'
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
+
+  @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    images = len(self.train_data.source)
+    if max(self.ks) > images:
+      raise UserError(
+        f'config.evaluators: knn.ks: {max(self.ks)} neighbors of {images} images of train_data; use at most {images}'
+      )
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
+    self.prepare(subject)
     queries, labels, bank, bank_labels = queries_and_bank(subject, self)
     return {f'k{k}_top1': knn_accuracy(queries, labels, bank, bank_labels, k, self.temperature) for k in self.ks}
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.bank import queries_and_bank
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, topk_accuracy
@@ -31,11 +32,11 @@ class LinearProbe(Evaluator):
   data: Pipeline
   train_data: Pipeline
   method: Literal['ridge', 'logistic'] = 'ridge'
-  strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-  folds: int = 5
+  strengths: tuple[PositiveFloat, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+  folds: PositiveInt = 5
   features: str = 'features'
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   def __post_init__(self) -> None:
     if self.folds < 2:

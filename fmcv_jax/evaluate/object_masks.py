@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import Byte, NonNegativeInt, PositiveFraction, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
@@ -20,10 +21,10 @@ class ObjectMasks(Evaluator):
   """
 
   data: Pipeline
-  mass: float = 0.6
-  background: tuple[int, int, int] = (255, 255, 255)
-  batch_size: int = 256
-  every: int = 0
+  mass: PositiveFraction = 0.6
+  background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:

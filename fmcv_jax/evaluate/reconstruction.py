@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 from fmcv_jax.evaluate.distances import fid
@@ -21,8 +22,8 @@ class Reconstruction(Evaluator):
 
   data: Pipeline
   feature_extractor: str | None = None
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   @override
   def prepare(self, subject: EvaluatedModel) -> None:

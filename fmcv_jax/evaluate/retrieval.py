@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, chunks
@@ -21,8 +22,8 @@ class Retrieval(Evaluator):
 
   data: Pipeline
   first_caption_only: bool = False
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:

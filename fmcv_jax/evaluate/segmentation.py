@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
@@ -14,8 +15,8 @@ class MeanIou(Evaluator):
   """Intersection over union of each class over all pixels of the data, and its mean over the classes that occur."""
 
   data: Pipeline
-  batch_size: int = 64
-  every: int = 0
+  batch_size: PositiveInt = 64
+  every: NonNegativeInt = 0
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
@@ -19,8 +20,8 @@ class ZeroShot(Evaluator):
 
   data: Pipeline
   templates: tuple[str, ...] = ('{}',)
-  batch_size: int = 256
-  every: int = 0
+  batch_size: PositiveInt = 256
+  every: NonNegativeInt = 0
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:

@@ -253,7 +253,7 @@ class ImageGenerator:
     return fields
 
   def _class_of(self, prompt: str | int) -> int:
-    names = self.source.names
+    names = self._run.class_names()
     classes = self._run.experiment.objective.network.num_classes  # type: ignore[attr-defined]
     if prompt in names:
       return names.index(prompt)

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -20,9 +20,10 @@ from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.diffusion.options import SamplingOptions
-from fmcv_jax.errors import UserError
+from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.inference.generator import ImageGenerator
+from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
 from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.run import Run
@@ -39,7 +40,7 @@ class Model:
   texts, a list of N returns an array [N, ...], and a single one an array without that axis.
 
   step    checkpoint step, default the latest
-  dtype   computation dtype, 'float32' or 'bfloat16'; default that of training
+  dtype   computation dtype, 'float32' or 'bfloat16', of every network that has a choice; default that of training
   batch   global batch size, in images or texts
   """
 
@@ -49,7 +50,7 @@ class Model:
     if batch < 1:
       raise UserError(f'batch: expected at least 1, got {batch}')
     self._workdir = os.fspath(workdir)
-    self._overrides = () if dtype is None else tuple(f'{path}={dtype}' for path in dtypes_of(self._workdir))
+    self._overrides = () if dtype is None else _computing_in(dtype, self._workdir)
     self._run = Run.reopen(self._workdir, self._overrides)
     self._step = step
     ways = self._run.placement.mesh.size
@@ -60,6 +61,11 @@ class Model:
   def outputs(self) -> Mapping[str, Output]:
     """The outputs of the model by name, each with its `kind` and the batch fields that it `reads`."""
     return self._subject.outputs
+
+  @functools.cached_property
+  def class_names(self) -> tuple[str, ...]:
+    """The names of the model's own classes, in the order of `classify`; empty where the training data had none."""
+    return tuple(self._run.class_names()) if 'logits' in self.outputs else ()
 
   @functools.cached_property
   def templates(self) -> tuple[str, ...]:
@@ -116,6 +122,32 @@ class Model:
     objective = self._run.experiment.objective
     log_scale = objective.full_params(self._subject.params, self._subject.extra)['temperature']
     return _softmax(math.exp(min(float(log_scale), MAX_LOG_SCALE)) * self.encode_image(images) @ texts.T)
+
+  def predict(
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    labels: Sequence[str] = (),
+    *,
+    count: int = 5,
+    templates: str | Sequence[str] | None = None,
+  ) -> Any:
+    """The `count` most probable classes of each image, as (name, probability) pairs, best first; see `classify`.
+
+    A list for one image, and a list of lists for several. Classes without names are named by their index, '0', '1', ...
+    """
+    if count < 1:
+      raise UserError(f'count: expected at least 1, got {count}')
+    probabilities = self.classify(images, labels, templates=templates)
+    names = tuple(labels) or self.class_names or tuple(map(str, range(probabilities.shape[-1])))
+    if len(names) != probabilities.shape[-1]:
+      raise UserError(
+        f'{self._workdir}: has {len(names)} class names, but the network has {probabilities.shape[-1]} classes'
+      )
+
+    def best(row: np.ndarray) -> list[tuple[str, float]]:
+      return [(names[at], float(row[at])) for at in np.argsort(-row, kind='stable')[:count]]
+
+    return best(probabilities) if probabilities.ndim == 1 else [best(row) for row in probabilities]
 
   def generate(
     self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
@@ -176,6 +208,17 @@ def evaluated_as(run: Run) -> ImageTransform | None:
 def dtypes_of(workdir: str | pathlib.Path) -> list[str]:
   """Config paths of all `dtype` fields of the objective."""
   return paths_of(Run.reopen(workdir).config['objective'], 'dtype', 'objective')
+
+
+def _computing_in(dtype: str, workdir: str) -> tuple[str, ...]:
+  """The config overrides that set the computation dtype. Raises UserError where a model cannot compute in it."""
+  known = get_args(Dtype)
+  if dtype not in known:
+    raise UserError(f'dtype: {dtype!r} is not one of {", ".join(map(repr, known))}; {did_you_mean(dtype, known)}')
+  paths = dtypes_of(workdir)
+  if not paths and dtype != 'float32':
+    raise UserError(f'dtype: the network of {workdir} computes in float32 only, got {dtype!r}')
+  return tuple(f'{path}={dtype}' for path in paths)
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveFloat, PositiveInt
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
 from fmcv_jax.objectives.base import Loss, Objective
@@ -30,8 +31,8 @@ class Lora:
   alpha: scale = alpha / rank; None for a scale of 1. Kernels of stacked layers have stacked matrices.
   """
 
-  rank: int = 8
-  alpha: float | None = None
+  rank: PositiveInt = 8
+  alpha: PositiveFloat | None = None
   targets: tuple[str, ...] = (r'(.*/)?attention/(query|value)/kernel',)
 
   def __post_init__(self) -> None:

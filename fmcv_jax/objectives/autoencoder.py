@@ -13,6 +13,7 @@ from typing_extensions import override
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.patches import patch_features
@@ -37,12 +38,12 @@ class Autoencoding(Objective):
   """
 
   network: nn.Module
-  kl: float = 1e-6
-  adversarial: float = 0.5
-  adversarial_start: int = 0
-  discriminator_width: int = 64
-  discriminator_layers: int = 3
-  perceptual: float = 0.0
+  kl: NonNegativeFloat = 1e-6
+  adversarial: NonNegativeFloat = 0.5
+  adversarial_start: NonNegativeInt = 0
+  discriminator_width: PositiveInt = 64
+  discriminator_layers: PositiveInt = 3
+  perceptual: NonNegativeFloat = 0.0
   features: nn.Module | None = None
   features_normalize: Normalize = Normalize()
   augment: tuple[Augment, ...] = ()

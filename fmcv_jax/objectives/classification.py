@@ -14,6 +14,7 @@ from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.mixing import mix
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import Decay, NonNegativeFloat
 from fmcv_jax.objectives.base import BATCH_STATS, Loss, Objective, flax_variables, mean_loss
 from fmcv_jax.objectives.distillation import Distillation
 from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
@@ -31,9 +32,9 @@ class Classification(Objective):
 
   network: nn.Module
   loss_name: Literal['softmax', 'sigmoid'] = 'softmax'
-  label_smoothing: float = 0.0
-  mixup: float = 0.0
-  cutmix: float = 0.0
+  label_smoothing: Decay = 0.0
+  mixup: NonNegativeFloat = 0.0
+  cutmix: NonNegativeFloat = 0.0
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
   distillation: Distillation | None = None

@@ -12,6 +12,7 @@ from typing_extensions import override
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import Decay, PositiveFraction
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.patches import random_keep
 from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, Loss, flax_variables, mean_loss
@@ -31,8 +32,8 @@ class Contrastive(CoupledObjective):
 
   network: nn.Module
   loss_name: LossName = 'softmax'
-  label_smoothing: float = 0.0
-  patch_keep_ratio: float = 1.0
+  label_smoothing: Decay = 0.0
+  patch_keep_ratio: PositiveFraction = 1.0
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 

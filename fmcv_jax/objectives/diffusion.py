@@ -14,6 +14,7 @@ from typing_extensions import override
 from fmcv_jax.augment.apply import augment_fields, check_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import Finite, Fraction, PositiveFloat
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.diffusion.condition import NEVER_DROPPED, Condition
 from fmcv_jax.diffusion.generator import Generator
@@ -74,12 +75,12 @@ class Diffusion(Objective):
   text_condition: TextCondition = TextCondition()
   image_condition: ImageCondition = ImageCondition()
   repa: REPA | None = None
-  condition_dropout: float = 0.1
+  condition_dropout: Fraction = 0.1
   weighting: WeightName = 'simple'
-  weighting_gamma: float | None = None
+  weighting_gamma: PositiveFloat | None = None
   timestep_sampling: TimesName = 'uniform'
-  timestep_mean: float = 0.0
-  timestep_std: float = 1.0
+  timestep_mean: Finite = 0.0
+  timestep_std: PositiveFloat = 1.0
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
 

@@ -19,6 +19,7 @@ from typing_extensions import override
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.self_supervised.dino import DinoNetwork
 from fmcv_jax.objectives.base import Loss, Objective, mean_loss
@@ -47,21 +48,21 @@ class SelfDistillation(Objective):
   """
 
   network: nn.Module
-  momentum: float = 0.996
-  momentum_steps: int | None = None
-  local_crops_number: int = 8
-  local_size: int = 96
+  momentum: Fraction = 0.996
+  momentum_steps: PositiveInt | None = None
+  local_crops_number: NonNegativeInt = 8
+  local_size: PositiveInt = 96
   centering: Literal['centering', 'sinkhorn_knopp'] = 'centering'
-  centre_momentum: float = 0.9
-  sinkhorn_rounds: int = 3
-  student_temperature: float = 0.1
-  teacher_temperature: tuple[float, float] = (0.04, 0.04)
-  temperature_steps: int = 0
-  freeze_last_layer_steps: int = 0
-  ibot_loss_weight: float = 0.0
-  mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)
-  mask_sample_probability: float = 0.5
-  koleo_weight: float = 0.0
+  centre_momentum: Fraction = 0.9
+  sinkhorn_rounds: PositiveInt = 3
+  student_temperature: PositiveFloat = 0.1
+  teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.04)
+  temperature_steps: NonNegativeInt = 0
+  freeze_last_layer_steps: NonNegativeInt = 0
+  ibot_loss_weight: NonNegativeFloat = 0.0
+  mask_ratio_min_max: tuple[Fraction, Fraction] = (0.1, 0.5)
+  mask_sample_probability: Fraction = 0.5
+  koleo_weight: NonNegativeFloat = 0.0
   global_augments: tuple[tuple[Augment, ...], tuple[Augment, ...]] = ((), ())
   local_augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()

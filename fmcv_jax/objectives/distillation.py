@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import Fraction, PositiveFloat
 from fmcv_jax.objectives.base import flax_variables
 
 
@@ -29,8 +30,8 @@ class Distillation:
 
   teacher: nn.Module
   kind: Literal['hard', 'soft'] = 'hard'
-  weight: float = 0.5
-  temperature: float = 1.0
+  weight: Fraction = 0.5
+  temperature: PositiveFloat = 1.0
   normalize: Normalize = Normalize()
 
   def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import Finite, PositiveFloat
 from fmcv_jax.models.generative.autoencoder import Autoencoder, Gaussian
 
 
@@ -21,8 +22,8 @@ class LatentSpace:
   """
 
   autoencoder: nn.Module | None = None
-  scale: float = 1.0
-  shift: float = 0.0
+  scale: PositiveFloat = 1.0
+  shift: Finite = 0.0
   precomputed: bool = False
 
   def __post_init__(self) -> None:

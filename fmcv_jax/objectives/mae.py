@@ -12,6 +12,7 @@ from typing_extensions import override
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import OpenFraction
 from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.self_supervised.mae import MaskedAutoencoder
 from fmcv_jax.objectives.base import Loss, Objective, mean_loss
@@ -27,7 +28,7 @@ class MaskedAutoencoding(Objective):
   """
 
   network: nn.Module
-  mask_ratio: float = 0.75
+  mask_ratio: OpenFraction = 0.75
   norm_pix_loss: bool = True
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()

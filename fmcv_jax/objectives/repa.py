@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import NonNegativeFloat, PositiveInt
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import HEAD_AXES, HIDDEN_AXES, dense, l2_normalize
 from fmcv_jax.models.common.patches import patch_features
@@ -44,9 +45,9 @@ class REPA:
   """
 
   teacher: nn.Module
-  layer: int
-  weight: float = 0.5
-  hidden: int = 2048
+  layer: PositiveInt
+  weight: NonNegativeFloat = 0.5
+  hidden: PositiveInt = 2048
   normalize: Normalize = Normalize()
 
   def __post_init__(self) -> None:

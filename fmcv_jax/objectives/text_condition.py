@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import NonNegativeInt
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.diffusion.condition import make_condition
 from fmcv_jax.models.backbones.text import TextTransformer
@@ -18,9 +19,9 @@ KEYS = ('text', 'text_mask', 'pooled_text')
 class SpecialTokens:
   """Ids of a tokenizer that are not text: padding, and what precedes and ends every text; None where there is none."""
 
-  pad: int = 0
-  start: int | None = None
-  end: int | None = None
+  pad: NonNegativeInt = 0
+  start: NonNegativeInt | None = None
+  end: NonNegativeInt | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from fmcv_jax.bounds import AxisSize, PositiveInt
 from fmcv_jax.errors import UserError
 
 AXES = ('slice', 'data', 'fsdp', 'sequence', 'tensor')
@@ -27,12 +28,12 @@ class MeshShape:
   the all-gather of parameters by a sum, at twice the bytes (docs/plan.md).
   """
 
-  slice: int = 1
-  data: int = -1
-  fsdp: int = 1
-  sequence: int = 1
-  tensor: int = 1
-  max_fsdp: int | None = None
+  slice: AxisSize = 1
+  data: AxisSize = -1
+  fsdp: AxisSize = 1
+  sequence: AxisSize = 1
+  tensor: AxisSize = 1
+  max_fsdp: PositiveInt | None = None
 
   def __post_init__(self) -> None:
     sizes = self.sizes()

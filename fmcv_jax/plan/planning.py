@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fmcv_jax.config import paths_of
+from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import load_config
 from fmcv_jax.models.common.layers import Remat
@@ -221,7 +222,7 @@ def run(
   batches: Sequence[int] | None = None,
 ) -> None:
   """Prints a plan, or with `searched` a table of plans by mesh, remat and batch; optionally writes them as JSON."""
-  console = Console()
+  console = make_console()
   if searched:
     plans = search(config, overrides, topology=topology, slices=slices, batches=batches, console=console)
   else:

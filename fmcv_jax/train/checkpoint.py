@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import pathlib
 import time
@@ -25,10 +26,24 @@ DAMAGED = 'damaged'
 # Target file size in bytes. Packed data is held in memory until a file is full; orbax's default is 2 GiB.
 TARGET_FILE_BYTES = 2**26
 
+
+@contextlib.contextmanager
+def _without_warnings(library: str) -> Iterator[None]:
+  """Hides the warnings that a library logs in the block."""
+  log = logging.getLogger(library)
+  before = log.level
+  log.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    log.setLevel(before)
+
+
 # Replicas share the writing of an array by slicing it, which compiles one program per shape: useful for large arrays.
-ocp.type_handlers.register_type_handler(
-  jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24), override=True
-)
+with _without_warnings('absl'):  # orbax says that its own handler is replaced, which is the purpose
+  ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24), override=True
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
 
@@ -75,7 +76,7 @@ class Emoji(Source):
 
   artists: tuple[str, ...] = ('openmoji', 'noto')
   split: Literal['train', 'seen', 'held_out', 'all'] = 'train'
-  image_size: int = 64
+  image_size: PositiveInt = 64
   aliases: bool = True
   name_filter: str = ''
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveFloat
 from fmcv_jax.data.order import MixedOrder, RunOrder
 from fmcv_jax.data.sources.account import Account, merged
 from fmcv_jax.data.sources.base import Example, Source
@@ -27,7 +28,7 @@ class Mixture(Source):
   """
 
   sources: Mapping[str, Source]
-  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  weights: Mapping[str, PositiveFloat] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     if not self.sources:

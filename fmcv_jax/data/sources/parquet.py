@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.data import storage
 from fmcv_jax.data.order import RunOrder, WindowedOrder
 from fmcv_jax.data.sources import arrow_columns, splits, values
@@ -50,7 +51,7 @@ class Parquet(Source):
   text: str | None = None
   label: str | None = None
   class_names: tuple[str, ...] = ()
-  window: int = 8
+  window: PositiveInt = 8
   split: str | None = None
 
   def __post_init__(self) -> None:

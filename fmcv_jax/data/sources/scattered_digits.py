@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from typing_extensions import override
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.sources.digits import NAMES, Digits
 
@@ -28,9 +29,9 @@ class Scattered(Source):
   """
 
   split: Literal['train', 'test'] = 'train'
-  copies: int = 16
-  size: int = 32
-  clutter: int = 4
+  copies: PositiveInt = 16
+  size: PositiveInt = 32
+  clutter: NonNegativeInt = 4
 
   def __post_init__(self) -> None:
     if self.split not in ('train', 'test'):

@@ -23,7 +23,13 @@ from typing import Any
 import grain
 from absl import flags
 
-from fmcv_jax.data.workers.shared_memory import RandomAccess, SharedMemoryHandle, SharedMemoryReader, SharedMemoryWriter
+from fmcv_jax.data.workers.shared_memory import (
+  RandomAccess,
+  SharedMemoryHandle,
+  SharedMemoryReader,
+  SharedMemoryWriter,
+  unlink_unread,
+)
 from fmcv_jax.errors import UserError
 
 _TERM_GRACE_S = 30.0
@@ -52,6 +58,7 @@ class Prefetcher:
     # Elements in flight per worker: one being consumed, those buffered in this process, in a thread of grain and in the
     # worker's queue, and one being computed.
     given = SharedMemoryWriter(source, 2 * _BUFFERED + 3) if workers else source
+    self._blocks = given.prefix if isinstance(given, SharedMemoryWriter) else None
     dataset = grain.MapDataset.source(given).to_iter_dataset(threads)
     if workers:
       if (
@@ -111,6 +118,8 @@ class Prefetcher:
     closing.join(_CLOSE_S)  # a thread stuck in the kernel cannot be stopped
     self._iterator = None  # frees its semaphores
     self._take.close()
+    if self._blocks:
+      unlink_unread(self._blocks)
     self._thread.shutdown(wait=False)
 
   def _kill_workers(self) -> None:

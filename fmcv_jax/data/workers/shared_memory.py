@@ -4,7 +4,12 @@ A new block per batch would cost page faults, more than a tenth of the time of d
 processes have mapped them, so that none is left behind, however a run ends.
 """
 
+import contextlib
 import dataclasses
+import itertools
+import os
+import pathlib
+import secrets
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +53,8 @@ class SharedMemoryWriter:
   def __init__(self, source: RandomAccess, blocks: int):
     self._source, self._turn = source, 0
     self._blocks: list[SharedMemory | None] = [None] * blocks
+    self.prefix = f'psm_{secrets.token_hex(4)}_'  # of the names of all blocks, in whatever process they are made
+    self._numbers = itertools.count()
 
   def __len__(self) -> int:
     return len(self._source)
@@ -59,7 +66,8 @@ class SharedMemoryWriter:
     slot = self._turn % len(self._blocks)
     block = self._blocks[slot]
     if block is None or block.size < size:
-      block = self._blocks[slot] = SharedMemory(create=True, size=size)
+      name = f'{self.prefix}{os.getpid()}_{next(self._numbers)}'
+      block = self._blocks[slot] = SharedMemory(name, create=True, size=size)
     stamp = _view(block, _STAMP)
     stamp[0] = -1  # incomplete
     for place, array in zip(_places(layout), arrays, strict=True):
@@ -69,7 +77,27 @@ class SharedMemoryWriter:
     return SharedMemoryHandle(block.name, self._turn - 1, layout)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {'_source': self._source, '_turn': 0, '_blocks': [None] * len(self._blocks)}
+    blocks = [None] * len(self._blocks)
+    return {
+      '_source': self._source,
+      '_turn': 0,
+      '_blocks': blocks,
+      'prefix': self.prefix,
+      '_numbers': itertools.count(),
+    }
+
+
+def unlink_unread(prefix: str) -> None:
+  """Removes the blocks of a writer that were never read, once its processes have ended.
+
+  Python's resource tracker would do so as the program ends, with a warning about leaked objects. Only Linux lists
+  shared memory; elsewhere it is left to the tracker.
+  """
+  for path in pathlib.Path('/dev/shm').glob(f'{prefix}*'):
+    with contextlib.suppress(FileNotFoundError):
+      block = SharedMemory(path.name)
+      block.close()
+      block.unlink()
 
 
 class SharedMemoryReader:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveInt
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
@@ -271,13 +272,13 @@ def channels(base: int, factor: float) -> int:
 def efficientnet(
   variant: str = 'B0',
   *,
-  image_size: int | None = None,
-  num_classes: int = 0,
+  image_size: PositiveInt | None = None,
+  num_classes: NonNegativeInt = 0,
   top: bool = True,
-  dropout: float | None = None,
-  drop_path: float = 0.2,
-  momentum: float = 0.99,
-  output_stride: int = 32,
+  dropout: Decay | None = None,
+  drop_path: Decay = 0.2,
+  momentum: Decay = 0.99,
+  output_stride: PositiveInt = 32,
   remat: Remat = 'none',
   dtype: Dtype = 'float32',
 ) -> EfficientNet:

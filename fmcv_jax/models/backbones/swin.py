@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.layers import (
   ATTENTION_AXES,
@@ -291,15 +292,15 @@ SIZES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 def swin(
   variant: str = 'T',
   *,
-  image_size: int = 224,
-  window: int = 7,
-  patch_size: int = 4,
-  num_classes: int = 0,
-  width: int | None = None,
-  depths: tuple[int, ...] | None = None,
-  num_heads: tuple[int, ...] | None = None,
-  eps: float = 1e-5,
-  drop_path: float = 0.0,
+  image_size: PositiveInt = 224,
+  window: PositiveInt = 7,
+  patch_size: PositiveInt = 4,
+  num_classes: NonNegativeInt = 0,
+  width: PositiveInt | None = None,
+  depths: tuple[PositiveInt, ...] | None = None,
+  num_heads: tuple[PositiveInt, ...] | None = None,
+  eps: PositiveFloat = 1e-5,
+  drop_path: Decay = 0.0,
   remat: Remat = 'none',
   unroll: Unroll = 1,
   dtype: Dtype = 'float32',

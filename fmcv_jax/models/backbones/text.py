@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
@@ -98,22 +99,22 @@ class TextTransformer(nn.Module):
 
 
 def text_transformer(
-  vocab_size: int,
-  length: int,
-  width: int,
-  depth: int,
-  num_heads: int,
+  vocab_size: PositiveInt,
+  length: PositiveInt,
+  width: PositiveInt,
+  depth: PositiveInt,
+  num_heads: PositiveInt,
   *,
-  mlp_dim: int | None = None,
+  mlp_dim: PositiveInt | None = None,
   causal: bool = True,
   pool: Pool = 'eot',
   attend_padding: bool = True,
-  num_classes: int = 0,
+  num_classes: NonNegativeInt = 0,
   head_bias: bool = False,
-  end_id: int | None = None,
+  end_id: NonNegativeInt | None = None,
   activation: Activation = 'gelu',
-  eps: float = 1e-5,
-  dropout: float = 0.0,
+  eps: PositiveFloat = 1e-5,
+  dropout: Decay = 0.0,
   post_norm: bool = False,
   attention: Backend = 'auto',
   remat: Remat = 'none',

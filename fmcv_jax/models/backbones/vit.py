@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import Decay, Finite, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
@@ -201,11 +202,11 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 def vit(
   variant: str = 'B/16',
   *,
-  image_size: int = 224,
-  num_classes: int = 0,
+  image_size: PositiveInt = 224,
+  num_classes: NonNegativeInt = 0,
   pool: Pool = 'cls',
   pos_embed: Positions = 'learned',
-  registers: int = 0,
+  registers: NonNegativeInt = 0,
   class_token_has_position: bool = True,
   pre_norm: bool = False,
   patch_bias: bool = True,
@@ -216,19 +217,19 @@ def vit(
   fc_norm: bool = False,
   drop_remainder: bool = False,
   position_antialias: bool = True,
-  width: int | None = None,
-  depth: int | None = None,
-  num_heads: int | None = None,
-  mlp_dim: int | None = None,
+  width: PositiveInt | None = None,
+  depth: PositiveInt | None = None,
+  num_heads: PositiveInt | None = None,
+  mlp_dim: PositiveInt | None = None,
   activation: Activation = 'gelu',
   gated_mlp: bool = False,
   qkv_bias: bool = True,
   parallel: bool = False,
   qk_norm: bool = False,
-  eps: float = 1e-6,
-  layer_scale: float | None = None,
-  dropout: float = 0.0,
-  drop_path: float = 0.0,
+  eps: PositiveFloat = 1e-6,
+  layer_scale: Finite | None = None,
+  dropout: Decay = 0.0,
+  drop_path: Decay = 0.0,
   drop_path_rise: bool = True,
   attention: Backend = 'auto',
   remat: Remat = 'none',

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.models.common.attention.dispatch import Backend, attention
 from fmcv_jax.models.common.positions import rotate
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu']
 Remat = Literal['none', 'dots', 'full']
-Unroll = int | bool  # as in jax.lax.scan: number of steps to unroll, True for all
+Unroll = PositiveInt | bool  # as in jax.lax.scan: number of steps to unroll, True for all
 Dtype = Literal['float32', 'bfloat16']
 
 ACTIVATIONS = {

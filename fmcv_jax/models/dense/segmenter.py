@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.models.common.layers import HEAD_AXES, dense
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -40,7 +41,7 @@ class Segmenter(nn.Module):
     return jax.image.resize(logits, (batch, height, width, self.num_classes), 'bilinear')
 
 
-def segmenter(encoder: nn.Module, num_classes: int) -> Segmenter:
+def segmenter(encoder: nn.Module, num_classes: PositiveInt) -> Segmenter:
   """A segmenter on a network of patches (vit, swin); `num_classes` includes the ground, where that is one."""
   if not hasattr(encoder, 'prefix'):
     raise ValueError('encoder: a class for every pixel needs a network of patches: encoder.name is vit or swin')

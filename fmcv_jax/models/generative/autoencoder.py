@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.conv_blocks import (
@@ -218,9 +219,9 @@ def autoencoder(
   variant: str = 'kl-f8',
   *,
   image_size: ImageSize = 256,
-  channels: tuple[int, ...] | None = None,
-  layers: int | None = None,
-  latent_channels: int | None = None,
+  channels: tuple[PositiveInt, ...] | None = None,
+  layers: PositiveInt | None = None,
+  latent_channels: PositiveInt | None = None,
   middle_attention: bool = True,
   dtype: Dtype = 'float32',
   remat: Remat = 'none',

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
@@ -146,14 +147,14 @@ def dit(
   variant: str = 'XL/2',
   *,
   image_size: ImageSize = 32,
-  channels: int = 4,
-  out_channels: int | None = None,
-  num_classes: int = 0,
+  channels: PositiveInt = 4,
+  out_channels: PositiveInt | None = None,
+  num_classes: NonNegativeInt = 0,
   cross_attention: bool = False,
   pooled_text: bool = False,
-  width: int | None = None,
-  depth: int | None = None,
-  num_heads: int | None = None,
+  width: PositiveInt | None = None,
+  depth: PositiveInt | None = None,
+  num_heads: PositiveInt | None = None,
   activation: Activation = 'gelu_tanh',
   attention: Backend = 'auto',
   remat: Remat = 'none',

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.diffusion.condition import Condition
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
@@ -220,13 +221,13 @@ def mmdit(
   variant: str = 'd24/2',
   *,
   image_size: ImageSize = 128,
-  channels: int = 16,
-  out_channels: int | None = None,
-  width: int | None = None,
-  depth: int | None = None,
-  num_heads: int | None = None,
+  channels: PositiveInt = 16,
+  out_channels: PositiveInt | None = None,
+  width: PositiveInt | None = None,
+  depth: PositiveInt | None = None,
+  num_heads: PositiveInt | None = None,
   qk_norm: bool = True,
-  positions: tuple[int, int] | None = None,
+  positions: tuple[PositiveInt, PositiveInt] | None = None,
   activation: Activation = 'gelu_tanh',
   attention: Backend = 'auto',
   remat: Remat = 'none',

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveInt
 from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
@@ -326,17 +327,17 @@ def unet(
   variant: str = 'sd1',
   *,
   image_size: ImageSize | None = None,
-  channels: int | None = None,
-  out_channels: int | None = None,
-  num_classes: int = 0,
-  cross_attention_dim: int | None = None,
+  channels: PositiveInt | None = None,
+  out_channels: PositiveInt | None = None,
+  num_classes: NonNegativeInt = 0,
+  cross_attention_dim: NonNegativeInt | None = None,
   pooled_text: bool | None = None,
-  extra_in_channels: int = 0,
-  dropout: float = 0.0,
-  block_out_channels: tuple[int, ...] | None = None,
-  depths: tuple[int, ...] | None = None,
-  num_heads: tuple[int, ...] | None = None,
-  layers: int = 2,
+  extra_in_channels: NonNegativeInt = 0,
+  dropout: Decay = 0.0,
+  block_out_channels: tuple[PositiveInt, ...] | None = None,
+  depths: tuple[NonNegativeInt, ...] | None = None,
+  num_heads: tuple[PositiveInt, ...] | None = None,
+  layers: PositiveInt = 2,
   attention: Backend = 'auto',
   remat: Remat = 'none',
   dtype: Dtype = 'float32',

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
+from fmcv_jax.bounds import Decay, Finite, PositiveFloat, PositiveInt
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.text import text_transformer
@@ -72,7 +73,7 @@ def embedding(output: jax.Array) -> jax.Array:
 
 
 def dual_encoder(
-  image: nn.Module, text: nn.Module, *, initial_scale: float = 1 / 0.07, initial_bias: float | None = None
+  image: nn.Module, text: nn.Module, *, initial_scale: PositiveFloat = 1 / 0.07, initial_bias: Finite | None = None
 ) -> DualEncoder:
   """Any two towers that the config describes."""
   return DualEncoder(image, text, initial_scale, initial_bias)
@@ -92,9 +93,9 @@ CLIP_SIZES: dict[str, tuple[str, int, int, int, int]] = {
 def clip(
   variant: str = 'B/32',
   *,
-  image_size: int = 224,
-  vocab_size: int = 49408,
-  length: int = 77,
+  image_size: PositiveInt = 224,
+  vocab_size: PositiveInt = 49408,
+  length: PositiveInt = 77,
   activation: Activation = 'gelu',
   attention: Backend = 'auto',
   remat: Remat = 'none',
@@ -142,9 +143,9 @@ SIGLIP_SIZES = ('B/32', 'B/16', 'L/16', 'So400m/14', 'So400m/16', 'gopt/16')
 def siglip(
   variant: str = 'B/16',
   *,
-  image_size: int = 224,
-  vocab_size: int = 32_000,
-  length: int = 64,
+  image_size: PositiveInt = 224,
+  vocab_size: PositiveInt = 32_000,
+  length: PositiveInt = 64,
   attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: Unroll = 1,
@@ -197,10 +198,10 @@ ALIGN_SIZES: dict[str, tuple[str, int, int, int]] = {
 def align(
   variant: str = 'L2',
   *,
-  image_size: int = 289,
-  vocab_size: int = 100_000,
-  length: int = 64,
-  drop_path: float = 0.2,
+  image_size: PositiveInt = 289,
+  vocab_size: PositiveInt = 100_000,
+  length: PositiveInt = 64,
+  drop_path: Decay = 0.2,
   attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: Unroll = 1,

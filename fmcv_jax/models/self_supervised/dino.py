@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import ACTIVATIONS, HIDDEN_AXES, Dtype, dense, l2_normalize
 from fmcv_jax.parallel.rules import with_logical_constraint
@@ -86,10 +87,10 @@ class DinoNetwork(nn.Module):
 def dino(
   encoder: nn.Module,
   *,
-  prototypes: int = 65_536,
-  hidden: int = 2048,
-  bottleneck: int = 256,
-  layers: int = 3,
+  prototypes: PositiveInt = 65_536,
+  hidden: PositiveInt = 2048,
+  bottleneck: PositiveInt = 256,
+  layers: PositiveInt = 3,
   learn_prototype_norms: bool = False,
   separate_patch_head: bool = False,
 ) -> DinoNetwork:

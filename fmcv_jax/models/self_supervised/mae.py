@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import HEAD_AXES, NORM_AXES, BlockConfig, Stack, dense, layer_norm
 from fmcv_jax.models.common.positions import sincos_2d
@@ -74,7 +75,9 @@ class MaskedAutoencoder(nn.Module):
     return Reconstruction(pixels, features.pooled)
 
 
-def mae(encoder: nn.Module, *, width: int = 512, depth: int = 8, num_heads: int = 16) -> MaskedAutoencoder:
+def mae(
+  encoder: nn.Module, *, width: PositiveInt = 512, depth: PositiveInt = 8, num_heads: PositiveInt = 16
+) -> MaskedAutoencoder:
   """A masked autoencoder of a ViT; the decoder takes its norms, dtype and remat from the encoder.
 
   The published B/16, L/16 and H/14 are vit(variant, pos_embed='sincos2d') with the default decoder.

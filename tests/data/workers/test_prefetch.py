@@ -106,14 +106,16 @@ from tests.data.counting import Counting
 
 if __name__ == '__main__':
   loader = TrainLoader(Pipeline(Counting(50), workers=1), batch=8, seed=0, fields=('image',))
-  for _ in range(5):
+  how = sys.argv[1]
+  for _ in range(1 if how == 'close' else 5):
     next(loader)
   print('reading', flush=True)
-  how = sys.argv[1]
   if how == 'sleep':
     time.sleep(60)
   elif how == 'raise':
     raise ValueError('a bug')
+  elif how == 'close':
+    loader.close()
 """
 
 
@@ -153,6 +155,15 @@ def test_a_run_that_ends_without_closing_ends_cleanly(trainer):
   assert process.returncode == 1
   assert errors.rstrip().endswith('ValueError: a bug')
   assert 'Exception ignored' not in errors
+
+
+def test_batches_that_were_read_ahead_and_never_used_leave_no_shared_memory_and_no_warning(trainer):
+  before = shared_memory()
+  process = trainer('close')
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 0
+  assert not errors  # Python's resource tracker warns of leaked objects
+  assert not shared_memory() - before
 
 
 def test_threads_need_no_processes_and_closing_twice_does_no_harm():
