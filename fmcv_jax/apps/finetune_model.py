@@ -118,7 +118,7 @@ class Pretrained:
     return described(getattr(built, below), self.workdir)
 
   def _statistics(self, tower: str) -> dict[str, Any]:
-    """Where batch norm statistics begin, of a network that has some."""
+    """Entries of `init_from` for batch norm statistics; none for a network without them."""
     path = '/'.join(filter(None, (BATCH_STATS, tower)))
     if not any(f'{name}/'.startswith(f'{path}/') for name in self._paths('extra')):
       return {}

@@ -91,7 +91,7 @@ def _moved(
 
 
 def _move_pixels(augment: GeometricAugment, matrix: jax.Array, pixels: jax.Array) -> jax.Array:
-  """Images or clips beside the image, in the dtype that they have: uint8, or floats in [0, 1]."""
+  """Further images or clips, in the dtype that they have: uint8, or floats in [0, 1]."""
   if not jnp.issubdtype(pixels.dtype, jnp.integer):
     return _each_frame(functools.partial(augment.images, matrix=matrix), pixels)
   moved = _each_frame(functools.partial(augment.images, matrix=matrix), pixels.astype(jnp.float32) / 255)

@@ -74,9 +74,9 @@ class Geometry:
     each side.
     """
     corners = self._points(_floats(name, np.asarray(boxes), 4).reshape(-1, 2, 2)).reshape(-1, 4)
-    seen = np.clip(corners.reshape(-1, 2, 2), 0, self.size[::-1]).reshape(-1, 4)
-    sides = seen[:, 2:] - seen[:, :2]
-    return np.isclose(seen, corners, atol=1e-3).all(-1) | (sides >= 1).all(-1)
+    visible = np.clip(corners.reshape(-1, 2, 2), 0, self.size[::-1]).reshape(-1, 4)
+    sides = visible[:, 2:] - visible[:, :2]
+    return np.isclose(visible, corners, atol=1e-3).all(-1) | (sides >= 1).all(-1)
 
   def _points(self, points: np.ndarray) -> np.ndarray:
     left, top, right, bottom = self.box

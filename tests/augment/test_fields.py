@@ -118,8 +118,8 @@ def test_points_outside_of_the_image_become_invisible():
 def test_images_are_drawn_alike_with_and_without_further_fields():
   batch = scenes()
   alone = jax.jit(apply_augments, static_argnums=1)(batch['image'], (WARP, Flip()), jax.random.key(2))
-  beside = moved(batch, (WARP, Flip()), jax.random.key(2))['image']
-  np.testing.assert_allclose(alone, beside, atol=1e-5)  # compiled differently
+  further = moved(batch, (WARP, Flip()), jax.random.key(2))['image']
+  np.testing.assert_allclose(alone, further, atol=1e-5)  # compiled differently
 
 
 def test_what_moves_pixels_but_not_boxes_is_refused_by_name():

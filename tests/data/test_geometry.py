@@ -108,7 +108,7 @@ def test_every_kind_follows_the_pixels_of_the_image(transform, encoded):
       found.add(int(label))
       np.testing.assert_array_equal(mask, inside & (gray == 32 * label))
       ys, xs = np.nonzero(mask)
-      # A pixel belongs to the object under its center, so an edge may lie half a pixel beside the first one.
+      # A pixel belongs to the object under its center, so an edge may lie half a pixel from it.
       np.testing.assert_allclose(box, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1), atol=0.51)
     shown = set(np.unique(gray[inside]) // 32) - {0}
     assert found >= shown
@@ -174,7 +174,7 @@ def test_numbers_of_objects_that_differ_need_a_padding():
     list(evaluation_batches(Pipeline(Growing()), batch=3, fields=('image', 'boxes')))
 
 
-def test_arrays_of_unknown_meaning_are_refused_beside_a_change_of_geometry():
+def test_arrays_of_unknown_meaning_are_refused_with_a_change_of_geometry():
   with pytest.raises(UserError, match=r"whether bboxes float32 \[5, 4\] has to change .*dict\(kind='boxes'\)"):
     batch_of(Resize(32), Scenes(extra=('bboxes',)), (*EVERY, 'bboxes'))
   stated = Pipeline(Scenes(extra=('bboxes',)), Resize(32), fields={'bboxes': Field('array')})

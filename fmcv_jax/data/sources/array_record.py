@@ -163,7 +163,7 @@ def encode_record(example: Example) -> bytes:
 
 
 def _is_array(name: str, value: np.ndarray) -> bool:
-  """Whether an array is stored as it is, and not as a PNG or a number."""
+  """True for an array that is stored as it is, and not as a PNG or a number."""
   return name not in FIELDS or (name == 'image' and value.shape[2:] not in ((), (3,), (4,)))
 
 

@@ -96,7 +96,7 @@ class RandomSplit(Source):
 
   @functools.cached_property
   def scan(self) -> 'Scan':
-    """What reading every record of the source once has found."""
+    """Results of reading every record of the source once."""
     try:
       return _scanned(self.source, tuple(self.source.key_of(index) for index in range(len(self.source))))
     except TypeError:  # a source that cannot be hashed, such as a mixture
