@@ -14,6 +14,7 @@ from fmcv_jax.data.sources.emoji import Emoji
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.mixture import Mixture
 from fmcv_jax.data.sources.parquet import Parquet
+from fmcv_jax.data.sources.recolored_emoji import RecoloredEmoji
 from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.sources.tfds import Tfds
 from fmcv_jax.data.sources.webdataset import WebDataset
@@ -98,6 +99,7 @@ KINDS: config_lib.Kinds = {
     'image_folder': ImageFolder,
     'mixture': Mixture,
     'parquet': Parquet,
+    'recolored_emoji': RecoloredEmoji,
     'scattered': Scattered,
     'tfds': Tfds,
     'webdataset': WebDataset,
