@@ -6,12 +6,14 @@ Letters in shapes: B batch, T patches, D width, L text tokens, E their width, C 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.conv_blocks import conv
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
   NORM_AXES,
@@ -58,6 +60,30 @@ class DiTBlock(nn.Module):
     return (x, None if tapped is None else jnp.where(index == tap, x, tapped)), None
 
 
+class DetailHead(nn.Module):
+  """Convolutions over the pixels of all patches, so that the predictions of adjacent patches meet without seams.
+
+  Features of the tokens [B, H, W, F] and the noisy x [B, H, W, C] -> [B, H, W, outputs]: the first `outputs` features
+  and a correction, which is zero at first, from all features and x.
+  """
+
+  logical_axes = (
+    (r'(.*/)?detail/conv\d/kernel', (None, None, None, None)),
+    (r'(.*/)?detail/conv\d/bias', (None,)),
+  )
+
+  outputs: int
+  dtype: str
+
+  @nn.compact
+  def __call__(self, features, x):
+    y = jnp.concatenate([features, x], axis=-1).astype(self.dtype)
+    for index in (1, 2):
+      y = jax.nn.relu(conv(features.shape[-1], self.dtype, f'conv{index}')(y))
+    y = conv(self.outputs, self.dtype, 'conv3', init=nn.initializers.zeros)(y)
+    return features[..., : self.outputs] + y.astype(features.dtype)
+
+
 class DiT(nn.Module):
   """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
@@ -81,6 +107,7 @@ class DiT(nn.Module):
   num_classes: int = 0
   cross_attention: bool = False
   pooled_text: bool = False
+  detail_features: int = 0
   remat: Remat = 'none'
   unroll: Unroll = 1
 
@@ -99,7 +126,7 @@ class DiT(nn.Module):
     self, x, time, condition: Condition = UNCONDITIONAL, *, train: bool = False, tap: int | None = None
   ) -> Any:
     """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
-    dtype = self.block.dtype
+    dtype, noisy = self.block.dtype, x
     x, grid = patchify(x, self.patch_size)
     x = dense(self.width, dtype, 'patch')(x)
     x = with_logical_constraint(x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype), 'batch', 'tokens', 'width')
@@ -118,7 +145,9 @@ class DiT(nn.Module):
     carry = (x, None if tap is None else jnp.zeros_like(x))
     (x, tapped), _ = blocks(carry, jnp.arange(1, self.depth + 1), c, text, mask, tap)
 
-    x = final_layer(x, c, self.block, grid, self.patch_size, self.out_channels)
+    x = final_layer(x, c, self.block, grid, self.patch_size, self.detail_features or self.out_channels)
+    if self.detail_features:
+      x = DetailHead(self.out_channels, dtype, name='detail')(x, noisy)
     return x if tap is None else (x, tapped)
 
 
@@ -141,6 +170,7 @@ def dit(
   num_classes: int = 0,
   cross_attention: bool = False,
   pooled_text: bool = False,
+  detail_features: int = 0,
   width: int | None = None,
   depth: int | None = None,
   num_heads: int | None = None,
@@ -174,6 +204,7 @@ def dit(
     num_classes=num_classes,
     cross_attention=cross_attention,
     pooled_text=pooled_text,
+    detail_features=detail_features,
     remat=remat,
     unroll=unroll,
   )
