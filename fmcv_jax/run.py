@@ -21,6 +21,7 @@ from fmcv_jax.experiment import Experiment, resolve
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.parallel.mesh import make_mesh
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.registry import KINDS
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.flops import matmul_flops
@@ -28,6 +29,8 @@ from fmcv_jax.train.state import TrainState, init_state, state_shardings, trace_
 from fmcv_jax.train.step import StepFn, make_train_step
 
 logger = logging.getLogger(__name__)
+
+CLASSES = 'classes.json'  # names of the training classes by label
 
 
 class Run:
@@ -52,7 +55,7 @@ class Run:
 
   @classmethod
   def reopen(cls, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> 'Run':
-    """The run that a workdir holds; by default on all devices as replicas, whatever mesh it was trained on."""
+    """The run of a workdir or of an exported folder; by default on all devices as replicas."""
     path = epath.Path(workdir) / 'config.json'
     if not path.exists():
       raise UserError(f'{workdir}: no run here (no config.json); give the --workdir of a training run')
@@ -118,11 +121,16 @@ class Run:
       reopen=lambda workdir: Run.reopen(workdir).restored_model()[0],
       image_size=e.objective.input_size,
       example_batch=e.objective.example_batch,
-      class_names=self._class_names,
+      class_names=self.class_names,
     )
 
-  def _class_names(self) -> Sequence[str]:
-    """The names of the training classes by label; empty where the training data has none, or is not here."""
+  def class_names(self) -> Sequence[str]:
+    """The names of the training classes by label; empty where the training data has none, or is not here.
+
+    The names that the run wrote to its workdir are used, whatever the data holds today.
+    """
+    if self._workdir is not None and (kept := self._workdir / CLASSES).exists():
+      return tuple(json.loads(kept.read_text()))
     source = self.experiment.data.source
     try:
       return source.names
@@ -134,14 +142,22 @@ class Run:
 
   def restored_model(self, step: int | None = None) -> tuple[EvaluatedModel, int]:
     """The trained model of this run's workdir at `step` (default: the newest), and that step."""
+    subject, abstract, shardings = self.subject(), self.abstract_state, self.shardings
+    target = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      {'params': abstract.params, 'extra': abstract.extra},
+      {'params': shardings.params, 'extra': shardings.extra},
+    )
+    if (file := self.workdir / packaged.PARAMS).exists():
+      only = packaged.step_of(file)
+      if step not in (None, only):
+        raise UserError(f'{self.workdir}: has step {only} only, not {step}')
+      stored = packaged.read_params(file, target)
+      subject.params, subject.extra = stored['params'], stored['extra']
+      return subject, only
     checkpointer = Checkpointer(self.workdir, self.experiment.checkpoint, create=False)
     step = checkpointer.resolve_step(step)
-    abstract, subject = self.abstract_state, self.subject()
-    target, extra = (
-      jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-      for tree, shardings in ((abstract.params, self.shardings.params), (abstract.extra, self.shardings.extra))
-    )
-    subject.params, subject.extra = checkpointer.restore_params(target, step, extra=extra)
+    subject.params, subject.extra = checkpointer.restore_params(target['params'], step, extra=target['extra'])
     checkpointer.close()
     return subject, step
 

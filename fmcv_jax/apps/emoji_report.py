@@ -18,6 +18,7 @@ from fmcv_jax.evaluate.base import EvaluatedModel, topk_accuracy
 from fmcv_jax.evaluate.distances import cmmd, fid
 from fmcv_jax.evaluate.zero_shot import ZeroShot
 from fmcv_jax.inference.generator import ImageGenerator
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 from fmcv_jax.train.storage import write_json
 
@@ -34,7 +35,7 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
   Writes images and figures.json to model/gallery.
   """
   console, generator = Console(), ImageGenerator(model)
-  reopened = Run.reopen(extractor)
+  reopened = Run.reopen(packaged.locate(extractor))
   subject, _ = reopened.restored_model()
   training, held_out = (reopened.experiment.evaluators.get(name) for name in ('seen', 'held_out'))
   if (

@@ -6,6 +6,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from fmcv_jax.apps.tables import print_table
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import evaluate
 from fmcv_jax.parallel.distributed import is_main
@@ -26,10 +27,7 @@ def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *,
     table.add_column(f'{short[workdir] if unique_names else workdir}\nstep {at}', justify='right', overflow='fold')
   for name in dict.fromkeys(name for metrics, _ in found.values() for name in metrics):
     table.add_row(name, *(f'{metrics[name]:.4f}' if name in metrics else '' for metrics, _ in found.values()))
-  console = Console()
-  if not console.is_terminal:
-    console.width = 1000  # lines in a file are not folded
-  console.print(table)
+  print_table(table)
 
 
 def evaluate_workdir(
