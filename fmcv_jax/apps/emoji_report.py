@@ -49,7 +49,7 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
     )
   name_filter = re.compile(getattr(generator.source, 'name_filter', ''))
   folder = pathlib.Path(model) / 'gallery'
-  folder.mkdir(exist_ok=True)
+  folder.mkdir(parents=True, exist_ok=True)
   table = Table(title=f'{model}: {steps}-step samples scored by {extractor}')
   for heading in ('', 'prompts', 'top-1', 'top-5', 'CMMD', 'FID'):
     table.add_column(heading, justify='left' if not heading else 'right')

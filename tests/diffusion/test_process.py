@@ -56,9 +56,9 @@ def test_weights_are_the_published_ones():
 
 
 def test_the_flow_weighting_is_the_velocity_loss_of_jit():
-  """Li & He 2025, section 3: v = (x_0 - z_t) / max(1 - t, 0.05) of the prediction and of the picture."""
+  """Li & He 2025, section 3: v = (x_0 - z_t) / max(1 - t, 0.05) of the prediction and of the image."""
   image, noise, off = np.random.default_rng(0).normal(size=(3, 5, 2, 2, 3))
-  t = np.array([0.001, 0.2, 0.5, 0.9, 0.999])  # 1 is the picture
+  t = np.array([0.001, 0.2, 0.5, 0.9, 0.999])  # 1 is the image
   z = t[:, None, None, None] * image + (1 - t[:, None, None, None]) * noise
   predicted = image + off
   difference = [(x - z) / np.maximum(1 - t, 0.05)[:, None, None, None] for x in (predicted, image)]

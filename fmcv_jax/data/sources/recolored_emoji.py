@@ -19,7 +19,7 @@ HUES: dict[str, float] = {'red': 0, 'orange': 28, 'yellow': 52, 'green': 125, 'b
 # A name with one of these already says its color, or that it is not one color.
 _COLOR_WORDS = frozenset(HUES) | {'brown', 'black', 'white', 'gray', 'gold', 'rainbow', 'flag', 'blond', 'leafy'}
 _BAND = 40.0  # degrees to either side of the main hue that turn with it
-_MIN_AREA = 0.12  # fraction of the image, weighted by saturation, that has to turn; less is not seen as a color
+_MIN_AREA = 0.12  # fraction of the image, weighted by saturation, that has to turn; a drawing with less has no color
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,8 @@ class DiT(nn.Module):
   """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
   `num_classes` is 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
-  `pooled_text` adds its `pooled_text` to the time.
+  `pooled_text` adds its `pooled_text` to the time. `detail_features`: with a DetailHead, the channels of its features,
+  at least out_channels; 0 for none, as published.
   """
 
   logical_axes = (
@@ -184,6 +185,7 @@ def dit(
   kl-f8.
 
   out_channels: channels of the prediction, the input's by default; twice as many for a learned variance.
+  detail_features: features per pixel of a convolutional head over all patches (DetailHead); 0 for none.
   """
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
@@ -191,6 +193,8 @@ def dit(
     raise ValueError(f'unknown DiT variant {variant!r}; {did_you_mean(variant, known)}')
   if any(side % int(patch) for side in height_width(image_size)):
     raise ValueError(f'image_size: {image_size} is not divisible by the patch size {patch}')
+  if 0 < detail_features < (out_channels or channels):
+    raise ValueError(f'detail_features: {detail_features} is less than the {out_channels or channels} output channels')
   defaults = SIZES[size]
   width = width or defaults[0]
   return DiT(
