@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 def load(
   workdir: str | os.PathLike[str], *, step: int | None = None, dtype: str | None = None, batch: int = 64
 ) -> 'Model':
-  """The model of a workdir of `fmcv train` or `fmcv import`, ready for use: see `fmcv_jax.inference.model.Model`."""
+  """The model of a workdir of `fmcv train` or `fmcv import`, or the one that ships with this package: load('demo').
+
+  See `fmcv_jax.inference.model.Model`.
+  """
   from fmcv_jax.inference.model import Model
 
   return Model(workdir, step=step, dtype=dtype, batch=batch)

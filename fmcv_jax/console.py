@@ -10,9 +10,9 @@ from rich.console import Console
 _WIDTH = 10_000  # columns; rich would break lines at 80 where it finds no terminal
 
 
-def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+def make_console(*, stderr: bool = False, quiet: bool = False, markup: bool = True) -> Console:
   """A console of standard output, or error, that folds lines and tables at a terminal only."""
-  console = Console(stderr=stderr, quiet=quiet)
+  console = Console(stderr=stderr, quiet=quiet, markup=markup)
   if not console.is_terminal:
     console.width = _WIDTH
   return console

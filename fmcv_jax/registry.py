@@ -15,6 +15,7 @@ from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.mixture import Mixture
 from fmcv_jax.data.sources.parquet import Parquet
 from fmcv_jax.data.sources.random_split import RandomSplit
+from fmcv_jax.data.sources.recolored_emoji import RecoloredEmoji
 from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.sources.tfds import Tfds
 from fmcv_jax.data.sources.webdataset import WebDataset
@@ -100,6 +101,7 @@ KINDS: config_lib.Kinds = {
     'mixture': Mixture,
     'parquet': Parquet,
     'random_split': RandomSplit,
+    'recolored_emoji': RecoloredEmoji,
     'scattered': Scattered,
     'tfds': Tfds,
     'webdataset': WebDataset,

@@ -21,6 +21,7 @@ from fmcv_jax.experiment import Experiment, resolve
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.parallel.mesh import make_mesh
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.registry import KINDS
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.flops import matmul_flops
@@ -55,7 +56,7 @@ class Run:
 
   @classmethod
   def reopen(cls, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> 'Run':
-    """The run that a workdir holds; by default on all devices as replicas, whatever mesh it was trained on."""
+    """The run of a workdir or of an exported folder; by default on all devices as replicas."""
     path = epath.Path(workdir) / 'config.json'
     if not path.exists():
       raise UserError(f'{workdir}: no run here (no config.json); give the --workdir of a training run')
@@ -146,14 +147,22 @@ class Run:
 
   def restored_model(self, step: int | None = None) -> tuple[EvaluatedModel, int]:
     """The trained model of this run's workdir at `step` (default: the newest), and that step."""
+    subject, abstract, shardings = self.subject(), self.abstract_state, self.shardings
+    target = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      {'params': abstract.params, 'extra': abstract.extra},
+      {'params': shardings.params, 'extra': shardings.extra},
+    )
+    if (file := self.workdir / packaged.PARAMS).exists():
+      only = packaged.step_of(file)
+      if step not in (None, only):
+        raise UserError(f'{self.workdir}: has step {only} only, not {step}')
+      stored = packaged.read_params(file, target)
+      subject.params, subject.extra = stored['params'], stored['extra']
+      return subject, only
     checkpointer = Checkpointer(self.workdir, self.experiment.checkpoint, create=False)
     step = checkpointer.resolve_step(step)
-    abstract, subject = self.abstract_state, self.subject()
-    target, extra = (
-      jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-      for tree, shardings in ((abstract.params, self.shardings.params), (abstract.extra, self.shardings.extra))
-    )
-    subject.params, subject.extra = checkpointer.restore_params(target, step, extra=extra)
+    subject.params, subject.extra = checkpointer.restore_params(target['params'], step, extra=target['extra'])
     checkpointer.close()
     return subject, step
 

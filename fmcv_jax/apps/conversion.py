@@ -13,6 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from fmcv_jax import config as config_lib
+from fmcv_jax.apps.package import package
 from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
@@ -224,9 +225,14 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
   """Exports the trained parameters of a workdir (their EMA where there is one) under the names of `format`.
 
   `to` is a .safetensors or .npz file for the arrays alone, or a folder that the library of the format opens, with its
-  configs of the network, the image transform and the tokenizer. A pipeline of several networks needs a folder.
+  configs of the network, the image transform and the tokenizer. A pipeline of several networks needs a folder. 'fmcv'
+  writes a folder for this package, from any model.
   Raises UserError for a model that the format cannot represent.
   """
+  if format == 'fmcv':
+    size = package(workdir, to, step)
+    make_console(stderr=True).print(f'{size / 1e6:.1f} MB of parameters in {to}', highlight=False, soft_wrap=True)
+    return
   run = Run.reopen(workdir)
   subject, _ = run.restored_model(step)
   objective, params = _exported(run, subject)
@@ -234,7 +240,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
   family = family_of({path: x.shape for path, x in params.items()}, variant)
   layouts = [layout for name, layout in FAMILIES[family].layouts if name == format]
   if not layouts:
-    known = sorted({name for name, _ in FAMILIES[family].layouts})
+    known = sorted({'fmcv', *(name for name, _ in FAMILIES[family].layouts)})
     raise UserError(f'--format {format}: not supported for family {family!r}; {did_you_mean(format, known)}')
   frozen = {f'extra/{path}': x for path, x in _arrays(subject.extra).items() if '/' in path}
 

@@ -19,6 +19,7 @@ from fmcv_jax.evaluate.base import EvaluatedModel, topk_accuracy
 from fmcv_jax.evaluate.distances import cmmd, fid
 from fmcv_jax.evaluate.zero_shot import ZeroShot
 from fmcv_jax.inference.generator import ImageGenerator
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 from fmcv_jax.train.storage import write_json
 
@@ -35,7 +36,7 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
   Writes images and figures.json to model/gallery.
   """
   console, generator = make_console(), ImageGenerator(model)
-  reopened = Run.reopen(extractor)
+  reopened = Run.reopen(packaged.locate(extractor))
   subject, _ = reopened.restored_model()
   training, held_out = (reopened.experiment.evaluators.get(name) for name in ('seen', 'held_out'))
   if (
@@ -49,7 +50,7 @@ def run(model: str, extractor: str, *, steps: int = 20, guidance: float = 4.0, s
     )
   name_filter = re.compile(getattr(generator.source, 'name_filter', ''))
   folder = pathlib.Path(model) / 'gallery'
-  folder.mkdir(exist_ok=True)
+  folder.mkdir(parents=True, exist_ok=True)
   table = Table(title=f'{model}: {steps}-step samples scored by {extractor}')
   for heading in ('', 'prompts', 'top-1', 'top-5', 'CMMD', 'FID'):
     table.add_column(heading, justify='left' if not heading else 'right')

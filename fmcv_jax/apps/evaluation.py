@@ -26,7 +26,7 @@ def evaluate_workdirs(workdirs: Sequence[str], overrides: Sequence[str] = (), *,
     table.add_column(f'{short[workdir] if unique_names else workdir}\nstep {at}', justify='right', overflow='fold')
   for name in dict.fromkeys(name for metrics, _ in found.values() for name in metrics):
     table.add_row(name, *(f'{metrics[name]:.4f}' if name in metrics else '' for metrics, _ in found.values()))
-  make_console().print(table)
+  make_console(markup=False).print(table)
 
 
 def evaluate_workdir(

@@ -22,6 +22,7 @@ from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.common.outputs import Features
 from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.objectives.outputs import ImageEncoder, encoder_of
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 
 
@@ -47,7 +48,7 @@ def run(
   For a network with global average pooling (Swin, EfficientNet): features, and class activation maps for the top-1
   class (relevance) or for each text (similarity; Zhou et al. 2016).
   """
-  console, reopened = make_console(), Run.reopen(model)
+  console, reopened = make_console(), Run.reopen(packaged.locate(model))
   subject, step = reopened.restored_model(step)
   try:
     tower = encoder_of(subject.outputs)(subject.params, subject.extra)

@@ -19,6 +19,7 @@ from fmcv_jax.data.sources.subset import Subset
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.parallel.rules import path_of
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run, load_trained_params
 from fmcv_jax.train.warm_start import load_partial_state
 
@@ -57,7 +58,7 @@ def run(
   """
   if (config is None) == (model is None):
     raise UserError('pass exactly one of --config and --model')
-  job = Run(experiment.load_config(config, overrides)) if config else Run.reopen(str(model), overrides)
+  job = Run(experiment.load_config(config, overrides)) if config else Run.reopen(packaged.locate(str(model)), overrides)
   outputs = job.experiment.objective.outputs()
   if unknown := [name for name in names if name not in outputs]:
     raise UserError(f'{unknown[0]!r} is not an output of this objective; {did_you_mean(unknown[0], outputs)}')

@@ -15,7 +15,7 @@ from fmcv_jax.bounds import PositiveFloat
 
 ScheduleName = Literal['linear', 'scaled_linear', 'cosine', 'zero_snr', 'flow', 'edm']
 Prediction = Literal['noise', 'image', 'velocity', 'flow', 'edm']
-WeightName = Literal['simple', 'min_snr', 'p2', 'sigmoid']
+WeightName = Literal['simple', 'min_snr', 'p2', 'sigmoid', 'flow']
 TimesName = Literal['uniform', 'logit_normal', 'log_normal']
 
 STEPS = 1000
@@ -144,17 +144,20 @@ class Process:
 
     'simple' is 1. The others are published as weights of the error of the noise, and converted. 'min_snr':
     min(SNR, strength) / SNR (Hang et al. 2023; 5); 'p2': (1 + SNR)^-strength (Choi et al. 2022; 1); 'sigmoid':
-    sigmoid(strength - log SNR) (Kingma & Gao 2023; 2).
+    sigmoid(strength - log SNR) (Kingma & Gao 2023; 2). 'flow' is the error of eps - x_0 whatever the network predicts,
+    the velocity loss of Li & He 2025 (JiT): for 'image' and the schedule 'flow' 1 / max(sigma, strength)^2 (0.05).
     """
     if name == 'simple':
       return jnp.ones_like(time, jnp.float32)
-    strength = {'min_snr': 5.0, 'p2': 1.0, 'sigmoid': 2.0}[name] if strength is None else strength
+    strength = {'min_snr': 5.0, 'p2': 1.0, 'sigmoid': 2.0, 'flow': 0.05}[name] if strength is None else strength
     alpha, sigma = self.alpha_sigma(time)
     snr = jnp.square(alpha / sigma)
     if name == 'min_snr':
       weight = jnp.minimum(snr, strength) / snr
     elif name == 'p2':
       weight = (1 + snr) ** -strength
+    elif name == 'flow':
+      weight = jnp.square((alpha + sigma) / alpha * jnp.minimum(1, sigma / strength))
     else:
       weight = jax.nn.sigmoid(strength - jnp.log(snr))
     # By how much an error of the output is one of the noise.

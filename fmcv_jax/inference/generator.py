@@ -12,6 +12,7 @@ from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.diffusion.sharded_sampling import NEGATIVE, SamplerConfig, ShardedSampler
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.objectives.outputs import generator_of
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 
 PROMPTS = ('tokens', 'label')  # condition fields that prompts are turned into
@@ -25,7 +26,7 @@ def _no_progress(ready: int) -> None:
 
 
 class ImageGenerator:
-  """The diffusion model of a workdir, opened for use on all devices.
+  """The diffusion model of a workdir, or of the package ('demo'), opened for use on all devices.
 
   Every method takes a `SamplingOptions`, and its fields as keywords: `generate(prompts, steps=50)`; TypeError for an
   unknown keyword. Further keyword arguments:
@@ -54,7 +55,7 @@ class ImageGenerator:
   ):
     if batch < 1:
       raise UserError(f'batch: {batch} images at once; give at least 1')
-    self.workdir, self._run = workdir, Run.reopen(workdir, overrides)
+    self.workdir, self._run = workdir, Run.reopen(packaged.locate(workdir, 'generate'), overrides)
     self._objective = self._run.experiment.objective
     abstract = self._run.abstract_state
     try:

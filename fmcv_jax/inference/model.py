@@ -26,7 +26,8 @@ from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
 from fmcv_jax.objectives.outputs import Output, listed
-from fmcv_jax.run import Run
+from fmcv_jax.pretrained import packaged
+from fmcv_jax.run import CLASSES, Run
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,10 @@ CLIP_TEMPLATE = 'a photo of a {}.'  # Radford et al. 2021, section 3.1.4
 
 
 class Model:
-  """The model of a workdir, jitted over all devices; a method that the model does not support raises UserError.
+  """The model of a workdir, or of the package ('demo'), jitted over all devices.
+
+  A method that the model does not support raises UserError. 'demo' is a pair of models: one of images and texts, and
+  one that generates images.
 
   Images are files (str or path), encoded bytes, Pillow images or uint8 arrays [H, W, 3]. Where a method takes images or
   texts, a list of N returns an array [N, ...], and a single one an array without that axis.
@@ -50,9 +54,9 @@ class Model:
     if batch < 1:
       raise UserError(f'batch: expected at least 1, got {batch}')
     self._workdir = os.fspath(workdir)
-    self._overrides = () if dtype is None else _computing_in(dtype, self._workdir)
-    self._run = Run.reopen(self._workdir, self._overrides)
-    self._step = step
+    self._step, self._dtype = step, dtype
+    folder = packaged.locate(self._workdir)
+    self._run = Run.reopen(folder, self._overrides(folder))
     ways = self._run.placement.mesh.size
     self._batch = -(-batch // ways) * ways
     self._subject, _ = self._run.restored_model(step)
@@ -64,8 +68,8 @@ class Model:
 
   @functools.cached_property
   def class_names(self) -> tuple[str, ...]:
-    """The names of the model's own classes, in the order of `classify`; empty where the training data had none."""
-    return tuple(self._run.class_names()) if 'logits' in self.outputs else ()
+    """Names of the classes of `classify` without labels, by index; () if they are not known."""
+    return class_names_of(self._run)
 
   @functools.cached_property
   def templates(self) -> tuple[str, ...]:
@@ -102,6 +106,7 @@ class Model:
   ) -> np.ndarray:
     """Probabilities float32 [N, classes]: of `labels` for an image-text model, otherwise of the model's own classes.
 
+    labels     default `self.class_names`
     templates  sentences with a '{}' for the label, whose embeddings are averaged; default `self.templates`
 
     Label texts beyond the maximum text length are truncated, with a warning. UserError for a template that leaves no
@@ -109,10 +114,10 @@ class Model:
     """
     if isinstance(labels, str):
       raise UserError(f'labels: {labels!r} is one text; give a list of labels')
-    if not labels:
-      if 'logits' not in self.outputs:
-        raise UserError(f'{self._workdir}: this model has no classifier head; pass labels')
+    if not labels and 'logits' in self.outputs:
       return _softmax(self._of_images('logits', images))
+    if not (labels := labels or self.class_names):
+      raise UserError(f'{self._workdir}: this model has no classifier head; pass labels')
     self._check_reads_texts()
     templates = self.templates if templates is None else [templates] if isinstance(templates, str) else templates
     if not templates or (bad := [template for template in templates if template.count('{}') != 1]):
@@ -157,7 +162,11 @@ class Model:
 
   @functools.cached_property
   def _generator(self) -> ImageGenerator:
-    return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=self._overrides)
+    overrides = self._overrides(packaged.locate(self._workdir, 'generate'))
+    return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=overrides)
+
+  def _overrides(self, folder: str) -> tuple[str, ...]:
+    return () if self._dtype is None else _computing_in(self._dtype, folder)
 
   def _of_images(self, name: str, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
     """An output of one image, or of a list of them."""
@@ -203,6 +212,21 @@ def evaluated_as(run: Run) -> ImageTransform | None:
   if size is None:
     return None
   return dataclasses.replace(given, size=size) if isinstance(given, Resize | ResizeCrop) else ResizeCrop(size, crop=1.0)
+
+
+def class_names_of(run: Run) -> tuple[str, ...]:
+  """Names of the classes that a model names without labels, by index.
+
+  Those kept in its workdir; of a classifier the training classes; of an image-text model the classes of its first
+  zero_shot evaluator, without one the training classes. () where there are none, or where the data is missing.
+  """
+  evaluated = [e.data.source for e in run.experiment.evaluators.values() if isinstance(e, ZeroShot)]
+  if not evaluated or (run.workdir / CLASSES).exists() or 'logits' in run.subject().outputs:
+    return tuple(run.class_names())
+  try:
+    return tuple(evaluated[0].names)
+  except (UserError, OSError):
+    return ()
 
 
 def dtypes_of(workdir: str | pathlib.Path) -> list[str]:

@@ -21,7 +21,7 @@ def test_image_and_noise_are_recovered_from_every_target(schedule, prediction):
   np.testing.assert_allclose(process.noise(image, x, time), noise, atol=2e-4)
 
 
-@pytest.mark.parametrize('name', ['min_snr', 'p2', 'sigmoid'])
+@pytest.mark.parametrize('name', ['min_snr', 'p2', 'sigmoid', 'flow'])
 @pytest.mark.parametrize('prediction', PREDICTIONS)
 def test_a_weighting_is_the_same_loss_for_every_prediction(prediction, name):
   """An error in the image costs the same as when the network predicts the noise."""
@@ -53,6 +53,19 @@ def test_weights_are_the_published_ones():
   for (name, prediction), weight in published.items():
     got = Process('linear', prediction).weight(jnp.asarray(time), name)
     np.testing.assert_allclose(got, weight, rtol=1e-4, err_msg=f'{name} {prediction}')
+
+
+def test_the_flow_weighting_is_the_velocity_loss_of_jit():
+  """Li & He 2025, section 3: v = (x_0 - z_t) / max(1 - t, 0.05) of the prediction and of the image."""
+  image, noise, off = np.random.default_rng(0).normal(size=(3, 5, 2, 2, 3))
+  t = np.array([0.001, 0.2, 0.5, 0.9, 0.999])  # 1 is the image
+  z = t[:, None, None, None] * image + (1 - t[:, None, None, None]) * noise
+  predicted = image + off
+  difference = [(x - z) / np.maximum(1 - t, 0.05)[:, None, None, None] for x in (predicted, image)]
+  expected = np.square(difference[0] - difference[1]).mean((1, 2, 3))
+  weight = Process('flow', 'image').weight(jnp.asarray(1000 * (1 - t)), 'flow')
+  np.testing.assert_allclose(weight * np.square(off).mean((1, 2, 3)), expected, rtol=1e-4)
+  np.testing.assert_allclose(Process('flow', 'flow').weight(jnp.array([60.0, 500.0, 999.0]), 'flow'), 1, rtol=1e-5)
 
 
 def test_tables_are_the_published_ones():

@@ -11,7 +11,7 @@ from fmcv_jax.diffusion.condition import make_condition
 from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.generative.autoencoder import autoencoder
 from fmcv_jax.models.generative.conditioning import timestep_embedding
-from fmcv_jax.models.generative.dit import dit
+from fmcv_jax.models.generative.dit import DetailHead, dit
 from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.parameter_axes import trace_init
@@ -41,6 +41,26 @@ def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
   _, last = network.apply({'params': params}, X, TIME, tap=2)
   np.testing.assert_array_equal(output, 0)
   np.testing.assert_array_equal(first, last)
+
+
+def test_a_new_detail_head_passes_the_first_features_on():
+  features, noisy = RNG.normal(size=(2, 8, 12, 5)).astype(np.float32), RNG.normal(size=(2, 8, 12, 3)).astype(np.float32)
+  output, _ = DetailHead(3, 'float32').init_with_output(jax.random.key(0), features, noisy)
+  np.testing.assert_array_equal(output, features[..., :3])
+
+
+def test_a_detail_head_sees_three_pixels_on_all_sides_across_patches(random_variables):
+  features, noisy = (
+    RNG.normal(size=(1, 16, 16, 5)).astype(np.float32),
+    RNG.normal(size=(1, 16, 16, 3)).astype(np.float32),
+  )
+  head = DetailHead(3, 'float32')
+  variables = random_variables(head, features, noisy)
+  changed = noisy.copy()
+  changed[0, 8, 8] += 10  # the first pixel of a patch of 8
+  difference = head.apply(variables, features, changed) - head.apply(variables, features, noisy)
+  rows, columns = np.nonzero(np.abs(difference[0]).max(-1))
+  assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5, 11, 5, 11)
 
 
 @pytest.mark.parametrize('network', [dit('mu/2', **TEXT_CONDITION), MMDIT], ids=['dit', 'mmdit'])

@@ -70,8 +70,9 @@ class Emoji(Source):
     'all'       all concepts; `names` are theirs
   Training concepts come first in the list of all, so labels of 'train' and 'seen' are equal.
 
-  Captions are the name and, with `aliases`, its other names. Drawings are composited on white. `name_filter` is a
-  regular expression; concepts whose name does not contain a match are dropped, also from `names`.
+  Captions are the name and, with `aliases`, its other names except those that are the name of another concept. Drawings
+  are composited on white. `name_filter` is a regular expression; concepts whose name does not contain a match are
+  dropped, also from `names`.
   """
 
   artists: tuple[str, ...] = ('openmoji', 'noto')
@@ -119,7 +120,7 @@ class Emoji(Source):
     return f'{self.artists[index % len(self.artists)]}/{self.concepts[index // len(self.artists)].key}'
 
   def _texts(self, concept: Concept) -> tuple[str, ...]:
-    return concept.texts if self.aliases else concept.texts[:1]
+    return captions(concept) if self.aliases else concept.texts[:1]
 
   @override
   def texts_of(self, index: int) -> tuple[str, ...]:
@@ -138,6 +139,21 @@ class Emoji(Source):
       'label': label,
       'key': self.key_of(index),
     }
+
+
+def captions(concept: Concept) -> tuple[str, ...]:
+  """The name and the aliases of a concept, without those that are the name of another concept.
+
+  'dog' is an alias of the training concept 'dog face' and the name of a held-out concept.
+  """
+  others = _names() - {concept.name.lower()}
+  return tuple(text for text in concept.texts if text == concept.name or text.lower() not in others)
+
+
+@functools.cache
+def _names() -> frozenset[str]:
+  """Names of all concepts, lower case."""
+  return frozenset(concept.name.lower() for concept in _concepts())
 
 
 def words(text: str) -> list[str]:

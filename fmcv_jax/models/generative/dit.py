@@ -14,6 +14,7 @@ from fmcv_jax.diffusion.condition import UNCONDITIONAL, Condition
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.conv_blocks import conv
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
   NORM_AXES,
@@ -62,11 +63,36 @@ class DiTBlock(nn.Module):
     return (x, None if tapped is None else jnp.where(index == tap, x, tapped)), None
 
 
+class DetailHead(nn.Module):
+  """Convolutions over the pixels of all patches, so that the predictions of adjacent patches meet without seams.
+
+  Features of the tokens [B, H, W, F] and the noisy x [B, H, W, C] -> [B, H, W, outputs]: the first `outputs` features
+  and a correction, which is zero at first, from all features and x.
+  """
+
+  logical_axes = (
+    (r'(.*/)?detail/conv\d/kernel', (None, None, None, None)),
+    (r'(.*/)?detail/conv\d/bias', (None,)),
+  )
+
+  outputs: int
+  dtype: str
+
+  @nn.compact
+  def __call__(self, features: jax.Array, x: jax.Array) -> jax.Array:
+    y = jnp.concatenate([features, x], axis=-1).astype(self.dtype)
+    for index in (1, 2):
+      y = jax.nn.relu(conv(features.shape[-1], self.dtype, f'conv{index}')(y))
+    y = conv(self.outputs, self.dtype, 'conv3', init=nn.initializers.zeros)(y)
+    return features[..., : self.outputs] + y.astype(features.dtype)
+
+
 class DiT(nn.Module):
   """Noisy images or latents [B, H, W, channels], time [B] (in steps, 0 to 1000), Condition -> [B, H, W, out_channels].
 
   `num_classes` is 0 for a network that reads no label; `cross_attention` reads the condition's `text`,
-  `pooled_text` adds its `pooled_text` to the time.
+  `pooled_text` adds its `pooled_text` to the time. `detail_features`: with a DetailHead, the channels of its features,
+  at least out_channels; 0 for none, as published.
   """
 
   logical_axes = (
@@ -85,6 +111,7 @@ class DiT(nn.Module):
   num_classes: int = 0
   cross_attention: bool = False
   pooled_text: bool = False
+  detail_features: int = 0
   remat: Remat = 'none'
   unroll: Unroll = 1
 
@@ -110,7 +137,7 @@ class DiT(nn.Module):
     tap: int | None = None,
   ) -> Any:
     """With `tap`, also the tokens [B, T, D] after that block (counted from 1)."""
-    dtype = self.block.dtype
+    dtype, noisy = self.block.dtype, x
     x, grid = patchify(x, self.patch_size)
     x = dense(self.width, dtype, 'patch')(x)
     x = with_logical_constraint(x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype), 'batch', 'tokens', 'width')
@@ -129,7 +156,9 @@ class DiT(nn.Module):
     carry = (x, None if tap is None else jnp.zeros_like(x))
     (x, tapped), _ = blocks(carry, jnp.arange(1, self.depth + 1), c, text, mask, tap)
 
-    x = final_layer(x, c, self.block, grid, self.patch_size, self.out_channels)
+    x = final_layer(x, c, self.block, grid, self.patch_size, self.detail_features or self.out_channels)
+    if self.detail_features:
+      x = DetailHead(self.out_channels, dtype, name='detail')(x, noisy)
     return x if tap is None else (x, tapped)
 
 
@@ -152,6 +181,7 @@ def dit(
   num_classes: NonNegativeInt = 0,
   cross_attention: bool = False,
   pooled_text: bool = False,
+  detail_features: NonNegativeInt = 0,
   width: PositiveInt | None = None,
   depth: PositiveInt | None = None,
   num_heads: PositiveInt | None = None,
@@ -165,6 +195,7 @@ def dit(
   kl-f8.
 
   out_channels: channels of the prediction, the input's by default; twice as many for a learned variance.
+  detail_features: features per pixel of a convolutional head over all patches (DetailHead); 0 for none.
   """
   size, _, patch = variant.partition('/')
   if size not in SIZES or not patch.isdigit():
@@ -172,6 +203,8 @@ def dit(
     raise ValueError(f'unknown DiT variant {variant!r}; {did_you_mean(variant, known)}')
   if any(side % int(patch) for side in height_width(image_size)):
     raise ValueError(f'image_size: {image_size} is not divisible by the patch size {patch}')
+  if 0 < detail_features < (out_channels or channels):
+    raise ValueError(f'detail_features: {detail_features} is less than the {out_channels or channels} output channels')
   defaults = SIZES[size]
   width = width or defaults[0]
   return DiT(
@@ -185,6 +218,7 @@ def dit(
     num_classes=num_classes,
     cross_attention=cross_attention,
     pooled_text=pooled_text,
+    detail_features=detail_features,
     remat=remat,
     unroll=unroll,
   )

@@ -123,3 +123,19 @@ def test_an_unknown_artist_is_one_clear_line():
 def test_an_index_out_of_range_is_an_index_error(train):
   with pytest.raises(IndexError):
     train[len(train)]
+
+
+def test_no_held_out_name_is_a_training_caption(train):
+  captions = {text.lower() for index in range(0, len(train), 2) for text in train.texts_of(index)}
+  assert not captions & {concept.name.lower() for concept in split_concepts()[1]}
+  texts = {concept.name: concept.texts for concept in train.concepts}  # with what the package `emoji` has
+  for name, alias in {'dog face': 'dog', 'horse face': 'horse', 'tram car': 'train'}.items():
+    assert alias in texts[name]
+
+
+def test_aliases_are_dropped_only_where_they_name_another_concept():
+  source = Emoji(split='all', artists=('noto',))
+  captions = {concept.name: source.texts_of(index) for index, concept in enumerate(source.concepts)}
+  assert 'umbrella' not in captions['umbrella with rain drops']
+  assert captions['umbrella'][0] == 'umbrella'
+  assert captions['Aries'] == ('Aries', 'aries')

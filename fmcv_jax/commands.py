@@ -1,0 +1,194 @@
+"""The commands of `fmcv`: from parsed arguments to the apps, which are imported only when they run."""
+
+import argparse
+from typing import Any
+
+from fmcv_jax.errors import UserError
+
+
+def train(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Train a config. Running the same command again resumes from the latest checkpoint."""
+  from fmcv_jax import experiment, trainer
+
+  trainer.train(experiment.load_config(args.config, overrides), args.workdir)
+
+
+def finetune(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Fine-tune a model on your own images."""
+  from fmcv_jax.apps import finetune as finetune_app
+
+  finetune_app.run(args.data, args.model, args.workdir, overrides, config=args.config)
+
+
+def classify(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Print the most probable classes of images."""
+  from fmcv_jax.apps import classify as classify_app
+
+  classify_app.run(args.image, args.model, args.text, step=args.step, top=args.top, json_file=args.json)
+
+
+def search(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Find the images that are nearest to a text or to another image."""
+  from fmcv_jax.apps import search as search_app
+
+  search_app.run(
+    args.path, args.model, text=args.text, image=args.image, step=args.step, top=args.top, json_file=args.json
+  )
+
+
+def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Run the evaluators of trained runs and print one table."""
+  from fmcv_jax.apps import evaluation
+
+  evaluation.evaluate_workdirs(args.workdir, overrides, step=args.step)
+
+
+def demo(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Train the demo model and plot its results."""
+  from fmcv_jax.apps import demo as demo_app
+
+  demo_app.run(args.config, args.workdir, overrides)
+
+
+def explain(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Visualize attention, relevance and features of a trained model."""
+  from fmcv_jax.apps import explain as explain_app
+
+  explain_app.run(args.image, args.model, args.text, args.output, step=args.step, size=args.size)
+
+
+def generate(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Generate images with a trained diffusion model."""
+  from fmcv_jax.apps import generate as generate_app
+
+  generate_app.run(
+    args.prompt,
+    args.model,
+    args.output,
+    _sampling(args, negative=args.negative, control_preprocessed=args.control_preprocessed),
+    step=args.step,
+    batch=args.batch,
+    overrides=overrides,
+    count=args.n,
+    image=args.image,
+    mask=args.mask,
+    expand=args.expand,
+    strength=args.strength,
+    interpolate=args.interpolate,
+    control=args.control,
+    control_scale=args.control_scale,
+  )
+
+
+def synthesize(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Generate a labeled synthetic dataset with a trained diffusion model."""
+  from fmcv_jax.apps import synthesize as synthesize_app
+
+  synthesize_app.run(
+    args.model,
+    args.to,
+    _sampling(args),
+    per_prompt=args.n,
+    prompts=args.prompts,
+    step=args.step,
+    batch=args.batch,
+    overrides=overrides,
+  )
+
+
+def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Generate a grid of samples from a text-to-image model and score it with a CLIP."""
+  from fmcv_jax.apps import emoji_report as gallery_app
+
+  gallery_app.run(args.model, args.feature_extractor, steps=args.steps, guidance=args.guidance, seed=args.seed)
+
+
+def import_(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Import a published checkpoint into a new workdir."""
+  from fmcv_jax.apps import conversion
+
+  conversion.import_checkpoint(args.file, args.to, args.family, overrides)
+
+
+def export(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Export a trained model for timm, OpenCLIP, transformers or diffusers."""
+  from fmcv_jax.apps import conversion
+
+  conversion.export_checkpoint(args.workdir, args.to, args.format, args.step)
+
+
+def report(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Summarize a run: time breakdown, restarts and loss curve."""
+  from fmcv_jax.apps import report as report_app
+
+  report_app.run(args.workdir)
+
+
+def replay(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Re-run one training step and report which values are not finite."""
+  from fmcv_jax.apps import replay as replay_app
+
+  replay_app.run(args.workdir, args.at, overrides)
+
+
+def pack(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Convert a data source to ArrayRecord shards (resumable)."""
+  from fmcv_jax.apps import pack as pack_app
+
+  pack_app.run(args.source, args.to, overrides, shards=args.shards, workers=args.workers, max_bad=args.max_bad)
+
+
+def data(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Preview a config's training inputs, or benchmark its input pipeline."""
+  from fmcv_jax.apps import data_bench, data_show
+
+  if args.show is None and not args.bench:
+    raise UserError('give --show N, --bench or both')
+  if args.show is not None:
+    data_show.run(args.config, overrides, count=args.show, output=args.output)
+  if args.bench:
+    data_bench.run(args.config, overrides, seconds=args.seconds, step=not args.no_step)
+
+
+def precompute(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Precompute latents, embeddings or other outputs for every record."""
+  from fmcv_jax.apps import precompute as precompute_app
+
+  precompute_app.run(
+    args.name,
+    args.to,
+    overrides,
+    config=args.config,
+    model=args.model,
+    step=args.step,
+    batch=args.batch,
+    shards=args.shards,
+    images=args.images,
+    dtype=args.dtype,
+  )
+
+
+def plan(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Compile a config for a remote TPU topology and report memory, communication and cost."""
+  from fmcv_jax.plan import planning
+
+  planning.run(
+    args.config,
+    overrides,
+    topology=args.topology,
+    slices=args.slices,
+    utilization=args.utilization,
+    json_file=args.json,
+    searched=args.search,
+    batches=args.batches,
+  )
+
+
+def _sampling(args: argparse.Namespace, **more: Any) -> Any:
+  """The SamplingOptions of the arguments."""
+  from fmcv_jax.apps.arguments import command_line_errors
+  from fmcv_jax.diffusion.options import SamplingOptions
+
+  names = ('steps', 'guidance', 'seed', 'solver', 'spacing', 'interval', 'rescale')
+  with command_line_errors():
+    return SamplingOptions(**{name: getattr(args, name) for name in names}, **more)
