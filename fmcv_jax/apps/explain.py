@@ -60,7 +60,10 @@ def run(
   if texts and 'embed_text' not in subject.outputs:
     raise UserError(f'--text: {model} is not an image-text model')
   network, params = tower.network, tower.params
-  size, patch = size or network.image_size, getattr(network, 'smallest_patch', network.patch_size)
+  own, patch = network.input_shape[:2], getattr(network, 'smallest_patch', network.patch_size)
+  if own[0] != own[1]:
+    raise UserError(f'{model}: explain draws square images only; the network takes {own[0]} x {own[1]} pixels')
+  size = size or own[0]
   if size % patch and not isinstance(network, EfficientNet):
     raise UserError(f'--size: {size} is not divisible by the patch size {patch}')
 
@@ -97,7 +100,7 @@ def run(
     draw('relevance', {'relevance': relevant}, 'Relevance for the top-1 class')
     for file, index in zip(files, best, strict=True):
       console.print(f'{file}: top-1 class {names[index] if names else index}', highlight=False)
-  if 'reconstruct' in subject.outputs and size == network.image_size:
+  if 'reconstruct' in subject.outputs and size == own[0]:
     pairs = jax.jit(subject.outputs['reconstruct'].call)(subject.params, subject.extra, {'image': pixels})
     masked, filled = np.moveaxis(np.asarray(pairs), 1, 0)
     draw('reconstruction', {'masked input': masked, 'reconstruction': filled}, 'Masked input and reconstruction')

@@ -15,6 +15,7 @@ from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.sources.random_split import RandomSplit
 from fmcv_jax.errors import UserError
+from fmcv_jax.fields import ImageSize
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.registry import KINDS
@@ -138,7 +139,7 @@ class _Data:
     epochs = next(epochs for most, epochs in _EPOCHS if self.account.records <= most)
     return max(MIN_STEPS, math.ceil(epochs * self.account.records / batch))
 
-  def evaluators(self, every: int, size: int, ways: int) -> dict[str, Any]:
+  def evaluators(self, every: int, size: ImageSize, ways: int) -> dict[str, Any]:
     kind = 'accuracy' if self.labeled else 'retrieval'
     found = {}
     for at, (name, spec) in enumerate(self.evaluated.items()):
@@ -224,7 +225,7 @@ def _training_crop(least: float) -> dict[str, Any]:
   return {'name': 'random_resized_crop', 'scale': (least, 1.0)}
 
 
-def _image_size(objective: Mapping[str, Any]) -> int:
+def _image_size(objective: Mapping[str, Any]) -> ImageSize:
   resolved = config_lib.resolve(Objective, objective, KINDS, 'config.objective')
   built: Objective = config_lib.build(Objective, resolved, KINDS, 'config.objective')
   if built.input_size is None:

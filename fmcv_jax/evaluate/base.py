@@ -13,6 +13,7 @@ from fmcv_jax.data.loader import evaluation_batches
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.fields import ImageSize
 from fmcv_jax.objectives.outputs import Output
 from fmcv_jax.parallel.batches import to_devices
 from fmcv_jax.parallel.rules import Placement
@@ -40,7 +41,7 @@ class EvaluatedModel:
   Every model also has the output 'pixels' [B, D], the baseline that features have to beat.
 
   reopen       opens the model of a workdir
-  image_size   side of the images that the outputs take; None for any
+  image_size   size of the images that the outputs take; None for any
   example_batch  shapes of one example of training, to whose rows of objects evaluation data is padded
   class_names  the names of the training classes by label, empty where they have none; read when they are needed
   between_batches  called before every batch; what it raises ends the evaluation, as a request to stop does
@@ -52,7 +53,7 @@ class EvaluatedModel:
   params: Any = None
   extra: Any = None
   reopen: Callable[[str], 'EvaluatedModel'] | None = None
-  image_size: int | None = None
+  image_size: ImageSize | None = None
   example_batch: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
   between_batches: Callable[[], None] = lambda: None
   class_names: Callable[[], Sequence[str]] = tuple

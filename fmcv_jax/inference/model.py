@@ -25,6 +25,7 @@ from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
+from fmcv_jax.objectives.base import size_of
 from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import CLASSES, Run
@@ -208,7 +209,7 @@ def evaluated_as(run: Run) -> ImageTransform | None:
     return run.experiment.data.image
   objective: Any = run.experiment.objective
   image, given = objective.example_batch.get('image'), run.experiment.data.image
-  size = image.shape[-3] if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)
+  size = size_of(image.shape) if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)
   if size is None:
     return None
   return dataclasses.replace(given, size=size) if isinstance(given, Resize | ResizeCrop) else ResizeCrop(size, crop=1.0)

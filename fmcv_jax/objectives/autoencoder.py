@@ -173,7 +173,7 @@ class Autoencoding(Objective):
 
   def _for_features(self, x: jax.Array) -> jax.Array:
     features: Any = self.features
-    shape = (x.shape[0], features.image_size, features.image_size, 3)
+    shape = (x.shape[0], *features.input_shape)
     images = self.normalize.undo(x)
     return self.features_normalize(images if images.shape == shape else jax.image.resize(images, shape, 'cubic'))
 

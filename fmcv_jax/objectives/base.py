@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from typing_extensions import override
 
 from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.fields import ImageSize
 from fmcv_jax.objectives.outputs import Batch, Output, Params
 from fmcv_jax.parallel.parameter_axes import Row
 
@@ -104,10 +105,11 @@ class Objective(abc.ABC):
     """Shapes and dtypes of one example, field by field, without the batch axis."""
 
   @property
-  def input_size(self) -> int | None:
-    """Side in pixels of the images or frames that `outputs` take; None for any size, and without image inputs."""
+  def input_size(self) -> ImageSize | None:
+    """Side in pixels, or (height, width), of the images or frames that `outputs` take; None for any size, and without
+    image inputs."""
     image = self.example_batch.get('image')
-    return None if image is None else image.shape[-3]
+    return None if image is None else size_of(image.shape)
 
   @property
   def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
@@ -152,6 +154,17 @@ class Objective(abc.ABC):
       samples         images [B, H, W, 3]
     """
     return {}
+
+
+def image_field(network: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of the batch field 'image' for a network with `input_shape`, without the batch axis."""
+  return jax.ShapeDtypeStruct(tuple(network.input_shape), jnp.uint8)
+
+
+def size_of(shape: tuple[int, ...]) -> ImageSize:
+  """The size of images [..., H, W, C]: the side of a square, or (height, width)."""
+  height, width = shape[-3:-1]
+  return height if height == width else (height, width)
 
 
 def flax_variables(params: Params, extra: Mapping[str, Any], owner: str = '') -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.mixing import mix
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import Decay, NonNegativeFloat
-from fmcv_jax.objectives.base import BATCH_STATS, Loss, Objective, flax_variables, mean_loss
+from fmcv_jax.objectives.base import BATCH_STATS, Loss, Objective, flax_variables, image_field, mean_loss
 from fmcv_jax.objectives.distillation import Distillation
 from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
@@ -57,9 +57,8 @@ class Classification(Objective):
   @property
   @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    size = self.network.image_size
     return {
-      'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
+      'image': image_field(self.network),
       'label': jax.ShapeDtypeStruct((), jnp.int32),
     }
 
@@ -70,11 +69,11 @@ class Classification(Objective):
 
   @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
-    size = self.network.image_size
-    extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
+    images = jnp.zeros((1, *self.network.input_shape))  # type: ignore[attr-defined]
+    extra = dict(self.network.init(rng, images))
     params = extra.pop('params')
     if self.distillation is not None:
-      extra |= self.distillation.init(jax.random.fold_in(rng, 1), size)
+      extra |= self.distillation.init(jax.random.fold_in(rng, 1), images)
     return params, extra
 
   @override

@@ -1,6 +1,7 @@
 """Image-text contrast: CLIP's softmax (Radford et al. 2021) and SigLIP's sigmoid (Zhai et al. 2023)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import Decay, PositiveFraction
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.patches import random_keep
-from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, Loss, flax_variables, mean_loss
+from fmcv_jax.objectives.base import BATCH_STATS, CoupledObjective, Loss, flax_variables, image_field, mean_loss
 from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params
 from fmcv_jax.objectives.ring_contrastive import LossName, pair_loss
 
@@ -48,9 +49,9 @@ class Contrastive(CoupledObjective):
   @property
   @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    size, length = self.network.image.image_size, self.network.text.length
+    length = self.network.text.length
     return {
-      'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
+      'image': image_field(self.network.image),
       'tokens': jax.ShapeDtypeStruct((length,), jnp.int32),
     }
 
@@ -66,7 +67,7 @@ class Contrastive(CoupledObjective):
     images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
     keep = None
     if self.patch_keep_ratio < 1:
-      patches = (self.network.image.image_size // self.network.image.patch_size) ** 2
+      patches = math.prod(self.network.image.grid)
       keep = random_keep(keep_rng, images.shape[0], patches, self.patch_keep_ratio)
     embeddings_and_state: Any = self.network.apply(
       flax_variables(params, extra),

@@ -20,6 +20,7 @@ from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fmcv_jax.fields import height_width
 from fmcv_jax.models.common.layers import l2_normalize
 from fmcv_jax.models.self_supervised.dino import DinoNetwork
 from fmcv_jax.objectives.base import Loss, Objective, mean_loss
@@ -86,25 +87,24 @@ class SelfDistillation(Objective):
   @property
   def grid(self) -> tuple[int, int]:
     """Rows and columns of patches of a global crop."""
-    side = self.network.image_size // self.network.encoder.patch_size
-    return side, side
+    return self.network.encoder.grid
 
   @property
   @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    channels = self.network.input_shape[-1]
     views = {
-      'global_views': (GLOBALS, self.network.image_size),
-      'local_views': (self.local_crops_number, self.local_size),
+      'global_views': (GLOBALS, height_width(self.network.image_size)),
+      'local_views': (self.local_crops_number, height_width(self.local_size)),
     }
     return {
-      name: jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8) for name, (count, size) in views.items() if count
+      name: jax.ShapeDtypeStruct((count, *size, channels), jnp.uint8) for name, (count, size) in views.items() if count
     }
 
   @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
-    size = self.network.image_size
     picked = jnp.zeros((1, 1), jnp.int32) if self.ibot_loss_weight else None
-    params = self.network.init(rng, jnp.zeros((1, size, size, 3)), picked=picked)['params']
+    params = self.network.init(rng, jnp.zeros((1, *self.network.input_shape)), picked=picked)['params']
     extra = {'teacher': jax.tree.map(jnp.copy, params), 'step': jnp.zeros((), jnp.int32)}
     if self.centering == 'centering':
       names = ('image', 'patches') if self.ibot_loss_weight else ('image',)

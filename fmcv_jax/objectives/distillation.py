@@ -40,9 +40,9 @@ class Distillation:
     if not 0 <= self.weight <= 1:
       raise ValueError(f'weight: expected a fraction between 0 and 1, got {self.weight}')
 
-  def init(self, rng: jax.Array, image_size: int) -> dict[str, Any]:
+  def init(self, rng: jax.Array, images: jax.Array) -> dict[str, Any]:
     """Initial entries of `extra` for the teacher, which init_from replaces."""
-    initial = dict(self.teacher.init(rng, jnp.zeros((1, image_size, image_size, 3))))
+    initial = dict(self.teacher.init(rng, images))
     return {'teacher': initial.pop('params'), **{f'teacher_{name}': tree for name, tree in initial.items()}}
 
   def loss(self, logits: jax.Array, extra: Mapping[str, Any], images: jax.Array) -> jax.Array:

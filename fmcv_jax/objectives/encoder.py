@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.errors import UserError
-from fmcv_jax.objectives.base import Loss, Objective, flax_variables
+from fmcv_jax.fields import ImageSize
+from fmcv_jax.objectives.base import Loss, Objective, flax_variables, image_field
 from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 
@@ -25,18 +26,16 @@ class PretrainedEncoder(Objective):
   @property
   @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    size = self.network.image_size
-    return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+    return {'image': image_field(self.network)}
 
   @property
   @override
-  def input_size(self) -> int | None:
-    return None if getattr(self.network, 'any_size', False) else self.network.image_size
+  def input_size(self) -> ImageSize | None:
+    return None if getattr(self.network, 'any_size', False) else super().input_size
 
   @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
-    size = self.network.image_size
-    extra = dict(self.network.init(rng, jnp.zeros((1, size, size, 3))))
+    extra = dict(self.network.init(rng, jnp.zeros((1, *self.network.input_shape))))  # type: ignore[attr-defined]
     return extra.pop('params'), extra
 
   @override

@@ -1,6 +1,7 @@
 """Masked autoencoding (He et al. 2022): predicts the pixels of masked patches from the visible ones."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import OpenFraction
 from fmcv_jax.models.common.patches import patchify, unpatchify
 from fmcv_jax.models.self_supervised.mae import MaskedAutoencoder
-from fmcv_jax.objectives.base import Loss, Objective, mean_loss
+from fmcv_jax.objectives.base import Loss, Objective, image_field, mean_loss
 from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 
@@ -44,7 +45,7 @@ class MaskedAutoencoding(Objective):
   @property
   def patches(self) -> int:
     """Number of patches of an image."""
-    return (self.network.image_size // self.network.encoder.patch_size) ** 2
+    return math.prod(self.network.encoder.grid)
 
   @property
   def visible(self) -> int:
@@ -54,13 +55,11 @@ class MaskedAutoencoding(Objective):
   @property
   @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    size = self.network.image_size
-    return {'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
+    return {'image': image_field(self.network)}
 
   @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
-    size = self.network.image_size
-    images, order = jnp.zeros((1, size, size, 3)), jnp.arange(self.patches)[None]
+    images, order = jnp.zeros((1, *self.network.input_shape)), jnp.arange(self.patches)[None]
     return self.network.init(rng, images, order, visible=self.visible)['params'], {}
 
   @override
@@ -81,9 +80,9 @@ class MaskedAutoencoding(Objective):
 
   def masked_patches(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     """bool [B, 1, rows, columns]: True for masked patches."""
-    images, side = len(batch['image']), self.network.image_size // self.network.encoder.patch_size
+    images = len(batch['image'])
     masked = jnp.argsort(self.order(batch['rng'], images), axis=1) >= self.visible
-    return masked.reshape(images, 1, side, side)
+    return masked.reshape(images, 1, *self.network.encoder.grid)
 
   @override
   def outputs(self) -> Mapping[str, Output]:

@@ -86,5 +86,5 @@ class REPA:
 
   def _for_teacher(self, images: jax.Array) -> jax.Array:
     teacher: Any = self.teacher
-    shape = (images.shape[0], teacher.image_size, teacher.image_size, 3)
+    shape = (images.shape[0], *teacher.input_shape)
     return self.normalize(images if images.shape == shape else jax.image.resize(images, shape, 'cubic'))

@@ -15,7 +15,7 @@ from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.fields import Field
 from fmcv_jax.models.dense.segmenter import Segmenter
-from fmcv_jax.objectives.base import Loss, Mean, Objective
+from fmcv_jax.objectives.base import Loss, Mean, Objective, image_field
 from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 IGNORE_INDEX = 255  # label of pixels that are excluded from the loss and all metrics
@@ -41,10 +41,10 @@ class Segmentation(Objective):
   @property
   @override
   def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    size = self.network.image_size
+    image = image_field(self.network)
     return {
-      'image': jax.ShapeDtypeStruct((size, size, 3), jnp.uint8),
-      'segments': jax.ShapeDtypeStruct((size, size), jnp.uint8),
+      'image': image,
+      'segments': jax.ShapeDtypeStruct(image.shape[:2], jnp.uint8),
     }
 
   @property
@@ -54,8 +54,8 @@ class Segmentation(Objective):
 
   @override
   def init(self, rng: jax.Array) -> tuple[Params, Any]:
-    size = self.network.image_size
-    return self.network.init(rng, jnp.zeros((1, size, size, 3)))['params'], {}
+    images = jnp.zeros((1, *self.network.input_shape))  # type: ignore[attr-defined]
+    return self.network.init(rng, images)['params'], {}
 
   @override
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:

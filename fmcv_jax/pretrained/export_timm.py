@@ -13,6 +13,7 @@ from fmcv_jax.models.common.layers import BlockConfig
 from fmcv_jax.pretrained import efficientnet
 from fmcv_jax.pretrained.export_transformers import Files, plain
 from fmcv_jax.pretrained.hub_timm import activation_of
+from fmcv_jax.pretrained.hub_vit import exported_side
 
 # Architecture of which all values but the eps (CLIP's, 1e-5) are overridden by arguments.
 _VIT, _CLIP, _GATED = 'vit_base_patch16_224', 'vit_base_patch16_clip_224', 'vit_giant_patch14_dinov2'
@@ -32,7 +33,7 @@ def files(objective: Any, image: ImageTransform | None) -> Files:
     case _:
       name, arguments = _vit(network)
   preprocessing = {
-    'input_size': [3, network.image_size, network.image_size],
+    'input_size': [3, *(exported_side(network, 'timm'),) * 2],
     'fixed_input_size': not isinstance(network, EfficientNet),
     'mean': list(objective.normalize.mean),
     'std': list(objective.normalize.std),
@@ -77,7 +78,7 @@ def _vit(network: ViT) -> tuple[str, dict[str, Any]]:
     raise UserError('timm has no vision transformer with registers and a place for the class token')
   # timm's hidden width of a SwiGLU counts gate and value together.
   arguments: dict[str, Any] = {
-    'img_size': network.image_size,
+    'img_size': exported_side(network, 'timm'),
     'patch_size': network.patch_size,
     'embed_dim': network.width,
     'depth': network.stack.depth,
@@ -102,7 +103,7 @@ def _vit(network: ViT) -> tuple[str, dict[str, Any]]:
 
 def _swin(network: Swin) -> tuple[str, dict[str, Any]]:
   return _SWIN, {
-    'img_size': network.image_size,
+    'img_size': exported_side(network, 'timm'),
     'patch_size': network.smallest_patch,
     'window_size': network.window,
     'embed_dim': network.width,
@@ -132,7 +133,7 @@ def open_clip(family: str, objective: Any, image: ImageTransform | None) -> File
       'init_logit_bias': -10,
       'custom_text': True,
       'vision_cfg': {
-        'image_size': tower.image_size,
+        'image_size': exported_side(tower, 'open_clip'),
         'timm_model_name': _siglip_name(tower),
         'timm_model_pretrained': False,
         'timm_pool': 'map',
@@ -150,7 +151,7 @@ def open_clip(family: str, objective: Any, image: ImageTransform | None) -> File
       'quick_gelu': own.activation == 'quick_gelu',
       'vision_cfg': {
         **_layers(own),
-        'image_size': tower.image_size,
+        'image_size': exported_side(tower, 'open_clip'),
         'patch_size': tower.patch_size,
         'width': tower.width,
         'layers': tower.stack.depth,

@@ -15,6 +15,7 @@ from fmcv_jax.models.backbones.text import TextTransformer
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import BlockConfig, Stack
 from fmcv_jax.pretrained import efficientnet
+from fmcv_jax.pretrained.hub_vit import exported_side
 
 Files = dict[str, Any]  # by name: data for JSON, a text, or the path of a file to copy
 
@@ -68,7 +69,7 @@ def _blocks(stack: Stack, width: int, *, qkv_bias: bool = True) -> dict[str, Any
 
 
 def _patches(network: ViT, *, qkv_bias: bool = True) -> dict[str, Any]:
-  sizes = {'image_size': network.image_size, 'patch_size': network.patch_size, 'num_channels': 3}
+  sizes = {'image_size': exported_side(network, 'transformers'), 'patch_size': network.patch_size, 'num_channels': 3}
   return {**_blocks(network.stack, network.width, qkv_bias=qkv_bias), **sizes}
 
 
@@ -124,7 +125,7 @@ def _swin(network: Swin) -> dict[str, Any]:
   return {
     'model_type': 'swin',
     'architectures': ['SwinForImageClassification' if network.num_classes else 'SwinModel'],
-    'image_size': network.image_size,
+    'image_size': exported_side(network, 'transformers'),
     'patch_size': network.smallest_patch,
     'embed_dim': network.width,
     'depths': list(network.depths),
@@ -145,7 +146,7 @@ def _efficientnet(network: EfficientNet) -> dict[str, Any]:
   return {
     'model_type': 'efficientnet',
     'architectures': ['EfficientNetForImageClassification' if network.num_classes else 'EfficientNetModel'],
-    'image_size': network.image_size,
+    'image_size': exported_side(network, 'transformers'),
     'width_coefficient': width,
     'depth_coefficient': depth,
     'hidden_dim': network.top,

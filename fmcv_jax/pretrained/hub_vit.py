@@ -2,8 +2,20 @@
 
 from typing import Any
 
+from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.pretrained.hub_file import HubFile
+
+
+def exported_side(network: Any, library: str) -> int:
+  """The side of a network's images for a library's config. Raises UserError where they are not square or not RGB."""
+  height, width, channels = network.input_shape
+  if height != width or channels != 3:
+    raise UserError(
+      f'{library}: this format is for square RGB images; the network takes {height} x {width} pixels (height x width) '
+      f'of {channels} channels'
+    )
+  return height
 
 
 def side(file: HubFile, key: str, path: str, own: Any, default: int | None = None) -> None:
@@ -17,7 +29,7 @@ def side(file: HubFile, key: str, path: str, own: Any, default: int | None = Non
     raise file.refusal(key, value, 'squares')
   file.set(f'{path}.image_size', value)
   if isinstance(own, ViT):
-    if value // own.patch_size != own.image_size // own.patch_size:
-      raise file.refusal(key, value, f'{own.image_size} x {own.image_size}, from the array of positions')
+    if (value // own.patch_size,) * 2 != own.grid:
+      raise file.refusal(key, value, f'{own.grid[0]} x {own.grid[1]} patches, from the array of positions')
     if value % own.patch_size:
       file.set(f'{path}.drop_remainder', True)

@@ -212,6 +212,11 @@ class EfficientNet(nn.Module):
   dtype: Dtype = 'float32'
 
   @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of the images that the network is made for."""
+    return self.image_size, self.image_size, 3
+
+  @property
   def patch_size(self) -> int:
     """Pixels along the side of what becomes one of the last tokens."""
     return 2 * math.prod(stage.stride for stage in self.stages)

@@ -174,6 +174,11 @@ class Inception(nn.Module):
   any_size: bool = True
   num_classes: int = 1008
 
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of the images that the network is made for."""
+    return self.image_size, self.image_size, 3
+
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> Features:
     x = _walk(resized(with_logical_constraint(images, 'batch', None, None, None)), STEM)

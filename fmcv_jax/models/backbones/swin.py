@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.errors import did_you_mean
+from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.layers import (
   ATTENTION_AXES,
   HEAD_AXES,
@@ -224,13 +225,19 @@ class Swin(nn.Module):
   depths: tuple[int, ...]
   blocks: tuple[BlockConfig, ...]
   window: int = 7
-  image_size: int = 224
+  image_size: ImageSize = 224
+  in_channels: int = 3
   num_classes: int = 0
   drop_path: float = 0.0
   remat: Remat = 'none'
   unroll: Unroll = 1
 
   prefix = 0  # no token stands before the patches
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of the images that the network is made for."""
+    return (*height_width(self.image_size), self.in_channels)
 
   @property
   def patch_size(self) -> int:
@@ -242,7 +249,7 @@ class Swin(nn.Module):
     eps, dtype = self.blocks[0].eps, self.blocks[0].dtype
     self.embed = dense(self.width, dtype, 'patch')
     self.embed_norm = layer_norm(eps, dtype, 'patch_norm')
-    side = self.image_size // self.smallest_patch
+    side = min(height_width(self.image_size)) // self.smallest_patch
     self.stages = [
       Stage(
         depth // 2,
@@ -292,7 +299,8 @@ SIZES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 def swin(
   variant: str = 'T',
   *,
-  image_size: PositiveInt = 224,
+  image_size: ImageSize = 224,
+  in_channels: PositiveInt = 3,
   window: PositiveInt = 7,
   patch_size: PositiveInt = 4,
   num_classes: NonNegativeInt = 0,
@@ -317,7 +325,7 @@ def swin(
     raise ValueError(
       f'depths {depths}: expected an even number of blocks for each of the {len(num_heads)} stages of heads'
     )
-  if image_size % patch_size:
+  if any(side % patch_size for side in height_width(image_size)):
     raise ValueError(f'image_size {image_size} is not divisible by the patch size {patch_size}')
   blocks = tuple(
     BlockConfig(num_heads=count, mlp_dim=4 * width * 2**level, eps=eps, dtype=dtype)
@@ -330,6 +338,7 @@ def swin(
     blocks=blocks,
     window=window,
     image_size=image_size,
+    in_channels=in_channels,
     num_classes=num_classes,
     drop_path=drop_path,
     remat=remat,

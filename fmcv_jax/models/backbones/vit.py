@@ -1,5 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021) with the options of its successors, and its table of sizes."""
 
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.bounds import Decay, Finite, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.errors import did_you_mean
+from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
@@ -55,7 +57,7 @@ class ViT(nn.Module):
   """Images [B, height, width, 3], normalized, in multiples of `patch` -> Features.
 
   Tokens are the class token (if pool is 'cls'), the distillation token (if `distilled`), `registers` (Darcet et al.
-  2024), then the patches row by row. At resolutions other than image_size x image_size a learned table is interpolated;
+  2024), then the patches row by row. At resolutions other than `image_size` a learned table is interpolated;
   fixed tables are recomputed. `num_classes` is the number of outputs of a linear head on the pooled features; 0 returns
   the pooled features. `mask_token` adds a learned token that replaces masked patches (BEiT, Bao et al. 2022).
   `distilled` adds a token and a head that learn from a teacher (DeiT, Touvron et al. 2021); features and outputs are
@@ -75,7 +77,8 @@ class ViT(nn.Module):
   patch_size: int
   width: int
   stack: Stack
-  image_size: int = 224
+  image_size: ImageSize = 224
+  in_channels: int = 3
   pool: Pool = 'cls'
   pos_embed: Positions = 'learned'
   registers: int = 0
@@ -90,6 +93,17 @@ class ViT(nn.Module):
   fc_norm: bool = False
   drop_remainder: bool = False
   position_antialias: bool = True
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of the images that the network is made for."""
+    return (*height_width(self.image_size), self.in_channels)
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns of patches of an image of `image_size`."""
+    height, width = height_width(self.image_size)
+    return height // self.patch_size, width // self.patch_size
 
   @property
   def prefix(self) -> int:
@@ -125,11 +139,10 @@ class ViT(nn.Module):
 
     class_place, angles = None, None
     if self.pos_embed == 'learned':
-      side = self.image_size // self.patch_size
-      shape = (placed + side * side, self.width)
+      shape = (placed + math.prod(self.grid), self.width)
       table = self.param('position', nn.initializers.normal(self.width**-0.5), shape)
       class_place = table[:placed]
-      places = resize_grid(table[placed:], (side, side), grid, antialias=self.position_antialias)
+      places = resize_grid(table[placed:], self.grid, grid, antialias=self.position_antialias)
       x = x + places.astype(x.dtype)
     elif self.pos_embed == 'sincos2d':
       x = x + jnp.asarray(sincos_2d(*grid, self.width), x.dtype)
@@ -202,7 +215,8 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 def vit(
   variant: str = 'B/16',
   *,
-  image_size: PositiveInt = 224,
+  image_size: ImageSize = 224,
+  in_channels: PositiveInt = 3,
   num_classes: NonNegativeInt = 0,
   pool: Pool = 'cls',
   pos_embed: Positions = 'learned',
@@ -241,7 +255,7 @@ def vit(
   if size not in SIZES or not patch.isdigit():
     known = [f'{name}/{p}' for name in SIZES for p in (8, 14, 16, 32)]
     raise ValueError(f'unknown ViT variant {variant!r}; {did_you_mean(variant, known)}')
-  if image_size % int(patch) and not drop_remainder:
+  if any(side % int(patch) for side in height_width(image_size)) and not drop_remainder:
     raise ValueError(f'image_size {image_size} is not divisible by the patch size {patch}')
   if distilled and pool != 'cls':
     raise ValueError(f"distilled: the distillation token requires a class token, so pool must be 'cls', not {pool!r}")
@@ -268,6 +282,7 @@ def vit(
     width=width,
     stack=Stack(depth, block, drop_path, remat, unroll, drop_path_rise),
     image_size=image_size,
+    in_channels=in_channels,
     pool=pool,
     pos_embed=pos_embed,
     registers=registers,

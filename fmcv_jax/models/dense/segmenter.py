@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.bounds import PositiveInt
+from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.common.layers import HEAD_AXES, dense
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -26,9 +27,14 @@ class Segmenter(nn.Module):
   num_classes: int
 
   @property
-  def image_size(self) -> int:
-    """Side in pixels of the images of the encoder."""
+  def image_size(self) -> ImageSize:
+    """Side, or (height, width), of the images in pixels."""
     return self.encoder.image_size  # type: ignore[attr-defined]
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of the images that the network is made for."""
+    return self.encoder.input_shape  # type: ignore[attr-defined]
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from fmcv_jax.bounds import Decay, Finite, PositiveFloat, PositiveInt
 from fmcv_jax.errors import did_you_mean
+from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import SIZES, vit
@@ -93,7 +94,7 @@ CLIP_SIZES: dict[str, tuple[str, int, int, int, int]] = {
 def clip(
   variant: str = 'B/32',
   *,
-  image_size: PositiveInt = 224,
+  image_size: ImageSize = 224,
   vocab_size: PositiveInt = 49408,
   length: PositiveInt = 77,
   activation: Activation = 'gelu',
@@ -143,7 +144,7 @@ SIGLIP_SIZES = ('B/32', 'B/16', 'L/16', 'So400m/14', 'So400m/16', 'gopt/16')
 def siglip(
   variant: str = 'B/16',
   *,
-  image_size: PositiveInt = 224,
+  image_size: ImageSize = 224,
   vocab_size: PositiveInt = 32_000,
   length: PositiveInt = 64,
   attention: Backend = 'auto',

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.bounds import PositiveInt
+from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import ACTIVATIONS, HIDDEN_AXES, Dtype, dense, l2_normalize
 from fmcv_jax.parallel.rules import with_logical_constraint
@@ -68,9 +69,14 @@ class DinoNetwork(nn.Module):
   patch_head: PrototypeHead | None = None
 
   @property
-  def image_size(self) -> int:
-    """Side in pixels of global crops."""
+  def image_size(self) -> ImageSize:
+    """Side, or (height, width), of the images in pixels."""
     return self.encoder.image_size
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of the images that the network is made for."""
+    return self.encoder.input_shape
 
   def __call__(
     self, images: jax.Array, *, masked: jax.Array | None = None, picked: jax.Array | None = None, train: bool = False

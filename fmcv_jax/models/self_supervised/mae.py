@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.bounds import PositiveInt
+from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import HEAD_AXES, NORM_AXES, BlockConfig, Stack, dense, layer_norm
 from fmcv_jax.models.common.positions import sincos_2d
@@ -63,9 +64,14 @@ class MaskedAutoencoder(nn.Module):
   decoder: Decoder
 
   @property
-  def image_size(self) -> int:
-    """Side in pixels of the images."""
+  def image_size(self) -> ImageSize:
+    """Side, or (height, width), of the images in pixels."""
     return self.encoder.image_size
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of the images that the network is made for."""
+    return self.encoder.input_shape
 
   def __call__(self, images: jax.Array, order: jax.Array, *, visible: int, train: bool = False) -> Reconstruction:
     """order: int32 [B, T], a permutation of the patches of each image; the first `visible` go into the encoder."""
@@ -91,4 +97,4 @@ def mae(
   own = encoder.stack.block
   block = BlockConfig(num_heads, 4 * width, own.activation, eps=own.eps, attention=own.attention, dtype=own.dtype)
   stack = dataclasses.replace(encoder.stack, depth=depth, block=block, drop_path=0.0)
-  return MaskedAutoencoder(encoder, Decoder(width, stack, encoder.patch_size**2 * 3))
+  return MaskedAutoencoder(encoder, Decoder(width, stack, encoder.patch_size**2 * encoder.in_channels))
