@@ -16,8 +16,13 @@ def test_a_changed_sharding_is_reported_number_by_number():
   ]
 
 
+FAST = 'CLIP L/14 on v5p'  # the others take minutes each to compile
+
+
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize('name', golden.CASES)
+@pytest.mark.parametrize(
+  'name', [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in golden.CASES]
+)
 def test_a_pod_run_stores_and_sends_what_the_golden_file_says(name):
   pytest.importorskip('libtpu')
   written = json.loads(golden.FILE.read_text())
