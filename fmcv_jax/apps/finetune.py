@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from fmcv_jax import config as config_lib
 from fmcv_jax import experiment, trainer
 from fmcv_jax.apps.conversion import import_checkpoint
 from fmcv_jax.apps.finetune_data import source_of
@@ -34,7 +35,8 @@ def run(
 
   Raises UserError, before the model is read, for data that cannot be used.
   """
-  source_of(data)  # before weights are imported
+  own = [field for field in overrides if field.startswith('data.source.')]
+  source_of(data, config_lib.override({'data': {'source': {}}}, own)['data']['source'])  # before weights are imported
   if model is None:
     raise UserError(
       '--model: missing; give the model to fine-tune: a workdir of `fmcv train` or `fmcv import`, or a downloaded file '
@@ -70,8 +72,7 @@ def _close(workdir: str) -> None:
   at = '' if step is None or step == e.train.steps else f' --step {step}'
   labels = '' if classifies else ' --text "LABEL" "LABEL"'
   console = make_console()
-  if figure is not None:
-    metric = e.checkpoint.best or ''
+  if figure is not None and (metric := e.checkpoint.best) is not None:
     count = _records(e, metric.partition('/')[0])
     console.print(
       f'{metric} {figure:.3f} on {count} images, at step {step} of {e.train.steps}', highlight=False, soft_wrap=True
