@@ -209,8 +209,8 @@ def _workdir(config: Mapping[str, Any]) -> str:
   workdir = config.get('init_from', {}).get('params', {}).get('workdir')
   if not workdir:
     raise UserError(
-      'config.init_from.params.workdir (--model): missing; give the model to fine-tune: a workdir of `fmcv train` or '
-      '`fmcv import`, or with `fmcv finetune` a downloaded file or folder of published weights (docs/pretrained.md)'
+      'config.init_from.params.workdir: missing; give the model to fine-tune, a workdir of `fmcv train` or '
+      '`fmcv import`'
     )
   return str(workdir)
 

@@ -12,9 +12,11 @@ import fmcv_jax
 from fmcv_jax import __main__ as cli
 from fmcv_jax import experiment, trainer
 from fmcv_jax.apps import finetune_data
+from fmcv_jax.apps.finetune_model import is_workdir
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.random_split import RandomSplit
 from fmcv_jax.errors import UserError
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 from tests import runs
 
@@ -323,8 +325,8 @@ def test_data_that_cannot_be_used_is_one_line(prepare, message, tmp_path, classi
 def test_a_model_that_cannot_be_used_is_one_line(tmp_path, classifier, capsys):
   data = class_folder(tmp_path / 'own')
   own = ['finetune', str(data), '--workdir', str(tmp_path / 'run')]
-  assert cli.main(own) == 2
-  assert '--model: missing; give the model to fine-tune' in capsys.readouterr().err
+  with pytest.raises(UserError, match=r'config\.init_from\.params\.workdir: missing; give the model'):
+    experiment.load_config('configs/finetune.py', [f'data.source.path={str(data)!r}'])
   assert cli.main([*own, '--model', str(tmp_path / 'none')]) == 2
   assert 'none: no such file or folder' in capsys.readouterr().err
   (data / 'metadata.csv').write_text('file_name,text\nred/2.png,a red one\nred/5.png,another\nblue/0.png,a blue one\n')
@@ -332,6 +334,16 @@ def test_a_model_that_cannot_be_used_is_one_line(tmp_path, classifier, capsys):
   error = capsys.readouterr().err
   assert 'the data has captions, but this model' in error
   assert error.count('\n') == 1
+
+
+@pytest.mark.skipif(not is_workdir(packaged.locate('demo')), reason='the weights are not in this checkout')
+def test_without_a_model_that_of_the_package_is_trained(tmp_path, capsys):
+  args = ['finetune', str(class_folder(tmp_path / 'own')), '--workdir', str(tmp_path / 'run')]
+  assert cli.main([*args, '--config.train.steps=2', '--config.log.tensorboard=False']) == 0
+  printed = capsys.readouterr().out
+  assert '--model demo: a small model of drawings of 32 pixels' in printed
+  assert 'init_from.params: 2 arrays are new, not from there: head/bias, head/kernel' in printed
+  assert fmcv_jax.load(tmp_path / 'run').class_names == tuple(COLORS)
 
 
 def test_classes_that_change_between_two_starts_of_a_run_are_refused(tmp_path):
