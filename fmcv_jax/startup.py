@@ -126,7 +126,9 @@ def _texts(run: Run, pipeline: Pipeline, where: str) -> list[str]:
 def _check_image_size(run: Run, name: str, evaluator: Evaluator, pipeline: Pipeline) -> None:
   """Raises UserError for images of an evaluator that the network cannot take, such as 20 pixels for patches of 16."""
   size, own = getattr(pipeline.image, 'size', None), run.experiment.objective.input_size
-  if size is None or own is None or height_width(size) == (own, own) or getattr(evaluator, 'features', '') == 'pixels':
+  if size is None or own is None or getattr(evaluator, 'features', '') == 'pixels':
+    return
+  if height_width(size) == height_width(own):
     return
   outputs = run.experiment.objective.outputs().values()
   output = next((output for output in outputs if output.reads == ('image',) and output.encoder is not None), None)

@@ -12,10 +12,12 @@ import fmcv_jax
 from fmcv_jax import __main__ as cli
 from fmcv_jax import experiment, trainer
 from fmcv_jax.apps import finetune_data
-from fmcv_jax.apps.finetune_model import is_workdir
+from fmcv_jax.apps.finetune_model import described, is_workdir
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.random_split import RandomSplit
 from fmcv_jax.errors import UserError
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.multimodal.dual_encoder import clip, siglip
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 from tests import runs
@@ -288,6 +290,13 @@ def test_the_image_encoder_of_an_image_text_model_classifies_with_its_own_weight
   for path, value in after.items():
     if not path.startswith('head/'):  # a rate of 1e-9 has changed nothing else
       np.testing.assert_allclose(value, before[f'image/{path}'], atol=1e-6)
+
+
+@pytest.mark.parametrize('pair', [clip('B/32'), clip('L/14', image_size=336, dtype='bfloat16'), siglip('So400m/14')])
+def test_the_image_encoder_of_a_published_name_is_described_field_by_field(pair):
+  spec = described(pair.image, 'runs/clip')
+  assert spec.pop('name') == 'vit'
+  assert vit(**spec) == pair.image
 
 
 TINY = {'name': 'cosine', 'peak_lr': 1e-9, 'warmup_steps': 0, 'end': 0.0}
