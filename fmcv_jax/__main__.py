@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
   add(commands.train, config='')
   sub = add(commands.finetune, config='configs/finetune.py', workdir=False)
   sub.add_argument('data', metavar='DIR_OR_FILE', help='class folders, a table of captions or labels, or Parquet')
-  sub.add_argument('--model', metavar='DIR_OR_FILE', help='workdir of a trained model, or published weights')
+  sub.add_argument(
+    '--model', metavar='DIR_OR_FILE', default='demo', help='a workdir, or published weights (default: the demo model)'
+  )
   sub.add_argument('--workdir', help='run folder (default: runs/ and the name of the data)')
   sub = add(commands.classify, model=True, fields=False)
   sub.add_argument('image', nargs='+', metavar='IMAGE', help='image file')

@@ -9,15 +9,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.errors import ScopeParamShapeError
 
 from fmcv_jax.config import to_plain_dict
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.experiment import resolve
+from fmcv_jax.fields import height_width
 from fmcv_jax.run import Run, parameter_count
 from fmcv_jax.train.layer_decay import map_by_path
 
@@ -41,6 +46,7 @@ def account(run: Run) -> list[str]:
   for name, evaluator in e.evaluators.items():
     pipeline = getattr(evaluator, 'data', None)
     if isinstance(pipeline, Pipeline):
+      _check_image_size(run, name, evaluator, pipeline)
       lines += _evaluator(name, pipeline.source.account(), training)
   lines += _parameters(run)
   for target, source in e.init_from.items():
@@ -115,6 +121,29 @@ def _texts(run: Run, pipeline: Pipeline, where: str) -> list[str]:
   if not left:
     return []
   return [f'{where}: {len(left) / len(captions):.0%} of {len(captions)} texts are cut to the length of the tokenizer']
+
+
+def _check_image_size(run: Run, name: str, evaluator: Evaluator, pipeline: Pipeline) -> None:
+  """Raises UserError for images of an evaluator that the network cannot take, such as 20 pixels for patches of 16."""
+  size, own = getattr(pipeline.image, 'size', None), run.experiment.objective.input_size
+  if size is None or own is None or getattr(evaluator, 'features', '') == 'pixels':
+    return
+  if height_width(size) == height_width(own):
+    return
+  outputs = run.experiment.objective.outputs().values()
+  output = next((output for output in outputs if output.reads == ('image',) and output.encoder is not None), None)
+  if output is None:
+    return
+  images = jax.ShapeDtypeStruct((run.placement.mesh.size, *height_width(size), pipeline.channels), jnp.uint8)
+  state = run.abstract_state
+  try:
+    with run.placement.active():
+      jax.eval_shape(output.call, state.params, state.extra, {'image': images})
+  except (ValueError, TypeError, ScopeParamShapeError) as error:
+    reason = str(error).strip().splitlines()[0]
+    raise UserError(
+      f'config.evaluators.{name}.data.image.size: {size}, but the network takes images of {own} pixels ({reason})'
+    ) from error
 
 
 def _evaluator(name: str, found: Account, training: Account) -> list[str]:

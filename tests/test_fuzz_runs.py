@@ -98,57 +98,46 @@ def number(kind, interval, rng):
 
 
 def changed(base, seed, folder):
-  """A config of a toy run with up to three fields drawn at random, and these fields."""
+  """A config of a toy run with up to three fields drawn at random, and these fields. UserError if it is refused."""
   rng = np.random.default_rng(seed)
   config = BASES[base](folder, train__steps=2, train__batch_size=16, optimizer__schedule__warmup_steps=1)
   if base == 'text_to_image':
     config = {**config, 'evaluators': {}}  # denoising at ten noise levels takes longer than training
-  found = [place for place in places(experiment.Experiment, config)]
-  fields = {}
-  for path, annotation in (found[at] for at in rng.choice(len(found), 3, replace=False)):
-    value = drawn(annotation, rng)
-    if value is not None:
-      fields[path.removeprefix('config.')] = value
-  return config, fields
+  found = list(places(experiment.Experiment, config))
+  drawings = {found[at][0]: drawn(found[at][1], rng) for at in rng.choice(len(found), 3, replace=False)}
+  fields = {path.removeprefix('config.'): value for path, value in drawings.items() if value is not None}
+  return config_lib.override(config, [f'{path}={value!r}' for path, value in fields.items()]), fields
 
 
-def check(base, seed, tmp_path):
-  config, fields = changed(base, seed, runs.image_folder(tmp_path / 'images'))
+def outcome(base, seed, folder, workdir):
+  """'trained', or the message of the error that a random config is refused with."""
+  config, fields = changed(base, seed, folder)
   try:
-    for path, value in fields.items():
-      config = config_lib.override(config, [f'{path}={value!r}'])
-    state = trainer.train(experiment.resolve(config), tmp_path / 'run')
+    state = trainer.train(experiment.resolve(config), workdir)
   except UserError as error:
-    lines = str(error).splitlines()
+    return str(error)
   except Exception as error:
     raise AssertionError(f'{base} with {fields}: {type(error).__name__}: {error}') from error
-  else:
-    lines = [f'step {int(state.step)}, metrics up to {max(runs.steps_of(tmp_path / "run"))}']
-    assert lines == ['step 2, metrics up to 2'], fields
-  assert len(lines) == 1, fields
+  assert (int(state.step), max(runs.steps_of(workdir))) == (2, 2), fields
+  return 'trained'
 
 
 def test_the_fields_that_are_drawn_are_those_of_the_whole_config(tmp_path):
-  config = runs.classification(tmp_path)
-  found = dict(places(experiment.Experiment, config))
-  for path in (
-    'train.ema_decay',
-    'optimizer.rule.b1',
-    'objective.network.drop_path',
-    'objective.mixup',
-    'data.image.scale',
-  ):
-    assert f'config.{path}' in found
+  found = dict(places(experiment.Experiment, runs.classification(tmp_path)))
+  named = ('train.ema_decay', 'optimizer.rule.b1', 'objective.network.drop_path', 'objective.mixup', 'data.image.scale')
+  assert {f'config.{path}' for path in named} <= set(found)
   assert len(found) > 80
 
 
-@pytest.mark.parametrize(('base', 'seed'), [('classification', 1), ('contrastive', 2), ('class_to_image', 3)])
-def test_a_config_with_random_fields_trains_or_is_one_line(base, seed, tmp_path):
-  check(base, seed, tmp_path)
+@pytest.mark.parametrize('base', ['classification', 'contrastive', 'class_to_image'])
+def test_a_config_with_random_fields_trains(base, tmp_path):
+  folder = runs.image_folder(tmp_path / 'images')
+  outcomes = (outcome(base, seed, folder, tmp_path / str(seed)) for seed in range(100, 110))
+  assert 'trained' in outcomes  # up to the first that is accepted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(8))
 @pytest.mark.parametrize('base', BASES)
 def test_any_config_with_random_fields_trains_or_is_one_line(base, seed, tmp_path):
-  check(base, seed, tmp_path)
+  assert len(outcome(base, seed, runs.image_folder(tmp_path / 'images'), tmp_path / 'run').splitlines()) == 1

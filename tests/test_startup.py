@@ -51,6 +51,12 @@ def test_a_class_that_the_network_lacks_is_named_with_its_record(field, values, 
   startup.check_labels({field: np.clip(np.array(values), 0, 2)}, counts, lambda: [])
 
 
+def test_images_of_an_evaluator_that_the_network_cannot_take_end_the_run_before_its_first_step(folder):
+  config = runs.classification(folder, evaluators__val__data__image__size=20)
+  with pytest.raises(UserError, match=r'evaluators\.val\.data\.image\.size: 20, but the network takes images of 16'):
+    startup.account(Run(config))
+
+
 def test_texts_of_which_only_the_template_is_left_are_refused_and_cut_ones_are_counted(folder, tmp_path):
   long = 'a very long template that fills every token of the text before the caption {}'
   with pytest.raises(UserError, match=r'data\.caption_templates: of .* for every caption, so all texts are one'):

@@ -18,37 +18,38 @@ _TABLES = ('.csv', '.tsv', '.jsonl')
 _EVALUATED = ('validation', 'test')
 
 
-def source_of(path: str) -> Spec:
-  """The source of a folder or file, as the fields of a config.
+def source_of(path: str, given: Spec | None = None) -> Spec:
+  """The source of a folder or file, as the fields of a config; the fields `given` win, such as names of columns.
 
   A folder of .parquet tables with encoded images, a folder of images (with class folders, metadata or text files), a
   folder with one table of captions or labels, or such a table itself. Raises UserError for anything else.
   """
+  given = given or {}
   expanded = path if storage.is_remote(path) else os.path.expanduser(path)
   found = storage.files_below(expanded)
   if found is not None:
-    return _of_folder(path, expanded, found)
+    return _of_folder(path, expanded, found, given) | given
   if not storage.is_remote(path) and not os.path.isfile(expanded):
     raise UserError(f'{path}: no such folder or file (relative to {os.getcwd()})')
   suffix = caption_tables.suffix(path)
-  if suffix == '.parquet' and (columns := _parquet_columns(path, expanded)):
-    return {'name': 'parquet', 'path': path, **columns}
+  if suffix == '.parquet' and (columns := _parquet_columns(path, expanded, given)):
+    return {'name': 'parquet', 'path': path, **columns} | given
   if suffix in caption_tables.KINDS:
     folder, _, name = expanded.rpartition('/')
-    return _of_table(folder or '.', name)
+    return _of_table(folder or '.', name, given) | given
   raise UserError(
     f'{path}: is not a folder, nor a table ({", ".join(caption_tables.KINDS)}); give the folder of the images, or the '
     f'table that names them'
   )
 
 
-def _of_folder(path: str, expanded: str, found: Sequence[str]) -> Spec:
+def _of_folder(path: str, expanded: str, found: Sequence[str], given: Spec) -> Spec:
   if not found:
     raise UserError(f'{path}: is empty; give a folder of images in class folders, or with a table of captions')
   images = any(folder_index.is_image(name) for name in found)
   tables = [name for name in found if name.endswith('.parquet')]
   if tables and not images:
-    columns = _parquet_columns(path, storage.join(expanded, tables[0]))
+    columns = _parquet_columns(path, storage.join(expanded, tables[0]), given)
     if columns is None:
       raise UserError(f'{path}: {tables[0]} has no column of encoded images; write it with the bytes of the files')
     return {'name': 'parquet', 'path': path, **columns}
@@ -64,12 +65,14 @@ def _of_folder(path: str, expanded: str, found: Sequence[str]) -> Spec:
   if listed and not metadata and len(storage.folders_in(expanded)) < 2:
     if len(listed) > 1:
       raise UserError(f'{path}: has several tables ({", ".join(listed)}); give one: {path.rstrip("/")}/{listed[0]}')
-    return _of_table(path, listed[0])
+    return _of_table(path, listed[0], given)
   return {'name': 'image_folder', 'path': path}
 
 
-def _of_table(folder: str, table: str) -> Spec:
+def _of_table(folder: str, table: str, given: Spec) -> Spec:
   spec = {'name': 'image_folder', 'path': folder, 'captions': table}
+  if {'caption_column', 'label_column'} & set(given):
+    return spec
   try:
     _, row = next(caption_tables.rows(storage.join(folder, table), 'data'), (0, {}))
   except (FileNotFoundError, IsADirectoryError) as error:
@@ -86,7 +89,7 @@ def _of_table(folder: str, table: str) -> Spec:
   )
 
 
-def _parquet_columns(path: str, table: str) -> Spec | None:
+def _parquet_columns(path: str, table: str, given: Spec) -> Spec | None:
   """The columns of images and of labels or captions; None for a table without encoded images."""
   try:
     import pyarrow
@@ -107,11 +110,16 @@ def _parquet_columns(path: str, table: str) -> Spec | None:
     return True
 
   names = [*(name for name in _IMAGES if name in schema.names), *schema.names]
-  image = next((name for name in names if fits(name, 'image')), None)
+  image = given.get('image') or next((name for name in names if fits(name, 'image')), None)
   if image is None:
     return None
-  label = next((name for name in _LABELS if name in schema.names and fits(name, 'label')), None)
-  text = next((name for name in _CAPTIONS if name in schema.names and fits(name, 'text')), None)
+
+  def column(field: str, known: Sequence[str]) -> str | None:
+    if field in given:
+      return given[field]
+    return next((name for name in known if name in schema.names and fits(name, field)), None)
+
+  label, text = column('label', _LABELS), column('text', _CAPTIONS)
   if label is None and text is None:
     raise UserError(
       f'{table}: has neither labels ({", ".join(_LABELS)}) nor captions ({", ".join(_CAPTIONS)}) among its columns '

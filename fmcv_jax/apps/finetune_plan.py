@@ -78,14 +78,15 @@ class _Data:
   def open(cls, config: Mapping[str, Any]) -> '_Data':
     spec = config.get('data', {}).get('source', {})
     spec = {'name': spec} if isinstance(spec, str) else dict(spec)
-    path = spec.get('path')
-    if spec.get('name') == 'image_folder' and not path:
-      raise UserError('config.data.source.path: missing; give the folder of your images, or a table that names them')
-    if spec.keys() == {'name', 'path'} and spec['name'] == 'image_folder':
-      spec = source_of(str(path))
+    path = str(spec.get('path') or '')
+    if spec.get('name') == 'image_folder':
+      if not path:
+        raise UserError('config.data.source.path: missing; give the folder of your images, or a table that names them')
+      if not spec.get('captions'):
+        spec = source_of(path, {field: value for field, value in spec.items() if field not in ('name', 'path')})
     training, evaluated = parts_of(spec)
     source, held_out = _open(training), {name: _open(part) for name, part in evaluated.items()}
-    data = cls(str(path), training, evaluated, source, held_out, source.account())
+    data = cls(path, training, evaluated, source, held_out, source.account())
     data.check()
     return data
 
@@ -208,8 +209,8 @@ def _workdir(config: Mapping[str, Any]) -> str:
   workdir = config.get('init_from', {}).get('params', {}).get('workdir')
   if not workdir:
     raise UserError(
-      'config.init_from.params.workdir (--model): missing; give the model to fine-tune: a workdir of `fmcv train` or '
-      '`fmcv import`, or with `fmcv finetune` a downloaded file or folder of published weights (docs/pretrained.md)'
+      'config.init_from.params.workdir: missing; give the model to fine-tune, a workdir of `fmcv train` or '
+      '`fmcv import`'
     )
   return str(workdir)
 

@@ -12,9 +12,13 @@ import fmcv_jax
 from fmcv_jax import __main__ as cli
 from fmcv_jax import experiment, trainer
 from fmcv_jax.apps import finetune_data
+from fmcv_jax.apps.finetune_model import described, is_workdir
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.random_split import RandomSplit
 from fmcv_jax.errors import UserError
+from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.multimodal.dual_encoder import clip, siglip
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 from tests import runs
 
@@ -91,7 +95,7 @@ def test_31_images_of_class_folders_are_learned_and_named_afterwards(tmp_path, c
   np.testing.assert_allclose(probability, model.classify(str(other))[1])
   assert [found[0][0] for found in model.predict([pixels('red', 77), pixels('blue', 78)], count=1)] == ['red', 'blue']
   assert cli.main(['classify', str(other), '--model', str(workdir), '--top', '1']) == 0
-  assert re.fullmatch(rf'{other}: green 0\.\d+\n', capsys.readouterr().out)
+  assert re.search(rf'{other}\W+green\W+[01]\.\d+', capsys.readouterr().out)
 
 
 def test_steps_batch_and_warm_up_follow_from_the_data_unless_they_are_set(tmp_path, classifier):
@@ -244,6 +248,29 @@ def test_hub_datasets_of_images_and_parquet_shards_with_labels_or_captions(tmp_p
   assert Run(config).experiment.data.source.texts_of(0)[0].startswith('a ')
 
 
+def test_columns_of_other_names_can_be_set(tmp_path, classifier, pairs):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  rows = [f'{index}.png,{list(COLORS)[index % 3]},a {list(COLORS)[index % 3]} thing' for index in range(12)]
+  for index in range(12):
+    draw(tmp_path / 'own' / f'{index}.png', list(COLORS)[index % 3], index)
+  table = tmp_path / 'own' / 'table.csv'
+  table.write_text('\n'.join(['image,kind,description', *rows]) + '\n')
+  with pytest.raises(UserError, match=r'has neither captions .* nor labels .* \(image, kind, description\)'):
+    completed(table, classifier)
+  named = completed(table, classifier, 'data.source.label_column=kind')
+  assert Run(named).experiment.data.source.names == tuple(COLORS)
+  paired = completed(table, pairs, 'data.source.caption_column=description')
+  assert Run(paired).experiment.data.source.texts_of(0)[0].endswith('thing')
+
+  columns = {'x': [encoded(list(COLORS)[i % 3], i) for i in range(12)], 'kind': [i % 3 for i in range(12)]}
+  both = columns | {'label': columns['kind'], 'text': [f'number {i}' for i in range(12)]}
+  parquet.write_table(pyarrow.table(both), tmp_path / 'both.parquet')
+  assert completed(tmp_path / 'both.parquet', classifier)['objective']['name'] == 'classification'
+  asked = completed(tmp_path / 'both.parquet', pairs, 'data.source.label=None')
+  assert (asked['objective']['name'], asked['data']['source']['source']['text']) == ('contrastive', 'text')
+
+
 def test_a_table_of_labels_is_a_classification(tmp_path, classifier):
   lines = ['image,label'] + [f'{index}.png,{list(COLORS)[index % 3]}' for index in range(12)]
   for index in range(12):
@@ -263,6 +290,13 @@ def test_the_image_encoder_of_an_image_text_model_classifies_with_its_own_weight
   for path, value in after.items():
     if not path.startswith('head/'):  # a rate of 1e-9 has changed nothing else
       np.testing.assert_allclose(value, before[f'image/{path}'], atol=1e-6)
+
+
+@pytest.mark.parametrize('pair', [clip('B/32'), clip('L/14', image_size=336, dtype='bfloat16'), siglip('So400m/14')])
+def test_the_image_encoder_of_a_published_name_is_described_field_by_field(pair):
+  spec = described(pair.image, 'runs/clip')
+  assert spec.pop('name') == 'vit'
+  assert vit(**spec) == pair.image
 
 
 TINY = {'name': 'cosine', 'peak_lr': 1e-9, 'warmup_steps': 0, 'end': 0.0}
@@ -300,8 +334,8 @@ def test_data_that_cannot_be_used_is_one_line(prepare, message, tmp_path, classi
 def test_a_model_that_cannot_be_used_is_one_line(tmp_path, classifier, capsys):
   data = class_folder(tmp_path / 'own')
   own = ['finetune', str(data), '--workdir', str(tmp_path / 'run')]
-  assert cli.main(own) == 2
-  assert '--model: missing; give the model to fine-tune' in capsys.readouterr().err
+  with pytest.raises(UserError, match=r'config\.init_from\.params\.workdir: missing; give the model'):
+    experiment.load_config('configs/finetune.py', [f'data.source.path={str(data)!r}'])
   assert cli.main([*own, '--model', str(tmp_path / 'none')]) == 2
   assert 'none: no such file or folder' in capsys.readouterr().err
   (data / 'metadata.csv').write_text('file_name,text\nred/2.png,a red one\nred/5.png,another\nblue/0.png,a blue one\n')
@@ -309,6 +343,16 @@ def test_a_model_that_cannot_be_used_is_one_line(tmp_path, classifier, capsys):
   error = capsys.readouterr().err
   assert 'the data has captions, but this model' in error
   assert error.count('\n') == 1
+
+
+@pytest.mark.skipif(not is_workdir(packaged.locate('demo')), reason='the weights are not in this checkout')
+def test_without_a_model_that_of_the_package_is_trained(tmp_path, capsys):
+  args = ['finetune', str(class_folder(tmp_path / 'own')), '--workdir', str(tmp_path / 'run')]
+  assert cli.main([*args, '--config.train.steps=2', '--config.log.tensorboard=False']) == 0
+  printed = capsys.readouterr().out
+  assert '--model demo: a small model of drawings of 32 pixels' in printed
+  assert 'init_from.params: 2 arrays are new, not from there: head/bias, head/kernel' in printed
+  assert fmcv_jax.load(tmp_path / 'run').class_names == tuple(COLORS)
 
 
 def test_classes_that_change_between_two_starts_of_a_run_are_refused(tmp_path):

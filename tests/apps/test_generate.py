@@ -95,6 +95,12 @@ def test_command_line_writes_a_grid_with_its_settings_as_metadata(texts, tmp_pat
   about = json.loads(grid.text['fmcv'])
   assert (about['prompts'], about['seed'], about['steps']) == ([prompt, 'blue'], 7, 2)
   assert json.loads(Image.open(tmp_path / '0003.png').text['fmcv'])['prompt'] == 'blue'
+  before = (tmp_path / '0000.png').read_bytes()
+  assert cli.main([*args, '--output', str(tmp_path), '--seed', '8']) == 2
+  error = capsys.readouterr().err
+  assert f'--output {tmp_path}: has images of an earlier call (0000.png, ...), which would be overwritten' in error
+  assert f'--output {tmp_path / "2"}' in error
+  assert (tmp_path / '0000.png').read_bytes() == before
 
 
 @pytest.mark.slow

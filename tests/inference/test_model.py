@@ -1,6 +1,8 @@
 """`fmcv_jax.load`: one image or many, texts and labels, and one clear line for each mistake."""
 
 import logging
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +124,31 @@ def test_a_diffusion_samples_as_its_generator_does(folder, tmp_path):
   sampled = jax.jit(generator.outputs['samples'].call)(generator._subject.params, generator._subject.extra, batch)
   expected = generator.generate(['a', 'c'], steps=20, guidance=1.0, seed=0)
   np.testing.assert_allclose(np.asarray(sampled, int), expected.astype(int), atol=1)
+
+
+def test_predict_names_the_best_classes_by_the_names_of_training(folder, clip, classifier):
+  file = folder / 'a' / '0.png'
+  assert classifier.class_names == ('a', 'b', 'c')
+  probabilities = classifier.classify(file)
+  order = np.argsort(-probabilities)
+  assert classifier.predict(file, count=2) == [('abc'[at], float(probabilities[at])) for at in order[:2]]
+  labels = ['red', 'green', 'blue']
+  scores = clip.classify([file, file], labels)
+  assert [found[0][0] for found in clip.predict([file, file], labels)] == [labels[at] for at in scores.argmax(1)]
+  assert clip.class_names == ()
+  with pytest.raises(UserError, match='count: expected at least 1, got 0'):
+    classifier.predict(file, count=0)
+
+
+def test_a_dtype_is_set_in_every_network_or_refused(folder, tmp_path):
+  workdir = runs.untrained(runs.classification(folder), tmp_path / 'run')
+  half = fmcv_jax.load(workdir, dtype='bfloat16')
+  assert half._run.experiment.objective.network.stack.block.dtype == 'bfloat16'
+  with pytest.raises(UserError, match=r"^dtype: 'float16' is not one of 'float32', 'bfloat16'; did you mean"):
+    fmcv_jax.load(workdir, dtype='float16')
+
+
+def test_opening_a_model_in_python_prints_nothing():
+  code = 'import fmcv_jax.inference.model'
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert (done.stdout, done.stderr) == ('', '')

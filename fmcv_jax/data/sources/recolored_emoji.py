@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.sources.emoji import Concept, Emoji, captions, draw, on_white, split_concepts, words
 from fmcv_jax.errors import UserError, did_you_mean
@@ -34,7 +35,7 @@ class RecoloredEmoji(Source):
   """
 
   artists: tuple[str, ...] = ('openmoji', 'noto')
-  image_size: int = 64
+  image_size: PositiveInt = 64
   colors: tuple[str, ...] = tuple(HUES)
   aliases: bool = True
 
