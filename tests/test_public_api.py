@@ -22,8 +22,8 @@ def test_every_public_name_is_the_object_of_its_module():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-  with pytest.raises(AttributeError, match="module 'fmcv_jax' has no attribute 'Painter'"):
-    fmcv_jax.Painter  # noqa: B018
+  with pytest.raises(AttributeError, match="module 'fmcv_jax' has no attribute 'Sampler'"):
+    fmcv_jax.Sampler  # noqa: B018
 
 
 def test_importing_the_package_imports_no_other_library():
