@@ -13,7 +13,13 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(tempfile.gettempdir(), f'
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 
-from fmcv_jax.parallel.distributed import emulate
+import jaxtyping
+
+# Shapes and dtypes in annotations are checked at each call, when a program is traced.
+SHAPE_CHECKED = ('fmcv_jax.models.common.attention.dispatch', 'fmcv_jax.models.common.patches')
+jaxtyping.install_import_hook(SHAPE_CHECKED, 'beartype.beartype')
+
+from fmcv_jax.parallel.distributed import emulate  # noqa: E402
 
 emulate(8)
 

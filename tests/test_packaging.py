@@ -7,7 +7,6 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-READ = ('.py', '.c', '.gz', '.typed', 'LICENSE')
 
 
 def built(folder: pathlib.Path) -> pathlib.Path:
@@ -28,7 +27,8 @@ def built(folder: pathlib.Path) -> pathlib.Path:
 
 
 def below(folder: pathlib.Path) -> set[str]:
-  return {file.relative_to(folder).as_posix() for file in folder.rglob('*') if file.name.endswith(READ)}
+  files = (file for file in folder.rglob('*') if file.is_file() and file.parent.name != '__pycache__')
+  return {file.relative_to(folder).as_posix() for file in files}
 
 
 @pytest.fixture(scope='module')

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 
 class Augment(abc.ABC):
@@ -31,6 +32,7 @@ class GeometricAugment(Augment):
   """
 
   @property
+  @override
   def moves(self) -> bool:
     return True
 
@@ -46,21 +48,25 @@ class GeometricAugment(Augment):
   def maps(self, maps: jax.Array, matrix: jax.Array, fill: float) -> jax.Array:
     """maps [B, H, W, ...] of any dtype: the value of the nearest pixel, and `fill` outside of the image."""
 
+  @override
   def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     batch, height, width, _ = images.shape
     return self.images(images, self.draw(batch, height, width, rng))
 
 
-def bernoulli_mask(rng, probability, images):
+def bernoulli_mask(rng: jax.Array, probability: float, images: jax.Array) -> jax.Array:
+  """bool [B, 1, 1, 1], True with `probability`, for a batch of images."""
   return jax.random.bernoulli(rng, probability, (images.shape[0], 1, 1, 1))
 
 
 def check_share(name: str, value: float) -> None:
+  """Raises ValueError unless 0 <= value <= 1."""
   if not 0 <= value <= 1:
     raise ValueError(f'{name}: expected a number between 0 and 1, got {value}')
 
 
 def check_bounds(name: str, bounds: tuple[float, float], most: float = math.inf) -> None:
+  """Raises ValueError unless 0 < low <= high <= most."""
   if not 0 < bounds[0] <= bounds[1] <= most:
     raise ValueError(f'{name}: expected 0 < low <= high{"" if most == math.inf else f" <= {most:g}"}, got {bounds}')
 

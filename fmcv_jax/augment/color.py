@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_share
 from fmcv_jax.bounds import Fraction, HueShift, NonNegativeFloat, PositiveFloat
@@ -16,10 +18,11 @@ class Invert(Augment):
 
   probability: Fraction = 0.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_share('probability', self.probability)
 
-  def __call__(self, images, rng):
+  @override
+  def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     return jnp.where(bernoulli_mask(rng, self.probability, images), 1 - images, images)
 
 
@@ -30,11 +33,12 @@ class Solarize(Augment):
   threshold: Fraction = 0.5
   probability: Fraction = 0.2
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_share('threshold', self.threshold)
     check_share('probability', self.probability)
 
-  def __call__(self, images, rng):
+  @override
+  def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     solarized = bernoulli_mask(rng, self.probability, images) & (images >= self.threshold)
     return jnp.where(solarized, 1 - images, images)
 
@@ -60,7 +64,7 @@ class ColorJitter(Augment):
   grayscale: Fraction = 0.0
   probability: Fraction = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('brightness', 'contrast', 'saturation'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}: expected at least 0, got {getattr(self, name)}')
@@ -69,12 +73,13 @@ class ColorJitter(Augment):
     check_share('grayscale', self.grayscale)
     check_share('probability', self.probability)
 
-  def __call__(self, images, rng):
+  @override
+  def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     batch = images.shape[0]
     rngs = jax.random.split(rng, 6)
     jittered = jax.random.bernoulli(rngs[0], self.probability, (batch,))
 
-    def factor(rng, width):
+    def factor(rng: jax.Array, width: float) -> jax.Array:
       drawn = jax.random.uniform(rng, (batch,), minval=max(0.0, 1 - width), maxval=1 + width)
       return jnp.where(jittered, drawn, 1.0)
 
@@ -88,11 +93,18 @@ class ColorJitter(Augment):
 LUMA = (0.299, 0.587, 0.114)
 
 
-def apply_color_matrix(images, brightness, contrast, saturation, turn, grayscale):
+def apply_color_matrix(
+  images: jax.Array,
+  brightness: jax.Array,
+  contrast: jax.Array,
+  saturation: jax.Array,
+  turn: jax.Array,
+  grayscale: jax.Array,
+) -> jax.Array:
   """Applies per-image factors, hue turns and grayscale flags, each [B], to images [B, H, W, 3]."""
   identity, luma = jnp.eye(3), jnp.broadcast_to(jnp.array(LUMA), (3, 3))
 
-  def from_gray(factor):
+  def from_gray(factor: jax.Array) -> jax.Array:
     factor = factor[:, None, None]
     return factor * identity + (1 - factor) * luma
 
@@ -122,11 +134,12 @@ class Blur(Augment):
   probability: Fraction = 0.5
   sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_share('probability', self.probability)
     check_bounds('sigma', self.sigma)
 
-  def __call__(self, images, rng):
+  @override
+  def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     drawn, sigma_rng = jax.random.split(rng)
     sigma = jax.random.uniform(sigma_rng, images.shape[:1], minval=self.sigma[0], maxval=self.sigma[1])
     return jnp.where(bernoulli_mask(drawn, self.probability, images), blurred(images, sigma), images)
@@ -136,10 +149,10 @@ def blurred(images: jax.Array, sigma: jax.Array) -> jax.Array:
   """Images [B, H, W, C] blurred by a Gaussian of sigma [B] pixels."""
   radius = max(1, min(images.shape[1:3]) // 20)
 
-  def weights(size):  # [B, size, size], from the pixel in the last axis to the one before it
+  def weights(size: int) -> jax.Array:  # [B, size, size], from the pixel in the last axis to the one before it
     to, source = jnp.arange(size)[:, None], jnp.arange(size)
 
-    def tap(distance):
+    def tap(distance: Any) -> jax.Array:
       return jnp.exp(-0.5 * jnp.square(distance / sigma[:, None, None])) * (jnp.abs(distance) <= radius)
 
     before, beyond = tap(to + source) * (source > 0), tap(2 * (size - 1) - to - source) * (source < size - 1)

@@ -2,10 +2,12 @@
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.augment.color import LUMA, blurred
 from fmcv_jax.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -34,13 +36,14 @@ class Edges(Control):
   sigma: PositiveFloat = 1.0
   reach: NonNegativeInt = 16
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.low <= self.high:
       raise ValueError(f'low: expected 0 < low <= high, got {self.low} and {self.high}')
     if self.sigma <= 0:
       raise ValueError(f'sigma: expected pixels above 0, got {self.sigma}')
 
-  def __call__(self, images):
+  @override
+  def __call__(self, images: jax.Array) -> jax.Array:
     gray = blurred((images * jnp.array(LUMA)).sum(-1, keepdims=True), jnp.full(len(images), self.sigma))[..., 0]
     smooth = {axis: 2 * gray + _shifted(gray, axis, 1) + _shifted(gray, axis, -1) for axis in (1, 2)}
     down, right = ((_shifted(smooth[3 - axis], axis, 1) - _shifted(smooth[3 - axis], axis, -1)) for axis in (1, 2))
@@ -60,7 +63,7 @@ class Edges(Control):
     weak = ridge & (size > self.low)
     window = (1, 3, 3)
 
-    def grow(_, edges):
+    def grow(_: Any, edges: jax.Array) -> jax.Array:
       return jax.lax.reduce_window(edges, False, jnp.logical_or, window, (1, 1, 1), 'SAME') & weak
 
     edges = jax.lax.fori_loop(0, self.reach, grow, ridge & (size > self.high))
@@ -71,7 +74,8 @@ class Edges(Control):
 class Gray(Control):
   """Grayscale copy of the image."""
 
-  def __call__(self, images):
+  @override
+  def __call__(self, images: jax.Array) -> jax.Array:
     return jnp.broadcast_to((images * jnp.array(LUMA)).sum(-1, keepdims=True), images.shape)
 
 
@@ -81,11 +85,12 @@ class Pixelate(Control):
 
   factor: PositiveInt = 8
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.factor < 1:
       raise ValueError(f'factor: expected at least 1, got {self.factor}')
 
-  def __call__(self, images):
+  @override
+  def __call__(self, images: jax.Array) -> jax.Array:
     batch, height, width, _ = images.shape
     if height % self.factor or width % self.factor:
       raise ValueError(f'control.factor: {height} x {width} pixels are not divisible by {self.factor}')

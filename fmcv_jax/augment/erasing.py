@@ -1,10 +1,11 @@
 """Random erasing (Zhong et al. 2020)."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_share, within
 from fmcv_jax.bounds import Finite, Fraction, PositiveFloat, PositiveFraction
@@ -26,7 +27,7 @@ class RandomErasing(Augment):
   ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)
   value: Literal['noise'] | Finite = 'noise'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_share('probability', self.probability)
     check_bounds('area', self.area, most=1.0)
     check_bounds('ratio', self.ratio)
@@ -35,14 +36,15 @@ class RandomErasing(Augment):
         raise ValueError(f"value: expected 'noise' or a number, got {self.value!r}")
       check_share('value', self.value)
 
-  def __call__(self, images, rng):
+  @override
+  def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     rngs = jax.random.split(rng, 6)
     rows, columns = self.boxes(images.shape, rngs[:4])
     inside = bernoulli_mask(rngs[4], self.probability, images) & (rows[:, :, None] & columns[:, None])[..., None]
     value = jax.random.uniform(rngs[5], images.shape) if self.value == 'noise' else self.value
     return jnp.where(inside, value, images)
 
-  def boxes(self, shape, rngs):
+  def boxes(self, shape: tuple[int, ...], rngs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows bool [B, H] and columns bool [B, W] that the box covers."""
     (batch, height, width, _), square = shape, shape[1] / shape[2]
     share = jax.random.uniform(rngs[0], (batch,), minval=self.area[0], maxval=self.area[1])
@@ -50,7 +52,7 @@ class RandomErasing(Augment):
     high = jnp.log(jnp.minimum(self.ratio[1], 1 / (share * square)))
     ratio = jnp.exp(low + (high - low) * jax.random.uniform(rngs[1], (batch,)))
 
-    def side(length, size, rng):
+    def side(length: Any, size: int, rng: jax.Array) -> jax.Array:
       length = jnp.clip(jnp.round(length), 1, size)
       start = jnp.floor(jax.random.uniform(rng, (batch,)) * (size - length + 1))
       return within(start, start + length, size)

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.base import GeometricAugment, check_bounds, check_share
 from fmcv_jax.augment.warp import nearest_warp, warp
@@ -17,18 +18,21 @@ class Flip(GeometricAugment):
 
   probability: Fraction = 0.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_share('probability', self.probability)
 
-  def draw(self, batch, height, width, rng):
+  @override
+  def draw(self, batch: int, height: int, width: int, rng: jax.Array) -> jax.Array:
     mirrored = jax.random.bernoulli(rng, self.probability, (batch,))
     across = jnp.array([[-1.0, 0.0, width], [0.0, 1.0, 0.0]])
     return jnp.where(mirrored[:, None, None], across, jnp.eye(2, 3))
 
-  def images(self, images, matrix):
+  @override
+  def images(self, images: jax.Array, matrix: jax.Array) -> jax.Array:
     return self.maps(images, matrix, 0.0)
 
-  def maps(self, maps, matrix, fill):
+  @override
+  def maps(self, maps: jax.Array, matrix: jax.Array, fill: float) -> jax.Array:
     mirrored = (matrix[:, 0, 0] < 0).reshape(-1, *(1,) * (maps.ndim - 1))
     return jnp.where(mirrored, maps[:, :, ::-1], maps)
 
@@ -52,7 +56,7 @@ class Affine(GeometricAugment):
   shear: NonNegativeFloat = 0.0
   fill: Fraction | None = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_bounds('scale', self.scale)
     check_bounds('ratio', self.ratio)
     for name in ('rotation', 'translate', 'shear'):
@@ -61,19 +65,22 @@ class Affine(GeometricAugment):
     if self.fill is not None:
       check_share('fill', self.fill)
 
-  def images(self, images, matrix):
+  @override
+  def images(self, images: jax.Array, matrix: jax.Array) -> jax.Array:
     return warp(images, matrix, self.fill)
 
-  def maps(self, maps, matrix, fill):
+  @override
+  def maps(self, maps: jax.Array, matrix: jax.Array, fill: float) -> jax.Array:
     return nearest_warp(maps, matrix, None if self.fill is None else fill)
 
-  def draw(self, batch, height, width, rng):
+  @override
+  def draw(self, batch: int, height: int, width: int, rng: jax.Array) -> jax.Array:
     rngs = jax.random.split(rng, 6)
 
-    def within_bounds(rng, bounds):
+    def within_bounds(rng: jax.Array, bounds: tuple[float, float]) -> jax.Array:
       return jnp.exp(jax.random.uniform(rng, (batch,), minval=math.log(bounds[0]), maxval=math.log(bounds[1])))
 
-    def around_zero(rng, most):
+    def around_zero(rng: jax.Array, most: float) -> jax.Array:
       return jax.random.uniform(rng, (batch,), minval=-most, maxval=most)
 
     scale, stretch = within_bounds(rngs[0], self.scale), jnp.sqrt(within_bounds(rngs[1], self.ratio))

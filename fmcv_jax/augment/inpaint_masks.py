@@ -1,6 +1,7 @@
 """Inpainting masks: random boxes and strokes, drawn on the device."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class RandomInpaintMask:
   boxes: NonNegativeInt = 3
   strokes: NonNegativeInt = 5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 <= self.full_mask_probability <= 1:
       raise ValueError(f'full_mask_probability: expected a number from 0 to 1, got {self.full_mask_probability}')
     if self.boxes < 0 or self.strokes < 0 or not self.boxes + self.strokes:
@@ -37,7 +38,7 @@ class RandomInpaintMask:
       raise ValueError(f'inpainting: masks are of images, but these have {len(size)} axes before the channels')
     return jax.vmap(lambda key: self._one(key, size))(keys)
 
-  def _one(self, key, size):
+  def _one(self, key: jax.Array, size: tuple[int, int]) -> jax.Array:
     keys = jax.random.split(key, 9)
     y, x = ((np.arange(side) + 0.5) / side for side in size)
     y, x = y[:, None, None], x[None, :, None]
@@ -57,7 +58,7 @@ class RandomInpaintMask:
     radius = jax.random.uniform(keys[6], minval=1 / 40, maxval=1 / 14)
     turns = lengths[:, None] * jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
-    def walk(here, turn):
+    def walk(here: Any, turn: Any) -> Any:
       there = jnp.clip(here + turn, 0, 1)
       return there, (here, there)
 
@@ -67,7 +68,7 @@ class RandomInpaintMask:
     return mask | jax.random.bernoulli(keys[8], self.full_mask_probability)
 
 
-def _distance(y, x, start, end):
+def _distance(y: Any, x: Any, start: jax.Array, end: jax.Array) -> jax.Array:
   """From the points (y, x) to the lines between two others each, start and end [2, N]: [..., N]."""
   along = end - start
   fraction = ((y - start[0]) * along[0] + (x - start[1]) * along[1]) / jnp.maximum(jnp.square(along).sum(0), 1e-6)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 
-def mix(images, targets, rng, *, mixup: float, cutmix: float):
+def mix(
+  images: jax.Array, targets: jax.Array, rng: jax.Array, *, mixup: float, cutmix: float
+) -> tuple[jax.Array, jax.Array]:
   """Mixes each example with its mirror in the batch: images [B, H, W, C], targets [B, classes].
 
   One weight per batch, as in the authors' code. For cutmix the weight of a label is the fraction of pixels it kept.

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, check_share
 from fmcv_jax.augment.randaugment_ops import INCREASING, MOVING, OPERATIONS, RECIPES, apply_operations
@@ -37,7 +38,7 @@ class RandAugment(Augment):
   operations: tuple[str, ...] | None = None
   fill: Fraction = 0.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.layers < 1:
       raise ValueError(f'layers: expected at least 1, got {self.layers}')
     for name in ('magnitude', 'magnitude_std'):
@@ -53,14 +54,16 @@ class RandAugment(Augment):
     check_share('fill', self.fill)
 
   @property
+  @override
   def moves(self) -> bool:
     return bool(MOVING & set(self.operations or RECIPES[self.recipe]))
 
-  def __call__(self, images, rng):
+  @override
+  def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     names = self.operations or RECIPES[self.recipe]
     batch = images.shape[:1]
 
-    def layer(pixels, rng):
+    def layer(pixels: jax.Array, rng: jax.Array) -> tuple[jax.Array, None]:
       rngs = jax.random.split(rng, 5)
       operation = jax.random.randint(rngs[0], batch, 0, len(names))
       magnitude = self.magnitude + self.magnitude_std * jax.random.normal(rngs[2], batch)

@@ -13,6 +13,7 @@ Pixels are whole numbers from 0 to 255 in float32 throughout, and every operatio
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +70,10 @@ def apply_operations(
   on = {name: operation == index for index, name in enumerate(names)}
   factor = jnp.maximum(0.1, 1 + sign * 0.9 * level) if increasing else 0.1 + 1.8 * level
 
-  def plane(value):  # a number for each image, against images
+  def plane(value: jax.Array) -> jax.Array:  # a number for each image, against images
     return value[:, None, None, None]
 
-  def column(value):  # a number for each image, against tables [B, 3, 256]
+  def column(value: jax.Array) -> jax.Array:  # a number for each image, against tables [B, 3, 256]
     return value[:, None, None]
 
   entry = jnp.arange(float(ENTRIES))
@@ -115,7 +116,7 @@ def apply_operations(
   # Last, so that only the loop over layers reads it: XLA on the CPU does a good part of a warp again for each reader.
   if on.keys() & MOVING:
 
-    def amount(name, most):
+    def amount(name: str, most: float) -> Any:
       return jnp.where(on[name], sign * level * most, 0.0) if name in on else jnp.zeros(batch)
 
     angle = amount('rotate', -math.radians(30))
@@ -170,7 +171,7 @@ def equalized(counts: jax.Array) -> jax.Array:
   return jnp.where(step > 0, table, jnp.arange(ENTRIES)).astype(jnp.float32)
 
 
-def _darkest(counts):
+def _darkest(counts: jax.Array) -> jax.Array:
   return jnp.argmax(counts > 0, axis=-1, keepdims=True)
 
 
@@ -196,6 +197,7 @@ def channels_first(images: jax.Array) -> jax.Array:
 
 
 def histogram_by_index(pixels: jax.Array) -> jax.Array:
+  """Histograms int32 [B, C, ENTRIES] of pixels int [B, C, P], by scattered counts."""
   channels = pixels.shape[1]
   bins = (pixels + ENTRIES * jnp.arange(channels)[:, None]).reshape(pixels.shape[0], -1)
   counts = jax.vmap(lambda image: jnp.zeros(channels * ENTRIES, jnp.int32).at[image].add(1))(bins)
@@ -203,23 +205,26 @@ def histogram_by_index(pixels: jax.Array) -> jax.Array:
 
 
 def lookup_by_index(pixels: jax.Array, table: jax.Array) -> jax.Array:
+  """table [B, C, ENTRIES] at pixels int [B, C, P], by gathers."""
   return jnp.take_along_axis(table, pixels, axis=-1, mode='clip')
 
 
 def histogram_by_matmul(pixels: jax.Array) -> jax.Array:
+  """As `histogram_by_index`, by products of one-hot digits, which a TPU does faster than scattered counts."""
   high, low = _digits(pixels)
   counts = jnp.einsum('bchp,bclp->bchl', high, low, preferred_element_type=jnp.float32)
   return counts.reshape(*pixels.shape[:2], ENTRIES).astype(jnp.int32)
 
 
 def lookup_by_matmul(pixels: jax.Array, table: jax.Array) -> jax.Array:
+  """As `lookup_by_index`, by products of one-hot digits, which a TPU does faster than gathers."""
   high, low = _digits(pixels)
   square = table.astype(jnp.bfloat16).reshape(*table.shape[:2], 16, 16)
   rows = jnp.einsum('bchl,bclp->bchp', square, low, preferred_element_type=jnp.float32)
   return jnp.where(high > 0, rows, 0).sum(2)
 
 
-def _digits(pixels):
+def _digits(pixels: jax.Array) -> tuple[jax.Array, ...]:
   """The two base-16 digits of each pixel, one-hot [B, 3, 16, H * W]; bfloat16 holds these and whole numbers to 256."""
   digit = jnp.arange(16)[:, None]
   return tuple((part[:, :, None] == digit).astype(jnp.bfloat16) for part in (pixels // 16, pixels % 16))

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, check_bounds, check_share
 from fmcv_jax.augment.color import Blur, ColorJitter, Solarize
@@ -17,11 +18,12 @@ class ThreeAugment(Augment):
   threshold: Fraction = 0.5
   sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_share('threshold', self.threshold)
     check_bounds('sigma', self.sigma)
 
-  def __call__(self, images, rng):
+  @override
+  def __call__(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     choice_rng, blur_rng = jax.random.split(rng)
     choice = jax.random.randint(choice_rng, (images.shape[0], 1, 1, 1), 0, 3)
     gray = ColorJitter(grayscale=1.0)(images, rng)

@@ -67,7 +67,7 @@ def by_gathers(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.
     [matrix[:, axis, part, None, None] for axis in (0, 1) for part in range(3)], x, y, height, width
   )
 
-  def at(row, column):
+  def at(row: Any, column: Any) -> jax.Array:
     index = (row * width + column).reshape(batch, -1, 1)
     pixels = jnp.take_along_axis(images.reshape(batch, height * width, -1), index, axis=1, mode='clip')
     return pixels.reshape(images.shape)
@@ -102,7 +102,7 @@ def by_kernel(images: jax.Array, matrix: jax.Array, fill: float | None, *, inter
   return jnp.moveaxis(warped[:, :, :height, :width], 1, -1)
 
 
-def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: float | None):
+def _kernel(matrix_ref: Any, image_ref: Any, out_ref: Any, *, height: int, width: int, fill: float | None) -> None:
   """Computes one tile: matrix_ref [1, 1, 6], image_ref [1, C, column tiles, H, LANES], out_ref [1, C, ROWS, LANES]."""
   from jax.experimental import pallas
 
@@ -112,12 +112,12 @@ def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: fl
   still = functools.reduce(jnp.logical_and, [part == one for part, one in zip(matrix, (1, 0, 0, 0, 1, 0), strict=True)])
 
   @pallas.when(still)
-  def _():
+  def _() -> None:
     for channel in channels:
       out_ref[0, channel] = image_ref[0, channel, tile, pallas.ds(pallas.multiple_of(row * ROWS, ROWS), ROWS)]
 
   @pallas.when(jnp.logical_not(still))
-  def _():
+  def _() -> None:
     y, x = (
       (start + jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), axis)).astype(jnp.float32) + 0.5
       for axis, start in enumerate((row * ROWS, tile * LANES))
@@ -126,8 +126,8 @@ def _kernel(matrix_ref, image_ref, out_ref, *, height: int, width: int, fill: fl
     # Tile index and lane of each column: `//` and `%` by 128.
     sides = [(column >> 7, column & (LANES - 1)) for column in (points.left, points.right)]
 
-    def of_tile(number, around):
-      def of_row(source, around):
+    def of_tile(number: Any, around: list[jax.Array]) -> list[jax.Array]:
+      def of_row(source: Any, around: list[jax.Array]) -> list[jax.Array]:
         taken = [(level == source) & (its == number) for level in (points.top, points.bottom) for its, _ in sides]
         found: list[jax.Array] = []
         for channel in channels:
@@ -159,7 +159,7 @@ def _neighbourhood(matrix: list[Any], x: jax.Array, y: jax.Array, height: int, w
 def _mixed(around: list[jax.Array], points: Neighbourhood, fill: float | None) -> jax.Array:
   """Bilinear interpolation; around: the pixels top left, top right, bottom left and bottom right."""
 
-  def between(low, high, weight):
+  def between(low: jax.Array, high: jax.Array, weight: jax.Array) -> jax.Array:
     return low + (high - low) * weight
 
   above, below = (between(left, right, points.across) for left, right in (around[:2], around[2:]))

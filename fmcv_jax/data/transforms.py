@@ -10,6 +10,7 @@ import math
 from typing import ClassVar, cast
 
 import numpy as np
+from typing_extensions import override
 
 from fmcv_jax.bounds import Byte, PositiveFloat, PositiveFraction
 from fmcv_jax.data.geometry import Geometry
@@ -85,7 +86,8 @@ class RandomResizedCrop(ImageTransform):
     if not 0 < self.ratio[0] <= self.ratio[1]:
       raise ValueError(f'ratio: expected 0 < low <= high, got {self.ratio}')
 
-  def draw(self, height, width, rng):
+  @override
+  def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
     left, top, w, h = sample_box(height, width, self.scale, self.ratio, rng)
     return Geometry(height, width, (left, top, left + w, top + h), height_width(self.size))
 
@@ -107,7 +109,8 @@ class ResizeCrop(ImageTransform):
     if not 0 < self.crop <= 1:
       raise ValueError(f'crop: expected 0 < crop <= 1, got {self.crop}')
 
-  def draw(self, height, width, rng):
+  @override
+  def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
     rows, columns = height_width(self.size)
     # Rounded to pixels as in torchvision, with which published networks were evaluated.
     fits, side = max((math.floor(columns / self.crop), width), (math.floor(rows / self.crop), height), key=_ratio)
@@ -129,7 +132,8 @@ class Resize(ImageTransform):
   def __post_init__(self) -> None:
     _check(self.size, self.interpolation)
 
-  def draw(self, height, width, rng):
+  @override
+  def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
     return Geometry(height, width, (0, 0, width, height), height_width(self.size))
 
 
@@ -149,10 +153,12 @@ class ResizePad(ImageTransform):
     _check_color(self.fill)
 
   @property
-  def fill_color(self):
+  @override
+  def fill_color(self) -> tuple[int, int, int]:
     return self.fill
 
-  def draw(self, height, width, rng):
+  @override
+  def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
     return scaled(height, width, height_width(self.size), 1.0, (0.0, 0.0))
 
 
@@ -179,10 +185,12 @@ class ScaleJitter(ImageTransform):
       raise ValueError(f'scale: expected 0 < low <= high, got {self.scale}')
 
   @property
-  def fill_color(self):
+  @override
+  def fill_color(self) -> tuple[int, int, int]:
     return self.fill
 
-  def draw(self, height, width, rng):
+  @override
+  def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
     scale = rng.uniform(*self.scale)
     return scaled(height, width, height_width(self.size), scale, (rng.uniform(), rng.uniform()))
 
@@ -201,7 +209,9 @@ def scaled(height: int, width: int, size: tuple[int, int], scale: float, place: 
   return Geometry(height, width, (left * x, top * y, (left + columns) * x, (top + rows) * y), size)
 
 
-def sample_box(height, width, scale, ratio, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def sample_box(
+  height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
   """(left, top, width, height) of a random box inside the image, with area and aspect ratio within the bounds.
 
   A box that exceeds the image is redrawn. After ten failures, as for very elongated images, it is the largest centered

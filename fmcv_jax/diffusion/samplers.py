@@ -20,7 +20,6 @@ Spacing = Literal['trailing', 'leading', 'uniform', 'quadratic', 'karras']
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Draw = Callable[[], jax.Array]
 Rows = Mapping[str, np.ndarray]
-Noise = Callable[[], jax.Array]  # standard normal noise
 Stepped = tuple[jax.Array, Any]  # the next x and the next memory of the solver
 
 
@@ -102,7 +101,7 @@ class Solver(abc.ABC):
     return ()
 
   @abc.abstractmethod
-  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Draw) -> Stepped:
     """(next x, next memory); draw() is standard normal noise."""
 
 
@@ -127,7 +126,7 @@ class Ddim(Solver):
     return {'time': path.times, 'alpha': alpha, 'sigma': sigma, 'noise': kept, 'fresh': self.eta * np.sqrt(variance)}
 
   @override
-  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Draw) -> Stepped:
     x = row['alpha'] * prediction.image + row['noise'] * prediction.noise
     return (x + row['fresh'] * draw() if self.stochastic else x), memory
 
@@ -157,7 +156,7 @@ class Ddpm(Solver):
     }
 
   @override
-  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Draw) -> Stepped:
     fresh = row['fresh'] * draw()
     if self.variance == 'learned':
       between = (prediction.output[..., prediction.image.shape[-1] :] + 1) / 2
@@ -198,7 +197,7 @@ class Heun(Solver):
     return x, jnp.zeros_like(x)
 
   @override
-  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Draw) -> Stepped:
     before, slope = memory
     second = row['second']
     now = prediction.noise - row['image'] * prediction.image
@@ -239,7 +238,7 @@ class DpmPlusPlus(Solver):
     return jnp.zeros_like(x)
 
   @override
-  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Draw) -> Stepped:
     x = row['x'] * x + row['now'] * prediction.image + row['before'] * memory
     return (x + row['fresh'] * draw() if self.sde else x), prediction.image
 
@@ -284,7 +283,7 @@ class UniPC(Solver):
     return (jnp.zeros_like(x),) * 3
 
   @override
-  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Noise) -> Stepped:
+  def step(self, x: jax.Array, prediction: ModelPrediction, memory: Any, row: Any, draw: Draw) -> Stepped:
     before, old, older = memory
     x = (
       row['as_is'] * x

@@ -55,7 +55,9 @@ def pad_for_outpainting(image: np.ndarray, margin: float) -> tuple[np.ndarray, n
 
 
 def make_grid(images: np.ndarray, columns: int) -> np.ndarray:
-  """uint8 [N, H, W, 3] -> one image, row by row on white, a pixel or more between them."""
+  """uint8 [N, H, W, 3] -> one image, row by row on white, a pixel or more between them; a clip of clips."""
+  if images.ndim == 5:
+    return np.stack([make_grid(images[:, frame], columns) for frame in range(images.shape[1])])
   count, height, width, _ = images.shape
   gap = max(1, width // 32)
   rows = -(-count // columns)
@@ -68,8 +70,16 @@ def make_grid(images: np.ndarray, columns: int) -> np.ndarray:
   return grid
 
 
-def save_png(image: np.ndarray, path: pathlib.Path, about: dict[str, Any]) -> None:
-  """Writes uint8 [H, W, 3] with `about` in the file's text chunk 'fmcv', as JSON."""
+def save_png(image: np.ndarray, path: pathlib.Path, about: dict[str, Any], *, frames_per_second: float = 8.0) -> None:
+  """Writes uint8 [H, W, 3], or a clip [T, H, W, 3] as an animated PNG that repeats.
+
+  about  kept in the text chunk 'fmcv' of the file, as JSON
+  """
   info = PngImagePlugin.PngInfo()
   info.add_itxt('fmcv', json.dumps(about, ensure_ascii=False))
-  Image.fromarray(image).save(path, pnginfo=info)
+  if image.ndim == 3:
+    Image.fromarray(image).save(path, pnginfo=info)
+    return
+  first, *others = (Image.fromarray(frame) for frame in image)
+  duration = 1000 / frames_per_second
+  first.save(path, pnginfo=info, save_all=True, append_images=others, duration=duration, loop=0)

@@ -41,8 +41,8 @@ class Model:
   A method that the model does not support raises UserError. 'demo' is a pair of models: one of images and texts, and
   one that generates images.
 
-  Images are files (str or path), encoded bytes, Pillow images or uint8 arrays [H, W, 3]. Where a method takes images or
-  texts, a list of N returns an array [N, ...], and a single one an array without that axis.
+  Images are files (str or path), encoded bytes, Pillow images or uint8 arrays [H, W, 3]. Where a method takes images,
+  texts or prompts, a list of N returns an array [N, ...], and a single one an array without that axis.
 
   step    checkpoint step, default the latest
   dtype   computation dtype, 'float32' or 'bfloat16', of every network that has a choice; default that of training
@@ -156,9 +156,11 @@ class Model:
     return best(probabilities) if probabilities.ndim == 1 else [best(row) for row in probabilities]
 
   def generate(
-    self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
+    self, prompts: str | int | Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
   ) -> np.ndarray:
     """Images uint8 [N, H, W, 3], one per prompt; takes the arguments of `ImageGenerator.generate`."""
+    if isinstance(prompts, (str, int, np.integer)):
+      return self._generator.generate([prompts], options, **changes)[0]
     return self._generator.generate(prompts, options, **changes)
 
   @functools.cached_property

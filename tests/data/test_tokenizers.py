@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmcv_jax.config import build
+from fmcv_jax.data import tokenizer_files
 from fmcv_jax.data import tokenizers as tokenizers_file
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.data.tokenizers import TOKENIZERS, Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
@@ -266,7 +267,7 @@ def test_the_start_and_end_ids_of_a_tokenizer_json_are_those_of_its_own_rules(tm
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
       single=template, special_tokens=[(token, vocabulary[token]) for token in ('[CLS]', '[SEP]') if token in template]
     )
-    tokenizers_file._opened_file.cache_clear()
+    tokenizer_files.open_tokenizer_json.cache_clear()
     tokenizer.save(file)
     ours = TokenizerJson(file, padding='[PAD]')
     assert (ours.pad_id, ours.start_id, ours.end_id) == (0, *expected)

@@ -13,7 +13,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def test_the_version_is_the_same_everywhere():
   version = fmcv_jax.__version__
-  assert tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version'] == version
+  assert tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']['dynamic']['version'] == {
+    'attr': 'fmcv_jax.version.__version__'
+  }
   assert yaml.safe_load((ROOT / 'CITATION.cff').read_text())['version'] == version
   assert re.findall(r'version = \{(.*)\}', (ROOT / 'README.md').read_text()) == [version]
 

@@ -124,6 +124,8 @@ def test_a_diffusion_samples_as_its_generator_does(folder, tmp_path):
   sampled = jax.jit(generator.outputs['samples'].call)(generator._subject.params, generator._subject.extra, batch)
   expected = generator.generate(['a', 'c'], steps=20, guidance=1.0, seed=0)
   np.testing.assert_allclose(np.asarray(sampled, int), expected.astype(int), atol=1)
+  one = generator.generate('a', steps=20, guidance=1.0, seed=0)
+  np.testing.assert_allclose(one.astype(int), expected[0].astype(int), atol=1)
 
 
 def test_predict_names_the_best_classes_by_the_names_of_training(folder, clip, classifier):

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -219,3 +220,11 @@ def test_causal_config_masks_self_attention_but_not_a_context():
 
   for inputs, keys, causal in (((x, context), context, False), ((x,), x, True)):
     np.testing.assert_allclose(layer.apply({'params': params}, *inputs), reference(keys, causal), atol=1e-5)
+
+
+def test_shapes_in_annotations_are_checked_in_tests():
+  q, k, v = inputs()
+  with pytest.raises(jaxtyping.TypeCheckError, match='key'):
+    attention(q, k[..., :-1], v)
+  with pytest.raises(jaxtyping.TypeCheckError, match='mask'):
+    attention(q, k, v, mask=jnp.ones((1, 1, 1, k.shape[1]), jnp.float32))

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.models.common.shapes import AnyArray, Float, Int, Shaped
+
 # Logical axes of the patch embedding `patch`, for the `logical_axes` of networks.
 PATCH_AXES = (
   (r'(.*/)?patch/kernel', (None, 'embed')),
@@ -12,7 +14,9 @@ PATCH_AXES = (
 )
 
 
-def patchify(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]:
+def patchify(
+  images: Shaped[AnyArray, 'batch height width channels'], patch: int
+) -> tuple[Shaped[AnyArray, 'batch patches pixels'], tuple[int, int]]:
   """Cuts images [B, H, W, C] into patches [B, rows * columns, patch * patch * C]; also returns (rows, columns)."""
   batch, height, width, channels = images.shape
   if height % patch or width % patch:
@@ -22,7 +26,9 @@ def patchify(images: jax.Array, patch: int) -> tuple[jax.Array, tuple[int, int]]
   return x.reshape(batch, rows * columns, -1), (rows, columns)
 
 
-def patch_features(network: Any, params: Any, images: jax.Array) -> jax.Array:
+def patch_features(
+  network: Any, params: Any, images: Float[AnyArray, 'batch height width channels']
+) -> Float[jax.Array, 'batch rows columns features']:
   """Last patch tokens of normalized images [B, H, W, 3] on their grid: float32 [B, rows, columns, D].
 
   For any network whose `tokens` are `prefix` special tokens followed by the patches of `patch_size` x `patch_size`.
@@ -33,13 +39,15 @@ def patch_features(network: Any, params: Any, images: jax.Array) -> jax.Array:
   return tokens.astype(jnp.float32).reshape(batch, height // network.patch_size, width // network.patch_size, -1)
 
 
-def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> jax.Array:
+def random_keep(rng: jax.Array, batch: int, patches: int, share: float) -> Int[jax.Array, '{batch} kept']:
   """Indices int32 [B, N] of a random subset of patches per image, without repeats; N = round(share * patches)."""
   noise = jax.random.uniform(rng, (batch, patches))
   return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
 
 
-def unpatchify(patches: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+def unpatchify(
+  patches: Shaped[AnyArray, 'batch patches pixels'], grid: tuple[int, int], patch: int
+) -> Shaped[AnyArray, 'batch height width channels']:
   """The inverse of patchify: [B, rows * columns, patch * patch * C] -> [B, H, W, C]."""
   (rows, columns), batch = grid, patches.shape[0]
   x = patches.reshape(batch, rows, columns, patch, patch, -1).swapaxes(2, 3)

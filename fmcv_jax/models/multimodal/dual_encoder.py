@@ -4,7 +4,7 @@ CLIP (Radford et al. 2021), ALIGN (Jia et al. 2021), SigLIP (Zhai et al. 2023), 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -107,6 +107,7 @@ def clip(
   if variant not in CLIP_SIZES:
     raise ValueError(f'unknown CLIP variant {variant!r}; {did_you_mean(variant, CLIP_SIZES)}')
   tower, width, depth, heads, embedding = CLIP_SIZES[variant]
+  compute: dict[str, Any] = {'attention': attention, 'remat': remat, 'unroll': unroll, 'dtype': dtype}
   image = vit(
     tower,
     image_size=image_size,
@@ -116,10 +117,7 @@ def clip(
     patch_bias=False,
     activation=activation,
     eps=1e-5,
-    attention=attention,
-    remat=remat,
-    unroll=unroll,
-    dtype=dtype,
+    **compute,
   )
   text = text_transformer(
     vocab_size,
@@ -129,10 +127,7 @@ def clip(
     heads,
     num_classes=embedding,
     activation=activation,
-    attention=attention,
-    remat=remat,
-    unroll=unroll,
-    dtype=dtype,
+    **compute,
   )
   return DualEncoder(image, text)
 
@@ -155,15 +150,13 @@ def siglip(
   """SigLIP by its published names: attention-pooled images, bidirectional text read at its last token."""
   if variant not in SIGLIP_SIZES:
     raise ValueError(f'unknown SigLIP variant {variant!r}; {did_you_mean(variant, SIGLIP_SIZES)}')
+  compute: dict[str, Any] = {'attention': attention, 'remat': remat, 'unroll': unroll, 'dtype': dtype}
   image = vit(
     variant,
     image_size=image_size,
     pool='map',
     activation='gelu_tanh',
-    attention=attention,
-    remat=remat,
-    unroll=unroll,
-    dtype=dtype,
+    **compute,
   )
   size = variant.partition('/')[0]
   width, depth, num_heads, mlp_dim = SIZES['So400m' if size == 'gopt' else size]
@@ -180,10 +173,7 @@ def siglip(
     head_bias=True,
     activation='gelu_tanh',
     eps=1e-6,
-    attention=attention,
-    remat=remat,
-    unroll=unroll,
-    dtype=dtype,
+    **compute,
   )
   return DualEncoder(image, text, initial_scale=10.0, initial_bias=-10.0)
 

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from fmcv_jax.models.common.attention.fused import cudnn_attention, splash_attention
 from fmcv_jax.models.common.attention.ring import ring_attention
 from fmcv_jax.models.common.attention.single_tile import fits, short_attention
+from fmcv_jax.models.common.shapes import AnyArray, Bool, Float
 from fmcv_jax.parallel.rules import mesh_axes, platform
 
+ArrayOrShape = AnyArray | jax.ShapeDtypeStruct
 Backend = Literal['auto', 'xla', 'short', 'splash', 'cudnn', 'ring']
 
 # Number of tokens from which the tiled kernel is faster than plain einsums on TPU, despite padding to whole tiles.
@@ -25,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 def attention(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
+  query: Float[AnyArray, 'batch queries heads dim'],
+  key: Float[AnyArray, 'batch keys heads dim'],
+  value: Float[AnyArray, 'batch keys heads dim'],
   *,
   causal: bool = False,
-  mask: jax.Array | None = None,
+  mask: Bool[AnyArray, '...'] | None = None,
   backend: Backend = 'auto',
-) -> jax.Array:
+) -> Float[jax.Array, 'batch queries heads dim']:
   """query [B, Q, H, K], key and value [B, T, H, K] -> [B, Q, H, K].
 
   mask: bool, broadcastable to [B, H, Q, T], True where attention is allowed. Logits and softmax are float32 for any
@@ -62,7 +64,7 @@ def attention(
   return kernels[backend](query, key, value, valid, causal=causal)
 
 
-def choose(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> tuple[Backend, str]:
+def choose(query: ArrayOrShape, key: ArrayOrShape, mask: ArrayOrShape | None) -> tuple[Backend, str]:
   """Backend that 'auto' selects, and the reason, from the shapes and dtypes of the arguments and the placement."""
   tokens, dim = key.shape[1], key.shape[-1]
   if mask is not None and not _of_keys(mask):
@@ -87,8 +89,13 @@ def choose(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> tuple[Ba
 
 
 def xla_attention(
-  query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False, mask: jax.Array | None = None
-) -> jax.Array:
+  query: Float[AnyArray, 'batch queries heads dim'],
+  key: Float[AnyArray, 'batch keys heads dim'],
+  value: Float[AnyArray, 'batch keys heads dim'],
+  *,
+  causal: bool = False,
+  mask: Bool[AnyArray, '...'] | None = None,
+) -> Float[jax.Array, 'batch queries heads dim']:
   """Plain einsums, fused by XLA; fully masked queries return the mean of all values."""
   logits = jnp.einsum('bqhk,bthk->bhqt', query, key, preferred_element_type=jnp.float32)
   logits = logits * (query.shape[-1] ** -0.5)
@@ -101,7 +108,7 @@ def xla_attention(
   return jnp.einsum('bhqt,bthk->bqhk', weights, value)
 
 
-def _of_keys(mask: jax.Array) -> bool:
+def _of_keys(mask: ArrayOrShape) -> bool:
   return mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
 
 
