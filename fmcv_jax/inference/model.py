@@ -218,8 +218,8 @@ def evaluated_as(run: Run) -> ImageTransform | None:
 def class_names_of(run: Run) -> tuple[str, ...]:
   """Names of the classes that a model names without labels, by index.
 
-  Those kept in its workdir; of a model with class labels the training classes; of an image-text model the classes of its first
-  zero_shot evaluator, without one the training classes. () for other models, and where the data is missing.
+  Those kept in its workdir; of a model with class labels the training classes; of an image-text model the classes of
+  its first zero_shot evaluator, without one the training classes. () for other models, and where the data is missing.
   """
   objective, evaluators = run.experiment.objective, run.experiment.evaluators.values()
   if objective.class_counts or (run.workdir / CLASSES).exists():
