@@ -55,6 +55,7 @@ def test_an_exported_generator_keeps_its_frozen_networks(images, tmp_path):
   package(whole, tmp_path / 'small')
   names = set(safetensors.numpy.load_file(tmp_path / 'small' / packaged.PARAMS))
   assert {name.split('/')[1] for name in names} == {'network', 'text', 'autoencoder'}
+  assert not (tmp_path / 'small/classes.json').exists()  # it is conditioned on texts
   a, b = (ImageGenerator(folder, batch=8).generate(['red'] * 2, steps=2) for folder in (tmp_path / 'small', whole))
   np.testing.assert_allclose(a.astype(int), b.astype(int), atol=3)
 

@@ -58,6 +58,18 @@ def test_classify_without_labels_names_the_classes_of_a_classifier(folder, class
   assert {entry['name'] for entry in row['classes']} == {'a', 'b', 'c'}
 
 
+def test_the_default_labels_are_those_of_the_zero_shot_evaluator_with_the_most(folder, clip, tmp_path):
+  image = {'name': 'resize', 'size': 16}
+  few = {'source': {'name': 'image_folder', 'path': str(tmp_path / 'few')}, 'image': image}
+  many = {'source': {'name': 'image_folder', 'path': str(folder)}, 'image': image}
+  runs.image_folder(tmp_path / 'few', count=2)
+  evaluators = {
+    name: {'name': 'zero_shot', 'batch_size': 16, 'data': data} for name, data in (('a', few), ('b', many), ('c', few))
+  }
+  config = runs.contrastive(folder, data__image=image, evaluators=evaluators)
+  assert Model(runs.untrained(config, tmp_path / 'run')).class_names == ('a', 'b', 'c')
+
+
 def test_an_image_text_model_without_known_classes_asks_for_labels(folder, clip, capsys):
   assert '--text LABEL' in one_line(capsys, 'classify', str(folder / 'a/0.png'), '--model', clip)
 
