@@ -52,8 +52,8 @@ def read(file: HubFile, path: str, text: Any) -> None:
       file.set(f'{path}.{field}', value)
     file.apply({'sliding_window': Sets('window', 4096)}, path, text)
     kinds = ('sliding_attention', 'full_attention')
-    usual = [kinds[i % 2] for i in range(text.stack.depth)]
-    file.apply({'layer_types': Has(usual, usual)}, path, text)
+    order = [kinds[i % 2] for i in range(text.stack.depth)]
+    file.apply({'layer_types': Has(order, order)}, path, text)
 
 
 def _rope(file: HubFile, path: str) -> None:
