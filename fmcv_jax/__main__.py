@@ -156,6 +156,31 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--steps', type=int, default=20, help='number of sampling steps (default: 20)')
   sub.add_argument('--guidance', type=float, default=4.0, help='classifier-free guidance scale (default: 4)')
   sub.add_argument('--seed', type=int, default=0)
+
+  def add_decoding(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument('--to', metavar='FILE.jsonl', help='output file; run again to complete it (default: stdout)')
+    sub.add_argument('--batch', type=int, default=64, help='global batch size (default: 64)')
+    sub.add_argument('--max-tokens', type=int, default=64, help='largest number of tokens of a text (default: 64)')
+    sub.add_argument('--min-tokens', type=int, default=0, help='smallest number of tokens before the end (default: 0)')
+    sub.add_argument('--temperature', type=float, default=0.0, help='0 takes the most likely token (default: 0)')
+    sub.add_argument('--top-k', type=int, metavar='K', help='sample from the K most likely tokens')
+    sub.add_argument('--top-p', type=float, metavar='P', help='sample from the fewest tokens of total probability P')
+    sub.add_argument('--beams', type=int, default=1, help='beams of a beam search (default: 1)')
+    sub.add_argument('--length-penalty', type=float, default=1.0, help='exponent of the length of beams (default: 1)')
+    sub.add_argument('--seed', type=int, default=0)
+
+  sub = add(commands.caption, model=True)
+  sub.add_argument('file', nargs='+', metavar='FILE', help='image files and folders')
+  sub.add_argument('--prompt', help="text before the caption (default: 'caption en', for models with prompts)")
+  add_decoding(sub)
+  sub = add(commands.ask, model=True)
+  sub.add_argument('file', metavar='FILE', help='image file or folder')
+  sub.add_argument('question', metavar='QUESTION')
+  sub.add_argument('--answers', nargs='+', default=[], metavar='TEXT', help='closed list of answers to choose from')
+  sub.add_argument(
+    '--template', default='answer en {}', help="prompt with a '{}' for the question (default: 'answer en {}')"
+  )
+  add_decoding(sub)
   sub = add(commands.data, config='', workdir=False)
   sub.add_argument('--show', type=int, metavar='N', help='draw N examples exactly as the network receives them')
   sub.add_argument('--output', default='data.png', metavar='FILE', help='output image (default: data.png)')

@@ -1,6 +1,7 @@
 """The commands of `fmcv`: from parsed arguments to the apps, which are imported only when they run."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from fmcv_jax.errors import UserError
@@ -182,6 +183,40 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> None:
     searched=args.search,
     batches=args.batches,
   )
+
+
+def caption(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Caption images with a trained language model (JSON lines, resumable)."""
+  _texts(args, overrides, args.file, args.prompt)
+
+
+def ask(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Answer a question about images with a trained language model (JSON lines, resumable)."""
+  if args.template.count('{}') != 1:
+    raise UserError(f"--template: needs one '{{}}' for the question, got {args.template!r}")
+  _texts(args, overrides, [args.file], args.template.replace('{}', args.question), args.answers)
+
+
+def _texts(
+  args: argparse.Namespace, overrides: list[str], files: list[str], prompt: str | None, answers: Sequence[str] = ()
+) -> None:
+  from fmcv_jax.apps import caption as caption_app
+  from fmcv_jax.apps.arguments import command_line_errors
+  from fmcv_jax.decoding.options import DecodingOptions
+
+  names = ('max_tokens', 'min_tokens', 'temperature', 'top_k', 'top_p', 'beams', 'length_penalty', 'seed')
+  with command_line_errors():
+    caption_app.run(
+      files,
+      args.model,
+      prompt,
+      answers=answers,
+      to=args.to,
+      options=DecodingOptions(**{name: getattr(args, name) for name in names}),
+      step=args.step,
+      batch=args.batch,
+      overrides=overrides,
+    )
 
 
 def _sampling(args: argparse.Namespace, **more: Any) -> Any:

@@ -7,6 +7,7 @@ from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.control_maps import Control, Edges, Gray, Pixelate
 from fmcv_jax.augment.registry import AUGMENTS
 from fmcv_jax.data.pillow_resize import PillowResize
+from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.digits import Digits
@@ -19,7 +20,7 @@ from fmcv_jax.data.sources.recolored_emoji import RecoloredEmoji
 from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.sources.tfds import Tfds
 from fmcv_jax.data.sources.webdataset import WebDataset
-from fmcv_jax.data.tokenizers import TOKENIZERS, Tokenizer
+from fmcv_jax.data.tokenizers import Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
 from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, ResizeCrop
 from fmcv_jax.evaluate.accuracy import Accuracy
 from fmcv_jax.evaluate.base import Evaluator
@@ -33,6 +34,7 @@ from fmcv_jax.evaluate.reconstruction import Reconstruction
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.segmentation import MeanIou
 from fmcv_jax.evaluate.zero_shot import ZeroShot
+from fmcv_jax.models.backbones.decoder import text_decoder
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.inception import inception
 from fmcv_jax.models.backbones.swin import swin
@@ -44,6 +46,7 @@ from fmcv_jax.models.generative.dit import dit
 from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.models.multimodal.dual_encoder import align, clip, dual_encoder, siglip
+from fmcv_jax.models.multimodal.prefix_lm import paligemma, prefix_lm
 from fmcv_jax.models.self_supervised.dino import dino
 from fmcv_jax.models.self_supervised.mae import mae
 from fmcv_jax.objectives.adapted import PartialFineTuning
@@ -54,6 +57,7 @@ from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.encoder import PretrainedEncoder
+from fmcv_jax.objectives.language import Language
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.segmentation import Segmentation
 from fmcv_jax.objectives.text_encoder import TextEncoder
@@ -70,6 +74,7 @@ KINDS: config_lib.Kinds = {
     'diffusion': Diffusion,
     'dino': SelfDistillation,
     'encoder': PretrainedEncoder,
+    'language': Language,
     'mae': MaskedAutoencoding,
     'segmentation': Segmentation,
     'text_encoder': TextEncoder,
@@ -85,9 +90,12 @@ KINDS: config_lib.Kinds = {
     'inception': inception,
     'mae': mae,
     'mmdit': mmdit,
+    'paligemma': paligemma,
+    'prefix_lm': prefix_lm,
     'segmenter': segmenter,
     'siglip': siglip,
     'swin': swin,
+    'text_decoder': text_decoder,
     'text_transformer': text_transformer,
     'unet': unet,
     'vit': vit,
@@ -112,7 +120,13 @@ KINDS: config_lib.Kinds = {
     'resize': Resize,
     'resize_crop': ResizeCrop,
   },
-  Tokenizer: TOKENIZERS,
+  Tokenizer: {
+    'bpe': Bpe,
+    'clip_bpe': ClipBpe,
+    'prompted': Prompted,
+    'sentencepiece': SentencePiece,
+    'tokenizer_json': TokenizerJson,
+  },
   Augment: AUGMENTS,
   Control: {'pixelate': Pixelate, 'edges': Edges, 'gray': Gray},
   Schedule: {'cosine': Cosine, 'linear': Linear, 'rsqrt': Rsqrt},

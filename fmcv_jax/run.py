@@ -14,6 +14,7 @@ import optax
 from etils import epath
 
 from fmcv_jax import config as config_lib
+from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.tokenizers import KEPT, Bpe
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
@@ -205,26 +206,33 @@ def _in_run(objective: Objective, e: Experiment) -> Objective:
 def use_saved_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> dict[str, Any]:
   """The config with a tokenizer of this run's own, trained or from a file, read from the file that the run keeps."""
   spec = config.get('tokenizer')
-  if not spec or workdir is None or spec['name'] not in KEPT:
+  if not spec or workdir is None:
     return config
-  kept = workdir / KEPT[spec['name']]
-  if not kept.exists():
+  words = _vocabulary(spec)
+  if words['name'] not in KEPT or not (kept := workdir / KEPT[words['name']]).exists():
     return config
-  return {**config, 'tokenizer': {**spec, **({'corpus': None} if 'corpus' in spec else {}), 'file': str(kept)}}
+  words = {**words, **({'corpus': None} if 'corpus' in words else {}), 'file': str(kept)}
+  return {**config, 'tokenizer': {**spec, 'words': words} if 'words' in spec else words}
+
+
+def _vocabulary(spec: dict[str, Any]) -> dict[str, Any]:
+  """The part of a tokenizer's config that names its vocabulary."""
+  return spec.get('words', spec)
 
 
 def keep_tokenizer(run: Run) -> None:
   """Writes the tokenizer's file to the workdir, so that the run needs neither the corpus nor another file again."""
   tokenizer, spec = run.experiment.tokenizer, run.config.get('tokenizer')
-  if spec is None or spec['name'] not in KEPT:
+  if spec is None or (words := _vocabulary(spec))['name'] not in KEPT:
     return
-  kept = run.workdir / KEPT[spec['name']]
+  tokenizer = tokenizer.words if isinstance(tokenizer, Prompted) else tokenizer
+  kept = run.workdir / KEPT[words['name']]
   if kept.exists():
     return
   if isinstance(tokenizer, Bpe):
     tokenizer.save(kept)
   else:
-    epath.Path(spec['file']).copy(kept)
+    epath.Path(words['file']).copy(kept)
 
 
 def keep_class_names(run: Run) -> None:

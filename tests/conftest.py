@@ -42,20 +42,20 @@ if importlib.util.find_spec('torchvision') is not None:
 
 @pytest.fixture(scope='session')
 def random_variables():
-  """random_variables(network, *inputs): variables all away from zero, so that each counts; nothing is compiled."""
+  """random_variables(network, *inputs, **named): variables away from zero, so that each counts; nothing is compiled."""
   import jax
   import numpy as np
 
   from fmcv_jax.parallel.rules import path_of
 
-  def make(network, *inputs, seed=1):
+  def make(network, *inputs, seed=1, **named):
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape):
       center = int('scale' in path_of(path))  # of norms and of LayerScale
       return (center + 0.2 * rng.normal(size=shape.shape)).astype(shape.dtype)
 
-    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs, **named)
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
   return make

@@ -4,20 +4,25 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
 
-# Arguments of sampling and of its image files -> options of `fmcv generate`.
+# Arguments of sampling, decoding and their files -> options of `fmcv generate`, `fmcv caption` and `fmcv ask`.
 _OPTIONS = {
-  **{field.name: f'--{field.name.replace("_", "-")}' for field in dataclasses.fields(SamplingOptions)},
-  **{name: f'--{name}' for name in ('batch', 'control', 'interpolate', 'mask')},
+  **{
+    field.name: f'--{field.name.replace("_", "-")}'
+    for options in (SamplingOptions, DecodingOptions)
+    for field in dataclasses.fields(options)
+  },
+  **{name: f'--{name}' for name in ('answers', 'batch', 'control', 'interpolate', 'mask', 'prompt')},
   'margin': '--expand',
 }
 
 
 @contextlib.contextmanager
 def command_line_errors() -> Iterator[None]:
-  """A UserError about a sampling argument, such as 'steps: ...', names it as the command line does: '--steps: ...'."""
+  """A UserError about an argument, such as 'steps: ...', names it as the command line does: '--steps: ...'."""
   try:
     yield
   except UserError as error:

@@ -18,7 +18,7 @@ from fmcv_jax.interpret import activation_maps, attention_maps
 from fmcv_jax.interpret.attention_maps import available_outputs
 from fmcv_jax.models.backbones.efficientnet import EfficientNet
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import l2_normalize
+from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.models.common.outputs import Features
 from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.objectives.outputs import ImageEncoder, encoder_of

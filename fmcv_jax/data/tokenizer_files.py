@@ -15,8 +15,11 @@ def existing_file(file: str) -> str:
 
 
 @functools.cache
-def open_tokenizer_json(file: str) -> Any:
-  """A tokenizer.json of the package tokenizers, without its own padding and truncation; UserError if unreadable."""
+def open_tokenizer_json(file: str, special_as_text: bool = False) -> Any:
+  """A tokenizer.json of the package tokenizers, without its own padding and truncation; UserError if unreadable.
+
+  special_as_text: special tokens in a text, such as '<eos>', are text.
+  """
   import tokenizers
 
   try:
@@ -25,6 +28,7 @@ def open_tokenizer_json(file: str) -> Any:
     raise UserError(f'tokenizer: {file!r} is no tokenizer file: {error}') from error
   tokenizer.no_padding()
   tokenizer.no_truncation()
+  tokenizer.encode_special_tokens = special_as_text
   return tokenizer
 
 

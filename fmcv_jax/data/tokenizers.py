@@ -156,15 +156,28 @@ class Bpe(Tokenizer):
   @override
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
-    encoded = self._bpe.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
-    for row, encoding in zip(rows, encoded):
-      ids = [self.start_id, *encoding.ids[: self.length - 2], self.end_id]
+    for row, body in zip(rows, self.encode_bodies(texts)):
+      ids = [self.start_id, *body[: self.length - 2], self.end_id]
       row[: len(ids)] = ids
     return rows
 
   @override
   def decode(self, tokens: np.ndarray) -> list[str]:
-    return [self._bpe.decode(row).strip() for row in _bodies(tokens, self.end_id)]
+    return [self.decode_body(row) for row in _bodies(tokens, self.end_id)]
+
+  def encode_bodies(self, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text alone, without start, end and limit."""
+    cleaned = [_encodable(text) for text in texts]
+    return [encoding.ids for encoding in self._bpe.encode_batch(cleaned, add_special_tokens=False)]
+
+  def decode_body(self, ids: Sequence[int]) -> str:
+    """The text of ids without start and end."""
+    return self._bpe.decode(list(ids)).strip()
+
+  @property
+  def newline_id(self) -> int:
+    """The id of a newline, which is in no body: white space in a text is one blank."""
+    return self._bpe.token_to_id('Ċ')
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes a file (local or gs://) for `file=`, in the format of Hugging Face's `tokenizers`."""
@@ -250,8 +263,7 @@ class SentencePiece(Tokenizer):
 
   @override
   def decode(self, tokens: np.ndarray) -> list[str]:
-    end = self.end_id
-    rows = (row[: int(np.argmax(np.append(row, end) == end))] for row in np.asarray(tokens))
+    rows = (row[: int(np.argmax(np.append(row, self.end_id) == self.end_id))] for row in np.asarray(tokens))
     return [self._model.decode([int(i) for i in row]) for row in rows]
 
   @property
@@ -292,7 +304,7 @@ class TokenizerJson(Tokenizer):
   @property
   @override
   def pad_id(self) -> int:
-    return self._id(self.padding)
+    return self.token_id(self.padding)
 
   @property
   @override
@@ -302,7 +314,7 @@ class TokenizerJson(Tokenizer):
   @property
   @override
   def end_id(self) -> int | None:
-    return self._wrapping[1] if self.end is None else self._id(self.end)
+    return self._wrapping[1] if self.end is None else self.token_id(self.end)
 
   @property
   def _wrapping(self) -> tuple[int | None, int | None]:
@@ -315,7 +327,7 @@ class TokenizerJson(Tokenizer):
 
   @override
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    end = () if self.end is None else (self._id(self.end),)
+    end = () if self.end is None else (self.token_id(self.end),)
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
     cleaned = [_encodable(text.lower() if self.lowercase else text) for text in texts]
     for row, encoding in zip(rows, self._model.encode_batch(cleaned)):
@@ -326,9 +338,19 @@ class TokenizerJson(Tokenizer):
 
   @override
   def decode(self, tokens: np.ndarray) -> list[str]:
-    return [self._model.decode([int(i) for i in row]) for row in np.asarray(tokens)]
+    return [self.decode_body(row) for row in np.asarray(tokens)]
 
-  def _id(self, token: str) -> int:
+  def encode_bodies(self, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text alone, in which special tokens such as '<eos>' are text."""
+    model = open_tokenizer_json(existing_file(self.file), special_as_text=True)
+    return [encoding.ids for encoding in model.encode_batch(list(texts), add_special_tokens=False)]
+
+  def decode_body(self, ids: Sequence[int]) -> str:
+    """The text of ids, without special tokens."""
+    return self._model.decode([int(i) for i in ids])
+
+  def token_id(self, token: str) -> int:
+    """The id of a token; UserError for a token that the file does not have."""
     found = self._model.token_to_id(token)
     if found is None:
       raise UserError(f'tokenizer: {self.file!r} has no token {token!r}')
@@ -372,13 +394,6 @@ def truncated_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, str
   left, whole = (t.decode(t(texts)) for t in (tokenizer, longer))
   return {text: a for text, a, b in zip(texts, left, whole, strict=True) if a != b}
 
-
-TOKENIZERS: dict[str, type[Tokenizer]] = {
-  'bpe': Bpe,
-  'clip_bpe': ClipBpe,
-  'sentencepiece': SentencePiece,
-  'tokenizer_json': TokenizerJson,
-}
 
 # File name of each tokenizer in a workdir.
 KEPT = {'bpe': 'tokenizer.json', 'sentencepiece': 'tokenizer.model', 'tokenizer_json': 'tokenizer.json'}

@@ -1,4 +1,4 @@
-"""Python API of a trained or imported model: embeddings, classification and generation."""
+"""Python API of a trained or imported model: embeddings, classification, texts and generation."""
 
 import dataclasses
 import functools
@@ -19,10 +19,12 @@ from fmcv_jax.data.sources.base import NoData
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
+from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.inference.generator import ImageGenerator
+from fmcv_jax.inference.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
 from fmcv_jax.objectives.base import size_of
@@ -155,6 +157,63 @@ class Model:
 
     return best(probabilities) if probabilities.ndim == 1 else [best(row) for row in probabilities]
 
+  def caption(
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    prompt: str | None = None,
+    options: DecodingOptions = DecodingOptions(),
+  ) -> Any:
+    """Captions of the images: a list of N texts, or one text for a single image.
+
+    prompt  text before the caption, by default PaliGemma's 'caption en', or none for a model without prompts
+
+    UserError for an image that cannot be read, a prompt that is too long, and a model that does not generate texts.
+    """
+    return self._texts(images, [caption_prompt(self._subject.tokenizer) if prompt is None else prompt], options)
+
+  def ask(
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    question: str | Sequence[str],
+    *,
+    answers: Sequence[str] = (),
+    template: str = QUESTION_TEMPLATE,
+    options: DecodingOptions = DecodingOptions(),
+  ) -> Any:
+    """Answers to a question about each image, or to one question per image: N texts, or one for a single image.
+
+    answers   closed list of answers, of which the most likely is taken
+    template  prompt with a '{}' for the question, by default PaliGemma's 'answer en {}'
+    """
+    questions = [question] if isinstance(question, str) else list(question)
+    if isinstance(answers, str):
+      raise UserError(f'answers: {answers!r} is one text; give a list')
+    if template.count('{}') != 1:
+      raise UserError(f"template: needs one '{{}}' for the question, got {template!r}")
+    return self._texts(images, [template.replace('{}', text) for text in questions], options, answers)
+
+  def _texts(
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    prompts: Sequence[str],
+    options: DecodingOptions,
+    answers: Sequence[str] = (),
+  ) -> Any:
+    if _is_one(images):
+      one: Any = images
+      return self._texts([one], prompts, options, answers)[0]
+    source = _source(images)
+    texts = []
+    for found in self._text_generator.texts(source, prompts, options, answers):
+      if found.text is None:
+        raise UserError(f'images: {source.key_of(found.number)} cannot be read')
+      texts.append(found.text)
+    return texts
+
+  @functools.cached_property
+  def _text_generator(self) -> TextGenerator:
+    return TextGenerator(self._subject, evaluated_as(self._run), self._batch)
+
   def generate(
     self, prompts: str | int | Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
   ) -> np.ndarray:
@@ -173,18 +232,13 @@ class Model:
 
   def _of_images(self, name: str, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
     """An output of one image, or of a list of them."""
-    if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
-      isinstance(images, np.ndarray) and images.ndim in (2, 3)
-    ):
-      return self._of_images(name, [images])[0]
-    if len(images) == 0:
-      raise UserError('images: give at least one image')
+    if _is_one(images):
+      one: Any = images
+      return self._of_images(name, [one])[0]
+    source = _source(images)
     if name not in self.outputs:
       raise UserError(f'{self._workdir}: this model has no {name}; its outputs are {listed(self.outputs)}')
-    for image in images:
-      if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
-        raise UserError(f'images: no file {os.fspath(image)!r} (relative to {os.getcwd()})')
-    pipeline = Pipeline(InMemoryImages(images), evaluated_as(self._run), max_bad=0.0)
+    pipeline = Pipeline(source, evaluated_as(self._run), max_bad=0.0)
     return self._subject.map_dataset(name, pipeline, self._batch).values
 
   def _check_reads_texts(self) -> None:
@@ -200,6 +254,23 @@ class Model:
         'labels: %d of %d texts are longer than %d tokens and are truncated, the first from %r to %r',
         len(cut), len(texts), tokenizer.length, first, left,
       )  # fmt: skip
+
+
+def _is_one(images: Any) -> bool:
+  """True for a single image instead of several."""
+  return isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
+    isinstance(images, np.ndarray) and images.ndim in (2, 3)
+  )
+
+
+def _source(images: Any) -> InMemoryImages:
+  """Several images as a source; UserError for none, and for a file that does not exist."""
+  if len(images) == 0:
+    raise UserError('images: give at least one image')
+  for image in images:
+    if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
+      raise UserError(f'images: no file {os.fspath(image)!r} (relative to {os.getcwd()})')
+  return InMemoryImages(images)
 
 
 def evaluated_as(run: Run) -> ImageTransform | None:

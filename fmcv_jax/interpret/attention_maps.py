@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.models.backbones.vit import AttentionPool, ViT
-from fmcv_jax.models.common.layers import l2_normalize, layer_norm
+from fmcv_jax.models.common.layers import layer_norm
+from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.models.common.outputs import Features, linear_head
 from fmcv_jax.models.common.patches import patch_features
 

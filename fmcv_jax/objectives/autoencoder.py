@@ -15,7 +15,7 @@ from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import l2_normalize
+from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.models.generative.autoencoder import Autoencoder
 from fmcv_jax.models.generative.discriminator import PatchDiscriminator

@@ -21,7 +21,7 @@ from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.fields import height_width
-from fmcv_jax.models.common.layers import l2_normalize
+from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.models.self_supervised.dino import DinoNetwork
 from fmcv_jax.objectives.base import Loss, Objective, mean_loss
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden

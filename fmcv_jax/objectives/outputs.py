@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.decoding.language_model import LanguageModel
 from fmcv_jax.diffusion.generator import Generator
 from fmcv_jax.errors import UserError
 from fmcv_jax.interpret.attention_maps import available_outputs
@@ -57,6 +58,7 @@ class Output:
              number of each record, and 'rng', a PRNG key that is the same in every pass
   encoder    (params, extra) -> the image network that computes it, for looking inside; None where there is no such one
   generator  (params, extra) -> the model that samples it, step by step; None where it is not sampled
+  language   (params, extra) -> the model that continues its texts, token by token; None where it is not a text
   """
 
   call: Callable[[Params, Any, Batch], Any] = dataclasses.field(repr=False)
@@ -64,6 +66,7 @@ class Output:
   reads: tuple[str, ...] = ('image',)
   encoder: Callable[[Params, Any], ImageEncoder] | None = dataclasses.field(default=None, repr=False)
   generator: Callable[[Params, Any], Generator] | None = dataclasses.field(default=None, repr=False)
+  language: Callable[[Params, Any], LanguageModel] | None = dataclasses.field(default=None, repr=False)
 
 
 Outputs = Mapping[str, Output]
@@ -83,6 +86,14 @@ def generator_of(outputs: Outputs) -> Callable[[Params, Any], Generator]:
     if output.generator is not None:
       return output.generator
   raise UserError(f'this model does not generate images; its outputs are {listed(outputs)}')
+
+
+def language_of(outputs: Outputs) -> Callable[[Params, Any], LanguageModel]:
+  """The language model behind a model's outputs, as (params, extra) -> LanguageModel; UserError where there is none."""
+  for output in outputs.values():
+    if output.language is not None:
+      return output.language
+  raise UserError(f'this model does not generate texts; its outputs are {listed(outputs)}')
 
 
 def listed(outputs: Outputs) -> str:

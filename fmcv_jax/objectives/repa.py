@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import NonNegativeFloat, PositiveInt
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import HEAD_AXES, HIDDEN_AXES, dense, l2_normalize
+from fmcv_jax.models.common.layers import HEAD_AXES, HIDDEN_AXES, dense
+from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.models.common.patches import patch_features
 
 

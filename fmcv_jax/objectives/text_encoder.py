@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from typing_extensions import override
 
 from fmcv_jax.errors import UserError
-from fmcv_jax.models.common.layers import l2_normalize
+from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.objectives.base import Loss, Objective
 from fmcv_jax.objectives.outputs import Batch, Output, Params
 

@@ -137,11 +137,14 @@ def text_towers() -> tuple[tuple[str, Layout], ...]:
   )
 
 
-_SIGLIP_IMAGE: Rows = (
+SIGLIP_PATCHES: Rows = (
   Row('position', 'embeddings.position_embedding.weight'),
   *patch('embeddings.patch_embedding'),
   *_blocks('encoder.layers.{i}'),
   *norm('norm', 'post_layernorm'),
+)
+_SIGLIP_IMAGE: Rows = (
+  *SIGLIP_PATCHES,
   Row('map_pool/probe', 'head.probe', BATCHED),
   *fused('map_pool/attention', 'head.attention.in_proj_'),
   *linear('map_pool/attention/out', 'head.attention.out_proj'),

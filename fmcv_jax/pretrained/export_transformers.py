@@ -14,7 +14,7 @@ from fmcv_jax.models.backbones.swin import Swin
 from fmcv_jax.models.backbones.text import TextTransformer
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import BlockConfig, Stack
-from fmcv_jax.pretrained import efficientnet
+from fmcv_jax.pretrained import efficientnet, export_paligemma
 from fmcv_jax.pretrained.hub_vit import exported_side
 
 Files = dict[str, Any]  # by name: data for JSON, a text, or the path of a file to copy
@@ -32,6 +32,8 @@ _FILTERS = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming')  # in
 def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: Tokenizer | None) -> Files:
   """All files except model.safetensors; UserError for a network that transformers does not have."""
   network = objective.network
+  if family.startswith('paligemma'):
+    return _paligemma(objective, image, tokenizer)
   configs = {
     'clip': _clip,
     'clip_openai': _clip,
@@ -47,6 +49,17 @@ def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: 
   if image is not None:
     found['preprocessor_config.json'] = _images(image, objective.normalize)
   return found | (texts(tokenizer) if tokenizer is not None else {})
+
+
+def _paligemma(objective: Any, image: ImageTransform | None, tokenizer: Tokenizer | None) -> Files:
+  network = objective.network
+  patches = _patches(network.image)
+  token = export_paligemma.image_token_of(tokenizer, network.text.vocab_size)
+  found: Files = {'config.json': export_paligemma.config(network, patches, token)}
+  if image is not None:
+    own = {'processor_class': 'PaliGemmaProcessor', 'image_seq_length': math.prod(network.image.grid)}
+    found['preprocessor_config.json'] = {**_images(image, objective.normalize), **own}
+  return found | export_paligemma.texts(tokenizer)
 
 
 def plain(block: BlockConfig, library: str, *, qkv_bias: bool = True) -> BlockConfig:

@@ -6,7 +6,18 @@ from typing import Any, NamedTuple
 
 from fmcv_jax.data.tokenizers import ClipBpe
 from fmcv_jax.dataset_statistics import CLIP, HALF, IMAGENET
-from fmcv_jax.pretrained import autoencoder, big_vision, clip, dit, efficientnet, inception, stable_diffusion, swin, vit
+from fmcv_jax.pretrained import (
+  autoencoder,
+  big_vision,
+  clip,
+  dit,
+  efficientnet,
+  inception,
+  paligemma,
+  stable_diffusion,
+  swin,
+  vit,
+)
 from fmcv_jax.pretrained.layout import Layout, Shape
 from fmcv_jax.pretrained.outline import has
 from fmcv_jax.pretrained.stable_diffusion import SD1, SD2
@@ -74,6 +85,15 @@ def _clip_words(text: Mapping[str, Any]) -> dict[str, Any]:
   if text['vocab_size'] != ClipBpe().vocab_size:
     return {}
   return {'tokenizer': {'name': 'clip_bpe', 'length': text['length']}}
+
+
+def _prefix_lm(*, second: bool) -> Callable[[Mapping[str, Shape]], dict[str, Any]]:
+  def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    network = paligemma.network(shapes, second=second)
+    objective = {'name': 'language', 'network': network, 'normalize': dict(HALF)}
+    return {'objective': objective, 'data': _data_config(network['image']['image_size'], None)}
+
+  return config
 
 
 def _image_tower(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str) -> Callable[..., Any]:
@@ -163,6 +183,8 @@ FAMILIES: dict[str, Family] = {
   'clip_openai_text': Family(clip.text_towers(), _text_tower(**_OPENAI)),
   'siglip_image': Family(_SIGLIP_IMAGE, _image_tower(HALF, **_SIGMOID)),
   'siglip_text': Family(_SIGLIP_TEXT, _text_tower(**_SIGMOID)),
+  'paligemma': Family(paligemma.layouts(second=False), _prefix_lm(second=False), _PAIR),
+  'paligemma2': Family(paligemma.layouts(second=True), _prefix_lm(second=True), _PAIR),
   'efficientnet': Family(_EFFICIENTNET, _encoder(IMAGENET, 0.875, efficientnet.network)),
   'inception': Family((('torch_fidelity', inception.published()),), _inception),
   'dit': Family((('dit', dit.original()), ('diffusers', dit.diffusers())), dit.config),
@@ -192,6 +214,8 @@ def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
     return 'sd2' if variant == 'sd2' else 'sd1'
   if 'top_norm/scale' in shapes or 'stage1/first/depthwise/kernel' in shapes:
     return 'efficientnet'
+  if 'image_projection/kernel' in shapes and 'text/tokens/embedding' in shapes:
+    return 'paligemma2' if has(shapes, 'text/blocks/attention_norm/') else 'paligemma'
   if 'text/tokens/embedding' in shapes:
     return 'siglip' if 'image/map_pool/probe' in shapes else 'clip'
   if 'tokens/embedding' in shapes:

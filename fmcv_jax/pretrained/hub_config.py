@@ -1,6 +1,7 @@
 """Reads the configuration files next to the weights: those of transformers, timm, OpenCLIP and diffusers."""
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ _NAMES = ('model.', 'model-', 'pytorch_model', 'open_clip_', 'diffusion_pytorch_
 # Networks whose values diffusers stores in config.json.
 _DIFFUSION = ('unet', 'dit', 'autoencoder')
 # Fields that array shapes do not determine, by the last name of the path in our config.
-_UNSHOWN = ('num_heads', 'activation', 'eps', 'pool', 'causal', 'normalize', 'schedule', 'prediction', 'padding')
+_UNSHOWN = (
+  *('num_heads', 'activation', 'eps', 'pool', 'causal', 'normalize', 'schedule', 'prediction', 'padding'),
+  *('num_kv_heads', 'head_dim', 'query_scale', 'attention_softcap', 'logit_softcap', 'rope_base', 'window'),
+)
 
 _SIDE = re.compile(r'objective\.network\.(image\.|encoder\.)?image_size=')  # of images, as a user's override
 
@@ -59,7 +63,7 @@ def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Fin
   else:
     if file is not None:
       hub_transformers.read(file, own, objective)
-    _transformers_images(folder, own, findings)
+    _transformers_images(folder, own, objective, findings)
     if form == 'transformers' and 'image' in own.get('data', {}) and 'data.image' not in findings.overrides:
       own['data']['image']['center'] = 'floor'  # as all of its processors round
   if any(path.startswith('data.') for path in findings.overrides) and 'data' not in own:
@@ -67,12 +71,14 @@ def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Fin
   return findings
 
 
-def _transformers_images(folder: Path, config: dict[str, Any], findings: Findings) -> None:
+def _transformers_images(folder: Path, config: dict[str, Any], objective: Any, findings: Findings) -> None:
   file = opened(folder / 'preprocessor_config.json', 'preprocessor_config.json', findings)
   whole = opened(folder / 'processor_config.json', 'processor_config.json', findings)
   if file is None and whole is not None and 'image_processor' in whole:  # where version 5 writes it, with the texts'
     file = whole.part('image_processor')
   if file is not None and 'normalize' in config['objective']:
+    if 'image_seq_length' in file and config['objective']['network']['name'] == 'prefix_lm':
+      file.agree('image_seq_length', file.get('image_seq_length'), math.prod(objective.network.image.grid))
     hub_images.transformers(file, config)
 
 

@@ -166,6 +166,24 @@ def one_of(known: Mapping[Any, Any]) -> Callable[[Any], Any]:
   return convert
 
 
+# The names of activations in transformers; several are names of one function.
+ACTIVATION = one_of(
+  {
+    'gelu': 'gelu',
+    'gelu_python': 'gelu',
+    'gelu_new': 'gelu_tanh',
+    'gelu_fast': 'gelu_tanh',
+    'gelu_accurate': 'gelu_tanh',
+    'gelu_python_tanh': 'gelu_tanh',
+    'gelu_pytorch_tanh': 'gelu_tanh',
+    'quick_gelu': 'quick_gelu',
+    'silu': 'silu',
+    'swish': 'silu',
+    'relu': 'relu',
+  }
+)
+
+
 def _same(value: Any, ours: Any) -> bool:
   if isinstance(value, (list, tuple)) and isinstance(ours, (list, tuple)):
     return len(value) == len(ours) and all(map(_same, value, ours))

@@ -14,7 +14,7 @@ from fmcv_jax.pretrained.hub_file import HubFile, one_of
 _FILTERS = one_of(dict(enumerate(('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming'))))  # Pillow's numbers
 _IGNORED = (
   r'.*processor.*|feature_extractor_type|use_fast|data_format|input_data_format|return_tensors|device|_.*',
-  r'disable_grouping|auto_map|default_to_square|use_square_size|size_divisor|pad_size|do_reduce_labels|num_channels',
+  r'disable_grouping|image_seq_length|auto_map|default_to_square|use_square_size|size_divisor|pad_size|do_reduce_labels|num_channels',
 )
 # Keys of timm that do not affect preprocessing: origin of the weights, training and fine-tuning options.
 _OF_TIMM = (
@@ -77,6 +77,8 @@ def _usual(config: dict[str, Any]) -> str:
   network = config['objective']['network']
   if network['name'] == 'efficientnet':
     return 'EfficientNetImageProcessor'
+  if network['name'] == 'prefix_lm':
+    return 'SiglipImageProcessor'
   if network['name'] == 'dual_encoder':
     return 'CLIPImageProcessor' if config['objective'].get('loss_name') != 'sigmoid' else 'SiglipImageProcessor'
   return 'ViTImageProcessor'

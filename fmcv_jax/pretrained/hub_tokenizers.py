@@ -21,6 +21,8 @@ def read(folder: Path, config: Mapping[str, Any], findings: Findings) -> dict[st
   if text is None:
     return own
   size, length = text['vocab_size'], text['length']
+  if network['name'] == 'prefix_lm':
+    return _prompted(folder, size, length, findings)
   if own is not None and size == CLIP_SIZE and _is_clips(folder):
     return {**own, 'length': length}
   found = _of_folder(folder, length, siglip=text.get('pool') == 'last', findings=findings)
@@ -70,6 +72,21 @@ def _of_folder(folder: Path, length: int, *, siglip: bool, findings: Findings) -
     read = ', '.join(f'{field}={spec[field]}' for field in ('padding', 'end') if field in spec)
     findings.said.append(f'tokenizer_config.json: {read}')
   return spec, TokenizerJson(str(file), length).vocab_size
+
+
+def _prompted(folder: Path, size: int, length: int, findings: Findings) -> dict[str, Any] | None:
+  """The tokenizer of a prefix language model; special tokens that tokenizer_config.json does not name are Gemma's."""
+  file = folder / 'tokenizer.json'
+  if not file.is_file():
+    return None
+  said = opened(folder / 'tokenizer_config.json', 'tokenizer_config.json', findings)
+  names = {'padding': ('pad_token', '<pad>'), 'start': ('bos_token', '<bos>'), 'end': ('eos_token', '<eos>')}
+  special = {
+    field: (None if said is None else _content(said.get(key))) or usual for field, (key, usual) in names.items()
+  }
+  words = {'name': 'tokenizer_json', 'file': str(file), 'padding': special.pop('padding')}
+  findings.said.append(f'tokenizer.json: {TokenizerJson(str(file)).vocab_size} words of a table of {size}')
+  return {'name': 'prompted', 'words': words, 'length': length, **special}
 
 
 def _content(token: Any) -> str | None:

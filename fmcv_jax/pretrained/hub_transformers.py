@@ -11,26 +11,9 @@ from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.models.backbones.efficientnet import SIZES as EFFICIENTNETS
 from fmcv_jax.models.backbones.efficientnet import TABLE
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.pretrained import efficientnet
-from fmcv_jax.pretrained.hub_file import Has, HubFile, Sets, Table, one_of
+from fmcv_jax.pretrained import efficientnet, hub_gemma
+from fmcv_jax.pretrained.hub_file import ACTIVATION, Has, HubFile, Sets, Table
 from fmcv_jax.pretrained.hub_vit import side
-
-# Their names of activations; several are names of one function.
-ACTIVATION = one_of(
-  {
-    'gelu': 'gelu',
-    'gelu_python': 'gelu',
-    'gelu_new': 'gelu_tanh',
-    'gelu_fast': 'gelu_tanh',
-    'gelu_accurate': 'gelu_tanh',
-    'gelu_python_tanh': 'gelu_tanh',
-    'gelu_pytorch_tanh': 'gelu_tanh',
-    'quick_gelu': 'quick_gelu',
-    'silu': 'silu',
-    'swish': 'silu',
-    'relu': 'relu',
-  }
-)
 
 # What changes nothing that a network computes when it is not trained.
 IGNORED = (
@@ -251,6 +234,19 @@ def _embedding(file: HubFile, path: str, tower: Any, *, whole: bool) -> None:
     file.get('projection_dim')
 
 
+def _paligemma(file: HubFile, kind: str, path: str, network: Any) -> None:
+  vision, text = file.part('vision_config'), file.part('text_config')
+  _image_tower(vision, 'siglip', f'{path}.image', network.image)
+  vision.agree('model_type', vision.get('model_type', 'siglip_vision_model'), 'siglip_vision_model')
+  file.set(f'{path}.image.pool', 'gap')  # nothing reads what is pooled
+  hub_gemma.read(text, f'{path}.text', network.text)
+  file.apply({'projection_dim': Has(network.text.width)}, path, network)
+  for key in ('hidden_size', 'vocab_size', 'image_token_index', 'ignore_index'):  # which the model does not use
+    file.get(key)
+  for inner in (vision, text):
+    inner.done((*IGNORED, 'projection_dim', 'num_image_tokens', 'projector_hidden_act'))
+
+
 def _image_tower(file: HubFile, family: str, path: str, network: ViT) -> None:
   file.apply(_TOWERS[f'{family}_vision'], path, network)
   side(file, 'image_size', path, network, 224)
@@ -286,6 +282,7 @@ _READERS: dict[Any, tuple[tuple[str, ...], Callable[[HubFile, str, str, Any], No
   'siglip': (('dual_encoder', 'vit', 'text_transformer'), _pair('siglip')),
   **{f'{kind}_vision_model': (('vit',), _single('clip', 'vision')) for kind in _CLIP_KINDS},
   **{f'{kind}_text_model': (('text_transformer',), _single('clip', 'text')) for kind in _CLIP_KINDS},
+  'paligemma': (('prefix_lm',), _paligemma),
   'siglip_vision_model': (('vit',), _single('siglip', 'vision')),
   'siglip_text_model': (('text_transformer',), _single('siglip', 'text')),
 }

@@ -11,8 +11,9 @@ from fmcv_jax.config import build
 from fmcv_jax.data import tokenizer_files
 from fmcv_jax.data import tokenizers as tokenizers_file
 from fmcv_jax.data.sources.base import Source
-from fmcv_jax.data.tokenizers import TOKENIZERS, Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
+from fmcv_jax.data.tokenizers import Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
 from fmcv_jax.errors import UserError
+from fmcv_jax.registry import KINDS
 from tests.data.counting import Counting
 
 ODD = [
@@ -171,7 +172,7 @@ def test_a_corpus_without_texts_is_one_clear_line():
 )
 def test_a_wrong_field_is_one_line_with_its_path(spec, message):
   with pytest.raises(UserError, match=f'^config.tokenizer: .*{message}'):
-    build(Tokenizer, spec, {Tokenizer: TOKENIZERS, Source: {'c': Counting}}, 'config.tokenizer')
+    build(Tokenizer, spec, {Tokenizer: KINDS[Tokenizer], Source: {'c': Counting}}, 'config.tokenizer')
 
 
 def odd_texts(count):

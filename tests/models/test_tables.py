@@ -2,7 +2,7 @@
 
 Parameters are exact; GMAC (linear layers, convolutions, both attention products) are as printed, to their last digit.
 The references are timm (ViT, DeiT, DINOv2, Swin, EfficientNet), OpenAI's CLIP = open_clip = transformers, and
-transformers' SigLIP and ALIGN.
+transformers' SigLIP, ALIGN and PaliGemma.
 """
 
 import jax
@@ -13,6 +13,7 @@ from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.multimodal.dual_encoder import align, clip, siglip
+from fmcv_jax.models.multimodal.prefix_lm import paligemma
 from fmcv_jax.train.flops import matmul_flops
 
 
@@ -208,3 +209,20 @@ def test_siglip_at_384_reads_27_patches_of_14_a_side():
   network = siglip('So400m/14', image_size=378)  # the published 384-pixel weights never look at the last 6 pixels
   variables = variables_of(network, images(378), jax.ShapeDtypeStruct((1, 64), jnp.int32))
   assert (count(variables), count(variables['params']['image'])) == (877_960_498, 428_225_600)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'size', 'parameters'),
+  [
+    ('paligemma_3b', 224, 2_923_466_480),
+    ('paligemma_3b', 448, 2_924_351_216),
+    ('paligemma_3b', 896, 2_927_890_160),
+    ('paligemma2_3b', 224, 3_032_242_416),
+    ('paligemma2_10b', 224, 9_662_638_832),
+    ('paligemma2_28b', 224, 27_650_487_024),
+  ],
+)
+def test_paligemma(variant, size, parameters):
+  """The published models have 257,216 rows of embeddings, more than the defaults of transformers' configuration."""
+  text, lengths = jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+  assert count(variables_of(paligemma(variant, image_size=size), images(size), text, lengths)) == parameters

@@ -14,6 +14,7 @@ from fmcv_jax.models.generative.dit import dit
 from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.models.generative.unet import unet
 from fmcv_jax.models.multimodal.dual_encoder import dual_encoder
+from fmcv_jax.models.multimodal.prefix_lm import paligemma
 from fmcv_jax.models.self_supervised.dino import dino
 from fmcv_jax.models.self_supervised.mae import mae
 from fmcv_jax.objectives.adapted import Lora, PartialFineTuning
@@ -25,6 +26,7 @@ from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.distillation import Distillation
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.image_condition import ImageCondition
+from fmcv_jax.objectives.language import Language
 from fmcv_jax.objectives.latent_space import LatentSpace
 from fmcv_jax.objectives.mae import MaskedAutoencoding
 from fmcv_jax.objectives.repa import REPA
@@ -71,6 +73,7 @@ CASES = {
     local_size=8,
     ibot_loss_weight=1.0,
   ),
+  'prefix_lm': lambda: Language(paligemma('paligemma2_mu', image_size=16, vocab_size=64)),
   'mae': lambda: MaskedAutoencoding(mae(small_vit(), width=16, depth=1, num_heads=2)),
   'segmenter': lambda: Segmentation(segmenter(small_vit(), 3)),
   'autoencoder': lambda: Autoencoding(latents(), perceptual=0.1, features=small_vit()),

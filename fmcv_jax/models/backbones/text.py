@@ -8,6 +8,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.models.common.attention.dispatch import Backend
@@ -20,6 +21,7 @@ from fmcv_jax.models.common.layers import (
   Remat,
   Stack,
   Unroll,
+  cast_param,
   dense,
   layer_norm,
 )
@@ -36,11 +38,20 @@ class Embedding(nn.Module):
   size: int
   width: int
 
-  @nn.compact
+  @override
+  def setup(self) -> None:
+    self.embedding = self.param('embedding', nn.initializers.normal(0.02), (self.size, self.width))
+
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    table = self.param('embedding', nn.initializers.normal(0.02), (self.size, self.width))
+    """Rows of the table."""
     # The rows are made whole before the lookup: left split, the partitioner would replicate the looked-up batch.
-    return jnp.take(with_logical_constraint(table, 'vocab', 'width'), tokens, axis=0)
+    return jnp.take(with_logical_constraint(self.embedding, 'vocab', 'width'), tokens, axis=0)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Products with every row of the table (tied output weights): [B, T, width] -> logits float32 [B, T, size]."""
+    table = cast_param(with_logical_constraint(self.embedding, 'vocab', 'width'), x.dtype)
+    logits = jnp.einsum('btd,vd->btv', x, table, preferred_element_type=jnp.float32)
+    return with_logical_constraint(logits, 'batch', None, 'vocab')
 
 
 class TextTransformer(nn.Module):

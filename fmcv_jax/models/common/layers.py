@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.models.common.attention.dispatch import Backend, attention
+from fmcv_jax.models.common.norms import RMSNorm, layer_norm
 from fmcv_jax.models.common.positions import rotate
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -20,6 +21,7 @@ Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu']
 Remat = Literal['none', 'dots', 'full']
 Unroll = PositiveInt | bool  # as in jax.lax.scan: number of steps to unroll, True for all
 Dtype = Literal['float32', 'bfloat16']
+Norm = Literal['layer', 'rms']
 
 ACTIVATIONS = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -74,6 +76,12 @@ class BlockConfig:
   et al. 2017, BERT); `parallel` adds attention and MLP of the same normalized input in one sum, and `qk_norm`
   normalizes queries and keys per head (both Dehghani et al. 2023, section 2.1); `dtype` is the dtype of matmuls
   (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
+
+  Those of language models: `norm` 'rms' replaces LayerNorm by RMSNorm; `bias` False removes the biases of the output
+  projection and of the MLP; `num_kv_heads` heads of keys and values, None for one per query head, serve groups of
+  query heads (Ainslie et al. 2023); `head_dim`, None for width / num_heads; `query_scale` multiplies the logits, None
+  for head_dim ** -0.5; `logit_softcap` bounds the logits to +-softcap by tanh, and `branch_norm` also normalizes the
+  output of each branch (both Gemma Team 2024, Gemma 2, section 2).
   """
 
   num_heads: int
@@ -90,6 +98,19 @@ class BlockConfig:
   qk_norm: bool = False
   attention: Backend = 'auto'
   dtype: Dtype = 'float32'
+  norm: Norm = 'layer'
+  bias: bool = True
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  query_scale: float | None = None
+  logit_softcap: float | None = None
+  branch_norm: bool = False
+
+  def __post_init__(self) -> None:
+    if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+      raise ValueError(f'num_kv_heads: {self.num_heads} heads are not divisible by {self.num_kv_heads}')
+    if self.branch_norm and (self.parallel or self.post_norm):
+      raise ValueError('branch_norm: only for blocks that are neither parallel nor post_norm')
 
 
 class Dense(nn.Module):
@@ -136,17 +157,11 @@ def dense(
   return Dense(features, jnp.dtype(dtype), bias, init, name=name)
 
 
-def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
-  """LayerNorm over the last axis with scale and bias; statistics float32, output in `dtype`."""
-  # The variance is E[x^2] - E[x]^2 in float32, in one pass over the tokens (docs/plan.md has the measured gain).
-  # Cancellation is small, since the mean over the channels is small compared to their standard deviation.
-  return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
-
-
-def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
-  """x scaled to unit length along an axis, in float32; zero vectors stay zero, with a finite gradient."""
-  x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-12))
+def block_norm(config: BlockConfig, name: str) -> nn.Module:
+  """A norm of the kind that the blocks have."""
+  if config.norm == 'rms':
+    return RMSNorm(config.eps, jnp.dtype(config.dtype), name=name)
+  return layer_norm(config.eps, config.dtype, name)
 
 
 def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
@@ -160,6 +175,9 @@ class Attention(nn.Module):
   """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D].
 
   config.causal applies to self-attention only: all tokens of a context are visible.
+
+  With a `place` (int32 scalar), self-attention writes its keys and values to the collection 'cache' from that token on,
+  and attends to the whole cache through `mask` [B or 1, 1, T, S], whose last axis is the size S of the cache.
   """
 
   logical_axes = (*ATTENTION_AXES,)
@@ -174,36 +192,55 @@ class Attention(nn.Module):
     *,
     angles: jax.Array | None = None,
     mask: jax.Array | None = None,
+    place: jax.Array | None = None,
   ) -> jax.Array:
     c, width = self.config, x.shape[-1]
-    if width % c.num_heads:
+    if c.head_dim is None and width % c.num_heads:
       raise ValueError(f'width {width} is not divisible by {c.num_heads} heads')
+    head_dim, kv_heads = c.head_dim or width // c.num_heads, c.num_kv_heads or c.num_heads
     # A context (a text, say) is short, and not sharded along its tokens.
     tokens: str | None = 'tokens' if context is None else None
-    backend: Backend = c.attention if context is None else 'xla'
+    backend: Backend = c.attention if context is None and place is None else 'xla'
     causal = c.causal and context is None
     context = x if context is None else context
 
-    def project(inputs: jax.Array, name: str, tokens: str | None) -> jax.Array:
-      y = dense(width, c.dtype, name, bias=c.qkv_bias)(inputs)
-      heads = 'heads' if c.num_heads > 1 else None  # a single head is never sharded
-      return with_logical_constraint(y.reshape(*y.shape[:2], c.num_heads, -1), 'batch', tokens, heads, None)
+    def project(inputs: jax.Array, name: str, tokens: str | None, count: int) -> jax.Array:
+      y = dense(count * head_dim, c.dtype, name, bias=c.qkv_bias)(inputs)
+      return with_logical_constraint(y.reshape(*y.shape[:2], count, -1), 'batch', tokens, _heads(count), None)
 
     query, key, value = (
-      project(x, 'query', 'tokens'),
-      project(context, 'key', tokens),
-      project(context, 'value', tokens),
+      project(x, 'query', 'tokens', c.num_heads),
+      project(context, 'key', tokens, kv_heads),
+      project(context, 'value', tokens, kv_heads),
     )
     if c.qk_norm:
       query, key = layer_norm(c.eps, c.dtype, 'query_norm')(query), layer_norm(c.eps, c.dtype, 'key_norm')(key)
     if angles is not None:
       query, key = rotate(query, angles), rotate(key, angles)
-    y = attention(query, key, value, causal=causal, mask=mask, backend=backend)
+    if place is not None:
+      key, value = (self._cached(name, x, place, mask) for name, x in (('key', key), ('value', value)))
+    y = attention(
+      query, key, value, causal=causal, mask=mask, scale=c.query_scale, softcap=c.logit_softcap, backend=backend
+    )
     # For `attention_maps`; no cost unless the caller of `apply` makes 'intermediates' mutable, or passes 'probes'.
     self.sow('intermediates', 'projections', (query, key, value))
     if self.has_variable('probes', 'mixed'):
       y = y + self.get_variable('probes', 'mixed')
-    return dense(width, c.dtype, 'out')(checkpoint_name(y.reshape(*x.shape[:2], width), 'attention'))
+    y = checkpoint_name(y.reshape(*x.shape[:2], c.num_heads * head_dim), 'attention')
+    return dense(width, c.dtype, 'out', bias=c.bias)(y)
+
+  def _cached(self, name: str, x: jax.Array, place: jax.Array, mask: Any) -> jax.Array:
+    """The whole cache [B, S, H, K] of keys or values, with x [B, T, H, K] written from `place` on."""
+    shape = (x.shape[0], mask.shape[-1], *x.shape[2:])
+    cache = self.variable('cache', f'cached_{name}', jnp.zeros, shape, x.dtype)
+    whole = jax.lax.dynamic_update_slice_in_dim(cache.value, x, place, axis=1)
+    cache.value = with_logical_constraint(whole, 'batch', None, _heads(x.shape[2]), None)
+    return cache.value
+
+
+def _heads(count: int) -> str | None:
+  """Logical axis of `count` heads; a single head is never sharded."""
+  return 'heads' if count > 1 else None
 
 
 class Mlp(nn.Module):
@@ -221,11 +258,11 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
-    y = ACTIVATIONS[c.activation](dense(c.mlp_dim, c.dtype, 'gate' if c.gated_mlp else 'up')(x))
+    y = ACTIVATIONS[c.activation](dense(c.mlp_dim, c.dtype, 'gate' if c.gated_mlp else 'up', bias=c.bias)(x))
     if c.gated_mlp:
-      y = y * dense(c.mlp_dim, c.dtype, 'up')(x)
+      y = y * dense(c.mlp_dim, c.dtype, 'up', bias=c.bias)(x)
     y = with_logical_constraint(y, 'batch', 'tokens', 'mlp')
-    return dense(x.shape[-1], c.dtype, 'down')(y)
+    return dense(x.shape[-1], c.dtype, 'down', bias=c.bias)(y)
 
 
 class Block(nn.Module):
@@ -244,14 +281,23 @@ class Block(nn.Module):
     self,
     x: jax.Array,
     drop_path: jax.Array | None = None,
+    is_local: jax.Array | None = None,
     angles: jax.Array | None = None,
     mask: jax.Array | None = None,
+    local_mask: jax.Array | None = None,
+    place: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
-    """drop_path: fraction of examples that skip a branch (Huang et al. 2016); needs the rng 'dropout'."""
+    """drop_path: fraction of examples that skip a branch (Huang et al. 2016); needs the rng 'dropout'.
+
+    is_local: bool scalar, True for a block that attends through `local_mask` instead of `mask`.
+    """
     c = self.config
+    if is_local is not None:
+      assert mask is not None and local_mask is not None, 'a stack with local blocks is given both masks'  # noqa: PT018
+      mask = jnp.where(is_local, local_mask, mask)
     # A scan body must return the dtype of its carry, so the residual stream has one dtype throughout.
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
-    norm1, norm2 = (layer_norm(c.eps, c.dtype, name) for name in ('norm1', 'norm2'))
+    norm1, norm2 = (block_norm(c, name) for name in ('norm1', 'norm2'))
     attention = Attention(c, name='attention')
     if c.parallel:
       y = norm1(x)
@@ -259,10 +305,12 @@ class Block(nn.Module):
       return with_logical_constraint(
         x + self._branch(y, 'scale1', drop_path).astype(x.dtype), 'batch', 'tokens', 'width'
       ), None
-    y = attention(x if c.post_norm else norm1(x), angles=angles, mask=mask)
+    y = attention(x if c.post_norm else norm1(x), angles=angles, mask=mask, place=place)
+    y = block_norm(c, 'attention_norm')(y) if c.branch_norm else y
     x = x + self._branch(y, 'scale1', drop_path).astype(x.dtype)
     x = norm1(x).astype(x.dtype) if c.post_norm else x
     y = Mlp(c, name='mlp')(x if c.post_norm else norm2(x))
+    y = block_norm(c, 'mlp_norm')(y) if c.branch_norm else y
     x = x + self._branch(y, 'scale2', drop_path).astype(x.dtype)
     x = norm2(x).astype(x.dtype) if c.post_norm else x
     return with_logical_constraint(x, 'batch', 'tokens', 'width'), None
@@ -299,7 +347,7 @@ def scan_layers(
   side_by_side = length if unroll is True else min(unroll, length)
   return nn.scan(
     rematerialize(module, remat, in_scan=side_by_side < length),
-    variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0, 'probes': 0},
+    variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0, 'probes': 0, 'cache': 0},
     split_rngs={'params': True, 'dropout': True},
     in_axes=in_axes,
     length=length,
@@ -324,14 +372,25 @@ class Stack:
   drop_path_rise: bool = True
 
   def __call__(
-    self, x: jax.Array, *, angles: jax.Array | None = None, mask: jax.Array | None = None, train: bool = False
+    self,
+    x: jax.Array,
+    *,
+    angles: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    local_mask: jax.Array | None = None,
+    place: jax.Array | None = None,
+    train: bool = False,
   ) -> jax.Array:
-    """Runs x [B, T, D] through the blocks; to be called in the compact method that owns the scope `blocks`."""
-    drop = bool(train and self.drop_path)
-    in_axes = (0 if drop else nn.broadcast, nn.broadcast, nn.broadcast)
+    """Runs x [B, T, D] through the blocks; to be called in the compact method that owns the scope `blocks`.
+
+    local_mask: mask of every second block, beginning with the first (Gemma 2); None: `mask` is that of all.
+    """
+    drop, local = bool(train and self.drop_path), local_mask is not None
+    in_axes = (0 if drop else nn.broadcast, 0 if local else nn.broadcast, *(nn.broadcast,) * 4)
     blocks = scan_layers(Block, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(
       self.block, train, name='blocks'
     )
     first = 0.0 if self.drop_path_rise else self.drop_path
     rates = jnp.linspace(first, self.drop_path, self.depth) if drop else None
-    return blocks(x, rates, angles, mask)[0]
+    is_local = jnp.arange(self.depth) % 2 == 0 if local else None
+    return blocks(x, rates, is_local, angles, mask, local_mask, place)[0]

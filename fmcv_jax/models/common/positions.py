@@ -71,6 +71,14 @@ def rope_2d(height: int, width: int, head_dim: int, prefix: int, temperature: fl
   return np.concatenate([np.zeros((prefix, head_dim // 2)), angles]).astype(np.float32)
 
 
+def rope_1d(positions: jax.Array, head_dim: int, base: float = 10_000.0) -> jax.Array:
+  """Rotary angles of a sequence (Su et al. 2021, eq. 15), float32 [..., T, head_dim / 2], for `positions` [..., T]."""
+  if head_dim % 2:
+    raise ValueError(f'rotary positions need an even head dimension, got {head_dim}')
+  frequency = base ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+  return positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+
+
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
   """Rotates the pairs (x[i], x[i + K/2]) of queries or keys [B, T, H, K] by `angles` [T, K/2] or [B, T, K/2]."""
   cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]

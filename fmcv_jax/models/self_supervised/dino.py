@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.models.common.layers import ACTIVATIONS, HIDDEN_AXES, Dtype, dense, l2_normalize
+from fmcv_jax.models.common.layers import ACTIVATIONS, HIDDEN_AXES, Dtype, dense
+from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 

@@ -33,6 +33,8 @@ def attention(
   *,
   causal: bool = False,
   mask: Bool[AnyArray, '...'] | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
   backend: Backend = 'auto',
 ) -> Float[jax.Array, 'batch queries heads dim']:
   """query [B, Q, H, K], key and value [B, T, H, K] -> [B, Q, H, K].
@@ -40,6 +42,10 @@ def attention(
   mask: bool, broadcastable to [B, H, Q, T], True where attention is allowed. Logits and softmax are float32 for any
   input dtype. Fully masked queries return the mean of values instead of NaN.
 
+  Keys and values may have fewer heads, of which each serves a group of adjacent query heads (Ainslie et al. 2023).
+
+  scale     factor of the logits, default K ** -0.5
+  softcap   bounds the logits to softcap * tanh(logits / softcap), before the mask; on the 'xla' backend only
   backend   'xla': plain einsums. 'short': a Pallas TPU kernel that keeps all logits of a head in VMEM (interpreted on
             other platforms). 'splash': tiled TPU kernel for many tokens. 'cudnn': flash attention on GPUs, for 16-bit
             inputs. 'ring': keys and values rotate over the mesh axes that split `tokens`. 'auto': selected by platform,
@@ -48,25 +54,34 @@ def attention(
             placement the backend is always 'xla'.
   """
   if backend == 'auto':
-    backend, reason = choose(query, key, mask)
+    backend, reason = choose(query, key, mask, softcap)
     if platform() is not None:
       _say(f'attention over {key.shape[1]} tokens: {backend} ({reason})')
   if platform() is None:
     backend = 'xla'
   if backend == 'xla':
-    return xla_attention(query, key, value, causal=causal, mask=mask)
+    return xla_attention(query, key, value, causal=causal, mask=mask, scale=scale, softcap=softcap)
+  if softcap is not None:
+    raise ValueError(f'attention={backend!r} does not bound its logits by a softcap; use xla')
   if mask is not None and not _of_keys(mask):
     raise ValueError(f'attention={backend!r} takes masks of shape [B, 1, 1, T], got {mask.shape}; use xla')
   valid = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (query.shape[0], key.shape[1]))
   if backend != 'ring' and mesh_axes('tokens'):
     raise ValueError(f'attention={backend!r} needs all tokens on each device, but the mesh splits them; use ring')
+  if scale is not None:  # the kernels multiply by K ** -0.5 themselves
+    query = (query.astype(jnp.float32) * (scale * query.shape[-1] ** 0.5)).astype(query.dtype)
+  key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
   kernels = {'short': short_attention, 'splash': splash_attention, 'cudnn': cudnn_attention, 'ring': ring_attention}
   return kernels[backend](query, key, value, valid, causal=causal)
 
 
-def choose(query: ArrayOrShape, key: ArrayOrShape, mask: ArrayOrShape | None) -> tuple[Backend, str]:
+def choose(
+  query: ArrayOrShape, key: ArrayOrShape, mask: ArrayOrShape | None, softcap: float | None = None
+) -> tuple[Backend, str]:
   """Backend that 'auto' selects, and the reason, from the shapes and dtypes of the arguments and the placement."""
   tokens, dim = key.shape[1], key.shape[-1]
+  if softcap is not None:
+    return 'xla', 'its logits are bounded by a softcap'
   if mask is not None and not _of_keys(mask):
     return 'xla', 'its mask differs from query to query'
   if mesh_axes('tokens'):
@@ -95,17 +110,31 @@ def xla_attention(
   *,
   causal: bool = False,
   mask: Bool[AnyArray, '...'] | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
 ) -> Float[jax.Array, 'batch queries heads dim']:
   """Plain einsums, fused by XLA; fully masked queries return the mean of all values."""
-  logits = jnp.einsum('bqhk,bthk->bhqt', query, key, preferred_element_type=jnp.float32)
-  logits = logits * (query.shape[-1] ** -0.5)
+  batch, queries, heads, dim = query.shape
+  groups = key.shape[2]
+  if groups == heads:
+    logits = jnp.einsum('bqhk,bthk->bhqt', query, key, preferred_element_type=jnp.float32)
+  else:
+    grouped = query.reshape(batch, queries, groups, heads // groups, dim)
+    logits = jnp.einsum('bqghk,btgk->bghqt', grouped, key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, heads, queries, -1)
+  logits = logits * (dim**-0.5 if scale is None else scale)
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
   if causal:
-    triangle = jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))
+    triangle = jnp.tril(jnp.ones((queries, key.shape[1]), bool))
     mask = triangle if mask is None else mask & triangle
   if mask is not None:
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.einsum('bhqt,bthk->bqhk', weights, value)
+  if groups == heads:
+    return jnp.einsum('bhqt,bthk->bqhk', weights, value)
+  weights = weights.reshape(batch, groups, heads // groups, queries, -1)
+  return jnp.einsum('bghqt,btgk->bqghk', weights, value).reshape(batch, queries, heads, -1)
 
 
 def _of_keys(mask: ArrayOrShape) -> bool:

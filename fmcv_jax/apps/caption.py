@@ -1,0 +1,126 @@
+"""`fmcv caption` and `fmcv ask`: texts about image files as JSON lines."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import IO, Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
+from fmcv_jax.data.sources.folder_index import EXTENSIONS
+from fmcv_jax.data.sources.in_memory import InMemoryImages
+from fmcv_jax.decoding.options import DecodingOptions
+from fmcv_jax.errors import UserError
+from fmcv_jax.inference.model import evaluated_as
+from fmcv_jax.inference.text_generator import TextGenerator, caption_prompt
+from fmcv_jax.run import Run
+
+
+def run(
+  files: Sequence[str],
+  model: str,
+  prompt: str | None = None,
+  *,
+  answers: Sequence[str] = (),
+  to: str | None = None,
+  options: DecodingOptions = DecodingOptions(),
+  step: int | None = None,
+  batch: int = 64,
+  overrides: Sequence[str] = (),
+) -> None:
+  """Writes one JSON object per image: file, text and log_likelihood, or file and error for one that cannot be read.
+
+  files    image files, and folders whose images are taken, with their sub-folders, in the order of their names
+  prompt   text before the answer; None for the default of captions
+  answers  closed list, of which the most likely is taken
+  to       .jsonl file; run again, it is completed: files that it has are left out. Default: standard output
+
+  All processes compute; the first one writes.
+  """
+  if batch < 1:
+    raise UserError(f'batch: expected at least 1, got {batch}')
+  found, job = _images(files), Run.reopen(model, overrides)
+  prompt = caption_prompt(job.experiment.tokenizer) if prompt is None else prompt
+  done = _written(to, prompt) if to is not None else set()
+  left = [number for number, file in enumerate(found) if file not in done]
+  if not left:
+    return
+  ways = job.placement.mesh.size
+  size = -(-min(batch, len(left)) // ways) * ways
+  generator = TextGenerator(job.restored_model(step)[0], evaluated_as(job), size)
+  first = jax.process_index() == 0
+  images = InMemoryImages([found[number] for number in left])
+  texts = generator.texts(images, [prompt], options, answers, left)
+  with Progress(console=Console(stderr=True), transient=True, disable=not first) as bar:
+    task = bar.add_task('generating', total=len(found), completed=len(found) - len(left))
+    output = _opened(to) if first else None
+    try:
+      for text in texts:
+        bar.advance(task)
+        if output is not None:
+          _write(output, found[text.number], prompt, text.text, text.log_likelihood)
+    finally:
+      if output is not None and output is not sys.stdout:
+        output.close()
+
+
+def _images(files: Sequence[str]) -> list[str]:
+  """Files as given, and the images of folders by their suffixes; UserError for one that does not exist."""
+  found: list[str] = []
+  for name in files:
+    path = pathlib.Path(name)
+    if path.is_dir():
+      inside = sorted(str(file) for file in path.rglob('*') if file.suffix.lower() in EXTENSIONS and file.is_file())
+      if not inside:
+        raise UserError(f'{name}: the folder has no images')
+      found += inside
+    elif path.is_file():
+      found.append(name)
+    else:
+      raise UserError(f'{name}: no such file or folder (relative to {os.getcwd()})')
+  return list(dict.fromkeys(found))
+
+
+def _opened(to: str | None) -> IO[str]:
+  if to is None:
+    return sys.stdout
+  try:
+    return open(to, 'a', encoding='utf-8')
+  except OSError as error:
+    raise UserError(f'--to {to}: cannot be written ({error.strerror})') from error
+
+
+def _write(output: IO[str], file: str, prompt: str, text: str | None, log_likelihood: float) -> None:
+  row: dict[str, Any] = {'file': file, 'prompt': prompt}
+  if text is None:
+    row |= {'error': 'the image cannot be read'}
+  else:
+    row |= {'text': text, 'log_likelihood': round(log_likelihood, 4) if math.isfinite(log_likelihood) else None}
+  output.write(json.dumps(row, ensure_ascii=False) + '\n')
+  output.flush()
+
+
+def _written(to: str, prompt: str) -> set[str]:
+  """Files that an earlier run has written; removes a last line that it did not complete."""
+  path = pathlib.Path(to)
+  if not path.exists():
+    return set()
+  content = path.read_bytes()
+  whole = content[: content.rfind(b'\n') + 1]
+  rows = []
+  for number, line in enumerate(whole.splitlines(), 1):
+    try:
+      row = json.loads(line)
+      rows.append((row['file'], row['prompt']))
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(f'--to {to}: line {number} was not written by this command; choose another file') from error
+  if other := next((old for _, old in rows if old != prompt), None):
+    raise UserError(f'--to {to}: holds texts of the prompt {other!r}, not {prompt!r}; choose another file')
+  if whole != content and jax.process_index() == 0:
+    path.write_bytes(whole)
+  return {file for file, _ in rows}

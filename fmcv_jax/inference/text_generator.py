@@ -1,0 +1,163 @@
+"""Captions and answers about images from a trained language model."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fmcv_jax.data.pipeline import Pipeline
+from fmcv_jax.data.prompts import Prompted
+from fmcv_jax.data.sources.base import Example, Source
+from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.data.transforms import ImageTransform
+from fmcv_jax.decoding.choices import score
+from fmcv_jax.decoding.generation import generate
+from fmcv_jax.decoding.options import DecodingOptions
+from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.base import EvaluatedModel
+from fmcv_jax.objectives.outputs import Batch, Output, Params, language_of
+
+CAPTION_PROMPT = 'caption en'  # PaliGemma's (Beyer et al. 2024, section 3.2.4)
+QUESTION_TEMPLATE = 'answer en {}'
+
+
+def caption_prompt(tokenizer: Tokenizer | None) -> str:
+  """The default prompt of captions; '' for a model that reads no prompts."""
+  return CAPTION_PROMPT if isinstance(tokenizer, Prompted) else ''
+
+
+class Text(NamedTuple):
+  """Text about one image.
+
+  number          of the image in the source
+  text            the text; None for an image that cannot be read
+  log_likelihood  of the text, the end included; of a closed list, the log of the probability within the list
+  """
+
+  number: int
+  text: str | None
+  log_likelihood: float
+
+
+class TextGenerator:
+  """The language model of an `EvaluatedModel`, over all of its devices.
+
+  image  transform of the images
+  batch  global batch size
+
+  UserError for a model that does not generate texts, or has no tokenizer.
+  """
+
+  def __init__(self, subject: EvaluatedModel, image: ImageTransform | None, batch: int):
+    self._language, self._image, self._batch = language_of(subject.outputs), image, batch
+    if subject.tokenizer is None:
+      raise UserError(
+        'config.tokenizer: the model has no tokenizer; import it with its tokenizer.json, or set one with '
+        '--config.tokenizer.name=prompted'
+      )
+    self._tokenizer: Tokenizer = subject.tokenizer
+    self._subject = dataclasses.replace(subject, outputs={})
+
+  def texts(
+    self,
+    images: Source,
+    prompts: Sequence[str],
+    options: DecodingOptions = DecodingOptions(),
+    answers: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
+  ) -> Iterator[Text]:
+    """A text for each image of a source, in order.
+
+    prompts  one prompt per image, or one for all of them
+    answers  closed list: the most likely one is taken, and `options` are not used
+    numbers  number of each image, on which its samples depend; default 0 to N - 1
+    """
+    numbers = range(len(images)) if numbers is None else numbers
+    if len(prompts) not in (1, len(images)):
+      raise UserError(f'prompts: {len(prompts)} for {len(images)} images; give one, or one per image')
+    source = _Prompts(images, self._rows(prompts), tuple(numbers))
+    name, decode = self._listed(answers) if answers else self._free(options)
+    total = len(images)
+    pipeline = Pipeline(source, self._image, max_bad=1.0)
+    done = 0
+    for values, fields in self._subject.map_batches((name,), pipeline, self._batch):
+      count = min(self._batch, total - done)
+      found = zip(decode(values[name], count), fields['mask'][:count], strict=True)
+      for index, ((text, log_likelihood), is_read) in enumerate(found, done):
+        yield Text(numbers[index], text if is_read else None, log_likelihood if is_read else float('nan'))
+      done += count
+
+  def _free(self, options: DecodingOptions) -> tuple[str, Callable[[Any, int], list[tuple[str, float]]]]:
+    """The name of an output that generates with these options, and the reader of its values."""
+
+    def call(params: Params, extra: Any, batch: Batch) -> Any:
+      return generate(self._language(params, extra), _with_tokens(batch), options)._asdict()
+
+    def decode(values: dict[str, np.ndarray], count: int) -> list[tuple[str, float]]:
+      texts = self._tokenizer.decode(self._with_start(values['tokens'][:count]))
+      return list(zip(texts, map(float, values['log_likelihood'][:count]), strict=True))
+
+    return self._output(str(options), call), decode
+
+  def _listed(self, answers: Sequence[str]) -> tuple[str, Callable[[Any, int], list[tuple[str, float]]]]:
+    """The name of an output that scores the answers, and the reader of its values."""
+    tokens = jnp.asarray(self._prompted.answers(answers))
+
+    def call(params: Params, extra: Any, batch: Batch) -> Any:
+      return score(self._language(params, extra), _with_tokens(batch), tokens)
+
+    def decode(values: np.ndarray, count: int) -> list[tuple[str, float]]:
+      scores = values[:count].astype(np.float64)
+      best = scores.argmax(axis=1)
+      total = np.logaddexp.reduce(scores, axis=1)
+      return [(answers[i], float(row[i] - whole)) for i, row, whole in zip(best, scores, total, strict=True)]
+
+    return self._output(str(tuple(answers)), call), decode
+
+  def _output(self, name: str, call: Any) -> str:
+    if name not in self._subject.outputs:  # each is compiled once
+      output = Output(call, 'tokens', ('image', 'prompt', 'number'))
+      self._subject.outputs = {**self._subject.outputs, name: output}
+    return name
+
+  def _rows(self, prompts: Sequence[str]) -> np.ndarray:
+    if isinstance(self._tokenizer, Prompted):
+      return self._tokenizer.prompts(prompts)
+    if any(prompts):
+      raise UserError('prompt: this model was trained without prompts; leave it out')
+    return self._tokenizer([''] * len(prompts))
+
+  def _with_start(self, tokens: np.ndarray) -> np.ndarray:
+    """Generated tokens as rows of the tokenizer, which begin with the start."""
+    return np.concatenate([np.full((len(tokens), 1), self._tokenizer.start_id, tokens.dtype), tokens], axis=1)
+
+  @property
+  def _prompted(self) -> Prompted:
+    if not isinstance(self._tokenizer, Prompted):
+      raise UserError('answers: a closed list needs a model with the tokenizer prompted')
+    return self._tokenizer
+
+
+def _with_tokens(batch: Batch) -> Batch:
+  return {**batch, 'tokens': batch['prompt'], 'index': batch['number']}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompts(Source):
+  """Images with the tokens of a prompt, `rows` int32 [N or 1, T], and their numbers."""
+
+  images: Source
+  rows: np.ndarray = dataclasses.field(repr=False)
+  numbers: tuple[int, ...] = dataclasses.field(repr=False)
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, index: int) -> Example:
+    number = np.array(self.numbers[index], np.int32)
+    return {'image': self.images[index]['image'], 'prompt': self.rows[index % len(self.rows)], 'number': number}
+
+  def key_of(self, index: int) -> str:
+    return self.images.key_of(index)
