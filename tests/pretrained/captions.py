@@ -31,10 +31,11 @@ TEXTS = {
     'model_type': 'gemma2',
     'num_key_value_heads': 2,
     'query_pre_attn_scalar': 7,
-    'attn_logit_softcapping': 2.0,
+    'attn_logit_softcapping': 20.0,
     'final_logit_softcapping': 3.0,
   },
 }
+EMBEDDINGS = 0.2  # scale of the embeddings of PaliGemma 2
 SENTENCES = ('caption en', 'answer en how many cats?', 'a red cat and a dog on the table', 'two of them', 'détect chat')
 IMAGES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (50, 40, 3)).astype(np.uint8)) for i in range(3)]
 
@@ -79,7 +80,7 @@ def paligemma(folder, family, **text):
   )
   model = T.PaliGemmaForConditionalGeneration(config)
   if family == 'paligemma2':  # whose branches are normalized: with larger embeddings, texts repeat one token
-    model.model.language_model.embed_tokens.weight.data *= 0.2
+    model.model.language_model.embed_tokens.weight.data *= EMBEDDINGS
   published(model, folder)
   processor.save_pretrained(folder)
   return model, processor
