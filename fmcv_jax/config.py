@@ -198,7 +198,7 @@ def _visit(annotation: Any, value: Any, kinds: Kinds, path: str, make: Callable[
     return {key: _visit(args[1], item, kinds, f'{path}.{key}', make) for key, item in items.items()}
   if origin is tuple:
     if not isinstance(value, tuple):
-      raise UserError(f'{path}: expected a list, got {value!r}')
+      raise _WrongType(f'{path}: expected a list, got {value!r}')
     each = (args[0],) * len(value) if args[1:] == (...,) else args
     if len(each) != len(value):
       raise UserError(f'{path}: expected {len(each)} values, got {len(value)}: {value!r}')
@@ -212,8 +212,12 @@ def _visit(annotation: Any, value: Any, kinds: Kinds, path: str, make: Callable[
   if annotation is type(None):
     annotation = types.NoneType
   if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
-    raise UserError(f'{path}: expected {annotation.__name__}, got {type(value).__name__} {value!r}')
+    raise _WrongType(f'{path}: expected {annotation.__name__}, got {type(value).__name__} {value!r}')
   return value
+
+
+class _WrongType(UserError):
+  """A value of another type than the field's, as opposed to one out of its range."""
 
 
 def _visit_union(args: Any, value: Any, kinds: Kinds, path: str, make: Callable[..., Any]) -> Any:
@@ -226,7 +230,9 @@ def _visit_union(args: Any, value: Any, kinds: Kinds, path: str, make: Callable[
       return _visit(option, value, kinds, path, make)
     except UserError as error:
       errors.append(error)
-  raise errors[0] if len(options) == 1 else UserError(f'{path}: got {value!r}; ' + '; or '.join(map(str, errors)))
+  # A number out of range is not also said to be no list.
+  fitting = [error for error in errors if not isinstance(error, _WrongType)] or errors
+  raise fitting[0] if len(fitting) == 1 else UserError(f'{path}: got {value!r}; ' + '; or '.join(map(str, fitting)))
 
 
 def _visit_spec(

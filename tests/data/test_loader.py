@@ -298,14 +298,14 @@ def test_images_of_several_sizes_are_one_clear_line():
   [
     ({'caption_templates': ('a photo',)}, "caption_templates: each needs one '{}'"),
     ({'caption_templates': ()}, 'caption_templates: '),
-    ({'workers': -1}, 'workers: expected at least 0'),
-    ({'max_bad': 2.0}, 'max_bad: expected a fraction'),
-    ({'timeout': 0.0}, 'timeout: expected seconds'),
+    ({'workers': -1}, 'workers: expected a number at least 0, got -1'),
+    ({'max_bad': 2.0}, 'max_bad: expected a number at least 0 and at most 1, got 2'),
+    ({'timeout': 0.0}, 'timeout: expected a number above 0, got 0'),
   ],
 )
 def test_a_wrong_field_is_one_line_with_its_path(fields, message):
   spec = {'source': {'name': 'counting', 'records': 3}, **fields}
-  with pytest.raises(UserError, match=f'^config.data: {message}'):
+  with pytest.raises(UserError, match=f'^config.data.{{1,2}}{message}'):
     build(Pipeline, spec, {Source: {'counting': Counting}}, 'config.data')
 
 

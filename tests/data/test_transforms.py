@@ -147,10 +147,10 @@ def test_data_that_is_not_an_rgb_image_is_a_bad_record(transform):
 @pytest.mark.parametrize(
   ('spec', 'message'),
   [
-    ({'name': 'resize', 'size': 0}, 'config: size: expected at least 1'),
-    ({'name': 'resize_crop', 'size': 8, 'crop': 1.5}, 'config: crop: expected 0 < crop <= 1'),
+    ({'name': 'resize', 'size': 0}, 'config.size: expected a number at least 1, got 0'),
+    ({'name': 'resize_crop', 'size': 8, 'crop': 1.5}, 'config.crop: expected a number above 0 and at most 1, got 1.5'),
     ({'name': 'random_resized_crop', 'size': 8, 'scale': (0.5, 0.1)}, 'config: scale: expected'),
-    ({'name': 'random_resized_crop', 'size': 8, 'ratio': (0, 1)}, 'config: ratio: expected'),
+    ({'name': 'random_resized_crop', 'size': 8, 'ratio': (0, 1)}, 'config.ratio.0: expected a number above 0'),
     ({'name': 'resize', 'size': 8, 'interpolation': 'cubic'}, 'config.interpolation: .cubic. is not one of'),
   ],
 )

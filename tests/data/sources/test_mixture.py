@@ -102,9 +102,10 @@ def test_a_mixture_is_described_by_its_config_and_its_order_by_its_weights():
   for weights, message in [
     ({'a': 1.0}, "'counting' has no weight; set one for every source"),
     ({'a': 1.0, 'countin': 1.0}, "'countin' is not a source; did you mean 'counting'"),
-    ({'a': 1.0, 'counting': 0.0}, "expected numbers above 0, got 0.0 for 'counting'"),
   ]:
     with pytest.raises(UserError, match=f'^config.data.source: weights: {message}'):
       build(Source, {**spec, 'weights': weights}, kinds, 'config.data.source')
+  with pytest.raises(UserError, match=r'weights\.counting: expected a number above 0, got 0'):
+    build(Source, {**spec, 'weights': {'a': 1.0, 'counting': 0.0}}, kinds, 'config.data.source')
   with pytest.raises(UserError, match="the source 'none' has no records"):
     len(Mixture({'none': Counting(0)}))
