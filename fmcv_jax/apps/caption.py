@@ -2,20 +2,19 @@
 
 import json
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
 import jax
-from rich.console import Console
 from rich.progress import Progress
 
-from fmcv_jax.data.sources.folder_index import EXTENSIONS
+from fmcv_jax.console import make_console
 from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
+from fmcv_jax.inference.image_files import find_images
 from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.inference.text_generator import TextGenerator, caption_prompt
 from fmcv_jax.run import Run
@@ -44,7 +43,7 @@ def run(
   """
   if batch < 1:
     raise UserError(f'batch: expected at least 1, got {batch}')
-  found, job = _images(files), Run.reopen(model, overrides)
+  found, job = find_images(files), Run.reopen(model, overrides)
   prompt = caption_prompt(job.experiment.tokenizer) if prompt is None else prompt
   done = _written(to, prompt) if to is not None else set()
   left = [number for number, file in enumerate(found) if file not in done]
@@ -56,7 +55,7 @@ def run(
   first = jax.process_index() == 0
   images = InMemoryImages([found[number] for number in left])
   texts = generator.texts(images, [prompt], options, answers, left)
-  with Progress(console=Console(stderr=True), transient=True, disable=not first) as bar:
+  with Progress(console=make_console(stderr=True), transient=True, disable=not first) as bar:
     task = bar.add_task('generating', total=len(found), completed=len(found) - len(left))
     output = _opened(to) if first else None
     try:
@@ -67,23 +66,6 @@ def run(
     finally:
       if output is not None and output is not sys.stdout:
         output.close()
-
-
-def _images(files: Sequence[str]) -> list[str]:
-  """Files as given, and the images of folders by their suffixes; UserError for one that does not exist."""
-  found: list[str] = []
-  for name in files:
-    path = pathlib.Path(name)
-    if path.is_dir():
-      inside = sorted(str(file) for file in path.rglob('*') if file.suffix.lower() in EXTENSIONS and file.is_file())
-      if not inside:
-        raise UserError(f'{name}: the folder has no images')
-      found += inside
-    elif path.is_file():
-      found.append(name)
-    else:
-      raise UserError(f'{name}: no such file or folder (relative to {os.getcwd()})')
-  return list(dict.fromkeys(found))
 
 
 def _opened(to: str | None) -> IO[str]:

@@ -1,6 +1,5 @@
 """Finds the images of folders that are nearest to a text or to another image, by a trained model."""
 
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -9,9 +8,8 @@ from etils import epath
 from rich.table import Table
 
 from fmcv_jax.console import make_console
-from fmcv_jax.data import storage
-from fmcv_jax.data.sources.folder_index import EXTENSIONS, is_image
 from fmcv_jax.errors import UserError
+from fmcv_jax.inference.image_files import find_images
 from fmcv_jax.inference.model import Model
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.train.storage import write_json
@@ -37,7 +35,7 @@ def run(
     raise UserError(f'--top: expected at least 1, got {top}')
   if image is not None and not pathlib.Path(image).is_file():
     raise UserError(f'--image {image}: no such file')
-  files = image_files(paths)
+  files = find_images(paths)
   opened = Model(model, step=step)
   query = opened.encode_text(text) if text is not None else opened.encode_image(str(image))
   scores = _unit(opened.encode_image(files)) @ _unit(query)
@@ -51,23 +49,6 @@ def run(
   make_console(markup=False).print(table)
   if json_file is not None:
     write_json(epath.Path(json_file), [{'image': files[i], 'similarity': float(scores[i])} for i in order])
-
-
-def image_files(paths: Sequence[str]) -> list[str]:
-  """The files among `paths`, and all image files in and below the folders among them, without repeats."""
-  files: dict[str, None] = {}
-  for path in paths:
-    if os.path.isfile(path):
-      files[path] = None
-      continue
-    found = storage.files_below(path)
-    if found is None:
-      raise UserError(f'{path}: no such file or folder (relative to {os.getcwd()})')
-    images = [storage.join(path, name) for name in found if is_image(name)]
-    if not images:
-      raise UserError(f'{path}: no images in this folder or its subfolders; supported: {" ".join(EXTENSIONS)}')
-    files |= dict.fromkeys(images)
-  return list(files)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -2,15 +2,35 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from fmcv_jax.data import storage
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.sources.base import BadRecord
+from fmcv_jax.data.sources.folder_index import EXTENSIONS, is_image
 from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
+
+
+def find_images(paths: Sequence[str]) -> list[str]:
+  """The files among `paths`, and all image files in and below the folders among them, without repeats."""
+  files: dict[str, None] = {}
+  for path in paths:
+    if pathlib.Path(path).is_file():
+      files[path] = None
+      continue
+    found = storage.files_below(path)
+    if found is None:
+      raise UserError(f'{path}: no such file or folder (relative to {pathlib.Path.cwd()})')
+    images = [storage.join(path, name) for name in found if is_image(name)]
+    if not images:
+      raise UserError(f'{path}: no images in this folder or its subfolders; supported: {" ".join(EXTENSIONS)}')
+    files |= dict.fromkeys(images)
+  return list(files)
 
 
 def read_image(file: str, size: int) -> np.ndarray:
