@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 def attention(
   query: Float[AnyArray, 'batch queries heads dim'],
-  key: Float[AnyArray, 'batch keys heads dim'],
-  value: Float[AnyArray, 'batch keys heads dim'],
+  key: Float[AnyArray, 'batch keys kv_heads dim'],
+  value: Float[AnyArray, 'batch keys kv_heads dim'],
   *,
   causal: bool = False,
   mask: Bool[AnyArray, '...'] | None = None,
@@ -105,8 +105,8 @@ def choose(
 
 def xla_attention(
   query: Float[AnyArray, 'batch queries heads dim'],
-  key: Float[AnyArray, 'batch keys heads dim'],
-  value: Float[AnyArray, 'batch keys heads dim'],
+  key: Float[AnyArray, 'batch keys kv_heads dim'],
+  value: Float[AnyArray, 'batch keys kv_heads dim'],
   *,
   causal: bool = False,
   mask: Bool[AnyArray, '...'] | None = None,
