@@ -17,6 +17,7 @@ from fmcv_jax import __main__, experiment
 from fmcv_jax import config as config_lib
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.transforms import ImageTransform
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.models.common.attention import dispatch
@@ -160,9 +161,12 @@ def test_the_evaluation_page_lists_all_evaluators():
   assert set(listed) == set(KINDS[Evaluator])
 
 
-def test_the_augmentation_page_lists_all_augmentations():
-  rows = re.findall(r'^\| (`\w+`(?:, `\w+`)*) \|', (ROOT / 'docs/augmentation.md').read_text(), re.MULTILINE)
-  assert {name for row in rows for name in re.findall(r'\w+', row)} == set(KINDS[Augment])
+def test_the_augmentation_page_lists_all_augmentations_and_crops():
+  text = (ROOT / 'docs/augmentation.md').read_text()
+  tables = re.findall(r'^\| name \| .*\n\|[- |]+\n((?:\|.*\n)+)', text, re.MULTILINE)
+  listed = [set(re.findall(r'^\| (`.*?`) \|', table, re.MULTILINE)) for table in tables]
+  names = [{name for row in rows for name in re.findall(r'\w+', row)} for rows in listed]
+  assert names == [set(KINDS[Augment]), set(KINDS[ImageTransform])]
 
 
 def test_the_data_page_lists_all_sources():
