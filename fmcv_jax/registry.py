@@ -21,7 +21,7 @@ from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.sources.tfds import Tfds
 from fmcv_jax.data.sources.webdataset import WebDataset
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
-from fmcv_jax.data.transforms import ImageTransform, RandomResizedCrop, Resize, ResizeCrop
+from fmcv_jax.data.transforms import IMAGE_TRANSFORMS, ImageTransform
 from fmcv_jax.evaluate.accuracy import Accuracy
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.denoising import Denoising
@@ -114,12 +114,7 @@ KINDS: config_lib.Kinds = {
     'tfds': Tfds,
     'webdataset': WebDataset,
   },
-  ImageTransform: {
-    'pillow_resize': PillowResize,
-    'random_resized_crop': RandomResizedCrop,
-    'resize': Resize,
-    'resize_crop': ResizeCrop,
-  },
+  ImageTransform: {**IMAGE_TRANSFORMS, 'pillow_resize': PillowResize},
   Tokenizer: {
     'bpe': Bpe,
     'clip_bpe': ClipBpe,
