@@ -1,6 +1,6 @@
-"""Scores a text-to-image model of emoji by a CLIP, and draws a sheet: the figures of the demo's model card.
+"""Scores a text-to-image model of emoji by a CLIP, and draws a sheet of images.
 
-python tools/score_generated.py demo demo --sheet sheet.png
+python tools/score_generated.py runs/emoji_text_to_image demo --sheet sheet.png
 
 Prints the top-1 and top-5 accuracy of the CLIP on one generated image for each of 150 training names, among all names,
 and for each of the 100 held-out names, among those.

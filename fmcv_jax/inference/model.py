@@ -40,8 +40,7 @@ CLIP_TEMPLATE = 'a photo of a {}.'  # Radford et al. 2021, section 3.1.4
 class Model:
   """The model of a workdir, or of the package ('demo'), jitted over all devices.
 
-  A method that the model does not support raises UserError. 'demo' is a pair of models: one of images and texts, and
-  one that generates images.
+  A method that the model does not support raises UserError.
 
   Images are files (str or path), encoded bytes, Pillow images or uint8 arrays [H, W, 3]. Where a method takes images,
   texts or prompts, a list of N returns an array [N, ...], and a single one an array without that axis.

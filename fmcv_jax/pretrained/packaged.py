@@ -24,19 +24,24 @@ PARAMS = 'params.safetensors'
 Purpose = Literal['embed', 'generate']
 
 # Name -> folder in fmcv_jax/weights of the model for each purpose.
-MODELS: Mapping[str, Mapping[Purpose, str]] = {'demo': {'embed': 'clip', 'generate': 'text_to_image'}}
+MODELS: Mapping[str, Mapping[Purpose, str]] = {'demo': {'embed': 'clip'}}
 
 
 def locate(model: str | os.PathLike[str], purpose: Purpose = 'embed') -> str:
   """The folder of a model of the package by its name ('demo'); any other path is returned as it is.
 
-  An existing run in a folder of that name comes first.
+  An existing run in a folder of that name comes first. Raises UserError if no model of the package has that purpose.
 
   purpose  'embed': the model of images and texts; 'generate': the model that generates images
   """
   name = os.fspath(model)
   if name not in MODELS or (epath.Path(name) / 'config.json').exists():
     return name
+  if purpose not in MODELS[name]:
+    raise UserError(
+      f'{name}: no model of this package generates images; train one in minutes with `make demo-generate` or '
+      f'configs/demo/text_to_image.py, and give its workdir'
+    )
   return str(pathlib.Path(__file__).parents[1] / 'weights' / MODELS[name][purpose])
 
 
