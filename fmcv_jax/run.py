@@ -212,12 +212,12 @@ def use_saved_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> d
   if words['name'] not in KEPT or not (kept := workdir / KEPT[words['name']]).exists():
     return config
   words = {**words, **({'corpus': None} if 'corpus' in words else {}), 'file': str(kept)}
-  return {**config, 'tokenizer': {**spec, 'words': words} if 'words' in spec else words}
+  return {**config, 'tokenizer': words if _vocabulary(spec) is spec else {**spec, 'words': words}}
 
 
 def _vocabulary(spec: dict[str, Any]) -> dict[str, Any]:
-  """The part of a tokenizer's config that names its vocabulary."""
-  return spec.get('words', spec)
+  """The part of a tokenizer's config that names its vocabulary: of a `prompted` one, its words."""
+  return spec['words'] if spec['name'] == 'prompted' else spec
 
 
 def keep_tokenizer(run: Run) -> None:

@@ -165,7 +165,9 @@ def _parameters(run: Run) -> list[str]:
   if optimizer.weight_decay:
     lines.append(f'parameters: {_matched(params, optimizer.weight_decay_mask):,} of them have weight decay')
   for pattern, factor in optimizer.lr_multipliers:
-    lines.append(f'parameters: {_matched(params, (pattern,)):,} match {pattern!r}, at {factor:g} times the learning rate')
+    lines.append(
+      f'parameters: {_matched(params, (pattern,)):,} match {pattern!r}, at {factor:g} times the learning rate'
+    )
   return lines
 
 

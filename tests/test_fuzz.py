@@ -84,7 +84,7 @@ def test_any_bytes_are_an_image_or_a_bad_record(kind, data):
     assert pixels.dtype == np.uint8
     assert pixels.shape[2:] == (3,)
     found = lazy_image(image)
-    found.region((0.0, 0.0, float(found.width), float(found.height)), 8)
+    found.region((0.0, 0.0, float(found.width), float(found.height)), (8, 8))
   except BadRecord:
     pass
 

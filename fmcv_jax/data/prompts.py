@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
 
@@ -28,7 +29,7 @@ class Prompted(Tokenizer):
   """
 
   words: Tokenizer
-  length: int = 128
+  length: PositiveInt = 128
   start: str | None = None
   end: str | None = None
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 from fmcv_jax.augment.apply import apply_augments
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
+from fmcv_jax.bounds import Fraction, PositiveInt
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.decoding.generation import generate
 from fmcv_jax.decoding.language_model import LanguageModel, State
@@ -43,9 +44,9 @@ class Language(Objective):
   """
 
   network: nn.Module
-  label_smoothing: float = 0.0
+  label_smoothing: Fraction = 0.0
   token_weights: bool = False
-  max_tokens: int = 64
+  max_tokens: PositiveInt = 64
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
   special: SpecialIds | None = None

@@ -101,7 +101,7 @@ def test_a_denoiser_of_clips_trains_and_samples_unchanged():
   spec['process'] = {'schedule': 'flow', 'prediction': 'image'}
   objective = build(Objective, spec, KINDS)
   assert objective.example_batch['image'].shape == (3, 4, 6, 3)
-  assert objective.input_size == 4  # the side of a frame, not the number of frames
+  assert objective.input_size == (4, 6)  # of a frame
   assert objective.outputs()['samples'].kind == 'video'
   batch = {'image': np.full((16, 3, 4, 6, 3), 255, np.uint8)}
   first, second = Trainer(objective, devices=1).run([batch, batch])

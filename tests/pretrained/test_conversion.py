@@ -195,7 +195,7 @@ def test_places_that_cannot_be_written_are_one_line(published, tmp_path, capsys)
     assert run('export', tmp_path / 'run', '--format', 'timm', '--to', to) == 2
     assert message in one_line(capsys)
   assert run('export', tmp_path / 'run', '--format', 'onnx', '--to', tmp_path / 'x') == 2
-  assert 'known: official, timm, transformers' in one_line(capsys)
+  assert 'known: fmcv, official, timm, transformers' in one_line(capsys)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_in_the_way(published, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.bounds import PositiveFloat, PositiveInt
 from fmcv_jax.models.backbones.text import Embedding
 from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import (
@@ -94,25 +95,25 @@ def prefix_mask(prefix: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def text_decoder(
-  vocab_size: int,
-  length: int,
-  width: int,
-  depth: int,
-  num_heads: int,
+  vocab_size: PositiveInt,
+  length: PositiveInt,
+  width: PositiveInt,
+  depth: PositiveInt,
+  num_heads: PositiveInt,
   *,
-  mlp_dim: int | None = None,
-  num_kv_heads: int | None = None,
-  head_dim: int | None = None,
-  query_scale: float | None = None,
-  attention_softcap: float | None = None,
-  logit_softcap: float | None = None,
+  mlp_dim: PositiveInt | None = None,
+  num_kv_heads: PositiveInt | None = None,
+  head_dim: PositiveInt | None = None,
+  query_scale: PositiveFloat | None = None,
+  attention_softcap: PositiveFloat | None = None,
+  logit_softcap: PositiveFloat | None = None,
   branch_norm: bool = False,
   activation: Activation = 'gelu_tanh',
   gated_mlp: bool = True,
   bias: bool = False,
-  eps: float = 1e-6,
-  rope_base: float = 10_000.0,
-  window: int | None = None,
+  eps: PositiveFloat = 1e-6,
+  rope_base: PositiveFloat = 10_000.0,
+  window: PositiveInt | None = None,
   attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: Unroll = 1,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
+from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.backbones.decoder import TextDecoder, prefix_mask, text_decoder
 from fmcv_jax.models.backbones.vit import vit
@@ -144,9 +145,9 @@ PALIGEMMA_SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
 def paligemma(
   variant: str = 'paligemma_3b',
   *,
-  image_size: int = 224,
-  vocab_size: int = 257_216,
-  length: int = 128,
+  image_size: PositiveInt = 224,
+  vocab_size: PositiveInt = 257_216,
+  length: PositiveInt = 128,
   attention: Backend = 'auto',
   remat: Remat = 'none',
   unroll: Unroll = 1,
