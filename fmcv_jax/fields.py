@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -28,7 +28,8 @@ class Field:
              'map': [H, W] or [H, W, D], a value of each pixel such as a class or a depth; resampled by the nearest
              pixel, never blended
              'masks': bool or uint8 [N, H, W], one per object; resampled as a map
-             'boxes': float [N, 4] as (left, top, right, bottom), in pixels from the image's top left corner
+             'boxes': float [N, 4] as (left, top, right, bottom), in pixels from the image's top left corner; positions
+             and maps are those of the upright image, after its EXIF orientation is applied
              'points': float [..., 2] as (x, y) in pixels, or [..., 3] with the visibility last, which becomes 0 outside
              of the image
              'label': an integer; 'tokens': the tokenized text, or int [L]; 'array': does not depend on positions
@@ -46,6 +47,8 @@ class Field:
   fill: Finite = 0.0
 
   def __post_init__(self) -> None:
+    if self.kind not in get_args(Kind):
+      raise ValueError(f'kind: {self.kind!r} is not one of {", ".join(get_args(Kind))}')
     if self.kind == 'boxes' and self.group is None:
       object.__setattr__(self, 'group', 'objects')
 

@@ -17,6 +17,7 @@ from fmcv_jax.errors import UserError
 from fmcv_jax.inference.image_files import find_images
 from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.inference.text_generator import TextGenerator, caption_prompt
+from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 
 
@@ -43,7 +44,7 @@ def run(
   """
   if batch < 1:
     raise UserError(f'batch: expected at least 1, got {batch}')
-  found, job = find_images(files), Run.reopen(model, overrides)
+  found, job = find_images(files), Run.reopen(packaged.locate(model), overrides)
   prompt = caption_prompt(job.experiment.tokenizer) if prompt is None else prompt
   done = _written(to, prompt) if to is not None else set()
   left = [number for number, file in enumerate(found) if file not in done]

@@ -1,10 +1,6 @@
-"""Process-wide settings of the command line: the compilation cache, and messages that are silenced at shutdown."""
+"""Process-wide settings of the command line: the compilation cache."""
 
-import contextlib
 import os
-import sys
-from collections.abc import Iterator
-from typing import Any
 
 
 def keep_compiled() -> None:
@@ -15,19 +11,3 @@ def keep_compiled() -> None:
 
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # which may be a gs:// folder
     jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'compiled'))
-
-
-@contextlib.contextmanager
-def suppress_tensorstore_shutdown_errors() -> Iterator[None]:
-  """Silences 'Event loop is closed', which every tensorstore thread reports after a failed write."""
-  usual = sys.unraisablehook
-
-  def hook(unraisable: Any) -> None:
-    if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != 'Event loop is closed':
-      usual(unraisable)
-
-  sys.unraisablehook = hook
-  try:
-    yield
-  finally:
-    sys.unraisablehook = usual

@@ -77,11 +77,14 @@ def _moved(
       out[name] = jnp.moveaxis(augment.maps(jnp.moveaxis(x, 1, -1), matrix, field.fill), -1, 1)
     elif field.kind == 'boxes':
       out[name], inside = move_boxes(x, matrix, sides)
-      kept[str(field.group)] = inside
+      kept[str(field.group)] = inside & (x != field.pad_value).any(-1)  # padded rows stay as they are
     elif field.kind == 'points':
       out[name] = move_points(x, matrix, sides)
     elif field.kind in ('image', 'clip'):
       out[name] = _move_pixels(augment, matrix, x)
+  for name, field in fields.items():
+    if field.kind == 'masks' and field.group is not None and field.group not in kept:  # of objects without boxes
+      kept[field.group] = (out[name] > 0).any((-2, -1))
   for name, field in fields.items():
     if field.group in kept:
       x = out.get(name, batch[name])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fmcv_jax.data.geometry import Geometry
 from fmcv_jax.data.images.decode import LazyImage, decode
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources import values
@@ -60,28 +61,23 @@ class Examples:
     if not names:
       return {}
     given = {name: self._given(record, name) for name in names}
-    transform = self.pipeline.image
-    if transform is None:
-      return {name: self._padded(name, self._unchanged(name, value)) for name, value in given.items()}
     self._check_undeclared(record)
-    drawn = _Drawn(transform, self.pipeline.channels, *self._anchor(record), rng)
+    drawn = _Drawn(self.pipeline.image, self.pipeline.channels, *self._anchor(record), rng)
     row = {name: drawn.apply(name, value, self._kinds[name]) for name, value in given.items()}
     for group in {field.group for field in self._kinds.values() if field.group}:
+      members = [name for name in names if self._kinds[name].group == group]
+      rows = {name: len(row[name]) for name in members}
       kept = self._kept(record, group, drawn)
-      for name in [name for name in names if self._kinds[name].group == group]:
-        if kept is not None and len(row[name]) != len(kept):
-          raise BadRecord(f'{name} has {len(row[name])} rows, but there are {len(kept)} boxes')
-        row[name] = row[name] if kept is None else row[name][kept]
+      if kept is not None:
+        rows['the boxes or masks'] = len(kept)
+      if len(set(rows.values())) > 1:
+        raise BadRecord(f'rows of the objects differ: {", ".join(f"{name} {count}" for name, count in rows.items())}')
+      if kept is not None:
+        row |= {name: row[name][kept] for name in members}
     return {name: self._padded(name, value) for name, value in row.items()}
 
   def _padded(self, name: str, value: Any) -> Any:
     return padded(name, value, self._kinds[name]) if self._kinds[name].ragged else value
-
-  def _unchanged(self, name: str, value: Any) -> np.ndarray:
-    field = self._kinds[name]
-    if field.kind in ('image', 'clip') and not isinstance(value, np.ndarray):
-      raise UserError("data: the source provides encoded images; set the pipeline's image, such as resize_crop")
-    return value if isinstance(value, np.ndarray) else np.asarray(value, np.float32 if field.kind == 'boxes' else None)
 
   def _anchor(self, record: Example) -> tuple[str, Any]:
     """Name and value of the field whose size the geometry is drawn for: an image or clip, requested or not."""
@@ -95,15 +91,25 @@ class Examples:
     raise UserError(f'data: {wanted} belong to an image, which {type(self.pipeline.source).__name__} does not provide')
 
   def _kept(self, record: Example, group: str | None, drawn: '_Drawn') -> np.ndarray | None:
-    """bool [N]: the objects of a group of which something is left; None for a group without boxes."""
-    for name in record:
-      field = self.pipeline.field(name)
-      if field is not None and field.kind == 'boxes' and field.group == group:
-        return drawn.geometry.kept(name, np.asarray(record[name]))
+    """bool [N]: the objects of a group of which something is left, by their boxes or else their masks; None if all are.
+
+    Without a change of geometry, nothing goes.
+    """
+    if drawn.geometry.identity:
+      return None
+    for kind in ('boxes', 'masks'):
+      for name in record:
+        field = self.pipeline.field(name)
+        if field is not None and field.kind == kind and field.group == group:
+          if kind == 'boxes':
+            return drawn.geometry.kept(name, np.asarray(record[name]))
+          return np.asarray(drawn.apply(name, record[name], field).any(axis=(1, 2)))
     return None
 
   def _check_undeclared(self, record: Example) -> None:
     """Refuses arrays that look like positions or pixels, of which nobody states the kind: they would stay unchanged."""
+    if self.pipeline.image is None:
+      return
     for name in self._kinds:
       if self.pipeline.field(name) is not None or not isinstance(record.get(name), np.ndarray):
         continue
@@ -168,21 +174,29 @@ class Examples:
 
 
 class _Drawn:
-  """The geometry drawn for the image, clip or map `value` of a record, and the fields that it changes."""
+  """The geometry drawn for the image, clip or map `value` of a record, and the fields that it changes.
 
-  def __init__(self, transform: ImageTransform, channels: int, name: str, value: Any, rng: np.random.Generator):
+  Without a transform it is that of the image itself, and images have to be arrays already.
+  """
+
+  def __init__(self, transform: ImageTransform | None, channels: int, name: str, value: Any, rng: np.random.Generator):
     self._transform, self._channels, self._name = transform, channels, name
-    if isinstance(value, np.ndarray) and value.ndim == 2:  # a map, of a record without an image
-      self._frames, (height, width) = [], value.shape
+    self._frames: list[LazyImage] = []
+    if transform is None or (isinstance(value, np.ndarray) and value.ndim == 2):  # a map, without an image
+      shape = _array(value).shape
+      height, width = shape if len(shape) == 2 else shape[-3:-1]
     else:
       self._frames = self._opened(value)
       height, width = self._frames[0].height, self._frames[0].width
-    self.geometry = transform.draw(height, width, rng)
+    whole = Geometry(height, width, (0, 0, width, height), (height, width))
+    self.geometry = whole if transform is None else transform.draw(height, width, rng)
 
   def apply(self, name: str, value: Any, field: Field) -> np.ndarray:
     """The field in the output; raises BadRecord if it does not fit the image."""
     if field.kind not in ('image', 'clip'):
       return self.geometry.apply(name, value, field) if field.spatial else np.asarray(value)
+    if self._transform is None:
+      return _array(value)
     frames = self._frames if name == self._name else self._opened(value)
     if field.kind == 'image' and len(frames) > 1:
       raise BadRecord(f'{name} has {len(frames)} frames; an image has one')
@@ -196,8 +210,15 @@ class _Drawn:
     return pixels[0] if field.kind == 'image' else np.stack(pixels)
 
   def _opened(self, value: Any) -> list[LazyImage]:
+    assert self._transform is not None
     clip = isinstance(value, (tuple, list)) or (isinstance(value, np.ndarray) and value.ndim == 4)
     frames = [self._transform.open(frame, self._channels) for frame in (value if clip else (value,))]
     if not frames:
       raise BadRecord('a clip without frames')
     return frames
+
+
+def _array(value: Any) -> np.ndarray:
+  if not isinstance(value, np.ndarray):
+    raise UserError("data: the source provides encoded images; set the pipeline's image, such as resize_crop")
+  return value

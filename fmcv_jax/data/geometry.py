@@ -53,12 +53,14 @@ class Geometry:
     Raises BadRecord for arrays that are not as `field` says, or not of the size of the image.
     """
     values = np.asarray(values)
+    if field.kind in ('map', 'masks') and self.identity:
+      return self._of_image(name, values, (0, 1) if field.kind == 'map' else (1, 2))
     if field.kind == 'map':
       return self._nearest(self._of_image(name, values, (0, 1)), field.fill, 0)
     if field.kind == 'masks':
       return self._nearest(self._of_image(name, values, (1, 2)), field.fill, 1)
     if field.kind == 'boxes':
-      corners = self._points(_floats(name, values, 4).reshape(-1, 2, 2))
+      corners = self._points(self._boxes(name, values).reshape(-1, 2, 2))
       return np.clip(corners, 0, self.size[::-1]).reshape(-1, 4).astype(np.float32)
     assert field.kind == 'points', field.kind
     if values.shape[-1:] == (3,):
@@ -73,10 +75,19 @@ class Geometry:
     A box that lies in the output entirely is kept at any size; of one that is cut, at least a pixel has to remain along
     each side.
     """
-    corners = self._points(_floats(name, np.asarray(boxes), 4).reshape(-1, 2, 2)).reshape(-1, 4)
+    corners = self._points(self._boxes(name, np.asarray(boxes)).reshape(-1, 2, 2)).reshape(-1, 4)
     visible = np.clip(corners.reshape(-1, 2, 2), 0, self.size[::-1]).reshape(-1, 4)
     sides = visible[:, 2:] - visible[:, :2]
     return np.isclose(visible, corners, atol=1e-3).all(-1) | (sides >= 1).all(-1)
+
+  def _boxes(self, name: str, boxes: np.ndarray) -> np.ndarray:
+    """Refuses boxes in another convention, which would be other boxes: as (x, y, width, height), or as fractions."""
+    boxes = _floats(name, boxes, 4)
+    if (boxes[..., 2:] < boxes[..., :2]).any():
+      raise BadRecord(f'{name}: a right or bottom edge lies before its left or top one; give left, top, right, bottom')
+    if boxes.any() and boxes.max() <= 1 and min(self.height, self.width) > 4:
+      raise BadRecord(f'{name}: all edges lie within one pixel; they look like fractions, give pixels')
+    return boxes
 
   def _points(self, points: np.ndarray) -> np.ndarray:
     left, top, right, bottom = self.box

@@ -18,7 +18,8 @@ from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import UNREADABLE, Example, Source, reason_of
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.data.workers.prefetch import Prefetcher
-from fmcv_jax.errors import UserError
+from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.fields import FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +211,20 @@ class _Batches:
         raise UserError('data: the objective needs tokens but config.tokenizer is not set')
       self.tokenizer([''])  # a tokenizer that has to be trained is trained once for all workers
     self._read(self.start, {})
+    if self.train:
+      self._check_names()
+
+  def _check_names(self) -> None:
+    """Raises UserError for a name in data.fields that no record field has, such as a misspelled one."""
+    source = self.pipeline.source
+    for name in self.pipeline.fields:
+      if name in self.fields or name in FIELDS:
+        continue
+      records = (_readable(source, index) for index in range(min(_ATTEMPTS, len(source))))
+      record: Example = next((record for record in records if record), {})
+      if name not in record:
+        known = sorted({*record, *FIELDS} - {'key'})
+        raise UserError(f'data.fields: {name!r} is not a field of the records; {did_you_mean(name, known)}')
 
   @functools.cached_property
   def _examples(self) -> Examples:
@@ -248,6 +263,13 @@ class _BadRecordCounter:
         f'data: {self._bad} of {self._read} records ({self._bad / self._read:.1%}) cannot be read, more than '
         f'max_bad={self._max_bad:g}; repair or remove them, the first are {first}'
       )
+
+
+def _readable(source: Source, index: int) -> Example | None:
+  try:
+    return source[index]
+  except UNREADABLE:
+    return None
 
 
 def _local_rows(batch: int, process_index: int, process_count: int) -> range:

@@ -237,6 +237,12 @@ class Model:
     source = _source(images)
     if name not in self.outputs:
       raise UserError(f'{self._workdir}: this model has no {name}; its outputs are {listed(self.outputs)}')
+    image = self._run.experiment.objective.example_batch.get('image')
+    if image is not None and image.shape[-1] != 3:
+      raise UserError(
+        f'{self._workdir}: the network takes images of {image.shape[-1]} channels; pictures become RGB here, so '
+        f'evaluate it on a data source with data.channels={image.shape[-1]}'
+      )
     pipeline = Pipeline(source, evaluated_as(self._run), max_bad=0.0)
     return self._subject.map_dataset(name, pipeline, self._batch).values
 

@@ -108,6 +108,16 @@ def test_boxes_of_a_rotation_by_a_right_angle_are_known():
   assert kept.all()
 
 
+def test_padded_rows_stay_as_they_are_and_masks_alone_decide_which_objects_leave():
+  batch = scenes()
+  out = jax.device_get(moved(batch, (WARP,), jax.random.key(0)))
+  np.testing.assert_array_equal(out['boxes'][:, 2], 0)
+  fields = {name: FIELDS[name] for name in ('masks', 'classes')}
+  out = jax.device_get(augment_fields(batch, fields, (Affine(translate=0.9),), jax.random.key(1)))
+  np.testing.assert_array_equal(out['classes'] == -1, ~out['masks'].any((2, 3)))
+  assert 0 < (out['classes'] != -1).sum() < 2 * BATCH
+
+
 def test_points_outside_of_the_image_become_invisible():
   out = jax.device_get(moved(scenes(), (Affine(translate=0.9),), jax.random.key(1)))['points']
   inside = ((out[..., :2] >= 0) & (out[..., :2] < (WIDTH, HEIGHT))).all(-1)

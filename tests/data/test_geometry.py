@@ -57,6 +57,7 @@ class Scenes(Source):
 
 
 AREA = Field('array', group='objects', pad_value=0)
+MASKED = ('image', 'masks', 'classes')
 EVERY = ('image', 'frames', 'segments', 'depth', 'masks', 'boxes', 'classes', 'area', 'corners')
 
 
@@ -201,7 +202,13 @@ def test_a_view_is_a_crop_that_boxes_cannot_follow():
     ),
     ('masks', np.zeros((2, WIDTH, HEIGHT), bool), r'masks bool \[2, 120, 90\] is not of the size'),
     ('boxes', np.full((2, 4), np.nan), r'boxes float64 \[2, 4\] is not finite numbers'),
-    ('classes', np.zeros(3, np.int32), 'classes has 3 rows, but there are 2 boxes'),
+    (
+      'boxes',
+      np.array([[8, 6, 4, 30], [50, 20, 110, 84]]),
+      'boxes: a right or bottom edge lies before its',
+    ),
+    ('boxes', np.array([[0.1, 0.2, 0.4, 0.9], [0, 0, 1, 1]]), 'boxes: all edges lie within one pixel; they look like'),
+    ('classes', np.zeros(3, np.int32), 'rows of the objects differ: .*boxes 2.*classes 3'),
     ('frames', np.zeros((2, 9, 9, 3), np.uint8), 'frames has 9 x 9 pixels, but image 90 x 120'),
   ],
 )
@@ -213,6 +220,42 @@ def test_fields_that_do_not_fit_the_image_are_bad_records(name, value, reason):
 
   with pytest.raises(UserError, match=f'records could not be read; the first, .*{reason}'):
     batch_of(Resize(32), Broken())
+
+
+def test_rows_of_objects_that_differ_are_refused_without_a_crop_too():
+  @dataclasses.dataclass(frozen=True)
+  class Unequal(Scenes):
+    def __getitem__(self, index):
+      return super().__getitem__(index) | {'classes': np.zeros(1, np.int32)}
+
+  with pytest.raises(UserError, match='rows of the objects differ: boxes 2, classes 1'):
+    batch_of(None, Unequal(), ('image', 'boxes', 'classes'))
+
+
+def test_objects_with_masks_and_without_boxes_leave_by_their_masks():
+  @dataclasses.dataclass(frozen=True)
+  class Masks(Scenes):
+    def __getitem__(self, index):
+      record = super().__getitem__(index)
+      return {name: record[name] for name in ('image', 'masks', 'classes')}
+
+  pipeline = Pipeline(Masks(), ScaleJitter(30, scale=(3.0, 3.0)), shuffle=False)
+  loader = TrainLoader(
+    pipeline.padded_as({'masks': np.zeros((2, 30, 30)), 'classes': np.zeros(2)}), batch=6, seed=3, fields=MASKED
+  )
+  batch = next(loader)
+  loader.close()
+  np.testing.assert_array_equal(batch['classes'] == -1, ~batch['masks'].any((2, 3)))
+  assert 0 < (batch['classes'] != -1).sum() < 12
+
+
+def test_a_misspelled_name_in_data_fields_and_an_unknown_kind_are_refused():
+  with pytest.raises(UserError, match=r"data\.fields: 'cornerz' is not a field of the records; did you mean 'corners'"):
+    TrainLoader(
+      Pipeline(Scenes(), Resize(8), fields={'cornerz': Field('points')}), batch=2, seed=0, fields=('image', 'corners')
+    )
+  with pytest.raises(ValueError, match="kind: 'box' is not one of image, clip, map"):
+    Field('box')
 
 
 def test_images_of_other_channels_are_resized_channel_by_channel():

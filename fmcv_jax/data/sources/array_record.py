@@ -50,7 +50,10 @@ class ArrayRecord(Source):
   @functools.cached_property
   @override
   def fields(self) -> Mapping[str, Field]:  # type: ignore[override]
-    return {name: Field(**field) for name, field in self._info.get('fields', {}).items()}
+    try:
+      return {name: Field(**field) for name, field in self._info.get('fields', {}).items()}
+    except (TypeError, ValueError) as error:
+      raise UserError(f'array record: fields in {INFO} of {self.path!r} are not understood: {error}') from error
 
   def __len__(self) -> int:
     return self._shards.ends[-1]
