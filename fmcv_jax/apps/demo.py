@@ -1,4 +1,4 @@
-"""The demo: pretrain a small CLIP on emoji, classify drawings of an unseen artist, and plot the results."""
+"""The demo: pretrain a small CLIP on emoji, classify drawings of an artist not in training, and plot the results."""
 
 import pathlib
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from fmcv_jax.evaluate.base import EvaluatedModel, topk_accuracy
 from fmcv_jax.evaluate.retrieval import captions_of
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.run import Run
-from fmcv_jax.train.storage import read_metrics
+from fmcv_jax.train.storage import read_metrics, write_json
 
 CREDITS = 'Drawings: OpenMoji (CC BY-SA 4.0), Noto Emoji (Apache-2.0, OFL), Twemoji (CC BY 4.0)'
 
 
 def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> None:
-  """Trains `config` in `workdir` (resuming if it exists) and writes figures to workdir/demo."""
+  """Trains `config` in `workdir` (resuming if it exists) and writes plots and figures.json to workdir/demo."""
   console, workdir = make_console(), pathlib.Path(workdir)
   resolved = experiment.load_config(config, overrides)
   kinds = {name: evaluator['name'] for name, evaluator in resolved['evaluators'].items()}
@@ -39,13 +39,16 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   table = Table(title=f'Zero-shot classification of drawings by an artist not in training (step {step})')
   for heading in ('', 'names', 'top-1', 'top-5', 'random', 'nearest by pixels'):
     table.add_column(heading, justify='left' if not heading else 'right')
+  written: dict[str, float] = {'step': step}
   for name, text in (('seen', 'concepts of the training set'), ('held_out', 'concepts held out of training')):
     evaluator = trained.experiment.evaluators[name]
     assert isinstance(evaluator, ZeroShot)
     accuracies = _zero_shot(subject, evaluator, folder / f'zero_shot_{name}.png', text)
     count = len(evaluator.data.source.names)
+    written |= {f'{name}/top1': accuracies[0], f'{name}/top5': accuracies[1], f'{name}/names': count}
     if name == 'seen':
-      pixels = f'{nearest_by_pixels(trained.experiment.data, evaluator.data):.3f}'
+      by_pixels = written[f'{name}/nearest_by_pixels'] = nearest_by_pixels(trained.experiment.data, evaluator.data)
+      pixels = f'{by_pixels:.3f}'
       _draw_retrieval(subject, evaluator, folder / 'retrieval.png')
     else:
       pixels = 'not applicable'
@@ -53,6 +56,7 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   console.print(table)
   last = read_metrics(epath.Path(workdir / 'metrics.jsonl'))[-1]
   retrieval = {name: value for name, value in last.items() if name.startswith('retrieval/')}
+  write_json(epath.Path(folder / 'figures.json'), written | retrieval)
   console.print('  '.join(f'{name} {value:.3f}' for name, value in retrieval.items()), highlight=False)
   console.print(f'figures: {folder}/   metrics: {workdir / "metrics.jsonl"}\n{CREDITS}', highlight=False)
 

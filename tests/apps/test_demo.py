@@ -1,6 +1,7 @@
 """The demo end to end, for a few steps: it writes metrics, and plots that are not empty."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -23,6 +24,10 @@ def test_demo_writes_metrics_and_plots(tmp_path, capsys):
     assert plot.std() > 10
   last = read_metrics(tmp_path / 'metrics.jsonl')[-1]
   assert {'seen/top1', 'held_out/top5', 'retrieval/text_to_image_r1'} <= last.keys()
+  figures = json.loads((tmp_path / 'demo' / 'figures.json').read_text())
+  assert figures['step'] == 4
+  for name in ('seen/top1', 'held_out/top5', 'retrieval/text_to_image_r1'):
+    assert figures[name] == pytest.approx(last[name], abs=1e-6)
   out = capsys.readouterr().out
   assert f'{last["seen/top1"]:.3f}' in out
   assert str(tmp_path / 'demo') in out.replace('\n', '')

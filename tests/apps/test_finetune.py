@@ -12,13 +12,12 @@ import fmcv_jax
 from fmcv_jax import __main__ as cli
 from fmcv_jax import experiment, trainer
 from fmcv_jax.apps import finetune_data
-from fmcv_jax.apps.finetune_model import described, is_workdir
+from fmcv_jax.apps.finetune_model import described
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.random_split import RandomSplit
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.multimodal.dual_encoder import clip, siglip
-from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 from tests import runs
 
@@ -345,7 +344,6 @@ def test_a_model_that_cannot_be_used_is_one_line(tmp_path, classifier, capsys):
   assert error.count('\n') == 1
 
 
-@pytest.mark.skipif(not is_workdir(packaged.locate('demo')), reason='the weights are not in this checkout')
 def test_without_a_model_that_of_the_package_is_trained(tmp_path, capsys):
   args = ['finetune', str(class_folder(tmp_path / 'own')), '--workdir', str(tmp_path / 'run')]
   assert cli.main([*args, '--config.train.steps=2', '--config.log.tensorboard=False']) == 0
