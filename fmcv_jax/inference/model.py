@@ -240,7 +240,7 @@ class Model:
     image = self._run.experiment.objective.example_batch.get('image')
     if image is not None and image.shape[-1] != 3:
       raise UserError(
-        f'{self._workdir}: the network takes images of {image.shape[-1]} channels, and inputs are converted to RGB here; '
+        f'{self._workdir}: the network takes images of {image.shape[-1]} channels; inputs are converted to RGB here, '
         f'evaluate it on a data source with data.channels={image.shape[-1]}'
       )
     pipeline = Pipeline(source, evaluated_as(self._run), max_bad=0.0)
