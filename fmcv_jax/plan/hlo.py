@@ -147,7 +147,7 @@ class _Instruction(NamedTuple):
 
 
 def bytes_accessed(text: str) -> int:
-  """Bytes of HBM that the scheduled instructions of a program read and write.
+  """Bytes of HBM that the scheduled instructions of a program read and write, with the padding of tiled layouts.
 
   Slices and slice updates count with the size of the slice, not of the array: an iteration over stacked layers reads
   one of them. Arrays in on-chip memory (space 1) do not count.
@@ -167,7 +167,8 @@ def _parse(line: str) -> _Instruction | None:
   if match is None:
     return None
   root, name, shape, kind, arguments, rest = match.groups()
-  held = sum(_size(dtype, dims) for dtype, dims, layout in _PLACED.findall(shape) if 'S(' not in layout)
+  placed = (found for found in _PLACED.findall(shape) if 'S(' not in found[2])
+  held = sum(_size(dtype, _tiled(dims, layout)) for dtype, dims, layout in placed)
   return _Instruction(bool(root), name, kind, held, arguments, rest)
 
 
@@ -262,6 +263,18 @@ def _trips(computations: dict[str, list[str]], outer: str, state: str, condition
 
   first, end = (begin(name) for name in root.operands)
   return 1 if end is None else end - (first or 0)
+
+
+def _tiled(shape: str, layout: str) -> str:
+  """The shape with its dimensions padded to whole tiles: `{0,1:T(8,128)}` tiles dimension 1 by 8 and 0 by 128."""
+  order, _, tiles = layout.partition(':')
+  tile = re.match(r'T\(([\d,]+)\)', tiles)
+  if tile is None or not shape:
+    return shape
+  sizes, minor_to_major = [int(n) for n in shape.split(',')], [int(n) for n in order.split(',')]
+  for dimension, step in zip(minor_to_major, reversed([int(n) for n in tile[1].split(',')]), strict=False):
+    sizes[dimension] = -(-sizes[dimension] // step) * step
+  return ','.join(map(str, sizes))
 
 
 def _size(dtype: str, shape: str) -> int:

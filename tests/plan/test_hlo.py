@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
-from fmcv_jax.plan import hlo
+from fmcv_jax.plan import hlo, planning
 
 MESH = {'slice': 1, 'data': 2, 'fsdp': 4, 'sequence': 1, 'tensor': 1}
 
@@ -200,3 +200,15 @@ def test_what_follows_a_kernel_with_attributes_of_several_lines_is_read():
   kernel = '  %k = f32[8]{0} custom-call(%x), frontend_attributes={kernel_metadata={\n"block": "1024"\n}}, metadata={}'
   text = f'ENTRY %main (x: f32[8]) -> f32[8] {{\n{kernel}\n{line}\n}}'
   assert [row.kind for row in hlo.collectives(text, MESH)] == ['all-reduce']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8', 'bool'])
+@pytest.mark.parametrize('shape', [(4096, 3), (100, 77, 77), (12, 5, 130, 200), (1001,)])
+def test_bytes_of_a_tpu_array_include_the_padding_of_its_tiles(shape, dtype):
+  """Against the sizes that the TPU compiler states for the argument and the result."""
+  pytest.importorskip('libtpu')
+  array = jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(planning.pod('v5e:2x2')[0]))
+  program = jax.jit(jnp.logical_not if dtype == 'bool' else jnp.negative).lower(array).compile()
+  stated = program.memory_analysis()
+  whole = stated.argument_size_in_bytes + stated.output_size_in_bytes
+  assert hlo.bytes_accessed(program.as_text()) == whole > 2 * array.size * array.dtype.itemsize
