@@ -24,20 +24,22 @@ from fmcv_jax.parallel.distributed import emulate  # noqa: E402
 emulate(8)
 
 
-def name_operators_of_torchvision():
+def importable_torchvision():
   """transformers, timm and OpenCLIP import torchvision, whose wheels from PyPI bring two operators in a form that a
   torch without CUDA cannot load, and fail on the names. None is used here."""
   import torch
 
   library = torch.library.Library('torchvision', 'FRAGMENT')
-  for name in ('nms', 'qnms'):
-    if not hasattr(torch.ops.torchvision, name):
+  try:
+    import torchvision  # noqa: F401
+  except RuntimeError:
+    for name in ('nms', 'qnms'):
       library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
   return library
 
 
 if importlib.util.find_spec('torchvision') is not None:
-  _operators = name_operators_of_torchvision()  # they are gone when it is
+  _operators = importable_torchvision()  # they are gone when it is
 
 
 @pytest.fixture(scope='session')
