@@ -10,6 +10,11 @@ from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.base import NoData, Source
+from fmcv_jax.data.sources.detection.coco import Coco
+from fmcv_jax.data.sources.detection.coco_panoptic import CocoPanoptic
+from fmcv_jax.data.sources.detection.parquet_objects import ParquetObjects
+from fmcv_jax.data.sources.detection.voc import Voc
+from fmcv_jax.data.sources.detection.yolo import Yolo
 from fmcv_jax.data.sources.digits import Digits
 from fmcv_jax.data.sources.emoji import Emoji
 from fmcv_jax.data.sources.image_folder import ImageFolder
@@ -103,16 +108,21 @@ KINDS: config_lib.Kinds = {
   Source: {
     'none': NoData,
     'array_record': ArrayRecord,
+    'coco': Coco,
+    'coco_panoptic': CocoPanoptic,
     'digits': Digits,
     'emoji': Emoji,
     'image_folder': ImageFolder,
     'mixture': Mixture,
     'parquet': Parquet,
+    'parquet_objects': ParquetObjects,
     'random_split': RandomSplit,
     'recolored_emoji': RecoloredEmoji,
     'scattered': Scattered,
     'tfds': Tfds,
+    'voc': Voc,
     'webdataset': WebDataset,
+    'yolo': Yolo,
   },
   ImageTransform: {**IMAGE_TRANSFORMS, 'pillow_resize': PillowResize},
   Tokenizer: {

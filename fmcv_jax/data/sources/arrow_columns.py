@@ -52,7 +52,7 @@ def find(schema: Any, partition: Mapping[str, str | None], field: str, spec: str
   whole = _without_wrapping(schema.field(name).type)
   if str(kind) == NULL:  # of one table among others, in which all values are null
     return Column(name, tuple(path), NULL, False)
-  if wrong := {'image': _not_an_image, 'text': _not_a_text, 'label': _not_a_class}[field](kind, spec):
+  if wrong := _CHECKS[field](kind, spec):
     raise UserError(f'{where}: column {spec!r} {wrong}')
   return Column(name, tuple(path), str(kind), _is_text(kind), 'map<' in str(whole))
 
@@ -142,7 +142,47 @@ def _not_a_class(kind: Any, spec: str) -> str:
     names = [kind.field(at).name for at in range(kind.num_fields)]
     held = ', '.join(map(repr, names))
     return f'holds objects of {held}, not a class; set label to a field, such as {spec}/{names[0]}'
-  numeric = t.is_integer(kind) or t.is_floating(kind) or t.is_boolean(kind) or t.is_decimal(kind)
-  if numeric or _is_text(kind) or _is_bytes(kind):
+  if _is_number(kind) or t.is_boolean(kind) or _is_text(kind) or _is_bytes(kind):
     return ''
   return f'holds {kind}, not one class number or name a row; set label to a column that does, or to None'
+
+
+def _not_boxes(kind: Any, spec: str) -> str:
+  inner, depth = _elements(kind)
+  if depth and (_is_number(inner) or str(inner) == NULL):
+    return ''
+  return f'holds {kind}, not lists of numbers; set boxes to the column or field of boxes, such as objects/bbox'
+
+
+def _not_classes(kind: Any, spec: str) -> str:
+  import pyarrow.types as t
+
+  inner, _ = _elements(kind)
+  if t.is_integer(inner) or _is_text(inner) or str(inner) == NULL:
+    return ''
+  return (
+    f'holds {kind}, not a class of each box; set classes to the column or field of classes, such as objects/category'
+  )
+
+
+def _elements(kind: Any) -> tuple[Any, int]:
+  """(the type inside of nested lists, how many lists)."""
+  depth = 0
+  while _is_list(kind):
+    kind, depth = _without_wrapping(kind.value_type), depth + 1
+  return kind, depth
+
+
+def _is_number(kind: Any) -> bool:
+  import pyarrow.types as t
+
+  return t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind)
+
+
+_CHECKS = {
+  'image': _not_an_image,
+  'text': _not_a_text,
+  'label': _not_a_class,
+  'boxes': _not_boxes,
+  'classes': _not_classes,
+}

@@ -67,6 +67,18 @@ class Parquet(Source):
     return int(self._tables.ends[-1])
 
   def __getitem__(self, index: int) -> Example:
+    value = self._row(index)
+    example: Example = {'image': self._image(value('image')), 'key': self.key_of(index)}
+    if self.text:
+      example['texts'] = values.texts(value('text'), self.text)
+      if example['texts']:
+        example['text'] = example['texts'][0]
+    if self.label:
+      example['label'] = self._classes.number(value('label'), self.label)
+    return example
+
+  def _row(self, index: int) -> Callable[[str], Any]:
+    """A function from a field, such as 'image', to its value in a row."""
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
     group, row = self._tables.locate(index)
@@ -76,14 +88,12 @@ class Parquet(Source):
       column = self._tables.columns[field]
       return partition[column.name] if column.name in partition else column.value(table.column(column.name)[row])
 
-    example: Example = {'image': self._image(value('image')), 'key': self.key_of(index)}
-    if self.text:
-      example['texts'] = values.texts(value('text'), self.text)
-      if example['texts']:
-        example['text'] = example['texts'][0]
-    if self.label:
-      example['label'] = self._classes.number(value('label'), self.label)
-    return example
+    return value
+
+  @property
+  def _specs(self) -> dict[str, str | None]:
+    """The column of each field that is read."""
+    return {'image': self.image, 'text': self.text, 'label': self.label}
 
   def _image(self, image: Any) -> bytes:
     path = None
@@ -167,13 +177,13 @@ class Parquet(Source):
     return counts
 
   @functools.cached_property
-  def _tables(self) -> '_Tables':
+  def _tables(self) -> 'Tables':
     _pyarrow()
     found = storage.find(self.path, '.parquet', 'parquet', below=True)
     chosen, split = splits.chosen(found, self.split, 'parquet')
     files = [file.path for file in chosen]
     partitions = [arrow_columns.partition_of(path) for path in files]
-    specs = {field: spec for field, spec in [('image', self.image), ('text', self.text), ('label', self.label)] if spec}
+    specs = {field: spec for field, spec in self._specs.items() if spec}
     columns: dict[str, arrow_columns.Column] = {}
     names: tuple[str, ...] = ()
     counts: list[int] = []
@@ -186,7 +196,7 @@ class Parquet(Source):
           columns[field] = column
       counts += footer.rows
       groups += [(number, group) for group in range(len(footer.rows))]
-      own = _class_names(footer.schema, self.label)
+      own = class_names(footer.schema, specs.get('classes') or self.label)
       if own and names and own != names:
         raise UserError(
           f'parquet: {path} has other class names ({", ".join(own[:3])}, ...) than {files[0]} ({", ".join(names[:3])}, '
@@ -199,7 +209,7 @@ class Parquet(Source):
       raise UserError(f'parquet: column {columns[nothing[0]]} at {self.path!r} holds only nulls, set {nothing[0]}')
     filled = [place for place, count in enumerate(counts) if count]
     ends = np.array(list(itertools.accumulate(counts[place] for place in filled)))
-    return _Tables(
+    return Tables(
       files,
       [groups[place] for place in filled],
       ends,
@@ -213,7 +223,7 @@ class Parquet(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tables:
+class Tables:
   """`groups` are (file, number in it), `ends` where in the order of all rows each of them ends."""
 
   files: list[str]
@@ -227,6 +237,7 @@ class _Tables:
   null_texts: int
 
   def locate(self, index: int) -> tuple[tuple[int, int], int]:
+    """((file, row group in it), row in that group) of a row."""
     place = bisect.bisect_right(self.ends, index)
     return self.groups[place], index - int(self.ends[place - 1] if place else 0)
 
@@ -294,26 +305,37 @@ def _nulls(group: Any, column: str | None) -> int:
   return 0
 
 
-def _label_counts(tables: _Tables, label: arrow_columns.Column, file: int) -> collections.Counter[Any]:
+def _label_counts(tables: Tables, label: arrow_columns.Column, file: int) -> collections.Counter[Any]:
   if label.name in tables.partitions[file]:
     ends = [0, *tables.ends.tolist()]
     rows = sum(end - begin for (of, _), begin, end in zip(tables.groups, ends, ends[1:]) if of == file)
     return collections.Counter({tables.partitions[file][label.name]: rows})
-  try:
-    with _open(tables.files[file]) as table:
-      column = table.read(columns=[label.name], use_threads=False).column(0)
-  except (ValueError, OSError) as error:
-    raise UserError(f'parquet: {tables.files[file]}: column {label} cannot be read ({error})') from error
+  column = whole_column(tables, label, file)
   if label.path:
     return collections.Counter(label.value(scalar) for scalar in column)
   counts = column.value_counts()
   return collections.Counter(dict(zip(counts.field('values').to_pylist(), counts.field('counts').to_pylist())))
 
 
-def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
-  """Those that `datasets` keeps in the table's metadata."""
+def whole_column(tables: Tables, column: arrow_columns.Column, file: int) -> Any:
+  """The Arrow scalars of a column of one table; raises UserError if it cannot be read."""
   try:
-    features = json.loads((schema.metadata or {})[b'huggingface'])['info']['features']
-    return tuple(features[label]['names'])
+    with _open(tables.files[file]) as table:
+      return table.read(columns=[column.name], use_threads=False).column(0)
+  except (ValueError, OSError) as error:
+    raise UserError(f'parquet: {tables.files[file]}: column {column} cannot be read ({error})') from error
+
+
+def class_names(schema: Any, column: str | None) -> tuple[str, ...]:
+  """Those of a column, or of a field inside objects, that `datasets` keeps in the table's metadata."""
+  try:
+    found = json.loads((schema.metadata or {})[b'huggingface'])['info']['features']
+    for part in (column or '').split('/'):
+      while part not in found and 'feature' in found:  # of each element of a list
+        found = found['feature']
+      found = found[part]
+    while 'names' not in found:
+      found = found['feature']
+    return tuple(found['names'])
   except (KeyError, TypeError, ValueError):
     return ()

@@ -1,0 +1,1 @@
+"""Sources of images with objects: boxes, classes and masks, in the layouts of other tools."""

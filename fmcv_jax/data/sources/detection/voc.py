@@ -1,0 +1,191 @@
+"""Pascal VOC folders: JPEGImages, Annotations with an XML file for each image, ImageSets with the names of each split.
+
+Everingham et al. 2010. Pixels are counted from 1 there, and right and bottom are the last pixel inside: as in
+Detectron2, 1 is taken from left and top, so that edges are those between pixels.
+"""
+
+import collections
+import dataclasses
+import functools
+import io
+import xml.etree.ElementTree
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from typing_extensions import override
+
+from fmcv_jax.data import storage
+from fmcv_jax.data.sources.account import Account, left_out
+from fmcv_jax.data.sources.base import BadRecord, Example, Source
+from fmcv_jax.data.sources.detection.objects import OBJECT_FIELDS, Objects, clipped, make_example
+from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.fields import Field
+
+# The classes of the challenge by label, which a split need not have all of.
+CLASSES = (
+  'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse',
+  'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Voc(Source):
+  """Images with boxes and classes, or with `segments` the class of each pixel too.
+
+  path       folder such as VOCdevkit/VOC2012, or its URL
+  split      a file of ImageSets/Main (of ImageSets/Segmentation, if `segments`): 'train', 'val', 'trainval', 'test'
+  segments   also reads SegmentationClass as the map `segments`; `names` then begin with 'background', and 255 is void
+             (the outline of an object)
+  difficult  keeps objects that are marked as difficult, with `difficult` True: training uses them, metrics ignore them
+
+  Classes are the 20 of the challenge if all names are among these, otherwise the names that occur in the folder's
+  annotations, in order.
+  """
+
+  path: str
+  split: str = 'train'
+  segments: bool = False
+  difficult: bool = True
+
+  @property
+  @override
+  def names(self) -> tuple[str, ...]:
+    return self._index.names
+
+  @property
+  @override
+  def fields(self) -> Mapping[str, Field]:
+    return OBJECT_FIELDS
+
+  def __len__(self) -> int:
+    return len(self._index.images)
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{index} of {len(self)}')
+    found = self._index.images[index]
+    numbers = {name: number for number, name in enumerate(self.names)}
+    boxes = np.array([row.box for row in found.objects], np.float64).reshape(-1, 4)
+    boxes = np.clip(boxes, 0, [found.size[1], found.size[0]] * 2) if found.size else boxes
+    objects = Objects(
+      boxes,
+      np.array([numbers[row.name] for row in found.objects], np.int32),
+      {'difficult': np.array([row.difficult for row in found.objects], bool)},
+    )
+    example = make_example(self._read('JPEGImages', found.file), found.file, objects, found.size)
+    return example | ({'segments': self._segments(found.name)} if self.segments else {})
+
+  @override
+  def key_of(self, index: int) -> str:
+    return self._index.images[index].file
+
+  @override
+  def texts_of(self, index: int) -> tuple[str, ...]:
+    raise BadRecord('has objects, but no text')
+
+  @override
+  def account(self) -> Account:
+    found = self._index
+    per_class = collections.Counter(name for image in found.images for name in {row.name for row in image.objects})
+    return Account(
+      records=len(self),
+      fields={'boxes': f'{sum(len(image.objects) for image in found.images)} objects of Annotations'},
+      classes=found.names,
+      class_counts=tuple(per_class[name] for name in found.names),
+      split=self.split,
+      left_out=left_out(found.left_out),
+    )
+
+  def _read(self, folder: str, file: str) -> bytes:
+    with storage.open_file(storage.join(storage.join(self.path, folder), file)) as opened:
+      return opened.read()
+
+  def _segments(self, name: str) -> np.ndarray:
+    """The palette's numbers: 0 for the background, the challenge's classes from 1. A PNG of colors has lost them."""
+    image = Image.open(io.BytesIO(self._read('SegmentationClass', f'{name}.png')))
+    if image.mode not in ('P', 'L'):
+      raise BadRecord(f'SegmentationClass/{name}.png is {image.mode}, not class numbers')
+    numbers = np.asarray(image).astype(np.int32)
+    if ((numbers >= len(self.names)) & (numbers != 255)).any():
+      raise BadRecord(f'SegmentationClass/{name}.png has numbers up to {numbers[numbers != 255].max()}')
+    return numbers
+
+  @functools.cached_property
+  def _index(self) -> '_Index':
+    kind = 'Segmentation' if self.segments else 'Main'
+    folder = storage.join(self.path, f'ImageSets/{kind}')
+    lists = [name for name in self._files(f'ImageSets/{kind}') if name.endswith('.txt')]
+    if f'{self.split}.txt' not in lists:
+      splits = [name.removesuffix('.txt') for name in lists if '_' not in name]  # cat_train.txt: of one class
+      raise UserError(f'voc: split: {folder!r} has no {self.split}.txt; {did_you_mean(self.split, splits)}')
+    with storage.open_file(storage.join(folder, f'{self.split}.txt')) as file:
+      names = [line.split()[0] for line in file.read().decode().splitlines() if line.split()]
+    left: list[tuple[str, str]] = []
+    files = {name.rpartition('.')[0]: name for name in self._files('JPEGImages')}
+    if missing := [name for name in names if name not in files]:
+      raise UserError(f'voc: {len(missing)} images of {self.split}.txt are not in JPEGImages, the first {missing[0]!r}')
+    images = storage.in_threads(lambda name: self._parse(name, files[name], left), names)
+    found = {row.name for image in images for row in image.objects}
+    classes = CLASSES if found <= set(CLASSES) else tuple(sorted(found))
+    if self.segments and classes is not CLASSES:
+      raise UserError(
+        f'voc: segments: the numbers of other classes than the 20 of VOC are not known ({sorted(found)[:3]})'
+      )
+    return _Index(images, ('background', *classes) if self.segments else classes, tuple(left))
+
+  def _files(self, folder: str) -> list[str]:
+    whole = storage.join(self.path, folder)
+    found = storage.files_below(whole, deep=False)
+    if found is None:
+      raise UserError(f'voc: no folder {whole!r}; set path to a folder such as VOCdevkit/VOC2012')
+    return found
+
+  def _parse(self, name: str, file: str, left: list[tuple[str, str]]) -> '_Image':
+    where = f'Annotations/{name}.xml'
+    try:
+      root = xml.etree.ElementTree.fromstring(self._read('Annotations', f'{name}.xml'))
+    except (OSError, xml.etree.ElementTree.ParseError) as error:
+      raise UserError(f'voc: {where} cannot be read: {error}') from error
+    size = (int(root.findtext('size/height') or 0), int(root.findtext('size/width') or 0))
+    rows = []
+    for found in root.findall('object'):
+      edges = [found.findtext(f'bndbox/{edge}') for edge in ('xmin', 'ymin', 'xmax', 'ymax')]
+      try:
+        left_, top, right, bottom = (float(edge or '') for edge in edges)
+      except ValueError as error:
+        raise UserError(f'voc: {where}: {found.findtext("name")} has the box {edges}, not four numbers') from error
+      rows.append(
+        _Object(found.findtext('name') or '', (left_ - 1, top - 1, right, bottom), found.findtext('difficult') == '1')
+      )
+    boxes = np.array([row.box for row in rows], np.float64).reshape(-1, 4)
+    height, width = size if all(size) else (np.inf, np.inf)
+    _, reasons = clipped(boxes, np.full(len(rows), height), np.full(len(rows), width))
+    left += [(reason, f'{name}: {row.name}') for row, reason in zip(rows, reasons) if reason]
+    hidden = [row for row in rows if row.difficult and not self.difficult]
+    left += [('objects marked as difficult', f'{name}: {row.name}') for row in hidden]
+    kept = [row for row, reason in zip(rows, reasons) if not reason and row not in hidden]
+    return _Image(name, file, size if all(size) else None, tuple(kept))
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class _Object(NamedTuple):
+  name: str
+  box: tuple[float, float, float, float]
+  difficult: bool
+
+
+class _Image(NamedTuple):
+  name: str
+  file: str
+  size: tuple[int, int] | None
+  objects: tuple[_Object, ...]
+
+
+class _Index(NamedTuple):
+  images: list[_Image]
+  names: tuple[str, ...]
+  left_out: tuple[tuple[str, str], ...]
