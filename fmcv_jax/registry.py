@@ -45,6 +45,7 @@ from fmcv_jax.models.backbones.inception import inception
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.owl import owl, owl_detector
 from fmcv_jax.models.dense.segmenter import segmenter
 from fmcv_jax.models.generative.autoencoder import autoencoder
 from fmcv_jax.models.generative.dit import dit
@@ -59,6 +60,7 @@ from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.detection import Detection
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.encoder import PretrainedEncoder
@@ -76,6 +78,7 @@ KINDS: config_lib.Kinds = {
     'autoencoding': Autoencoding,
     'classification': Classification,
     'contrastive': Contrastive,
+    'detection': Detection,
     'diffusion': Diffusion,
     'dino': SelfDistillation,
     'encoder': PretrainedEncoder,
@@ -95,6 +98,8 @@ KINDS: config_lib.Kinds = {
     'inception': inception,
     'mae': mae,
     'mmdit': mmdit,
+    'owl': owl,
+    'owl_detector': owl_detector,
     'paligemma': paligemma,
     'prefix_lm': prefix_lm,
     'segmenter': segmenter,

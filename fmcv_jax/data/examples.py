@@ -38,6 +38,8 @@ class Examples:
       row[name] = classes.number(self._given(record, name), name)
     row |= self._spatial(record, rng)
     row |= self._views(record, rng)
+    if 'queries' in self.fields:
+      row |= self._queries(record, row, rng)
     for name in self.fields:
       if name not in row:
         row[name] = self._array(record, name)
@@ -47,7 +49,9 @@ class Examples:
   def _kinds(self) -> dict[str, Field]:
     """The meaning of each requested field; one that nobody states is an array."""
     return {
-      name: self.pipeline.field(name) or Field('array') for name in self.fields if name not in self.pipeline.views
+      name: self.pipeline.field(name) or Field('array')
+      for name in self.fields
+      if name not in (*self.pipeline.views, 'queries', 'geometry')
     }
 
   def _of_kind(self, *kinds: str) -> list[str]:
@@ -74,7 +78,8 @@ class Examples:
         raise BadRecord(f'rows of the objects differ: {", ".join(f"{name} {count}" for name, count in rows.items())}')
       if kept is not None:
         row |= {name: row[name][kept] for name in members}
-    return {name: self._padded(name, value) for name, value in row.items()}
+    row = {name: self._padded(name, value) for name, value in row.items()}
+    return row | ({'geometry': drawn.geometry.array} if 'geometry' in self.fields else {})
 
   def _padded(self, name: str, value: Any) -> Any:
     return padded(name, value, self._kinds[name]) if self._kinds[name].ragged else value
@@ -138,6 +143,31 @@ class Examples:
     return row
 
   # --- the rest
+
+  def _queries(self, record: Example, row: Example, rng: np.random.Generator) -> Example:
+    """`queries`, a text for each class to look for, '' for none, and `classes` as their numbers."""
+    queries, names = self.pipeline.queries, self.pipeline.source.names
+    if queries is None or not names or 'classes' not in row:
+      source = type(self.pipeline.source).__name__
+      raise UserError(
+        f'data: the objective looks for classes by their names: set data.queries, such as dict(count=50), and a source '
+        f'of objects that has names ({source} has {len(names)})'
+      )
+    classes = row['classes']
+    present = np.unique(classes[classes >= 0])
+    if len(present) > queries.count:
+      raise BadRecord(f'has objects of {len(present)} classes, more than the {queries.count} of data.queries.count')
+    absent = np.setdiff1d(record.get('negatives', ()), present)
+    others = np.setdiff1d(np.arange(len(names)), np.concatenate([present, absent]))
+    drawn = [rng.permutation(part) if self.train else part for part in (absent, others)]
+    chosen = np.concatenate([present, *drawn]).astype(np.int64)[: queries.count]
+    texts = []
+    for number in chosen:
+      template = queries.templates[rng.integers(len(queries.templates)) if self.train else 0]
+      texts.append(template.replace('{}', names[number]))
+    number_of = np.full(len(names) + 1, -1, np.int32)  # the last is that of padding, -1
+    number_of[chosen] = np.arange(len(chosen))
+    return {'queries': (*texts, *[''] * (queries.count - len(texts))), 'classes': number_of[classes]}
 
   def _array(self, record: Example, name: str) -> np.ndarray:
     value = np.asarray(self._given(record, name))

@@ -42,6 +42,11 @@ class Geometry:
     )
 
   @property
+  def array(self) -> np.ndarray:
+    """float32 [6]: the box, then the height and width of the image, for `original_boxes`."""
+    return np.array([*self.box, self.height, self.width], np.float32)
+
+  @property
   def visible_box(self) -> Box:
     """The part of the box that lies in the image, which is resized to `inside`."""
     left, top, right, bottom = self.box
@@ -117,6 +122,17 @@ class Geometry:
         f'{self.height} x {self.width} pixels (height x width)'
       )
     return values
+
+
+def original_boxes(boxes: np.ndarray, geometry: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Boxes float32 [B, N, 4] of outputs of `size` (height, width) as those of the images, cut at their edges.
+
+  geometry  float [B, 6], of each example as in `Geometry.array`
+  """
+  box, sides = geometry[:, :4], geometry[:, [5, 4]]
+  scale = (box[:, 2:] - box[:, :2]) / np.array(size[::-1])
+  corners = boxes.reshape(len(boxes), -1, 2) * scale[:, None] + box[:, None, :2]
+  return np.clip(corners, 0, sides[:, None]).reshape(boxes.shape).astype(np.float32)
 
 
 def _floats(name: str, values: np.ndarray, columns: int) -> np.ndarray:

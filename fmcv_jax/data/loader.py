@@ -33,6 +33,8 @@ class TrainLoader:
     image    uint8 [b, H, W, C]
     label    int32 [b]
     tokens   int32 [b, L], by `tokenizer`
+    queries  int32 [b, Q, L], the texts of data.queries; rows of zeros where there are fewer
+    geometry float32 [b, 6], the crop of each image (`Geometry.array`)
     the pipeline's views, uint8 [b, count, H, W, C]
     and any arrays in the records, [b, ...]: what belongs to positions in the image follows its geometry, and rows of
     objects are padded to one number, each by the kind of its `Field`
@@ -202,11 +204,16 @@ class _Batches:
     if field == 'tokens':
       assert self.tokenizer is not None
       return self.tokenizer(column)
+    if field == 'queries':
+      assert self.tokenizer is not None
+      tokens = self.tokenizer([text for texts in column for text in texts])
+      there = np.array([[bool(text) for text in texts] for texts in column])
+      return np.where(there[..., None], tokens.reshape(*there.shape, -1), 0).astype(np.int32)
     return np.array(column, np.int32) if isinstance(column, list) else column
 
   def check(self) -> None:
     """Raises UserError if the source, the transform or the tokenizer cannot provide the fields."""
-    if 'tokens' in self.fields:
+    if {'tokens', 'queries'} & set(self.fields):
       if self.tokenizer is None:
         raise UserError('data: the objective needs tokens but config.tokenizer is not set')
       self.tokenizer([''])  # a tokenizer that has to be trained is trained once for all workers

@@ -23,6 +23,24 @@ class MultiCrop:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassQueries:
+  """Texts to look for in an image: the classes of its objects, then classes that are drawn at random.
+
+  count      texts of an image; an image with objects of more classes is a bad record
+  templates  sentences with a '{}' for the name of a class; training draws one per text, evaluation uses the first
+
+  Classes that are known to be absent (`negatives` of LVIS) are drawn before others. They give the field `queries`, and
+  `classes` then number these texts.
+  """
+
+  count: PositiveInt = 50
+  templates: tuple[str, ...] = ('{}',)
+
+  def __post_init__(self) -> None:
+    _check_templates('templates', self.templates)
+
+
+@dataclasses.dataclass(frozen=True)
 class Pipeline:
   """Input pipeline: a source, and the transforms from its records to examples.
 
@@ -32,6 +50,7 @@ class Pipeline:
                      uses the first
   views              name -> MultiCrop; each adds a field of that name
   fields             name -> Field: the meaning of fields of the records, where neither the source nor `FIELDS` has it
+  queries            the texts of classes that an open-vocabulary detector looks for in each image
   channels           channels of the images; encoded ones always have 3, and an array with others is a bad record
   shuffle            a new order in each epoch of training; evaluation never shuffles
   workers            decoding processes; 0 reads in two threads of this process
@@ -44,6 +63,7 @@ class Pipeline:
   caption_templates: tuple[str, ...] = ('{}',)
   views: Mapping[str, MultiCrop] = dataclasses.field(default_factory=dict)
   fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
+  queries: ClassQueries | None = None
   channels: PositiveInt = 3
   shuffle: bool = True
   workers: NonNegativeInt = 0
@@ -51,8 +71,7 @@ class Pipeline:
   timeout: PositiveFloat = 600.0
 
   def __post_init__(self) -> None:
-    if not self.caption_templates or any(prompt.count('{}') != 1 for prompt in self.caption_templates):
-      raise ValueError(f"caption_templates: each needs one '{{}}' for the text, got {self.caption_templates}")
+    _check_templates('caption_templates', self.caption_templates)
     if taken := set(self.views) & set(FIELDS):
       raise ValueError(f'views: {sorted(taken)} are fields already; choose another name')
     if self.workers < 0:
@@ -77,3 +96,8 @@ class Pipeline:
       if field is not None and field.group is not None and field.pad_to is None:
         rows[name] = dataclasses.replace(field, pad_to=array.shape[0])
     return dataclasses.replace(self, fields={**self.fields, **rows}) if rows else self
+
+
+def _check_templates(name: str, templates: tuple[str, ...]) -> None:
+  if not templates or any(prompt.count('{}') != 1 for prompt in templates):
+    raise ValueError(f"{name}: each needs one '{{}}' for the text, got {templates}")
