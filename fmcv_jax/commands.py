@@ -169,6 +169,13 @@ def precompute(args: argparse.Namespace, overrides: list[str]) -> None:
   )
 
 
+def compute(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Compute an output of a model for image files: PNG, JSON lines or NPZ, by its kind."""
+  from fmcv_jax.apps import compute as compute_app
+
+  compute_app.run(args.name, args.path, args.model, args.to, step=args.step, batch=args.batch, overrides=overrides)
+
+
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   """Compile a config for a remote TPU topology and report memory, communication and cost."""
   from fmcv_jax.plan import planning
