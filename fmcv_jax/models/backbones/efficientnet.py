@@ -211,6 +211,9 @@ class EfficientNet(nn.Module):
   remat: Remat = 'none'
   dtype: Dtype = 'float32'
 
+  average_pooled = True
+  size_multiple = 1  # divisor of the sides of images
+
   @property
   def input_shape(self) -> tuple[int, int, int]:
     """(height, width, channels) of the images that the network is made for."""
