@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = ('fmcv_jax', 'configs', 'docs', 'benchmarks', 'launch', 'tools', 'tests', '.github')
-FILES = ('*.md', 'Makefile', 'mkdocs.yml', 'CITATION.cff')
+FOLDERS = ('fmcv_jax', 'configs', 'docs', 'benchmarks', 'findings', 'launch', 'tools', 'tests', '.github')
+FILES = ('*.md', '*.py', 'Makefile', 'mkdocs.yml', 'CITATION.cff')
 SUFFIXES = {'.py', '.md', '.yml', '.yaml', '.sh', '.c'}
-MAX_LINES = 400  # of a Python file of the package
+MAX_LINES = 400  # of a Python file
 
 # Pattern (matched within words joined by underscores too) -> the field's term.
 RETIRED = {
@@ -87,7 +87,7 @@ def findings(path: pathlib.Path) -> Iterator[Finding]:
       term = list(RETIRED.values())[int(match.lastgroup[1:])]
       yield Finding(name, number, f'{match[0]!r} is retired: {term}')
   if path.suffix == '.py':
-    if len(lines) > MAX_LINES and name.startswith('fmcv_jax/'):
+    if len(lines) > MAX_LINES:
       yield Finding(name, len(lines), f'{len(lines)} lines; at most {MAX_LINES}')
     for node in ast.walk(ast.parse(text)):
       if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
