@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.diffusion.samplers import Denoise
+from fmcv_jax.shapes import AnyArray, Float
 
 
 def guided(
   denoise: Callable[[jax.Array, jax.Array, Any], jax.Array],
   condition: Any,
   without: Any,
-  scale: jax.Array | float,
+  scale: Float[AnyArray, ' #batch'] | Float[AnyArray, ''] | float,
   *,
   interval: tuple[float, float] | None = None,
   rescale: float = 0.0,
@@ -28,7 +29,7 @@ def guided(
              al. 2024, eq. 15 and 16)
   """
 
-  def run(x: jax.Array, time: jax.Array) -> jax.Array:
+  def run(x: Float[AnyArray, ' batch *shape'], time: Float[AnyArray, ' batch']) -> Float[jax.Array, 'batch ...']:
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, without)
     output = denoise(jnp.concatenate([x, x]), jnp.concatenate([time, time]), both)
     with_it, without_it = jnp.split(output, 2)

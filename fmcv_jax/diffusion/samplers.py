@@ -15,6 +15,7 @@ import numpy as np
 from typing_extensions import override
 
 from fmcv_jax.diffusion.process import STEPS, Process, log_ratios
+from fmcv_jax.shapes import AnyArray, Float, Key
 
 Spacing = Literal['trailing', 'leading', 'uniform', 'quadratic', 'karras']
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
@@ -23,7 +24,7 @@ Rows = Mapping[str, np.ndarray]
 Stepped = tuple[jax.Array, Any]  # the next x and the next memory of the solver
 
 
-def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> np.ndarray:
+def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> Float[np.ndarray, ' {steps}']:
   """Times of the network evaluations of a sampler, float64 [steps], decreasing; the last step leads to x_0.
 
   'trailing' starts at pure noise, 'leading' ends next to x_0 (Lin et al. 2024, table 2), 'uniform' does both;
@@ -68,9 +69,9 @@ def _time_of(process: Process, log_ratio: np.ndarray) -> np.ndarray:
 class Trajectory(NamedTuple):
   """The times [n], and alpha and sigma [n + 1] with those of x_0 at the end; float64."""
 
-  times: np.ndarray
-  alpha: np.ndarray
-  sigma: np.ndarray
+  times: Float[np.ndarray, ' n']
+  alpha: Float[np.ndarray, ' n+1']
+  sigma: Float[np.ndarray, ' n+1']
 
   @property
   def log_snr(self) -> np.ndarray:
@@ -82,9 +83,9 @@ class Trajectory(NamedTuple):
 class ModelPrediction(NamedTuple):
   """The prediction at a time: x_0, the noise and the raw output [B, ...]."""
 
-  image: jax.Array
-  noise: jax.Array
-  output: jax.Array
+  image: Float[jax.Array, ' batch *shape']
+  noise: Float[jax.Array, ' batch *shape']
+  output: Float[jax.Array, 'batch ...']
 
 
 class Solver(abc.ABC):
@@ -311,11 +312,11 @@ SOLVERS: dict[str, Solver] = {
 def sample(
   denoise: Denoise,
   process: Process,
-  x: jax.Array,
-  times: np.ndarray,
+  x: Float[AnyArray, ' batch *shape'],
+  times: Float[np.ndarray, ' steps'],
   *,
   solver: Solver = Ddim(),
-  keys: jax.Array | None = None,
+  keys: Key[jax.Array, ' batch'] | None = None,
   clip: float | None = None,
   adjust: Callable[[jax.Array, Any, Any, Any], jax.Array] | None = None,
   trace: bool = False,
@@ -356,7 +357,7 @@ def sample(
   return (x, images) if trace else x
 
 
-def coefficients(process: Process, solver: Solver, times: np.ndarray) -> Rows:
+def coefficients(process: Process, solver: Solver, times: Any) -> Rows:
   """Coefficients of a solver for these times; ValueError if the solver does not support the process."""
   if len(times) == 0:
     raise ValueError('steps: must be at least 1')
@@ -365,14 +366,18 @@ def coefficients(process: Process, solver: Solver, times: np.ndarray) -> Rows:
 
 
 def add_noise(
-  process: Process, image: jax.Array | float, keys: jax.Array, shape: tuple[int, ...], time: float
-) -> jax.Array:
+  process: Process,
+  image: Float[AnyArray, ' batch *shape'] | float,
+  keys: Key[jax.Array, ' batch'],
+  shape: tuple[int, ...],
+  time: float,
+) -> Float[jax.Array, ' batch *shape']:
   """Start of sampling: x_0 (or 0) noised to `time`, [B, *shape]. Each example's noise is drawn from its own key."""
   alpha, sigma = process.alpha_sigma(np.asarray(time))
   return jnp.float32(alpha) * image + jnp.float32(sigma) * normal(keys, shape, -1)
 
 
-def normal(keys: jax.Array, shape: tuple[int, ...], number: Any) -> jax.Array:
+def normal(keys: Key[jax.Array, ' batch'], shape: tuple[int, ...], number: Any) -> Float[jax.Array, 'batch ...']:
   """Standard normal float32 [B, *shape]: draw `number` (-1 or more) of each example's key."""
   return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number + 1), shape))(keys)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.parallel.ring import ring_scan
 from fmcv_jax.parallel.rules import mesh_axes, shard_mapped
+from fmcv_jax.shapes import AnyArray, Float
 
 LossName = Literal['softmax', 'sigmoid']
 
@@ -24,13 +25,13 @@ PAIRS = ('batch', None)  # the axes of embeddings
 
 
 def pair_loss(
-  image: jax.Array,
-  text: jax.Array,
-  scale: jax.Array,
-  bias: jax.Array,
+  image: Float[AnyArray, 'batch width'],
+  text: Float[AnyArray, 'batch width'],
+  scale: Float[AnyArray, ''] | float,
+  bias: Float[AnyArray, ''] | float,
   loss_name: LossName,
   label_smoothing: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, ''], Float[jax.Array, '']]:
   """(loss, accuracy), float32 scalars, of unit-length embeddings [B, E]; logits are scale * image . text + bias.
 
   'softmax' is the mean of the two cross-entropies of InfoNCE (Radford et al. 2021), whose targets label_smoothing mixes

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from fmcv_jax.models.common.attention.fused import cudnn_attention, splash_attention
 from fmcv_jax.models.common.attention.ring import ring_attention
 from fmcv_jax.models.common.attention.single_tile import fits, short_attention
-from fmcv_jax.models.common.shapes import AnyArray, Bool, Float
 from fmcv_jax.parallel.rules import mesh_axes, platform
+from fmcv_jax.shapes import AnyArray, Bool, Float
 
 ArrayOrShape = AnyArray | jax.ShapeDtypeStruct
 Backend = Literal['auto', 'xla', 'short', 'splash', 'cudnn', 'ring']
