@@ -31,7 +31,9 @@ def ours(process, solver, start, times, draws=None, network_time=lambda time: ti
   with pytest.MonkeyPatch.context() as patch:
     if draws is not None:
       patch.setattr(samplers, 'normal', lambda keys, shape, call: jnp.asarray(draws)[call])
-    run = jax.jit(lambda x: sample(denoise, process, x, times, solver=solver, keys=jnp.zeros(2), **options))
+    run = jax.jit(
+      lambda x: sample(denoise, process, x, times, solver=solver, keys=jax.random.split(jax.random.key(0)), **options)
+    )
     return np.asarray(run(jnp.asarray(start)))
 
 
@@ -217,7 +219,7 @@ def test_learned_variance(monkeypatch):
     return jnp.concatenate([network(x, time.reshape(-1, 1, 1, 1), jnp), between(x, jnp)], axis=-1)
 
   monkeypatch.setattr(samplers, 'normal', lambda keys, shape, call: jnp.asarray(draws)[call])
-  got = jax.jit(lambda x: sample(denoise, process, x, times, solver=Ddpm('learned'), keys=jnp.zeros(2)))(
-    jnp.asarray(noise)
-  )
+  got = jax.jit(
+    lambda x: sample(denoise, process, x, times, solver=Ddpm('learned'), keys=jax.random.split(jax.random.key(0)))
+  )(jnp.asarray(noise))
   np.testing.assert_allclose(got, np.moveaxis(x.numpy(), 1, -1), rtol=0, atol=1e-4)

@@ -17,7 +17,7 @@ from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import vit as names
 from fmcv_jax.pretrained.layout import write
-from fmcv_jax.pretrained.tensors import Late, open_tensors, write_tensors
+from fmcv_jax.pretrained.tensors import LazyArray, open_tensors, write_tensors
 from fmcv_jax.train import checksums
 from fmcv_jax.train.checkpoint import Checkpointer
 
@@ -75,7 +75,7 @@ def test_a_file_a_folder_of_shards_and_an_npz_come_back_bitwise(published, tmp_p
 
 def test_what_is_written_is_the_librarys_own_file_byte_for_byte(published, tmp_path):
   tensors = published | {'scalar': np.float32(3), 'counts': np.arange(3), 'none': np.zeros((0, 2), np.float32)}
-  tensors['turned'] = Late(lambda: np.arange(6, dtype=np.float32).reshape(2, 3).T)
+  tensors['turned'] = LazyArray(lambda: np.arange(6, dtype=np.float32).reshape(2, 3).T)
   write_tensors(tmp_path / 'ours.safetensors', tensors)
   contiguous = {name: np.asarray(x, order='C') for name, x in tensors.items()}
   save_file(contiguous, tmp_path / 'theirs.safetensors', metadata={'format': 'pt'})
