@@ -94,7 +94,7 @@ def run(
   prompts = prompts or ['']
   for prompt in (*prompts, options.negative):
     if (left := generator.truncated_prompt(prompt)) is not None:
-      console.print(f'prompt too long, cut to: {left}', highlight=False, markup=False)
+      console.print(f'prompt too long, truncated to: {left}', highlight=False, markup=False)
   rows = [prompts[0]] * count if interpolate else [prompt for prompt in prompts for _ in range(count)]
 
   def repeated(x: np.ndarray) -> np.ndarray:

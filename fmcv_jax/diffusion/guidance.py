@@ -23,7 +23,7 @@ def guided(
 
   denoise    (x, time, condition) -> output; both conditions (trees of [B, ...]) are run as one batch of 2 B
   without    the empty condition, or that of a negative prompt
-  scale      1 is no guidance; a number, or one for each example [B]
+  scale      1 disables guidance; a number, or one for each example [B]
   interval   times (low, high) outside of which there is none (Kynkaanniemi et al. 2024)
   rescale    fraction by which the result is brought back to the standard deviation of the conditioned output (Lin et
              al. 2024, eq. 15 and 16)

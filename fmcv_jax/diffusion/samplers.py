@@ -20,7 +20,7 @@ from fmcv_jax.shapes import AnyArray, Float, Key
 Spacing = Literal['trailing', 'leading', 'uniform', 'quadratic', 'karras']
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Draw = Callable[[], jax.Array]
-Rows = Mapping[str, np.ndarray]
+Coefficients = Mapping[str, np.ndarray]
 Stepped = tuple[jax.Array, Any]  # the next x and the next memory of the solver
 
 
@@ -94,7 +94,7 @@ class Solver(abc.ABC):
   stochastic = False
 
   @abc.abstractmethod
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     """Coefficients, arrays [calls]: 'time' of the call, 'alpha' and 'sigma' of the next x, and the solver's own."""
 
   def start(self, x: jax.Array) -> Any:
@@ -121,7 +121,7 @@ class Ddim(Solver):
     return self.eta > 0
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     alpha, sigma, variance = path.alpha[1:], path.sigma[1:], _posterior_variance(path)
     kept = np.sqrt(sigma**2 - self.eta**2 * variance)
     return {'time': path.times, 'alpha': alpha, 'sigma': sigma, 'noise': kept, 'fresh': self.eta * np.sqrt(variance)}
@@ -141,7 +141,7 @@ class Ddpm(Solver):
   stochastic = True
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     if self.variance == 'learned' and not process.learned_variance:
       raise ValueError('solver: this network has no learned variance')
     small = _posterior_variance(path)
@@ -173,7 +173,7 @@ class Heun(Solver):
   """
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     flow = process.schedule == 'flow'
     alpha, sigma = path.alpha, path.sigma
     if not flow and alpha[0] < 1e-6:
@@ -219,7 +219,7 @@ class DpmPlusPlus(Solver):
     return self.sde
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     step, ratio = _steps(path)
     alpha, sigma = path.alpha[1:], path.sigma[1:]
     decay = np.exp(-step)
@@ -252,7 +252,7 @@ class UniPC(Solver):
   """
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     step, ratio = _steps(path)
     count = len(step)
     change = np.expm1(-step)  # B(h), and phi_1
@@ -357,12 +357,12 @@ def sample(
   return (x, images) if trace else x
 
 
-def coefficients(process: Process, solver: Solver, times: Any) -> Rows:
+def coefficients(process: Process, solver: Solver, times: Any) -> Coefficients:
   """Coefficients of a solver for these times; ValueError if the solver does not support the process."""
   if len(times) == 0:
     raise ValueError('steps: must be at least 1')
   alpha, sigma = process.alpha_sigma(np.asarray(times))
-  return solver.rows(process, Trajectory(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0)))
+  return solver.coefficients(process, Trajectory(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0)))
 
 
 def add_noise(

@@ -57,22 +57,22 @@ def _forward(
   def local(image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
     rows = len(image)
 
-    def meet(row: Any, texts: Any, column: Any) -> Any:
-      best, by_image, own_logit, total = row
+    def body(carry: Any, texts: Any, by_text: Any) -> Any:
+      best, by_image, own_logit, total = carry
       start, block = texts
       logits, own = _logits(image, block, scale, bias, start)
       best = jnp.maximum(best, logits.max(axis=1))
       own_logit += jnp.sum(logits, axis=1, where=own)
       if loss_name == 'sigmoid':
-        return (best, by_image, own_logit, total + jax.nn.softplus(jnp.where(own, -logits, logits)).sum()), column
+        return (best, by_image, own_logit, total + jax.nn.softplus(jnp.where(own, -logits, logits)).sum()), by_text
       by_image = jnp.logaddexp(by_image, jax.nn.logsumexp(logits, axis=1))
-      column = jnp.logaddexp(column, jax.nn.logsumexp(logits, axis=0))
-      return (best, by_image, own_logit, total + logits.sum()), column
+      by_text = jnp.logaddexp(by_text, jax.nn.logsumexp(logits, axis=0))
+      return (best, by_image, own_logit, total + logits.sum()), by_text
 
     lowest = jnp.full(rows, -jnp.inf)
-    row = (lowest, lowest, jnp.zeros(rows), jnp.zeros(()))
-    row, by_text = ring_scan(meet, row, text, lowest, jnp.logaddexp, axis='batch', block=BLOCK)
-    best, by_image, own_logit, total = row
+    carry = (lowest, lowest, jnp.zeros(rows), jnp.zeros(()))
+    carry, by_text = ring_scan(body, carry, text, lowest, jnp.logaddexp, axis='batch', block=BLOCK)
+    best, by_image, own_logit, total = carry
     # Sums over the devices: the terms of pairs, and the terms of images.
     sums = jnp.stack([total, own_logit.sum(), by_image.sum(), by_text.sum(), jnp.sum(own_logit >= best)])
     return _over_devices(sums), by_image, by_text
@@ -102,8 +102,8 @@ def _backward(loss_name: LossName, smoothing: float, saved: Any, cotangents: Any
     by_text: jax.Array,
     cotangent: jax.Array,
   ) -> Any:
-    def meet(row: Any, texts: Any, column: Any) -> Any:
-      by_row, by_bias = row
+    def body(carry: Any, texts: Any, by_column: Any) -> Any:
+      by_row, by_bias = carry
       start, (block, by_text) = texts
       logits, own = _logits(image, block, scale, bias, start)
       if loss_name == 'sigmoid':
@@ -113,14 +113,16 @@ def _backward(loss_name: LossName, smoothing: float, saved: Any, cotangents: Any
         gradient += -(1 - smoothing) * own - smoothing / count
       gradient *= cotangent / count
       by_row += jnp.einsum('it,te->ie', gradient, block, preferred_element_type=jnp.float32)
-      column += jnp.einsum('it,ie->te', gradient, image, preferred_element_type=jnp.float32)
-      return (by_row, by_bias + gradient.sum()), column
+      by_column += jnp.einsum('it,ie->te', gradient, image, preferred_element_type=jnp.float32)
+      return (by_row, by_bias + gradient.sum()), by_column
 
-    row = (jnp.zeros(image.shape), jnp.zeros(()))
-    column = jnp.zeros(text.shape)
-    (by_row, by_bias), column = ring_scan(meet, row, (text, by_text), column, jnp.add, axis='batch', block=BLOCK)
+    carry = (jnp.zeros(image.shape), jnp.zeros(()))
+    by_column = jnp.zeros(text.shape)
+    (by_row, by_bias), by_column = ring_scan(
+      body, carry, (text, by_text), by_column, jnp.add, axis='batch', block=BLOCK
+    )
     scalars = _over_devices(jnp.stack([jnp.sum(image * by_row), by_bias]))
-    return scale * by_row, scale * column, scalars
+    return scale * by_row, scale * by_column, scalars
 
   by_image, by_text, (by_scale, by_bias) = shard_mapped(
     local,

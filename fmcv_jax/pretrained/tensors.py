@@ -127,7 +127,7 @@ def _shards(index: _Set) -> Tensors:
     names = json.loads(index.file.read_text(encoding='utf-8'))['weight_map']
     files = sorted(set(names.values()))
   except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise UserError(f'{index.file}: is no index of shards ({first_line(error)})') from error
+    raise UserError(f'{index.file}: is not an index of shards ({first_line(error)})') from error
   folder = index.file.parent
   for name in files:
     if '/' in name or not (folder / name).exists():

@@ -248,7 +248,7 @@ def test_a_pickle_bomb_is_one_line_and_does_not_go_off(published, tmp_path, caps
   (tmp_path / 'cut.pth').write_bytes((tmp_path / 'x.pth').read_bytes()[:5000])
   with zipfile.ZipFile(tmp_path / 'packed.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
     archive.writestr('x/data/0', bytes(20_000_000))
-  for name, message in {'cut.pth': 'is no whole file of plain tensors', 'packed.pth': 'would grow from'}.items():
+  for name, message in {'cut.pth': 'is not a complete file of plain tensors', 'packed.pth': 'would grow from'}.items():
     assert run('import', tmp_path / name, '--to', tmp_path / 'run') == 2
     assert message in one_line(capsys)
   assert not (tmp_path / 'went_off').exists()
