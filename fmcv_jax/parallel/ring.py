@@ -24,8 +24,8 @@ def ring_scan(
 ) -> tuple[Any, Any]:
   """Ring scan: `carry` stays on its device, `items` and their `results` rotate over those of a logical axis.
 
-  Returns (carry, results). Runs inside a `shard_mapped` function. Leaves of items and results are [c, ...], c items of this
-  device, which `body` sees in blocks of at most `block`.
+  Returns (carry, results). Runs inside a `shard_mapped` function. Leaves of items and results are [c, ...], c items of
+  this device, which `body` sees in blocks of at most `block`.
 
   body     (carry, (start, items), results) -> (carry, results) of one block; `start` is the number of its first item,
            counted from the first of this device (items of other devices are negative, or c and more)
