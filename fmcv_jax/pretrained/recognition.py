@@ -85,7 +85,7 @@ def _matches(
 def _unknown(names: list[str], shapes: Mapping[str, Shape], candidates: list[str]) -> str:
   name = min(names)
   more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-  return f'no layout of {_whose(candidates)} knows {name} of the shape {tuple(shapes[name])}{more}'
+  return f'no layout of {_whose(candidates)} contains {name} of the shape {tuple(shapes[name])}{more}'
 
 
 def _whose(candidates: list[str]) -> str:
