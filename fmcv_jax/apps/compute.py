@@ -33,7 +33,7 @@ def run(
   paths  image files, and folders that are read with their subfolders
 
   An image that cannot be read is named, left out and counted. Raises UserError for an output that the model does not
-  have, or that needs more than images, and before the model is read for files in `to` that would be overwritten.
+  have, or that reads something else than images, and before the model is read for files in `to` that would be overwritten.
   """
   if batch < 1:
     raise UserError(f'--batch: expected at least 1, got {batch}')
@@ -65,14 +65,13 @@ def run(
 
 
 def check_reads_images(name: str, outputs: Outputs, model: str) -> None:
-  """Raises UserError if a model has no output of that name, or one that reads more than images."""
-  of_images = {name: output for name, output in outputs.items() if set(output.reads) <= {'image'}}
+  """Raises UserError if a model has no output of that name, or one that reads something else than images."""
+  of_images = {name: output for name, output in outputs.items() if set(output.reads) == {'image'}}
   if name not in outputs:
     raise UserError(
       f'{name!r} is not an output of {model}; outputs of images: {listed(of_images)}. {did_you_mean(name, of_images)}'
     )
   if name not in of_images:
     others = ', '.join(field for field in outputs[name].reads if field != 'image')
-    raise UserError(
-      f'{name!r} of {model} reads {others}, which image files do not have; outputs of images: {listed(of_images)}'
-    )
+    why = f'reads {others}, which image files do not have' if others else 'does not depend on images'
+    raise UserError(f'{name!r} of {model} {why}; outputs of images: {listed(of_images)}')

@@ -7,7 +7,10 @@ import pytest
 from PIL import Image
 
 from fmcv_jax.__main__ import main
+from fmcv_jax.apps.compute import check_reads_images
+from fmcv_jax.errors import UserError
 from fmcv_jax.inference.model import Model
+from fmcv_jax.objectives.outputs import Output
 from tests import runs
 from tests.train.tiny import shaken
 
@@ -83,3 +86,6 @@ def test_an_output_that_is_not_there_or_reads_more_than_images_is_refused(folder
   line = one_line(capsys, 'compute', 'samples', *given, '--model', generative)
   assert 'reads label, which image files do not have; outputs of images: none' in line
   assert not (tmp_path / 'out').exists()
+  unconditional = {'samples': Output(lambda params, extra, batch: None, 'image', ())}
+  with pytest.raises(UserError, match="'samples' of x does not depend on images; outputs of images: none"):
+    check_reads_images('samples', unconditional, 'x')
