@@ -33,7 +33,8 @@ def run(
   paths  image files, and folders that are read with their subfolders
 
   An image that cannot be read is named, left out and counted. Raises UserError for an output that the model does not
-  have, or that reads something else than images, and before the model is read for files in `to` that would be overwritten.
+  have, or that reads something else than images, and for files in `to` that would be overwritten (before the model is
+  read).
   """
   if batch < 1:
     raise UserError(f'--batch: expected at least 1, got {batch}')
