@@ -6,7 +6,7 @@
 # loses something else, so on images with hard edges the results differ by far more than rounding; on smooth ones they
 # agree to a level or two. A model that is shown images by one and was trained on images by the other sees the difference.
 #
-# Seen on 2026-11-30 with Python 3.11, pillow 13.0.0, numpy 2.4.6: checkerboard of thin lines, 97 x 83 to 32 x 32: largest
+# Observed on 2026-11-30 with Python 3.11, pillow 13.0.0, numpy 2.4.6: checkerboard of thin lines, 97 x 83 to 32 x 32: largest
 # difference above 10 levels; a smooth gradient: at most 2.
 # Exits with 0 while that holds, and with 1 once it changes.
 set -euo pipefail

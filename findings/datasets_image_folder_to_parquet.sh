@@ -3,9 +3,9 @@
 #
 # load_dataset('imagefolder') followed by Dataset.to_parquet gives a table whose `image` column is a struct of `bytes` and
 # `path`. One expects a file that can be moved to another machine; `bytes` is null in every row, and `path` is the absolute
-# path on this machine, so the pictures are gone elsewhere. Dataset.save_to_disk, and push_to_hub, embed the bytes.
+# path on this machine, so the images are gone elsewhere. Dataset.save_to_disk, and push_to_hub, embed the bytes.
 #
-# Seen on 2026-11-30 with Python 3.11, pyarrow 26.0.1 and pillow 12.3.0: of two images, no bytes and two absolute paths.
+# Observed on 2026-11-30 with Python 3.11, pyarrow 26.0.1 and pillow 12.3.0: of two images, no bytes and two absolute paths.
 # Exits with 0 while that holds, and with 1 once it changes.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -6,7 +6,7 @@
 # NaN, 0.3 the policy preserves the checkpoint with 0.3 and lets the one with 0.9 be deleted. One would expect NaN to be
 # ranked last, or refused.
 #
-# Seen on 2026-11-30 with Python 3.11: preserved [False, False, True]; without the NaN [True, False].
+# Observed on 2026-11-30 with Python 3.11: preserved [False, False, True]; without the NaN [True, False].
 # Exits with 0 while that holds, and with 1 once it changes.
 set -euo pipefail
 folder=$(mktemp -d)

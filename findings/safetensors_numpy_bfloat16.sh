@@ -5,7 +5,7 @@
 # that has, although both have the package installed: numpy knows the name 'bfloat16' only once ml_dtypes has registered it.
 # A program that imports jax first works by accident. float8 arrays fail in both.
 #
-# Seen on 2026-11-30 with Python 3.11, numpy 2.4.6 and ml_dtypes 0.6.0: an error, then [1.0, 2.5], then an error for float8.
+# Observed on 2026-11-30 with Python 3.11, numpy 2.4.6 and ml_dtypes 0.6.0: an error, then [1.0, 2.5], then an error for float8.
 # Exits with 0 while that holds, and with 1 once it changes.
 set -euo pipefail
 folder=$(mktemp -d)

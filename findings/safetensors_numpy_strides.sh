@@ -5,7 +5,7 @@
 # the shape of the transposed array and the bytes of the original order, so it loads as other values. (The torch writer
 # refuses such tensors.) np.ascontiguousarray before saving gives the right file.
 #
-# Seen on 2026-11-30 with Python 3.11 and numpy 2.4.6: [[0, 3], [1, 4], [2, 5]] comes back as [[0, 1], [2, 3], [4, 5]].
+# Observed on 2026-11-30 with Python 3.11 and numpy 2.4.6: [[0, 3], [1, 4], [2, 5]] comes back as [[0, 1], [2, 3], [4, 5]].
 # Exits with 0 while that holds, and with 1 once it changes.
 set -euo pipefail
 folder=$(mktemp -d)

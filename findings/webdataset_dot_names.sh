@@ -5,7 +5,7 @@
 # '.marker' or what a desktop leaves behind, is skipped without ending the sample: the members on both sides are joined. A
 # reader that groups by "the name changed" counts two samples there, and rows of two programs over one tar no longer agree.
 #
-# Seen on 2026-11-30 with Python 3.11: members a.txt, .marker, a.cls give one sample with txt and cls; with marker.txt
+# Observed on 2026-11-30 with Python 3.11: members a.txt, .marker, a.cls give one sample with txt and cls; with marker.txt
 # between them they are three samples.
 # Exits with 0 while that holds, and with 1 once it changes.
 set -euo pipefail

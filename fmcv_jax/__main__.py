@@ -209,6 +209,11 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument(
     '--dtype', choices=['float16', 'float32'], help='dtype of stored floats (default: the dtype of each output)'
   )
+  sub = add(commands.compute, model=True)
+  sub.add_argument('name', metavar='NAME', help='output name: features, logits, reconstruct, segments, attention, ...')
+  sub.add_argument('path', nargs='+', metavar='PATH', help='image file or folder')
+  sub.add_argument('--to', required=True, metavar='DIR', help='output folder; nothing in it is overwritten')
+  sub.add_argument('--batch', type=int, default=64, help='global batch size (default: 64)')
   sub = add(
     commands.plan,
     config='',

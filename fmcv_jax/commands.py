@@ -2,9 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fmcv_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from fmcv_jax.diffusion.options import SamplingOptions
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -62,11 +65,15 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
   """Generate images with a trained diffusion model."""
   from fmcv_jax.apps import generate as generate_app
 
+  if args.strength is not None and (not args.image or args.mask is not None or args.expand is not None):
+    raise UserError('--strength: needs an --image, and no --mask or --expand')
+  if not args.control and (args.control_preprocessed or args.control_scale is not None):
+    raise UserError('--control-preprocessed and --control-scale: need a --control')
   generate_app.run(
     args.prompt,
     args.model,
     args.output,
-    _sampling(args, negative=args.negative, control_preprocessed=args.control_preprocessed),
+    _sampling(args, 'negative', 'control_preprocessed', 'strength', 'control_scale'),
     step=args.step,
     batch=args.batch,
     overrides=overrides,
@@ -74,10 +81,8 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
     image=args.image,
     mask=args.mask,
     expand=args.expand,
-    strength=args.strength,
     interpolate=args.interpolate,
     control=args.control,
-    control_scale=args.control_scale,
   )
 
 
@@ -169,6 +174,13 @@ def precompute(args: argparse.Namespace, overrides: list[str]) -> None:
   )
 
 
+def compute(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Compute an output of a model for image files: PNG, JSON lines or NPZ, by its kind."""
+  from fmcv_jax.apps import compute as compute_app
+
+  compute_app.run(args.name, args.path, args.model, args.to, step=args.step, batch=args.batch, overrides=overrides)
+
+
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
   """Compile a config for a remote TPU topology and report memory, communication and cost."""
   from fmcv_jax.plan import planning
@@ -219,11 +231,12 @@ def _texts(
     )
 
 
-def _sampling(args: argparse.Namespace, **more: Any) -> Any:
-  """The SamplingOptions of the arguments."""
+def _sampling(args: argparse.Namespace, *more: str) -> 'SamplingOptions':
+  """The SamplingOptions of the arguments that every command has, and of `more`; their defaults for those not given."""
   from fmcv_jax.apps.arguments import command_line_errors
   from fmcv_jax.diffusion.options import SamplingOptions
 
-  names = ('steps', 'guidance', 'seed', 'solver', 'spacing', 'interval', 'rescale')
+  names = ('steps', 'guidance', 'seed', 'solver', 'spacing', 'interval', 'rescale', *more)
+  given = {name: value for name in names if (value := getattr(args, name)) is not None}
   with command_line_errors():
-    return SamplingOptions(**{name: getattr(args, name) for name in names}, **more)
+    return SamplingOptions(**given)

@@ -127,13 +127,13 @@ def _assign(tree: Any, keys: list[str], value: Any, path: str) -> Any:
   key, rest = keys[0], keys[1:]
   if isinstance(tree, tuple):
     if not key.isdigit() or int(key) >= len(tree):
-      raise UserError(f'--config.{path}: {key!r} is no index into a list of {len(tree)}')
+      raise UserError(f'--config.{path}: {key!r} is not a valid index into a list of length {len(tree)}')
     at = int(key)
     return tree[:at] + (_assign(tree[at], rest, value, path),) + tree[at + 1 :]
   if tree is None:
     tree = {}
   if not isinstance(tree, dict):
-    raise UserError(f'--config.{path}: there is no field {key!r} inside the value {tree!r}')
+    raise UserError(f'--config.{path}: cannot set {key!r}: the value {tree!r} is not a mapping')
   return {**tree, key: _assign(tree.get(key), rest, value, path)}
 
 

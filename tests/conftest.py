@@ -15,9 +15,25 @@ os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 
 import jaxtyping
 
+from tests import shape_checker  # noqa: F401 (the hook finds it by name)
+
 # Shapes and dtypes in annotations are checked at each call, when a program is traced.
-SHAPE_CHECKED = ('fmcv_jax.models.common.attention.dispatch', 'fmcv_jax.models.common.patches')
-jaxtyping.install_import_hook(SHAPE_CHECKED, 'beartype.beartype')
+SHAPE_CHECKED = (
+  'fmcv_jax.augment.apply',
+  'fmcv_jax.augment.color',
+  'fmcv_jax.augment.mixing',
+  'fmcv_jax.augment.warp',
+  'fmcv_jax.diffusion.guidance',
+  'fmcv_jax.diffusion.learned_variance',
+  'fmcv_jax.diffusion.process',
+  'fmcv_jax.diffusion.samplers',
+  'fmcv_jax.models.common.attention.dispatch',
+  'fmcv_jax.models.common.patches',
+  'fmcv_jax.objectives.dino_losses',
+  'fmcv_jax.objectives.distillation',
+  'fmcv_jax.objectives.ring_contrastive',
+)
+jaxtyping.install_import_hook(SHAPE_CHECKED, 'tests.shape_checker.checked')
 
 from fmcv_jax.parallel.distributed import emulate  # noqa: E402
 

@@ -64,7 +64,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_step_and_it_resumes_there(c
   full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
   line = error_of(runs.start(config(400), tmp_path / 'run', preexec_fn=full))
   assert 'could not be saved' in line
-  assert f'step {reached} is the newest that is whole' in line
+  assert f'step {reached} is the latest complete checkpoint' in line
   again = runs.start(config(400), tmp_path / 'run')
   begin = next(line for line in again.stdout if 'M parameters' in line)
   again.kill()

@@ -1,11 +1,10 @@
 """`fmcv caption` and `fmcv ask`: texts about image files as JSON lines."""
 
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO
 
 import jax
 from rich.progress import Progress
@@ -16,6 +15,7 @@ from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.inference.image_files import find_images
 from fmcv_jax.inference.model import evaluated_as
+from fmcv_jax.inference.output_files import UNREADABLE, write_row
 from fmcv_jax.inference.text_generator import TextGenerator, caption_prompt
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
@@ -79,13 +79,8 @@ def _opened(to: str | None) -> IO[str]:
 
 
 def _write(output: IO[str], file: str, prompt: str, text: str | None, log_likelihood: float) -> None:
-  row: dict[str, Any] = {'file': file, 'prompt': prompt}
-  if text is None:
-    row |= {'error': 'the image cannot be read'}
-  else:
-    row |= {'text': text, 'log_likelihood': round(log_likelihood, 4) if math.isfinite(log_likelihood) else None}
-  output.write(json.dumps(row, ensure_ascii=False) + '\n')
-  output.flush()
+  read = {'error': UNREADABLE} if text is None else {'text': text, 'log_likelihood': round(log_likelihood, 4)}
+  write_row(output, {'file': file, 'prompt': prompt, **read})
 
 
 def _written(to: str, prompt: str) -> set[str]:

@@ -28,8 +28,8 @@ from fmcv_jax.pretrained.arrays import Tensors
 from fmcv_jax.pretrained.families import FAMILIES, family_of
 from fmcv_jax.pretrained.hub_file import Findings
 from fmcv_jax.pretrained.layout import Layout, Shape, check, has_places, heads_in, read, renamed, with_heads, write
-from fmcv_jax.pretrained.outline import name_of
 from fmcv_jax.pretrained.recognition import recognize
+from fmcv_jax.pretrained.shape_inference import name_of
 from fmcv_jax.pretrained.tensors import TORCH, open_tensors, write_tensors
 from fmcv_jax.registry import KINDS
 from fmcv_jax.run import Run, keep_tokenizer, load_trained_params

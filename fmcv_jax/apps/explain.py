@@ -15,11 +15,8 @@ from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.interpret import activation_maps, attention_maps
-from fmcv_jax.interpret.attention_maps import available_outputs
-from fmcv_jax.models.backbones.efficientnet import EfficientNet
-from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.norms import l2_normalize
-from fmcv_jax.models.common.outputs import Features
+from fmcv_jax.models.common.outputs import AttentionNetwork, AveragePooledNetwork, Features
 from fmcv_jax.models.common.patches import patch_features
 from fmcv_jax.objectives.outputs import ImageEncoder, encoder_of
 from fmcv_jax.pretrained import packaged
@@ -37,7 +34,7 @@ def run(
 ) -> list[pathlib.Path]:
   """Explains image files by the model in a workdir; writes PNGs to `output` and returns their paths.
 
-  For a vision transformer:
+  For a vision transformer (an `AttentionNetwork`):
   attention        attention from the class token to the patches in the last layer, per head
   rollout          attention rollout over all layers (Abnar & Zuidema 2020)
   features         the first three principal components of the patch features, over all images, as RGB
@@ -45,8 +42,8 @@ def run(
   similarity       similarity of each patch to each text
   reconstruction   masked input and reconstruction (masked autoencoders)
 
-  For a network with global average pooling (Swin, EfficientNet): features, and class activation maps for the top-1
-  class (relevance) or for each text (similarity; Zhou et al. 2016).
+  For a network with global average pooling (an `AveragePooledNetwork`, such as Swin and EfficientNet): features, and
+  class activation maps for the top-1 class (relevance) or for each text (similarity; Zhou et al. 2016).
   """
   console, reopened = make_console(), Run.reopen(packaged.locate(model))
   subject, step = reopened.restored_model(step)
@@ -54,18 +51,21 @@ def run(
     tower = encoder_of(subject.outputs)(subject.params, subject.extra)
   except UserError as error:
     raise UserError(f'{model}: {error}') from error
-  transformer = 'attention' in available_outputs(tower.network)
-  if not transformer and not activation_maps.is_global_average_pooled(tower.network):
-    raise UserError(f'{model}: explain supports ViT, Swin and EfficientNet models only')
+  transformer = isinstance(tower.network, AttentionNetwork)
+  if not transformer and not isinstance(tower.network, AveragePooledNetwork):
+    raise UserError(
+      f'{model}: explain needs a network that offers its attention (ViT), or that averages its last map (Swin, '
+      f'EfficientNet); {type(tower.network).__name__} does neither'
+    )
   if texts and 'embed_text' not in subject.outputs:
     raise UserError(f'--text: {model} is not an image-text model')
   network, params = tower.network, tower.params
-  own, patch = network.input_shape[:2], getattr(network, 'smallest_patch', network.patch_size)
+  own, multiple = network.input_shape[:2], network.size_multiple
   if own[0] != own[1]:
     raise UserError(f'{model}: explain draws square images only; the network takes {own[0]} x {own[1]} pixels')
   size = size or own[0]
-  if size % patch and not isinstance(network, EfficientNet):
-    raise UserError(f'--size: {size} is not divisible by the patch size {patch}')
+  if size % multiple:
+    raise UserError(f'--size: {size} is not divisible by the patch size {multiple}')
 
   pixels = np.stack([_read(file, size) for file in files])
   folder, written = pathlib.Path(output), []
@@ -118,7 +118,7 @@ def _read(file: str, size: int) -> np.ndarray:
     raise UserError(f'{file}: {error}') from error
 
 
-def _attention(network: ViT, params: Any, images: jax.Array) -> Any:
+def _attention(network: AttentionNetwork, params: Any, images: jax.Array) -> Any:
   """Attention of the last layer [B, H, rows, columns], rollout [B, rows, columns], features [B, rows, columns, D]."""
   _, projections = attention_maps.apply_with_intermediates(network, params, images)
   weights = projections.weights()
@@ -129,7 +129,7 @@ def _attention(network: ViT, params: Any, images: jax.Array) -> Any:
 
 
 def _relevance(
-  network: ViT, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]
+  network: AttentionNetwork, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Relevance of each patch for the score of its image, [B, rows, columns], and the scores [B]."""
   flow, scores = attention_maps.relevance(network, params, images, score)
@@ -140,7 +140,7 @@ def _relevance(
 def _of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, texts: Sequence[str]) -> Any:
   """Patch similarity and relevance per text, both [texts, B, rows, columns], and scores [texts, B]."""
   network, params = tower.network, tower.params
-  assert isinstance(network, ViT)
+  assert isinstance(network, AttentionNetwork)
 
   @jax.jit
   def compare(params: Any, images: jax.Array, embedded: jax.Array) -> Any:
@@ -157,7 +157,7 @@ def _of_texts(subject: EvaluatedModel, tower: ImageEncoder, images: jax.Array, t
 def _of_classes(tower: ImageEncoder, images: jax.Array) -> Any:
   """Relevance of each patch for the top-1 class, [B, rows, columns], and that class, [B]."""
   network, params = tower.network, tower.params
-  assert isinstance(network, ViT)
+  assert isinstance(network, AttentionNetwork)
 
   @jax.jit
   def explain(params: Any, images: jax.Array) -> Any:

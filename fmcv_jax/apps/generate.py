@@ -57,10 +57,8 @@ def run(
   image: str | None = None,
   mask: str | None = None,
   expand: float | None = None,
-  strength: float | None = None,
   interpolate: bool = False,
   control: str | None = None,
-  control_scale: float | None = None,
 ) -> pathlib.Path:
   """`count` images for each prompt; writes them and a grid (a row a prompt, of one prompt a square) to `output`.
 
@@ -74,10 +72,6 @@ def run(
     raise UserError('--mask and --expand: need an --image')
   if mask is not None and expand is not None:
     raise UserError('--mask and --expand: give one of them')
-  if strength is not None and (not image or mask is not None or expand is not None):
-    raise UserError('--strength: needs an --image, and no --mask or --expand')
-  if not control and (options.control_preprocessed or control_scale is not None):
-    raise UserError('--control-preprocessed and --control-scale: need a --control')
   folder, grid = pathlib.Path(output), pathlib.Path(output) / 'grid.png'
   if folder.exists() and not folder.is_dir():
     raise UserError(f'--output {folder}: is a file; give a folder')
@@ -93,8 +87,6 @@ def run(
     )
   console = make_console(quiet=not is_main())
   with command_line_errors():
-    given: dict[str, Any] = {'strength': strength, 'control_scale': control_scale}
-    options = dataclasses.replace(options, **{name: value for name, value in given.items() if value is not None})
     generator = ImageGenerator(model, step=step, batch=batch, overrides=overrides)
   if generator.takes_prompts != bool(prompts):
     unconditional = f'{model}: is not conditioned on prompts; give none'
@@ -102,7 +94,7 @@ def run(
   prompts = prompts or ['']
   for prompt in (*prompts, options.negative):
     if (left := generator.truncated_prompt(prompt)) is not None:
-      console.print(f'prompt too long, cut to: {left}', highlight=False, markup=False)
+      console.print(f'prompt too long, truncated to: {left}', highlight=False, markup=False)
   rows = [prompts[0]] * count if interpolate else [prompt for prompt in prompts for _ in range(count)]
 
   def repeated(x: np.ndarray) -> np.ndarray:

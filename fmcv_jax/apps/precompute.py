@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
@@ -18,6 +17,7 @@ from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.sources.subset import Subset
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
+from fmcv_jax.inference.output_files import storable
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run, load_trained_params
@@ -116,10 +116,10 @@ def _computed(
   if not len(rows):
     return
   pipeline = dataclasses.replace(job.experiment.data, source=Subset(job.experiment.data.source, rows))
-  batches, done = subject.map_batches(names, pipeline, batch), 0
-  while done < len(rows):
+  records = subject.map_records(names, pipeline, batch)
+  for record in map(int, rows):
     try:
-      values, given = next(batches)
+      values = next(records)
     except (KeyError, TypeError) as error:
       if subject.params is not None:
         raise
@@ -127,22 +127,17 @@ def _computed(
         f'{", ".join(names)}: needs networks that config.init_from does not load ({error}); load them, or pass '
         f'--model with a trained run'
       ) from error
-    fields = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(values)[0]}
-    for row in range(min(batch, len(rows) - done)):  # the last batch is padded
-      record = int(rows[done + row])
-      readable = (
-        {name: _stored(name, record, x[row], dtype) for name, x in fields.items()} if given['mask'][row] else None
-      )
-      yield record, readable
-    done += batch
+    leaves = jax.tree_util.tree_flatten_with_path(values)[0]
+    fields = {path_of(path): _stored(path_of(path), record, x, dtype) for path, x in leaves}
+    yield record, None if values is None else fields
 
 
 def _stored(name: str, record: int, value: np.ndarray, dtype: FloatDtype | None) -> np.ndarray:
-  """The array in the dtype that is stored: bfloat16, which numpy lacks, becomes float32 unless `dtype` is given."""
-  value = np.asarray(value)
-  if not jnp.issubdtype(value.dtype, jnp.floating):
-    return value
-  stored = value.astype(dtype or (value.dtype if value.dtype != jnp.bfloat16 else np.float32))
+  """The array in the dtype that is stored, see `storable`; floats as `dtype` if it is given."""
+  stored = value = storable(value)
+  if dtype is not None and np.issubdtype(value.dtype, np.floating):
+    with np.errstate(over='ignore'):  # reported below
+      stored = value.astype(dtype)
   if np.isfinite(value).all() and not np.isfinite(stored).all():
     raise UserError(
       f'--dtype {dtype}: {name} of record {record} has values up to {np.abs(value).max():g}, the float16 maximum '

@@ -49,7 +49,7 @@ def run(
   cut = [name for name in names if generator.truncated_prompt(name) is not None]
   if cut:
     console.print(
-      f'{len(cut)} prompts too long, such as {cut[0]!r}, cut to: {generator.truncated_prompt(cut[0])}',
+      f'{len(cut)} prompts too long, such as {cut[0]!r}, truncated to: {generator.truncated_prompt(cut[0])}',
       highlight=False,
       markup=False,
     )
@@ -86,7 +86,7 @@ def _lines(file: str) -> Sequence[str]:
   try:
     lines = [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
   except UnicodeDecodeError as error:
-    raise UserError(f'--prompts {file}: is no text in UTF-8') from error
+    raise UserError(f'--prompts {file}: is not text in UTF-8') from error
   if not lines:
     raise UserError(f'--prompts {file}: has no prompt')
   return lines

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 
 from fmcv_jax.augment.base import Augment, GeometricAugment
 from fmcv_jax.fields import Field
+from fmcv_jax.shapes import AnyArray, Bool, Float, Shaped
 
 
-def apply_augments(images: jax.Array, augments: Sequence[Augment], rng: jax.Array) -> jax.Array:
+def apply_augments(
+  images: Shaped[AnyArray, ' batch *frames height width channels'], augments: Sequence[Augment], rng: jax.Array
+) -> Float[jax.Array, ' batch *frames height width channels']:
   """uint8 [B, H, W, C] or clips [B, T, H, W, C] -> float32 in [0, 1], after every augmentation in order.
 
   All frames of a clip are changed alike: the random numbers are drawn once for each example.
@@ -101,7 +104,9 @@ def _move_pixels(augment: GeometricAugment, matrix: jax.Array, pixels: jax.Array
   return jnp.round(moved * 255).astype(pixels.dtype)
 
 
-def move_points(points: jax.Array, matrix: jax.Array, sides: tuple[int, int]) -> jax.Array:
+def move_points(
+  points: Float[AnyArray, ' batch *points coordinates'], matrix: Float[AnyArray, 'batch 2 3'], sides: tuple[int, int]
+) -> Float[jax.Array, ' batch *points coordinates']:
   """points [B, ..., 2 or 3] through the inverse of matrix [B, 2, 3]; a third column becomes 0 outside of the image."""
   inverse = jnp.linalg.inv(matrix[:, :, :2])
   lead = (len(points), *(1,) * (points.ndim - 2))
@@ -113,7 +118,9 @@ def move_points(points: jax.Array, matrix: jax.Array, sides: tuple[int, int]) ->
   return jnp.concatenate([moved, jnp.where(inside, points[..., 2], 0)[..., None]], -1)
 
 
-def move_boxes(boxes: jax.Array, matrix: jax.Array, sides: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def move_boxes(
+  boxes: Float[AnyArray, 'batch boxes 4'], matrix: Float[AnyArray, 'batch 2 3'], sides: tuple[int, int]
+) -> tuple[Float[jax.Array, 'batch boxes 4'], Bool[jax.Array, 'batch boxes']]:
   """boxes [B, N, 4] around their moved corners, cut at the border; bool [B, N]: those of which something is left.
 
   As on the host, a cut box keeps at least a pixel along each side, or goes.

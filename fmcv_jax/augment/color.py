@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fmcv_jax.augment.base import Augment, bernoulli_mask, check_bounds, check_share
 from fmcv_jax.bounds import Fraction, HueShift, NonNegativeFloat, PositiveFloat
+from fmcv_jax.shapes import AnyArray, Bool, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +95,13 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def apply_color_matrix(
-  images: jax.Array,
-  brightness: jax.Array,
-  contrast: jax.Array,
-  saturation: jax.Array,
-  turn: jax.Array,
-  grayscale: jax.Array,
-) -> jax.Array:
+  images: Float[AnyArray, 'batch height width 3'],
+  brightness: Float[AnyArray, ' batch'],
+  contrast: Float[AnyArray, ' batch'],
+  saturation: Float[AnyArray, ' batch'],
+  turn: Float[AnyArray, ' batch'],
+  grayscale: Bool[AnyArray, ' batch'],
+) -> Float[jax.Array, 'batch height width 3']:
   """Applies per-image factors, hue turns and grayscale flags, each [B], to images [B, H, W, 3]."""
   identity, luma = jnp.eye(3), jnp.broadcast_to(jnp.array(LUMA), (3, 3))
 
@@ -145,7 +146,9 @@ class Blur(Augment):
     return jnp.where(bernoulli_mask(drawn, self.probability, images), blurred(images, sigma), images)
 
 
-def blurred(images: jax.Array, sigma: jax.Array) -> jax.Array:
+def blurred(
+  images: Float[AnyArray, 'batch height width channels'], sigma: Float[AnyArray, ' batch']
+) -> Float[jax.Array, 'batch height width channels']:
   """Images [B, H, W, C] blurred by a Gaussian of sigma [B] pixels."""
   radius = max(1, min(images.shape[1:3]) // 20)
 

@@ -88,9 +88,9 @@ class Affine(GeometricAugment):
     right, down = around_zero(rngs[4], self.translate * width), around_zero(rngs[5], self.translate * height)
 
     # From output to input, so every step is the inverse of the forward transform.
-    across, along = 1 / (scale * stretch), stretch / scale
-    a, b = jnp.cos(angle) * across, (shear - jnp.sin(angle)) * along
-    c, d = jnp.sin(angle) * across, jnp.cos(angle) * along
+    x_scale, y_scale = 1 / (scale * stretch), stretch / scale
+    a, b = jnp.cos(angle) * x_scale, (shear - jnp.sin(angle)) * y_scale
+    c, d = jnp.sin(angle) * x_scale, jnp.cos(angle) * y_scale
     x, y = width / 2, height / 2
     rows = [[a, b, x - a * (x + right) - b * (y + down)], [c, d, y - c * (x + right) - d * (y + down)]]
     return jnp.stack([jnp.stack(row, -1) for row in rows], -2)

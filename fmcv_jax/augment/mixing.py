@@ -3,10 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from fmcv_jax.shapes import AnyArray, Float
+
 
 def mix(
-  images: jax.Array, targets: jax.Array, rng: jax.Array, *, mixup: float, cutmix: float
-) -> tuple[jax.Array, jax.Array]:
+  images: Float[AnyArray, 'batch height width channels'],
+  targets: Float[AnyArray, 'batch classes'],
+  rng: jax.Array,
+  *,
+  mixup: float,
+  cutmix: float,
+) -> tuple[Float[AnyArray, 'batch height width channels'], Float[AnyArray, 'batch classes']]:
   """Mixes each example with its mirror in the batch: images [B, H, W, C], targets [B, classes].
 
   One weight per batch, as in the authors' code. For cutmix the weight of a label is the fraction of pixels it kept.

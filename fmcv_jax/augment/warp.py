@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.parallel.rules import platform, shard_mapped
+from fmcv_jax.shapes import AnyArray, Float, Shaped
 
 ROWS, LANES = 8, 128  # of a vector register
 IMAGE_BYTES = 24 * 2**20  # of vector memory, where an image lies twice: the next is fetched while this one is warped
@@ -30,7 +31,9 @@ class Neighbourhood(NamedTuple):
   inside: jax.Array
 
 
-def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
+def warp(
+  images: Float[AnyArray, 'batch height width channels'], matrix: Float[AnyArray, 'batch 2 3'], fill: float | None
+) -> Float[jax.Array, 'batch height width channels']:
   """Affine warp of images float32 [B, H, W, C] with bilinear sampling, as PIL's Image.transform.
 
   matrix [B, 2, 3] maps output coordinates (x, y) to input coordinates, in pixels from the corner: the center of the
@@ -43,7 +46,9 @@ def warp(images: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
   return by_gathers(images, matrix, fill)
 
 
-def nearest_warp(maps: jax.Array, matrix: jax.Array, fill: float | None) -> jax.Array:
+def nearest_warp(
+  maps: Shaped[AnyArray, ' batch height width *values'], matrix: Float[AnyArray, 'batch 2 3'], fill: float | None
+) -> Shaped[jax.Array, ' batch height width *values']:
   """As `warp`, but of maps [B, H, W, ...] of any dtype: the value of the pixel in which each point lies."""
   batch, height, width = maps.shape[:3]
   y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing='ij')

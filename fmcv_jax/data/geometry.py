@@ -136,7 +136,7 @@ def original_boxes(boxes: np.ndarray, geometry: np.ndarray, size: tuple[int, int
 
 
 def _floats(name: str, values: np.ndarray, columns: int) -> np.ndarray:
-  """Checks float [..., columns]; an empty list is no rows."""
+  """Checks float [..., columns]; an empty list has no rows."""
   if values.size == 0:
     return np.zeros((0, columns), np.float32)
   if values.shape[-1] != columns or values.dtype.kind not in 'fiu' or not np.isfinite(values).all():

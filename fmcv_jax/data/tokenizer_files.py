@@ -25,7 +25,7 @@ def open_tokenizer_json(file: str, special_as_text: bool = False) -> Any:
   try:
     tokenizer = tokenizers.Tokenizer.from_file(file)
   except Exception as error:  # the package raises bare Exceptions
-    raise UserError(f'tokenizer: {file!r} is no tokenizer file: {error}') from error
+    raise UserError(f'tokenizer: {file!r} is not a valid tokenizer file: {error}') from error
   tokenizer.no_padding()
   tokenizer.no_truncation()
   tokenizer.encode_special_tokens = special_as_text
@@ -42,4 +42,4 @@ def open_sentencepiece(file: str) -> Any:
   try:
     return sentencepiece.SentencePieceProcessor(model_file=file)
   except (RuntimeError, OSError) as error:
-    raise UserError(f'tokenizer: {file!r} is no SentencePiece model: {error}') from error
+    raise UserError(f'tokenizer: {file!r} is not a SentencePiece model: {error}') from error

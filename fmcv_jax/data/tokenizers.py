@@ -201,7 +201,7 @@ class Bpe(Tokenizer):
     try:
       size = _open(text).get_vocab_size()
     except Exception as error:  # the package raises bare Exceptions
-      raise UserError(f'tokenizer: {self.file!r} is no tokenizer file: {error}') from error
+      raise UserError(f'tokenizer: {self.file!r} is not a valid tokenizer file: {error}') from error
     if size != self.vocab_size:
       raise UserError(f'tokenizer: {self.file!r} has {size} ids, but vocab_size is {self.vocab_size}')
     return text
@@ -380,7 +380,7 @@ def _bodies(tokens: np.ndarray, end: int) -> list[list[int]]:
 
 
 def _encodable(text: str) -> str:
-  return text.encode('utf-8', 'replace').decode()  # half an emoji, as broken JSON has them, is no Unicode
+  return text.encode('utf-8', 'replace').decode()  # half an emoji, as in broken JSON, is not Unicode
 
 
 def _check_length(length: int) -> None:

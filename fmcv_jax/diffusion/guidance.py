@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.diffusion.samplers import Denoise
+from fmcv_jax.shapes import AnyArray, Float
 
 
 def guided(
   denoise: Callable[[jax.Array, jax.Array, Any], jax.Array],
   condition: Any,
   without: Any,
-  scale: jax.Array | float,
+  scale: Float[AnyArray, ' #batch'] | Float[AnyArray, ''] | float,
   *,
   interval: tuple[float, float] | None = None,
   rescale: float = 0.0,
@@ -22,13 +23,13 @@ def guided(
 
   denoise    (x, time, condition) -> output; both conditions (trees of [B, ...]) are run as one batch of 2 B
   without    the empty condition, or that of a negative prompt
-  scale      1 is no guidance; a number, or one for each example [B]
+  scale      1 disables guidance; a number, or one for each example [B]
   interval   times (low, high) outside of which there is none (Kynkaanniemi et al. 2024)
   rescale    fraction by which the result is brought back to the standard deviation of the conditioned output (Lin et
              al. 2024, eq. 15 and 16)
   """
 
-  def run(x: jax.Array, time: jax.Array) -> jax.Array:
+  def run(x: Float[AnyArray, ' batch *shape'], time: Float[AnyArray, ' batch']) -> Float[jax.Array, 'batch ...']:
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, without)
     output = denoise(jnp.concatenate([x, x]), jnp.concatenate([time, time]), both)
     with_it, without_it = jnp.split(output, 2)

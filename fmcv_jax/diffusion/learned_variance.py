@@ -7,9 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.diffusion.process import Process, alphas_cumprod
+from fmcv_jax.shapes import AnyArray, Float, Shaped
 
 
-def variance_bits(process: Process, output: jax.Array, x: jax.Array, x0: jax.Array, time: jax.Array) -> jax.Array:
+def variance_bits(
+  process: Process,
+  output: Float[AnyArray, ' batch *places 2*channels'],
+  x: Float[AnyArray, ' batch *places channels'],
+  x0: Float[AnyArray, ' batch *places channels'],
+  time: Shaped[AnyArray, ' batch'],
+) -> Float[jax.Array, ' batch']:
   """Mean divergence of the step's true posterior from the network's, in bits per value, as a function of its variance.
 
   Nichol & Dhariwal 2021, eq. 16 with lambda = 1 / STEPS; the predicted mean receives no gradient. The last step, at

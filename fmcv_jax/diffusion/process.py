@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.bounds import PositiveFloat
+from fmcv_jax.shapes import AnyArray, Float, Key, Shaped
 
 ScheduleName = Literal['linear', 'scaled_linear', 'cosine', 'zero_snr', 'flow', 'edm']
 Prediction = Literal['noise', 'image', 'velocity', 'flow', 'edm']
@@ -101,12 +102,22 @@ class Process:
     log_ratio = xp.interp(time, np.arange(STEPS), log_ratios(self.schedule))
     return xp.sqrt(_sigmoid(-2 * log_ratio)), xp.sqrt(_sigmoid(2 * log_ratio))
 
-  def add_noise(self, image: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+  def add_noise(
+    self,
+    image: Float[AnyArray, ' batch *shape'],
+    noise: Float[AnyArray, ' batch *shape'],
+    time: Shaped[AnyArray, ' batch'],
+  ) -> Float[AnyArray, ' batch *shape']:
     """x_t of x_0 [B, ...] at times [B]."""
     alpha, sigma = self._at(time, image)
     return alpha * image + sigma * noise
 
-  def target(self, image: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+  def target(
+    self,
+    image: Float[AnyArray, ' batch *shape'],
+    noise: Float[AnyArray, ' batch *shape'],
+    time: Shaped[AnyArray, ' batch'],
+  ) -> Float[AnyArray, ' batch *shape']:
     """The target of the network's output for x_t."""
     alpha, sigma = self._at(time, image)
     if self.prediction == 'noise':
@@ -120,7 +131,12 @@ class Process:
     skip, out = self._edm(alpha, sigma)
     return (image - skip * (alpha * image + sigma * noise)) / out
 
-  def image(self, output: jax.Array, x: jax.Array, time: jax.Array) -> jax.Array:
+  def image(
+    self,
+    output: Float[AnyArray, ' batch *shape'],
+    x: Float[AnyArray, ' batch *shape'],
+    time: Shaped[AnyArray, ' batch'],
+  ) -> Float[AnyArray, ' batch *shape']:
     """x_0 as the network's output (without the channels of a learned variance) has it; exact for each prediction."""
     alpha, sigma = self._at(time, x)
     if self.prediction == 'noise':
@@ -134,12 +150,16 @@ class Process:
     skip, out = self._edm(alpha, sigma)
     return skip * x + out * output
 
-  def noise(self, image: jax.Array, x: jax.Array, time: jax.Array) -> jax.Array:
+  def noise(
+    self, image: Float[AnyArray, ' batch *shape'], x: Float[AnyArray, ' batch *shape'], time: Shaped[AnyArray, ' batch']
+  ) -> Float[AnyArray, ' batch *shape']:
     """eps, given x_t and x_0."""
     alpha, sigma = self._at(time, x)
     return (x - alpha * image) / sigma
 
-  def weight(self, time: jax.Array, name: WeightName, strength: float | None = None) -> jax.Array:
+  def weight(
+    self, time: Shaped[AnyArray, ' batch'], name: WeightName, strength: float | None = None
+  ) -> Float[jax.Array, ' batch']:
     """Weight [B] of the squared error of the network's output.
 
     'simple' is 1. The others are published as weights of the error of the noise, and converted. 'min_snr':
@@ -170,7 +190,9 @@ class Process:
     }[self.prediction]()
     return weight * gain**2
 
-  def sample_timesteps(self, keys: jax.Array, name: TimesName, mean: float, std: float) -> jax.Array:
+  def sample_timesteps(
+    self, keys: Key[jax.Array, ' batch'], name: TimesName, mean: float, std: float
+  ) -> Float[jax.Array, ' batch']:
     """A random time for each key [B].
 
     'uniform' over the schedule (integers, where it is a table); 'logit_normal': the logit of time / STEPS is normal
@@ -201,7 +223,7 @@ class Process:
     total = ratio**2 + self.data_std**2
     return self.data_std**2 / total / alpha, ratio * self.data_std / jnp.sqrt(total)
 
-  def _at(self, time: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def _at(self, time: AnyArray, like: AnyArray) -> tuple[AnyArray, AnyArray]:
     alpha, sigma = self.alpha_sigma(time)
     return tuple(x.reshape(-1, *(1,) * (like.ndim - 1)) for x in (alpha, sigma))  # type: ignore[return-value]
 

@@ -15,15 +15,16 @@ import numpy as np
 from typing_extensions import override
 
 from fmcv_jax.diffusion.process import STEPS, Process, log_ratios
+from fmcv_jax.shapes import AnyArray, Float, Key
 
 Spacing = Literal['trailing', 'leading', 'uniform', 'quadratic', 'karras']
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Draw = Callable[[], jax.Array]
-Rows = Mapping[str, np.ndarray]
+Coefficients = Mapping[str, np.ndarray]
 Stepped = tuple[jax.Array, Any]  # the next x and the next memory of the solver
 
 
-def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> np.ndarray:
+def sampling_timesteps(process: Process, steps: int, spacing: Spacing = 'trailing') -> Float[np.ndarray, ' {steps}']:
   """Times of the network evaluations of a sampler, float64 [steps], decreasing; the last step leads to x_0.
 
   'trailing' starts at pure noise, 'leading' ends next to x_0 (Lin et al. 2024, table 2), 'uniform' does both;
@@ -68,9 +69,9 @@ def _time_of(process: Process, log_ratio: np.ndarray) -> np.ndarray:
 class Trajectory(NamedTuple):
   """The times [n], and alpha and sigma [n + 1] with those of x_0 at the end; float64."""
 
-  times: np.ndarray
-  alpha: np.ndarray
-  sigma: np.ndarray
+  times: Float[np.ndarray, ' n']
+  alpha: Float[np.ndarray, ' n+1']
+  sigma: Float[np.ndarray, ' n+1']
 
   @property
   def log_snr(self) -> np.ndarray:
@@ -82,9 +83,9 @@ class Trajectory(NamedTuple):
 class ModelPrediction(NamedTuple):
   """The prediction at a time: x_0, the noise and the raw output [B, ...]."""
 
-  image: jax.Array
-  noise: jax.Array
-  output: jax.Array
+  image: Float[jax.Array, ' batch *shape']
+  noise: Float[jax.Array, ' batch *shape']
+  output: Float[jax.Array, 'batch ...']
 
 
 class Solver(abc.ABC):
@@ -93,7 +94,7 @@ class Solver(abc.ABC):
   stochastic = False
 
   @abc.abstractmethod
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     """Coefficients, arrays [calls]: 'time' of the call, 'alpha' and 'sigma' of the next x, and the solver's own."""
 
   def start(self, x: jax.Array) -> Any:
@@ -120,7 +121,7 @@ class Ddim(Solver):
     return self.eta > 0
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     alpha, sigma, variance = path.alpha[1:], path.sigma[1:], _posterior_variance(path)
     kept = np.sqrt(sigma**2 - self.eta**2 * variance)
     return {'time': path.times, 'alpha': alpha, 'sigma': sigma, 'noise': kept, 'fresh': self.eta * np.sqrt(variance)}
@@ -140,7 +141,7 @@ class Ddpm(Solver):
   stochastic = True
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     if self.variance == 'learned' and not process.learned_variance:
       raise ValueError('solver: this network has no learned variance')
     small = _posterior_variance(path)
@@ -172,7 +173,7 @@ class Heun(Solver):
   """
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     flow = process.schedule == 'flow'
     alpha, sigma = path.alpha, path.sigma
     if not flow and alpha[0] < 1e-6:
@@ -218,7 +219,7 @@ class DpmPlusPlus(Solver):
     return self.sde
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     step, ratio = _steps(path)
     alpha, sigma = path.alpha[1:], path.sigma[1:]
     decay = np.exp(-step)
@@ -251,7 +252,7 @@ class UniPC(Solver):
   """
 
   @override
-  def rows(self, process: Process, path: Trajectory) -> Rows:
+  def coefficients(self, process: Process, path: Trajectory) -> Coefficients:
     step, ratio = _steps(path)
     count = len(step)
     change = np.expm1(-step)  # B(h), and phi_1
@@ -311,11 +312,11 @@ SOLVERS: dict[str, Solver] = {
 def sample(
   denoise: Denoise,
   process: Process,
-  x: jax.Array,
-  times: np.ndarray,
+  x: Float[AnyArray, ' batch *shape'],
+  times: Float[np.ndarray, ' steps'],
   *,
   solver: Solver = Ddim(),
-  keys: jax.Array | None = None,
+  keys: Key[jax.Array, ' batch'] | None = None,
   clip: float | None = None,
   adjust: Callable[[jax.Array, Any, Any, Any], jax.Array] | None = None,
   trace: bool = False,
@@ -356,23 +357,27 @@ def sample(
   return (x, images) if trace else x
 
 
-def coefficients(process: Process, solver: Solver, times: np.ndarray) -> Rows:
+def coefficients(process: Process, solver: Solver, times: Any) -> Coefficients:
   """Coefficients of a solver for these times; ValueError if the solver does not support the process."""
   if len(times) == 0:
     raise ValueError('steps: must be at least 1')
   alpha, sigma = process.alpha_sigma(np.asarray(times))
-  return solver.rows(process, Trajectory(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0)))
+  return solver.coefficients(process, Trajectory(np.asarray(times), np.append(alpha, 1.0), np.append(sigma, 0.0)))
 
 
 def add_noise(
-  process: Process, image: jax.Array | float, keys: jax.Array, shape: tuple[int, ...], time: float
-) -> jax.Array:
+  process: Process,
+  image: Float[AnyArray, ' batch *shape'] | float,
+  keys: Key[jax.Array, ' batch'],
+  shape: tuple[int, ...],
+  time: float,
+) -> Float[jax.Array, ' batch *shape']:
   """Start of sampling: x_0 (or 0) noised to `time`, [B, *shape]. Each example's noise is drawn from its own key."""
   alpha, sigma = process.alpha_sigma(np.asarray(time))
   return jnp.float32(alpha) * image + jnp.float32(sigma) * normal(keys, shape, -1)
 
 
-def normal(keys: jax.Array, shape: tuple[int, ...], number: Any) -> jax.Array:
+def normal(keys: Key[jax.Array, ' batch'], shape: tuple[int, ...], number: Any) -> Float[jax.Array, 'batch ...']:
   """Standard normal float32 [B, *shape]: draw `number` (-1 or more) of each example's key."""
   return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number + 1), shape))(keys)
 

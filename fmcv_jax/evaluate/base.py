@@ -100,6 +100,17 @@ class EvaluatedModel:
     ):
       yield self._run(program, local)
 
+  def map_records(self, names: Sequence[str], pipeline: Pipeline, batch_size: int) -> Iterator[dict[str, Any] | None]:
+    """For each record in the source's order: the outputs by name, trees of arrays [...], or None for an unreadable one.
+
+    The arguments are those of `map_batches`.
+    """
+    left = len(pipeline.source)
+    for values, fields in self.map_batches(names, pipeline, batch_size):
+      for row in range(min(batch_size, left)):  # the last batch is padded
+        yield jax.tree.map(lambda x, row=row: x[row], values) if fields['mask'][row] else None
+      left -= batch_size
+
   def embed_texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:
     """Embeddings of texts, float32 [N, E], in their order."""
     if self.tokenizer is None:

@@ -31,7 +31,7 @@ class ObjectMasks(Evaluator):
     attention, _, fields = subject.map_dataset('attention', self.data, self.batch_size, truth=('image',))
     truth = (np.abs(fields['image'].astype(int) - np.array(self.background)) > 8).any(-1)
     if not truth.any((1, 2)).all():
-      raise UserError(f'object_masks: some images are all background {self.background}; what is the object there?')
+      raise UserError(f'object_masks: some images have no foreground pixels (all are background {self.background})')
     heads = np.stack(
       [jaccard(attention_mass_masks(attention[:, h], self.mass), truth) for h in range(attention.shape[1])]
     )

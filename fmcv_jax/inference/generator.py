@@ -1,5 +1,6 @@
 """Generates and edits images with a trained diffusion model."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,32 @@ Progress = Callable[[int], Any]
 
 def _no_progress(ready: int) -> None:
   del ready
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """The inputs of one call for N images, next to its options.
+
+  prompts     one for each image
+  images      uint8 [N, H, W, 3], to edit; with masks bool [N, H, W] only where these are True
+  last        a prompt towards which those of the N images are interpolated
+  control     control images uint8 [N, H, W, 3]
+  conditions  further batch fields [N, ...]
+  first       index of the first image
+  """
+
+  prompts: Sequence[str | int]
+  images: np.ndarray | None = None
+  masks: np.ndarray | None = None
+  last: str | None = None
+  control: np.ndarray | None = None
+  conditions: Mapping[str, np.ndarray] | None = None
+  first: int = 0
+
+  @property
+  def is_edit(self) -> bool:
+    """True for images that are noised in part, by the option `strength`, and denoised again."""
+    return self.images is not None and self.masks is None
 
 
 class ImageGenerator:
@@ -94,8 +121,7 @@ class ImageGenerator:
     prompts  texts, or classes by name or index; an unconditional model uses only their number
     """
     options = options.changed(changes, 'generate', _ARGUMENTS)
-    request = self._request(prompts, options, control=control, conditions=conditions, first=first)
-    return self._sample(request, options, progress)
+    return self._sample(Request(prompts, control=control, conditions=conditions, first=first), options, progress)
 
   def edit(
     self,
@@ -111,9 +137,7 @@ class ImageGenerator:
   ) -> np.ndarray:
     """Img2img: images uint8 [N, H, W, 3] noised to `strength` and denoised again (Meng et al. 2022, SDEdit)."""
     options = options.changed(changes, 'edit', _ARGUMENTS)
-    request = self._request(
-      prompts, options, images=images, strength=options.strength, control=control, conditions=conditions, first=first
-    )
+    request = Request(prompts, images, control=control, conditions=conditions, first=first)
     return self._sample(request, options, progress)
 
   def fill(
@@ -134,9 +158,7 @@ class ImageGenerator:
     if masks.shape != images.shape[:-1] or masks.dtype != bool:
       expected = f'{list(images.shape[:-1])} of bool'
       raise UserError(f'masks: {_kind(masks)}, but {expected} are needed, true where the images are replaced')
-    request = self._request(
-      prompts, options, images=images, masks=masks, control=control, conditions=conditions, first=first
-    )
+    request = Request(prompts, images, masks, control=control, conditions=conditions, first=first)
     return self._sample(request, options, progress)
 
   def interpolate(
@@ -154,11 +176,11 @@ class ImageGenerator:
     options = options.changed(changes, 'interpolate', ('control', 'progress'))
     if self.condition_fields != ('tokens',):
       raise UserError('interpolate: needs a model that is conditioned on texts')
-    return self._sample(self._request([first] * count, options, last=last, control=control), options, progress)
+    return self._sample(Request([first] * count, last=last, control=control), options, progress)
 
   def check(self, prompts: Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any) -> None:
     """Raises any UserError of `generate` without sampling."""
-    self._request(prompts, options.changed(changes, 'check'))
+    self._inputs(Request(prompts), options.changed(changes, 'check'))
 
   def truncated_prompt(self, prompt: str) -> str | None:
     """The text truncated to the model's maximum length; None if it is short enough."""
@@ -167,32 +189,19 @@ class ImageGenerator:
       return None
     return truncated_texts(tokenizer, [prompt]).get(prompt)
 
-  def _sample(
-    self, request: tuple[dict[str, np.ndarray], SamplerConfig], options: SamplingOptions, progress: Progress
-  ) -> np.ndarray:
-    fields, config = request
+  def _sample(self, request: Request, options: SamplingOptions, progress: Progress) -> np.ndarray:
+    fields, config = self._inputs(request, options)
     model = self._model
     return self._sampler.sample(model.params, model.extra, fields, config, seed=options.seed, progress=progress)
 
-  def _request(
-    self,
-    prompts: Sequence[str | int],
-    options: SamplingOptions,
-    *,
-    images: np.ndarray | None = None,
-    masks: np.ndarray | None = None,
-    strength: float = 1.0,
-    last: str | None = None,
-    control: np.ndarray | None = None,
-    conditions: Mapping[str, np.ndarray] | None = None,
-    first: int = 0,
-  ) -> tuple[dict[str, np.ndarray], SamplerConfig]:
+  def _inputs(self, request: Request, options: SamplingOptions) -> tuple[dict[str, np.ndarray], SamplerConfig]:
     """The arguments of `ShardedSampler.sample`."""
+    prompts = request.prompts
     if isinstance(prompts, str):
       raise UserError(f'prompts: {prompts!r} is one text; give a list, one for each image')
     count = len(prompts)
-    times = options.times(self.process, strength)
-    fields = self._fields(prompts) | self._other_fields(conditions or {}, count)
+    times = options.times(self.process, options.strength if request.is_edit else 1.0)
+    fields = self._fields(prompts) | self._other_fields(request.conditions or {}, count)
     scales = np.asarray(options.guidance, np.float32)
     if scales.shape not in ((), (count,)):
       raise UserError(f'guidance: {len(scales)} numbers for {count} images')
@@ -203,21 +212,22 @@ class ImageGenerator:
       fields['guidance'] = np.broadcast_to(scales, count)
       if 'tokens' in self.condition_fields:
         fields[f'{NEGATIVE}tokens'] = self._fields([options.negative] * count)['tokens']
-    if last is not None:
-      fields['other_tokens'] = self._fields([last] * count)['tokens']
+    if request.last is not None:
+      fields['other_tokens'] = self._fields([request.last] * count)['tokens']
       fields['fraction'] = np.linspace(0, 1, count, dtype=np.float32)
-    if images is not None:
-      fields['image'] = self._images('images', images, count)
-    if masks is not None:
-      fields['mask'] = masks
-    if self.has_controlnet != (control is not None):
+    if request.images is not None:
+      fields['image'] = self._images('images', request.images, count)
+    if request.masks is not None:
+      fields['mask'] = request.masks
+    if self.has_controlnet != (request.control is not None):
       wants = 'needs a control image' if self.has_controlnet else 'has no ControlNet'
       raise UserError(f'control: {self.workdir} {wants}')
-    if control is not None:
-      fields['control'] = self._images('control', control, count)
+    if request.control is not None:
+      fields['control'] = self._images('control', request.control, count)
       fields['control_scale'] = np.full(count, options.control_scale, np.float32)
     # All images of an interpolation start from the same noise.
-    fields['number'] = np.zeros(count, np.int32) if last is not None else first + np.arange(count, dtype=np.int32)
+    numbers = request.first + np.arange(count, dtype=np.int32)
+    fields['number'] = numbers if request.last is None else np.zeros_like(numbers)
     config = SamplerConfig(
       options.solver, times, guided, options.interval, options.rescale, options.control_preprocessed
     )

@@ -91,13 +91,13 @@ def make_grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def save_png(image: np.ndarray, path: pathlib.Path, about: dict[str, Any], *, frames_per_second: float = 8.0) -> None:
-  """Writes uint8 [H, W, 3], or a clip [T, H, W, 3] as an animated PNG that repeats.
+  """Writes uint8 [H, W, 3], gray uint8 or uint16 [H, W], or a clip [T, H, W, 3] as an animated PNG that repeats.
 
   about  kept in the text chunk 'fmcv' of the file, as JSON
   """
   info = PngImagePlugin.PngInfo()
   info.add_itxt('fmcv', json.dumps(about, ensure_ascii=False))
-  if image.ndim == 3:
+  if image.ndim < 4:
     Image.fromarray(image).save(path, pnginfo=info)
     return
   first, *others = (Image.fromarray(frame) for frame in image)

@@ -15,7 +15,7 @@ from PIL import Image
 from fmcv_jax.config import paths_of
 from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.data.sources.base import NoData
+from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
@@ -237,13 +237,7 @@ class Model:
     source = _source(images)
     if name not in self.outputs:
       raise UserError(f'{self._workdir}: this model has no {name}; its outputs are {listed(self.outputs)}')
-    image = self._run.experiment.objective.example_batch.get('image')
-    if image is not None and image.shape[-1] != 3:
-      raise UserError(
-        f'{self._workdir}: the network takes images of {image.shape[-1]} channels; inputs are converted to RGB here, '
-        f'evaluate it on a data source with data.channels={image.shape[-1]}'
-      )
-    pipeline = Pipeline(source, evaluated_as(self._run), max_bad=0.0)
+    pipeline = image_pipeline(self._run, source, max_bad=0.0)
     return self._subject.map_dataset(name, pipeline, self._batch).values
 
   def _check_reads_texts(self) -> None:
@@ -276,6 +270,17 @@ def _source(images: Any) -> InMemoryImages:
     if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
       raise UserError(f'images: no file {os.fspath(image)!r} (relative to {os.getcwd()})')
   return InMemoryImages(images)
+
+
+def image_pipeline(run: Run, source: Source, max_bad: float) -> Pipeline:
+  """The images of a source as the model takes them; UserError for a model of images that are not RGB."""
+  image = run.experiment.objective.example_batch.get('image')
+  if image is not None and image.shape[-1] != 3:
+    raise UserError(
+      f'{run.workdir}: the network takes images of {image.shape[-1]} channels; inputs are converted to RGB here, '
+      f'evaluate it on a data source with data.channels={image.shape[-1]}'
+    )
+  return Pipeline(source, evaluated_as(run), max_bad=max_bad)
 
 
 def evaluated_as(run: Run) -> ImageTransform | None:

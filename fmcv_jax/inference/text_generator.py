@@ -28,6 +28,12 @@ def caption_prompt(tokenizer: Tokenizer | None) -> str:
   return CAPTION_PROMPT if isinstance(tokenizer, Prompted) else ''
 
 
+def decode_generated(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
+  """Texts of generated tokens int [N, L], which lack the start id of the tokenizer's own rows."""
+  start = [] if tokenizer.start_id is None else [np.full((len(tokens), 1), tokenizer.start_id, tokens.dtype)]
+  return tokenizer.decode(np.concatenate([*start, tokens], axis=1))
+
+
 class Text(NamedTuple):
   """Text about one image.
 
@@ -96,7 +102,7 @@ class TextGenerator:
       return generate(self._language(params, extra), _with_tokens(batch), options)._asdict()
 
     def decode(values: dict[str, np.ndarray], count: int) -> list[tuple[str, float]]:
-      texts = self._tokenizer.decode(self._with_start(values['tokens'][:count]))
+      texts = decode_generated(self._tokenizer, values['tokens'][:count])
       return list(zip(texts, map(float, values['log_likelihood'][:count]), strict=True))
 
     return self._output(str(options), call), decode
@@ -128,10 +134,6 @@ class TextGenerator:
     if any(prompts):
       raise UserError('prompt: this model was trained without prompts; leave it out')
     return self._tokenizer([''] * len(prompts))
-
-  def _with_start(self, tokens: np.ndarray) -> np.ndarray:
-    """Generated tokens as rows of the tokenizer, which begin with the start."""
-    return np.concatenate([np.full((len(tokens), 1), self._tokenizer.start_id, tokens.dtype), tokens], axis=1)
 
   @property
   def _prompted(self) -> Prompted:

@@ -6,23 +6,18 @@ the head's outputs at each position.
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.models.backbones.efficientnet import EfficientNet
-from fmcv_jax.models.backbones.swin import Swin
 from fmcv_jax.models.common.outputs import linear_head
-
-
-def is_global_average_pooled(network: nn.Module) -> bool:
-  """True for networks with global average pooling and a linear head."""
-  return isinstance(network, (Swin, EfficientNet))
 
 
 def class_activation_maps(network: Any, variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Last feature map of normalized images [B, H, W, 3], float32 [B, rows, columns, D], and the contribution of each
-  position to the outputs, float32 [B, rows, columns, E], whose mean over positions is the output of the network."""
+  position to the outputs, float32 [B, rows, columns, E], whose mean over positions is the output of the network.
+
+  network  an AveragePooledNetwork
+  """
   tokens = network.apply(variables, images).tokens
   height, width = (-(-side // network.patch_size) for side in images.shape[1:3])
   given = tokens

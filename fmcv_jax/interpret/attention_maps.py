@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.models.backbones.vit import AttentionPool, ViT
+from fmcv_jax.models.backbones.vit import AttentionPool
 from fmcv_jax.models.common.layers import layer_norm
 from fmcv_jax.models.common.norms import l2_normalize
-from fmcv_jax.models.common.outputs import Features, linear_head
+from fmcv_jax.models.common.outputs import AttentionNetwork, Features, PatchNetwork, linear_head
 from fmcv_jax.models.common.patches import patch_features
 
 
@@ -38,13 +38,13 @@ class Projections(NamedTuple):
     return Projections(*(x[-1:] for x in self))
 
 
-def apply_with_intermediates(network: ViT, params: Any, images: jax.Array) -> tuple[Features, Projections]:
+def apply_with_intermediates(network: AttentionNetwork, params: Any, images: jax.Array) -> tuple[Features, Projections]:
   """Features of normalized images [B, height, width, 3], and the attention projections of every block."""
   features, kept = network.apply({'params': params}, images, mutable=['intermediates'])
   return features, Projections(*kept['intermediates']['blocks']['attention']['projections'][0])
 
 
-def class_attention(network: ViT, params: Any, images: jax.Array) -> jax.Array:
+def class_attention(network: AttentionNetwork, params: Any, images: jax.Array) -> jax.Array:
   """Attention from the class token to the patches in the last layer: float32 [B, H, rows, columns], sum at most 1.
 
   Without a class token: the mean over all query patches.
@@ -53,13 +53,13 @@ def class_attention(network: ViT, params: Any, images: jax.Array) -> jax.Array:
   return on_grid(from_class_token(projections.last().weights()[0], network), network, images)
 
 
-def from_class_token(weights: jax.Array, network: ViT) -> jax.Array:
+def from_class_token(weights: jax.Array, network: AttentionNetwork) -> jax.Array:
   """weights [..., T, T] -> [..., patches]: the class token's row, or the mean of all patches' rows without one."""
   rows = weights[..., :1, :] if network.pool == 'cls' else weights[..., network.prefix :, :]
   return rows.mean(-2)[..., network.prefix :]
 
 
-def on_grid(patches: jax.Array, network: ViT, images: jax.Array) -> jax.Array:
+def on_grid(patches: jax.Array, network: AttentionNetwork, images: jax.Array) -> jax.Array:
   """[..., rows * columns] -> [..., rows, columns]."""
   height, width = images.shape[1:3]
   return patches.reshape(*patches.shape[:-1], height // network.patch_size, width // network.patch_size)
@@ -76,7 +76,7 @@ def rollout(weights: jax.Array) -> jax.Array:
 
 
 def relevance(
-  network: ViT, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]
+  network: AttentionNetwork, params: Any, images: jax.Array, score: Callable[[Features], jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Relevance of each token for a score: (float32 [B, T, T], the score [B]); score(features) returns one number per
   image.
@@ -99,7 +99,7 @@ def relevance(
   return jax.lax.scan(lambda r, layer: (r + layer @ r, None), start, layers)[0], scores
 
 
-def patch_embeddings(network: ViT, params: Any, images: jax.Array) -> jax.Array:
+def patch_embeddings(network: AttentionNetwork, params: Any, images: jax.Array) -> jax.Array:
   """Embedding of each patch in the output space of the network: unit vectors, float32 [B, rows, columns, E].
 
   For heat maps of the similarity with a text. Without a class token each patch is pooled alone. With one, the value of
@@ -153,10 +153,13 @@ def attention_mass_masks(attention: np.ndarray, mass: float = 0.6) -> np.ndarray
 
 
 def available_outputs(network: nn.Module) -> dict[str, Callable[[Any, Any, jax.Array], jax.Array]]:
-  """Patch maps that a network supports, by name: (network, params, normalized images) -> [B, ...]."""
+  """Patch maps that a network supports, by name: (network, params, normalized images) -> [B, ...].
+
+  'patch_features' of a `PatchNetwork`, 'attention' of an `AttentionNetwork`.
+  """
   found: dict[str, Callable[[Any, Any, jax.Array], jax.Array]] = {}
-  if hasattr(network, 'prefix'):
+  if isinstance(network, PatchNetwork):
     found['patch_features'] = patch_features
-  if isinstance(network, ViT):
+  if isinstance(network, AttentionNetwork):
     found['attention'] = class_attention
   return found

@@ -99,7 +99,7 @@ class Autoencoding(Objective):
     last = params['autoencoder']['conv_out']
 
     def decoded(last: Any) -> Any:
-      return self.network.apply({'params': {**params['autoencoder'], 'conv_out': last}}, before, method='pixels')
+      return self.network.apply({'params': {**params['autoencoder'], 'conv_out': last}}, before, method='to_rgb')
 
     def error(image: jax.Array) -> jax.Array:
       value = jnp.abs(x - image).mean()

@@ -47,7 +47,7 @@ class Classification(Objective):
         f'distillation.teacher: expected its outputs to be the {self.network.num_classes} of the network'
       )
     if not self.distillation and getattr(self.network, 'distilled', False):
-      raise ValueError('network.distilled: its second head learns from a teacher; add objective.distillation')
+      raise ValueError('network.distilled: requires objective.distillation, whose teacher trains the second head')
 
   @property
   @override

@@ -21,10 +21,10 @@ from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.fields import height_width
-from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.models.self_supervised.dino import DinoNetwork
 from fmcv_jax.objectives.base import Loss, Objective, mean_loss
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
+from fmcv_jax.objectives.dino_losses import diagnosis, koleo, patch_loss, sinkhorn, view_loss
 from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
 
 GLOBALS = 2
@@ -229,56 +229,3 @@ class SelfDistillation(Objective):
 def by_example(x: jax.Array, views: int) -> jax.Array:
   """[B * views, ...] -> [B, views, ...]."""
   return x.reshape(-1, views, *x.shape[1:])
-
-
-def view_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """Mean cross-entropy of the student's logits [B, V, K] with the teacher's targets [B, G, K], over pairs of two crops.
-
-  The first G crops of both are the same; a crop is not compared with itself.
-  """
-  # Targets sum to 1, so -sum_k p log q = logsumexp - p . logits: one product instead of V x G tables of K.
-  agreement = jnp.einsum('bgk,bvk->bgv', targets, logits, precision='highest')
-  losses = jax.nn.logsumexp(logits, axis=-1)[:, None] - agreement
-  other = ~jnp.eye(targets.shape[1], logits.shape[1], dtype=bool)
-  return jnp.mean(losses, where=other[None])
-
-
-def patch_loss(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
-  """Cross-entropy [N, M, K] of the valid patches, averaged in each of the N crops, then over all N (iBOT, eq. 2)."""
-  losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(targets * logits, axis=-1)
-  return jnp.mean((losses * valid).sum(1) / jnp.maximum(valid.sum(1), 1))
-
-
-def sinkhorn(logits: jax.Array, rounds: int, valid: jax.Array | None = None) -> jax.Array:
-  """Probabilities [N, K] near softmax(logits) under which all prototypes are equally frequent (Cuturi 2013).
-
-  Alternately scales columns and rows of exp(logits) to equal sums, in log space. Rows with valid = 0 (of [N]) are
-  excluded from the column sums.
-  """
-  where = None if valid is None else valid[:, None] > 0
-  for _ in range(rounds):
-    columns = jax.nn.logsumexp(logits, axis=0, keepdims=True, where=where)
-    logits = logits - jnp.where(jnp.isfinite(columns), columns, 0)  # -inf where no row is valid
-    logits = logits - jax.nn.logsumexp(logits, axis=1, keepdims=True)
-  return jnp.exp(logits)
-
-
-def koleo(features: jax.Array, eps: float = 1e-8) -> jax.Array:
-  """-mean log distance of each feature [B, D], at unit length, to its nearest other one (Sablayrolles et al. 2019).
-
-  The nearest neighbor is searched in the global batch, on any number of devices; DINOv2's code searches per GPU.
-  """
-  x = l2_normalize(features)
-  cosines = jnp.einsum('id,jd->ij', x, x, precision='highest')
-  nearest = jnp.max(jnp.where(jnp.eye(len(x), dtype=bool), -2.0, cosines), axis=1)
-  # The square root has no gradient at distance 0: pairs of equal images get a zero gradient.
-  return -jnp.mean(jnp.log(jnp.sqrt(jnp.maximum(2 - 2 * nearest, 1e-12)) + eps))
-
-
-def diagnosis(targets: jax.Array) -> dict[str, jax.Array]:
-  """Collapse diagnostics: mean entropy of the targets [N, K], and entropy of their mean; both at most log K."""
-
-  def entropy(p: jax.Array) -> jax.Array:
-    return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-12)), axis=-1)
-
-  return {'target_entropy': entropy(targets).mean(), 'prototype_entropy': entropy(targets.mean(0))}

@@ -15,6 +15,7 @@ import optax
 from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.bounds import Fraction, PositiveFloat
 from fmcv_jax.objectives.base import flax_variables
+from fmcv_jax.shapes import AnyArray, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,11 @@ class Distillation:
 
 
 def disagreement(
-  logits: jax.Array, teacher: jax.Array, kind: Literal['hard', 'soft'], temperature: float = 1.0
-) -> jax.Array:
+  logits: Float[AnyArray, 'batch classes'],
+  teacher: Float[AnyArray, 'batch classes'],
+  kind: Literal['hard', 'soft'],
+  temperature: float = 1.0,
+) -> Float[jax.Array, ' batch']:
   """[B], cross-entropy of logits [B, K] with the teacher's top-1 class (eq. 3), or the KL divergence at a temperature.
 
   The soft loss is T^2 KL(teacher || student) / K, as in DeiT's code; eq. 2 lacks the division by K.

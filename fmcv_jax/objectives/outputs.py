@@ -50,10 +50,10 @@ class Output:
 
   call       (params, extra, batch) -> a tree of arrays [B, ...], pure and jittable
   kind       the meaning of the arrays, for what draws or writes them: 'embedding' [B, D], 'logits' [B, classes],
-             'image' [B, ..., H, W, 3] and 'video' [B, T, H, W, 3] in [0, 1] or uint8, 'tokens' int [B, L], 'masks' bool
-             [B, ..., rows, columns], 'map' [B, ..., rows, columns(, D)], 'boxes' a mapping of 'boxes' float [B, N, 4]
-             (left, top, right, bottom in pixels of the input) and what belongs to each, such as 'classes' int and
-             'scores' float [B, N], 'array' anything else
+             'image' [B, ..., H, W, 3] and 'video' [B, T, H, W, 3] in [0, 1] or uint8, 'tokens' int [B, L] as they are
+             generated, without the start id, 'masks' bool [B, ..., rows, columns], 'map' [B, ..., rows, columns(, D)],
+             'boxes' a mapping of 'boxes' float [B, N, 4] (left, top, right, bottom in pixels of the input) and what
+             belongs to each, such as 'classes' int and 'scores' float [B, N], 'array' anything else
   reads      names of the batch fields that `call` needs. Over a data set the batch also has 'index', int32 [B], the
              number of each record, and 'rng', a PRNG key that is the same in every pass
   encoder    (params, extra) -> the image network that computes it, for looking inside; None where there is no such one

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fmcv_jax.parallel.ring import ring_scan
 from fmcv_jax.parallel.rules import mesh_axes, shard_mapped
+from fmcv_jax.shapes import AnyArray, Float
 
 LossName = Literal['softmax', 'sigmoid']
 
@@ -24,13 +25,13 @@ PAIRS = ('batch', None)  # the axes of embeddings
 
 
 def pair_loss(
-  image: jax.Array,
-  text: jax.Array,
-  scale: jax.Array,
-  bias: jax.Array,
+  image: Float[AnyArray, 'batch width'],
+  text: Float[AnyArray, 'batch width'],
+  scale: Float[AnyArray, ''] | float,
+  bias: Float[AnyArray, ''] | float,
   loss_name: LossName,
   label_smoothing: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, ''], Float[jax.Array, '']]:
   """(loss, accuracy), float32 scalars, of unit-length embeddings [B, E]; logits are scale * image . text + bias.
 
   'softmax' is the mean of the two cross-entropies of InfoNCE (Radford et al. 2021), whose targets label_smoothing mixes
@@ -56,22 +57,22 @@ def _forward(
   def local(image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
     rows = len(image)
 
-    def meet(row: Any, texts: Any, column: Any) -> Any:
-      best, by_image, own_logit, total = row
+    def body(carry: Any, texts: Any, by_text: Any) -> Any:
+      best, by_image, own_logit, total = carry
       start, block = texts
       logits, own = _logits(image, block, scale, bias, start)
       best = jnp.maximum(best, logits.max(axis=1))
       own_logit += jnp.sum(logits, axis=1, where=own)
       if loss_name == 'sigmoid':
-        return (best, by_image, own_logit, total + jax.nn.softplus(jnp.where(own, -logits, logits)).sum()), column
+        return (best, by_image, own_logit, total + jax.nn.softplus(jnp.where(own, -logits, logits)).sum()), by_text
       by_image = jnp.logaddexp(by_image, jax.nn.logsumexp(logits, axis=1))
-      column = jnp.logaddexp(column, jax.nn.logsumexp(logits, axis=0))
-      return (best, by_image, own_logit, total + logits.sum()), column
+      by_text = jnp.logaddexp(by_text, jax.nn.logsumexp(logits, axis=0))
+      return (best, by_image, own_logit, total + logits.sum()), by_text
 
     lowest = jnp.full(rows, -jnp.inf)
-    row = (lowest, lowest, jnp.zeros(rows), jnp.zeros(()))
-    row, by_text = ring_scan(meet, row, text, lowest, jnp.logaddexp, axis='batch', block=BLOCK)
-    best, by_image, own_logit, total = row
+    carry = (lowest, lowest, jnp.zeros(rows), jnp.zeros(()))
+    carry, by_text = ring_scan(body, carry, text, lowest, jnp.logaddexp, axis='batch', block=BLOCK)
+    best, by_image, own_logit, total = carry
     # Sums over the devices: the terms of pairs, and the terms of images.
     sums = jnp.stack([total, own_logit.sum(), by_image.sum(), by_text.sum(), jnp.sum(own_logit >= best)])
     return _over_devices(sums), by_image, by_text
@@ -101,8 +102,8 @@ def _backward(loss_name: LossName, smoothing: float, saved: Any, cotangents: Any
     by_text: jax.Array,
     cotangent: jax.Array,
   ) -> Any:
-    def meet(row: Any, texts: Any, column: Any) -> Any:
-      by_row, by_bias = row
+    def body(carry: Any, texts: Any, by_column: Any) -> Any:
+      by_row, by_bias = carry
       start, (block, by_text) = texts
       logits, own = _logits(image, block, scale, bias, start)
       if loss_name == 'sigmoid':
@@ -112,14 +113,16 @@ def _backward(loss_name: LossName, smoothing: float, saved: Any, cotangents: Any
         gradient += -(1 - smoothing) * own - smoothing / count
       gradient *= cotangent / count
       by_row += jnp.einsum('it,te->ie', gradient, block, preferred_element_type=jnp.float32)
-      column += jnp.einsum('it,ie->te', gradient, image, preferred_element_type=jnp.float32)
-      return (by_row, by_bias + gradient.sum()), column
+      by_column += jnp.einsum('it,ie->te', gradient, image, preferred_element_type=jnp.float32)
+      return (by_row, by_bias + gradient.sum()), by_column
 
-    row = (jnp.zeros(image.shape), jnp.zeros(()))
-    column = jnp.zeros(text.shape)
-    (by_row, by_bias), column = ring_scan(meet, row, (text, by_text), column, jnp.add, axis='batch', block=BLOCK)
+    carry = (jnp.zeros(image.shape), jnp.zeros(()))
+    by_column = jnp.zeros(text.shape)
+    (by_row, by_bias), by_column = ring_scan(
+      body, carry, (text, by_text), by_column, jnp.add, axis='batch', block=BLOCK
+    )
     scalars = _over_devices(jnp.stack([jnp.sum(image * by_row), by_bias]))
-    return scale * by_row, scale * column, scalars
+    return scale * by_row, scale * by_column, scalars
 
   by_image, by_text, (by_scale, by_bias) = shard_mapped(
     local,

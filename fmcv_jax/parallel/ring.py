@@ -1,6 +1,6 @@
-"""Every item of a device meets every item of all devices, which are passed around in a ring: nothing is gathered.
+"""A scan of the items of all devices, which rotate in a ring: each device sees every item, and none gathers them.
 
-Sending overlaps with computing: what has been gathered about an item travels one step behind it.
+Sending overlaps with computing: the results of an item travel one step behind it.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,24 @@ from fmcv_jax.parallel.rules import mesh_axes
 
 
 def ring_scan(
-  meet: Callable[..., tuple[Any, Any]],
-  row: Any,
+  body: Callable[..., tuple[Any, Any]],
+  carry: Any,
   items: Any,
-  column: Any,
+  results: Any,
   merge: Callable[[Any, Any], Any],
   *,
   axis: str,
   block: int,
 ) -> tuple[Any, Any]:
-  """Lets `row`, which stays on its device, meet the items of all devices of the logical axis; -> (row, column).
+  """Ring scan: `carry` stays on its device, `items` and their `results` rotate over those of a logical axis.
 
-  Runs inside a `shard_mapped` function. Leaves of items and column are [c, ...], c items of this device, which are met
-  in blocks of at most `block`. meet(row, (start, items), column) -> (row, column) sees one block: `column` is about its
-  items and comes home with them, and `start` is the number of its first item, counted from the first of the row's own
-  device (those of other devices are negative or c and more). merge(x, y) joins what two devices gathered about an item.
+  Returns (carry, results). Runs inside a `shard_mapped` function. Leaves of items and results are [c, ...], c items of
+  this device, which `body` sees in blocks of at most `block`.
+
+  body     (carry, (start, items), results) -> (carry, results) of one block; `start` is the number of its first item,
+           counted from the first of this device (items of other devices are negative, or c and more)
+  results  initial results of this device's items, which return to it with the contributions of all devices
+  merge    (x, y) -> the joined contributions of two devices to an item
   """
   names = mesh_axes(axis)
   devices = jax.lax.axis_size(names) if names else 1
@@ -35,26 +38,26 @@ def ring_scan(
   size = len(jax.tree.leaves(items)[0])
   blocks = next(n for n in range(-(-size // block), size + 1) if size % n == 0)
 
-  def cut(tree: Any) -> Any:
+  def in_blocks(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(blocks, size // blocks, *x.shape[1:]), tree)
 
-  def turn(tree: Any) -> Any:
+  def rotate(tree: Any) -> Any:
     if not names:
       return tree
     around = [(i, (i + 1) % devices) for i in range(devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, names, around), tree)
 
-  def visit(carry: Any, step: Any) -> Any:
-    row, items, gathered = carry
-    home = jnp.where(step > index, devices, 0) - step  # the device that these items are of, counted from this one
+  def visit(state: Any, step: Any) -> Any:
+    carry, items, total = state
+    offset = jnp.where(step > index, devices, 0) - step  # from this device to the one that the items are of
 
-    def one(row: Any, args: Any) -> Any:
-      number, block, column = args
-      return meet(row, (home * size + number * (size // blocks), block), column)
+    def one(carry: Any, args: Any) -> Any:
+      number, block, initial = args
+      return body(carry, (offset * size + number * (size // blocks), block), initial)
 
-    row, met = jax.lax.scan(one, row, (jnp.arange(blocks), cut(items), cut(column)))
-    met = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), met)
-    return (row, turn(items), jax.tree.map(merge, turn(gathered), met)), None
+    carry, added = jax.lax.scan(one, carry, (jnp.arange(blocks), in_blocks(items), in_blocks(results)))
+    added = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), added)
+    return (carry, rotate(items), jax.tree.map(merge, rotate(total), added)), None
 
-  (row, _, gathered), _ = jax.lax.scan(visit, (row, items, column), jnp.arange(devices))
-  return row, turn(gathered)
+  (carry, _, total), _ = jax.lax.scan(visit, (carry, items, results), jnp.arange(devices))
+  return carry, rotate(total)

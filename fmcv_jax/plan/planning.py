@@ -305,10 +305,10 @@ def search(
     )
     console.print(f'{mesh}, remat {remat}, batch {batch:,}: {", ".join(rows[-1][3:])}', highlight=False)
   for row, marked in zip(rows, pareto_front([figures(plan) for plan in plans]), strict=True):
-    table.add_row(*row, 'pareto_front' if marked else '')
+    table.add_row(*row, 'Pareto-optimal' if marked else '')
   console.print(table)
   console.print(
-    'pareto_front: no other is better in memory, exchange or estimate without being worse in another of them'
+    'Pareto-optimal: no other is better in memory, exchange or estimate without being worse in another of them'
   )
   return plans
 

@@ -15,14 +15,14 @@ from fmcv_jax.pretrained.layout import (
   Row,
   Rows,
   Shape,
-  below,
-  each,
+  layer_rows,
   linear,
   norm,
   point,
   spatial,
+  with_prefix,
 )
-from fmcv_jax.pretrained.outline import count, has, part
+from fmcv_jax.pretrained.shape_inference import count, has, part
 
 LEVELS = range(2, 7)  # how many the layouts are made for,
 LAYERS = range(4)  # and how many blocks of a level at most
@@ -53,7 +53,7 @@ def block(ours: str, theirs: str, names: Sequence[str]) -> Rows:
 def _attention(ours: str, theirs: str, names: Sequence[str], project: Project) -> Rows:
   """Rows of self-attention over pixels; `names`: norm, query, key, value and output."""
   parts = dict(zip((*QKV, 'out'), names[1:], strict=True))
-  return (*norm(f'{ours}/norm', f'{theirs}.{names[0]}'), *each(f'{ours}/attention', theirs, parts, project))
+  return (*norm(f'{ours}/norm', f'{theirs}.{names[0]}'), *layer_rows(f'{ours}/attention', theirs, parts, project))
 
 
 def diffusers(levels: int, *, old: bool = False) -> Rows:
@@ -102,9 +102,9 @@ def _half(first: str, between: str, last: str, names: Sequence[str], attends: Se
 
 def _coder(encoder: Iterator[Row], decoder: Iterator[Row]) -> Rows:
   return (
-    *below('encoder', encoder, 'encoder.'),
-    *below('encoder', spatial('conv_out', 'conv_out'), 'encoder.'),
-    *below('decoder', decoder, 'decoder.'),
+    *with_prefix('encoder', encoder, 'encoder.'),
+    *with_prefix('encoder', spatial('conv_out', 'conv_out'), 'encoder.'),
+    *with_prefix('decoder', decoder, 'decoder.'),
     *spatial('conv_out', 'decoder.conv_out'),
     *point('quantize', 'quant_conv'),
     *point('unquantize', 'post_quant_conv'),
@@ -114,7 +114,7 @@ def _coder(encoder: Iterator[Row], decoder: Iterator[Row]) -> Rows:
 def layouts() -> tuple[tuple[str, Layout], ...]:
   """All layouts of autoencoders by format: diffusers, diffusers before 0.15 with other attention names, and CompVis."""
   return tuple(
-    (format, Layout(below('autoencoder', rows(levels)), ignored=NON_NETWORK))
+    (format, Layout(with_prefix('autoencoder', rows(levels)), ignored=NON_NETWORK))
     for format, rows in (
       ('diffusers', diffusers),
       ('diffusers', lambda levels: diffusers(levels, old=True)),

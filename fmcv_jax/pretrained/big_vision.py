@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator
 from fmcv_jax.pretrained.layout import (
   BATCHED,
   INTO_HEADS,
-  ONE,
   OUT_OF_HEADS,
-  Form,
+  SCALAR_AS_1D,
+  ArrayTransform,
   Layout,
   Row,
   Rows,
-  below,
   patches,
+  with_prefix,
 )
 
 
@@ -51,7 +51,7 @@ def _blocks(theirs: str, numbers: tuple[int, int, int, int] = (0, 0, 1, 0)) -> R
   )
 
 
-def _tower(position: str, blocks: Iterable[Row], position_form: Form = BATCHED) -> Rows:
+def _tower(position: str, blocks: Iterable[Row], position_form: ArrayTransform = BATCHED) -> Rows:
   return (
     Row('class_token', 'cls', BATCHED),
     Row('position', position, position_form),
@@ -95,22 +95,22 @@ def _text(*, stacked: bool) -> Rows:
 def big_vision(prefix: str = 'params/') -> Iterator[Layout]:
   """ViTs of big_vision, layers apart or stacked; `prefix` 'params/img/' for the image tower of a pair."""
   for stacked in (False, True):
-    yield Layout(below('', _image(stacked=stacked), prefix))
+    yield Layout(with_prefix('', _image(stacked=stacked), prefix))
 
 
 def siglip_text() -> Iterator[Layout]:
   """SigLIP's text tower alone."""
   for stacked in (False, True):
-    yield Layout(below('', _text(stacked=stacked), 'params/txt/'))
+    yield Layout(with_prefix('', _text(stacked=stacked), 'params/txt/'))
 
 
 def siglip() -> Iterator[Layout]:
   """SigLIP (Zhai et al. 2023) and, stacked, SigLIP 2 (Tschannen et al. 2025)."""
   for stacked in (False, True):
     rows = (
-      *below('image', _image(stacked=stacked), 'params/img/'),
-      *below('text', _text(stacked=stacked), 'params/txt/'),
-      Row('temperature', 'params/t', ONE),
-      Row('bias', 'params/b', ONE),
+      *with_prefix('image', _image(stacked=stacked), 'params/img/'),
+      *with_prefix('text', _text(stacked=stacked), 'params/txt/'),
+      Row('temperature', 'params/t', SCALAR_AS_1D),
+      Row('bias', 'params/b', SCALAR_AS_1D),
     )
     yield Layout(rows)

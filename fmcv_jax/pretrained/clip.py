@@ -6,21 +6,21 @@ from typing import Any
 from fmcv_jax.models.backbones.vit import SIZES
 from fmcv_jax.pretrained.layout import (
   BATCHED,
-  ONE,
   ROW,
+  SCALAR_AS_1D,
   Layout,
   Row,
   Rows,
   Shape,
-  below,
-  each,
   fused,
+  layer_rows,
   linear,
   matrix,
   norm,
   patch,
+  with_prefix,
 )
-from fmcv_jax.pretrained.outline import has, part
+from fmcv_jax.pretrained.shape_inference import has, part
 from fmcv_jax.pretrained.vit import HEAD_WIDTH, timm, tower
 
 # Width, depth and hidden width of the one text tower whose heads are not 64 wide.
@@ -35,7 +35,7 @@ def _resblocks() -> Rows:
     *fused('blocks/attention', f'{theirs}.attn.in_proj_'),
     *linear('blocks/attention/out', f'{theirs}.attn.out_proj'),
     *norm('blocks/norm2', f'{theirs}.ln_2'),
-    *each('blocks/mlp', f'{theirs}.mlp', {'up': 'c_fc', 'down': 'c_proj'}),
+    *layer_rows('blocks/mlp', f'{theirs}.mlp', {'up': 'c_fc', 'down': 'c_proj'}),
   )
 
 
@@ -70,7 +70,7 @@ _BUFFERS = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask')
 
 def open_clip(text: str = '') -> Layout:
   """OpenAI's names, which OpenCLIP kept; `text`: the prefix of the text tower's, 'text.' where it is apart."""
-  rows = (*below('image', _open_clip_image(), 'visual.'), *below('text', _open_clip_words(), text))
+  rows = (*with_prefix('image', _open_clip_image(), 'visual.'), *with_prefix('text', _open_clip_words(), text))
   return Layout((*rows, Row('temperature', 'logit_scale')), ignored=_BUFFERS)
 
 
@@ -78,9 +78,9 @@ def _blocks(theirs: str) -> Rows:
   parts = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'out': 'out_proj'}
   return (
     *norm('blocks/norm1', f'{theirs}.layer_norm1'),
-    *each('blocks/attention', f'{theirs}.self_attn', parts),
+    *layer_rows('blocks/attention', f'{theirs}.self_attn', parts),
     *norm('blocks/norm2', f'{theirs}.layer_norm2'),
-    *each('blocks/mlp', f'{theirs}.mlp', _MLP),
+    *layer_rows('blocks/mlp', f'{theirs}.mlp', _MLP),
   )
 
 
@@ -108,9 +108,9 @@ _POSITIONS = (r'.*\.position_ids',)
 def transformers_clip() -> Layout:
   """Layout of transformers' CLIPModel."""
   rows = (
-    *below('image', _CLIP_IMAGE, 'vision_model.'),
+    *with_prefix('image', _CLIP_IMAGE, 'vision_model.'),
     *matrix('image/head', 'visual_projection'),
-    *below('text', transformers_text(), 'text_model.'),
+    *with_prefix('text', transformers_text(), 'text_model.'),
     *matrix('text/head', 'text_projection'),
     Row('temperature', 'logit_scale'),
   )
@@ -119,7 +119,7 @@ def transformers_clip() -> Layout:
 
 def image_towers() -> tuple[tuple[str, Layout], ...]:
   """Layouts of CLIP's image tower alone, with or without its projection."""
-  projected = (*below('', _CLIP_IMAGE, 'vision_model.'), *matrix('head', 'visual_projection'))
+  projected = (*with_prefix('', _CLIP_IMAGE, 'vision_model.'), *matrix('head', 'visual_projection'))
   return (
     ('transformers', Layout(projected, ignored=_POSITIONS)),
     ('transformers', Layout(_CLIP_IMAGE, ignored=_POSITIONS)),
@@ -129,7 +129,7 @@ def image_towers() -> tuple[tuple[str, Layout], ...]:
 
 def text_towers() -> tuple[tuple[str, Layout], ...]:
   """Layouts of CLIP's text tower alone, with or without its projection."""
-  projected = (*below('', transformers_text(), 'text_model.'), *matrix('head', 'text_projection'))
+  projected = (*with_prefix('', transformers_text(), 'text_model.'), *matrix('head', 'text_projection'))
   return (
     ('transformers', Layout(projected, ignored=_POSITIONS)),
     ('transformers', Layout(transformers_text(), ignored=_POSITIONS)),
@@ -149,7 +149,7 @@ _SIGLIP_IMAGE: Rows = (
   *fused('map_pool/attention', 'head.attention.in_proj_'),
   *linear('map_pool/attention/out', 'head.attention.out_proj'),
   *norm('map_pool/norm', 'head.layernorm'),
-  *each('map_pool/mlp', 'head.mlp', _MLP),
+  *layer_rows('map_pool/mlp', 'head.mlp', _MLP),
 )
 
 
@@ -160,10 +160,10 @@ def _siglip_words() -> Rows:
 def transformers_siglip() -> Layout:
   """Layout of transformers' SiglipModel."""
   rows = (
-    *below('image', _SIGLIP_IMAGE, 'vision_model.'),
-    *below('text', _siglip_words(), 'text_model.'),
-    Row('temperature', 'logit_scale', ONE),
-    Row('bias', 'logit_bias', ONE),
+    *with_prefix('image', _SIGLIP_IMAGE, 'vision_model.'),
+    *with_prefix('text', _siglip_words(), 'text_model.'),
+    Row('temperature', 'logit_scale', SCALAR_AS_1D),
+    Row('bias', 'logit_bias', SCALAR_AS_1D),
   )
   return Layout(rows, ignored=_POSITIONS)
 
@@ -176,9 +176,9 @@ def _siglip_trunk() -> Rows:
     *fused('attention', 'kv.', ('key', 'value')),
     *linear('attention/out', 'proj'),
     *norm('norm', 'norm'),
-    *each('mlp', 'mlp', _MLP),
+    *layer_rows('mlp', 'mlp', _MLP),
   )
-  return (*timm().rows, *below('map_pool', pool, 'attn_pool.'))
+  return (*timm().rows, *with_prefix('map_pool', pool, 'attn_pool.'))
 
 
 def _open_clip_siglip_words() -> Rows:
@@ -188,8 +188,8 @@ def _open_clip_siglip_words() -> Rows:
 def open_clip_siglip() -> Layout:
   """OpenCLIP's SigLIP: an image tower of timm's, and its own text tower."""
   rows = (
-    *below('image', _siglip_trunk(), 'visual.trunk.'),
-    *below('text', _open_clip_siglip_words(), 'text.'),
+    *with_prefix('image', _siglip_trunk(), 'visual.trunk.'),
+    *with_prefix('text', _open_clip_siglip_words(), 'text.'),
     Row('temperature', 'logit_scale'),
     Row('bias', 'logit_bias'),
   )

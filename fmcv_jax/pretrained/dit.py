@@ -8,8 +8,8 @@ import numpy as np
 
 from fmcv_jax.models.common.positions import sincos_2d
 from fmcv_jax.models.generative.dit import SIZES
-from fmcv_jax.pretrained.layout import Fixed, Layout, Row, Rows, Shape, below, each, linear, patch
-from fmcv_jax.pretrained.outline import part
+from fmcv_jax.pretrained.layout import Fixed, Layout, Row, Rows, Shape, layer_rows, linear, patch, with_prefix
+from fmcv_jax.pretrained.shape_inference import part
 from fmcv_jax.pretrained.vit import timm_block
 
 
@@ -23,7 +23,7 @@ def original() -> Layout:
     *linear('modulation', 'final_layer.adaLN_modulation.1'),
     *linear('head', 'final_layer.linear'),
   )
-  return Layout(below('network', rows), fixed=(Fixed('fixed/position', 'pos_embed', _positions),))
+  return Layout(with_prefix('network', rows), fixed=(Fixed('fixed/position', 'pos_embed', _positions),))
 
 
 def diffusers() -> Layout:
@@ -34,13 +34,13 @@ def diffusers() -> Layout:
   rows = (
     *patch('pos_embed.proj', channels=4),
     *_condition(f'{time}.linear_1', f'{time}.linear_2', f'{embed}.class_embedder'),
-    *each('blocks/attention', f'{block}.attn1', attention),
-    *each('blocks/mlp', f'{block}.ff.net', {'up': '0.proj', 'down': '2'}),
+    *layer_rows('blocks/attention', f'{block}.attn1', attention),
+    *layer_rows('blocks/mlp', f'{block}.ff.net', {'up': '0.proj', 'down': '2'}),
     *linear('blocks/modulation', f'{block}.norm1.linear'),
     *linear('modulation', 'proj_out_1'),
     *linear('head', 'proj_out_2'),
   )
-  return Layout(below('network', rows))
+  return Layout(with_prefix('network', rows))
 
 
 def _condition(first: str, second: str, classes: str) -> Rows:

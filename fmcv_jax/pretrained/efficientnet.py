@@ -11,7 +11,7 @@ from typing import Any
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.efficientnet import SIZES, STEM, TABLE, channels
 from fmcv_jax.pretrained.layout import POINT, SPATIAL, Layout, Row, Rows, Shape, linear, point
-from fmcv_jax.pretrained.outline import has, part
+from fmcv_jax.pretrained.shape_inference import has, part
 
 _UNUSED = (r'.*\.num_batches_tracked',)
 # Names of a block's layers and of the norm after each, with and without an expansion layer.
@@ -65,14 +65,14 @@ def _ends(stem: str, stem_norm: str, top: str, top_norm: str) -> Rows:
 
 
 def _block(ours: str, theirs: str, names: Mapping[str, str]) -> Rows:
-  def each(parts: tuple[str, ...], make: Callable[[str, str], Rows]) -> Rows:
+  def layer_rows(parts: tuple[str, ...], make: Callable[[str, str], Rows]) -> Rows:
     return tuple(row for part in parts for row in make(f'{ours}/{part}', f'{theirs}.{names[part]}'))
 
   return (
     *(Row(f'{ours}/{part}/kernel', f'{theirs}.{names[part]}.weight', POINT) for part in ('expand', 'project')),
     Row(f'{ours}/depthwise/kernel', f'{theirs}.{names["depthwise"]}.weight', SPATIAL),
-    *each(('squeeze', 'excite'), point),
-    *each(('expand_norm', 'depthwise_norm', 'project_norm'), _norm),
+    *layer_rows(('squeeze', 'excite'), point),
+    *layer_rows(('expand_norm', 'depthwise_norm', 'project_norm'), _norm),
   )
 
 

@@ -161,7 +161,7 @@ def transformer(network: DiT) -> dict[str, Any]:
 def scheduler(process: Process) -> dict[str, Any]:
   """scheduler_config.json of DDIMScheduler; UserError for a process that it cannot describe."""
   if process.schedule not in _BETAS or process.prediction not in PREDICTIONS:
-    raise UserError(f'no scheduler of Stable Diffusion knows {process.schedule} with {process.prediction}')
+    raise UserError(f'no scheduler of Stable Diffusion supports {process.schedule} with {process.prediction}')
   return {
     '_class_name': 'DDIMScheduler',
     **_VERSION,

@@ -19,7 +19,7 @@ from fmcv_jax.pretrained import (
   vit,
 )
 from fmcv_jax.pretrained.layout import Layout, Shape
-from fmcv_jax.pretrained.outline import has
+from fmcv_jax.pretrained.shape_inference import has
 from fmcv_jax.pretrained.stable_diffusion import SD1, SD2
 
 BYTES = {'mean': (128 / 255,) * 3, 'std': (128 / 255,) * 3}  # (byte - 128) / 128

@@ -36,8 +36,8 @@ def folder_of(file: Path) -> Path:
   return file.parent if not file.is_dir() and file.name.startswith(_NAMES) else file
 
 
-def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Findings:
-  """Reads all configuration files of a folder for a checkpoint in the format `form`; empty if there are none.
+def read(folder: Path, format_name: str, config: dict[str, Any], objective: Any) -> Findings:
+  """Reads all configuration files of a folder for a checkpoint in the format `format_name`; empty if there are none.
 
   config     ours, as the shapes of the arrays tell it; gets the format's own rounding of images, where it shows some
   objective  what it describes, built
@@ -45,14 +45,14 @@ def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Fin
   UserError, one line with file, key and value, for values that our network does not support.
   """
   findings, own = Findings(), config
-  if form == 'diffusers' or own['objective']['network']['name'] in _DIFFUSION:
+  if format_name == 'diffusers' or own['objective']['network']['name'] in _DIFFUSION:
     hub_diffusers.read(folder, own, objective, findings)
     if 'text_condition' in own['objective'] and (padding := hub_tokenizers.padding(folder, findings)):
       findings.overrides['objective.text_condition.padding'] = padding
     return findings
   file = opened(folder / 'config.json', 'config.json', findings)
   open_clip = opened(folder / 'open_clip_config.json', 'open_clip_config.json', findings)
-  if open_clip is not None and (form == 'open_clip' or file is None):
+  if open_clip is not None and (format_name == 'open_clip' or file is None):
     hub_open_clip.read(open_clip, own, objective)
     if 'normalize' in own['objective']:
       tower, path = hub_open_clip.image_tower(objective)
@@ -64,7 +64,7 @@ def read(folder: Path, form: str, config: dict[str, Any], objective: Any) -> Fin
     if file is not None:
       hub_transformers.read(file, own, objective)
     _transformers_images(folder, own, objective, findings)
-    if form == 'transformers' and 'image' in own.get('data', {}) and 'data.image' not in findings.overrides:
+    if format_name == 'transformers' and 'image' in own.get('data', {}) and 'data.image' not in findings.overrides:
       own['data']['image']['center'] = 'floor'  # as all of its processors round
   if any(path.startswith('data.') for path in findings.overrides) and 'data' not in own:
     findings.overrides = {'data.source': {'name': 'none'}, **findings.overrides}

@@ -1,4 +1,4 @@
-"""Tables that say which array of a published checkpoint is which of ours, read in both directions.
+"""Bidirectional mapping of names and shapes between published checkpoints and our parameters.
 
 A row names our path, theirs, and how the array changes. '{i}' stands for the layer in their name; we stack layers
 along a first axis, where blocks come in pairs those of '{2i}' and of '{2i+1}' apart, and where they count through all
@@ -17,7 +17,7 @@ import numpy as np
 
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.pretrained.arrays import Tensors
-from fmcv_jax.pretrained.tensors import Late
+from fmcv_jax.pretrained.tensors import LazyArray
 
 Shape = tuple[int, ...]
 
@@ -25,7 +25,7 @@ LAYER = re.compile(r'\{(2?)i(\+1)?\}|\{(\d+)\.\.(\d+)\}')
 EVERY = '{*}'
 
 
-class Form(NamedTuple):
+class ArrayTransform(NamedTuple):
   """Conversion of one layer's array: ours -> theirs, theirs -> ours (given our shape), and their shape -> ours.
 
   The last raises ValueError for an unsupported number of axes.
@@ -55,16 +55,17 @@ def _spatial(shape: Shape) -> Shape:
   return rows, columns, inputs, outputs
 
 
-SAME = Form(lambda x: x, _reshaped, lambda shape: shape)
-LINEAR = Form(lambda x: x.T, lambda x, shape: x.T, _turned)
-POINT = Form(lambda x: x.T[..., None, None], lambda x, shape: x[..., 0, 0].T, _of_a_point)  # a convolution of one pixel
-SPATIAL = Form(lambda x: x.transpose(3, 2, 0, 1), lambda x, shape: x.transpose(2, 3, 1, 0), _spatial)
-BATCHED = Form(lambda x: x[None], _reshaped, lambda shape: shape[1:])  # [N, D] and [1, N, D]
-ROW = Form(lambda x: x[0], _reshaped, lambda shape: (1, *shape))  # [1, D] and [D]
-ONE = Form(lambda x: x[None], _reshaped, lambda shape: ())  # [] and [1]
+SAME = ArrayTransform(lambda x: x, _reshaped, lambda shape: shape)
+LINEAR = ArrayTransform(lambda x: x.T, lambda x, shape: x.T, _turned)
+# A convolution of one pixel.
+POINT = ArrayTransform(lambda x: x.T[..., None, None], lambda x, shape: x[..., 0, 0].T, _of_a_point)
+SPATIAL = ArrayTransform(lambda x: x.transpose(3, 2, 0, 1), lambda x, shape: x.transpose(2, 3, 1, 0), _spatial)
+BATCHED = ArrayTransform(lambda x: x[None], _reshaped, lambda shape: shape[1:])  # [N, D] and [1, N, D]
+ROW = ArrayTransform(lambda x: x[0], _reshaped, lambda shape: (1, *shape))  # [1, D] and [D]
+SCALAR_AS_1D = ArrayTransform(lambda x: x[None], _reshaped, lambda shape: ())  # [] and [1]
 
 
-def convolution(channels: int) -> Form:
+def convolution(channels: int) -> ArrayTransform:
   """Ours [rows * columns * channels, outputs], theirs [outputs, channels, rows, columns] with a square kernel."""
 
   def write(x: np.ndarray) -> np.ndarray:
@@ -74,10 +75,10 @@ def convolution(channels: int) -> Form:
   def read(x: np.ndarray, shape: Shape) -> np.ndarray:
     return x.transpose(2, 3, 1, 0).reshape(shape)
 
-  return Form(write, read, lambda shape: (math.prod(shape[1:]), shape[0]))
+  return ArrayTransform(write, read, lambda shape: (math.prod(shape[1:]), shape[0]))
 
 
-def patches(channels: int) -> Form:
+def patches(channels: int) -> ArrayTransform:
   """Ours [rows * columns * channels, outputs], flax's [rows, columns, channels, outputs] with a square kernel."""
 
   def write(x: np.ndarray) -> np.ndarray:
@@ -88,7 +89,7 @@ def patches(channels: int) -> Form:
     rows, columns, inputs, outputs = theirs
     return rows * columns * inputs, outputs
 
-  return Form(write, _reshaped, shape)
+  return ArrayTransform(write, _reshaped, shape)
 
 
 def _unbound(x: np.ndarray) -> np.ndarray:
@@ -107,16 +108,16 @@ def _of_heads_out(theirs: Shape) -> Shape:
 
 # Ours [..., heads * width], flax's [..., heads, width]; ours [..., heads * width, D], flax's [..., heads, width, D].
 # Their arrays tell the number of heads; ours do not, so that `with_heads` has to give it before anything is written.
-INTO_HEADS = Form(_unbound, _reshaped, _of_heads)
-OUT_OF_HEADS = Form(_unbound, _reshaped, _of_heads_out)
+INTO_HEADS = ArrayTransform(_unbound, _reshaped, _of_heads)
+OUT_OF_HEADS = ArrayTransform(_unbound, _reshaped, _of_heads_out)
 
 
 class Row(NamedTuple):
-  """Our path of an array, their name for it, and how one form becomes the other; '{i}' stands for the layer."""
+  """Our path of an array, their name for it, and how its array changes; '{i}' stands for the layer."""
 
   ours: str
   theirs: str
-  form: Form = SAME
+  transform: ArrayTransform = SAME
 
 
 Rows = tuple[Row, ...]
@@ -146,8 +147,11 @@ class Layout(NamedTuple):
   files: tuple[tuple[str, str], ...] = ()
 
 
-def _projection(form: Form) -> Project:
-  return lambda ours, theirs: (Row(f'{ours}/kernel', f'{theirs}.weight', form), Row(f'{ours}/bias', f'{theirs}.bias'))
+def _projection(transform: ArrayTransform) -> Project:
+  return lambda ours, theirs: (
+    Row(f'{ours}/kernel', f'{theirs}.weight', transform),
+    Row(f'{ours}/bias', f'{theirs}.bias'),
+  )
 
 
 linear, point, spatial = _projection(LINEAR), _projection(POINT), _projection(SPATIAL)
@@ -168,7 +172,7 @@ def patch(theirs: str, channels: int = 3) -> Rows:
   return Row('patch/kernel', f'{theirs}.weight', convolution(channels)), Row('patch/bias', f'{theirs}.bias')
 
 
-def each(ours: str, theirs: str, names: Mapping[str, str], project: Project = linear) -> Rows:
+def layer_rows(ours: str, theirs: str, names: Mapping[str, str], project: Project = linear) -> Rows:
   """Rows of several layers below one name; `names`: ours -> theirs."""
   return tuple(row for mine, name in names.items() for row in project(f'{ours}/{mine}', f'{theirs}.{name}'))
 
@@ -185,13 +189,13 @@ def with_heads(layout: Layout, heads: Callable[[str], int]) -> Layout:
   """The layout for a network whose attention at a path of ours has `heads(path)` heads."""
 
   def bound(row: Row) -> Row:
-    if row.form not in (INTO_HEADS, OUT_OF_HEADS):
+    if row.transform not in (INTO_HEADS, OUT_OF_HEADS):
       return row
     count = heads(row.ours)
-    if row.form is INTO_HEADS:
-      return row._replace(form=row.form._replace(write=lambda x: x.reshape(*x.shape[:-1], count, -1)))
+    if row.transform is INTO_HEADS:
+      return row._replace(transform=row.transform._replace(write=lambda x: x.reshape(*x.shape[:-1], count, -1)))
     write = lambda x: x.reshape(*x.shape[:-2], count, -1, x.shape[-1])  # noqa: E731
-    return row._replace(form=row.form._replace(write=write))
+    return row._replace(transform=row.transform._replace(write=write))
 
   return layout._replace(rows=tuple(bound(row) for row in layout.rows))
 
@@ -199,7 +203,7 @@ def with_heads(layout: Layout, heads: Callable[[str], int]) -> Layout:
 def heads_in(layout: Layout, tensors: Tensors) -> dict[str, int]:
   """The number of heads of each stack of blocks, by the prefix of its paths, where the arrays have an axis of them."""
   suffix = 'blocks/attention/query/kernel'
-  rows = [row for row in layout.rows if row.form is INTO_HEADS and row.ours.endswith(suffix)]
+  rows = [row for row in layout.rows if row.transform is INTO_HEADS and row.ours.endswith(suffix)]
   names = ((row.ours.removesuffix(suffix), row.theirs.replace('{i}', '0')) for row in rows)
   return {prefix: tensors.shapes[name][-2] for prefix, name in names if name in tensors.shapes}
 
@@ -223,10 +227,10 @@ def has_places(layout: Layout, shapes: Mapping[str, Shape]) -> bool:
   return True
 
 
-def below(prefix: str, rows: Iterable[Row], theirs: str = '') -> Rows:
+def with_prefix(prefix: str, rows: Iterable[Row], theirs: str = '') -> Rows:
   """Rows of a part, with a prefix added to our paths and another to their names."""
   path = f'{prefix}/' if prefix else ''
-  return tuple(Row(path + row.ours, theirs + row.theirs, row.form) for row in rows)
+  return tuple(Row(path + row.ours, theirs + row.theirs, row.transform) for row in rows)
 
 
 def _joined(layout: Layout, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, list[Row]]]:
@@ -237,7 +241,7 @@ def _joined(layout: Layout, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, 
       groups.setdefault(row.theirs, []).append(row)
   filled = [row.ours for rows in groups.values() for row in rows]
   if missing := sorted(set(shapes) - set(filled)):
-    raise UserError(f'this format has no place for {missing[0]}{_more(missing)}')
+    raise UserError(f'this format cannot represent {missing[0]}{_more(missing)}')
   yield from groups.items()
 
 
@@ -251,7 +255,7 @@ def _layers(layout: Layout, theirs: str, shapes: Mapping[str, Shape], row: Row) 
     return [(theirs, None)]
   step, offset, last = counted(place)
   if place[3] and shapes[row.ours][0] != last - offset + 1:
-    raise UserError(f'this format has no place for {shapes[row.ours][0]} layers of {row.ours}')
+    raise UserError(f'this format cannot represent {shapes[row.ours][0]} layers of {row.ours}')
   return [(theirs.replace(place[0], str(step * i + offset)), i) for i in range(shapes[row.ours][0])]
 
 
@@ -267,20 +271,20 @@ def _one(row: Row, shapes: Mapping[str, Shape]) -> Shape:
   return shapes[row.ours][1:] if LAYER.search(row.theirs) else shapes[row.ours]
 
 
-def write(layout: Layout, params: Mapping[str, np.ndarray], network: Any) -> dict[str, Late]:
+def write(layout: Layout, params: Mapping[str, np.ndarray], network: Any) -> dict[str, LazyArray]:
   """Converts our parameters, by path, to their arrays, including constant ones; UserError for a parameter that the
   format cannot represent."""
   shapes = {path: x.shape for path, x in params.items()}
   found = {
-    name: Late(functools.partial(_theirs, rows, layer, params))
+    name: LazyArray(functools.partial(_theirs, rows, layer, params))
     for theirs, rows in _joined(layout, shapes)
     for name, layer in _layers(layout, theirs, shapes, rows[0])
   }
-  return found | {row.theirs: Late(functools.partial(row.make, network)) for row in layout.fixed}
+  return found | {row.theirs: LazyArray(functools.partial(row.make, network)) for row in layout.fixed}
 
 
 def _theirs(rows: Sequence[Row], layer: int | None, params: Mapping[str, np.ndarray]) -> np.ndarray:
-  parts = [row.form.write(params[row.ours] if layer is None else params[row.ours][layer]) for row in rows]
+  parts = [row.transform.write(params[row.ours] if layer is None else params[row.ours][layer]) for row in rows]
   return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -288,7 +292,7 @@ def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network
   """Raises UserError for missing, unexpected or misshapen arrays, by name; reads no data."""
   expected: dict[str, Shape] = {row.theirs: row.make(network).shape for row in layout.fixed}
   for theirs, rows in _joined(layout, shapes):
-    parts = [_shape(row.form, _one(row, shapes)) for row in rows]
+    parts = [_shape(row.transform, _one(row, shapes)) for row in rows]
     joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
     expected |= {name: joined for name, _ in _layers(layout, theirs, shapes, rows[0])}
   found = tensors.shapes
@@ -296,7 +300,7 @@ def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network
     raise UserError(f'{what}: {missing[0]} is missing{_more(missing)}; {did_you_mean(missing[0], list(found))}')
   extra = [name for name in found if name not in expected and not is_ignored(layout, name)]
   if extra:
-    raise UserError(f'{what}: nothing is known of {sorted(extra)[0]}{_more(extra)}; is it of another family?')
+    raise UserError(f'{what}: unexpected array {sorted(extra)[0]}{_more(extra)}; is it of another family?')
   for name, shape in expected.items():
     if tuple(found[name]) != shape:
       raise UserError(f'{what}: {name} is {tuple(found[name])}, but the network needs {shape}')
@@ -315,12 +319,12 @@ def read(
     for name, layer in layers[:1] if EVERY in theirs else layers:
       x = tensors[name]
       if not np.isfinite(x).all():
-        raise UserError(f'{what}: {name} holds numbers that are not finite')
+        raise UserError(f'{what}: {name} contains NaN or Inf')
       parts = [x]
       if len(rows) > 1:
-        parts = np.split(x, np.cumsum([_shape(row.form, _one(row, shapes))[0] for row in rows[:-1]]))
+        parts = np.split(x, np.cumsum([_shape(row.transform, _one(row, shapes))[0] for row in rows[:-1]]))
       for row, result, part in zip(rows, results, parts, strict=True):
-        value = row.form.read(part, _one(row, shapes))
+        value = row.transform.read(part, _one(row, shapes))
         if layer is None:
           result[...] = value
         else:
@@ -341,8 +345,8 @@ def is_ignored(layout: Layout, name: str) -> bool:
   return any(re.fullmatch(pattern, name) for pattern in layout.ignored)
 
 
-def _shape(form: Form, ours: Shape) -> Shape:
-  return form.write(np.broadcast_to(np.float32(0), ours)).shape
+def _shape(transform: ArrayTransform, ours: Shape) -> Shape:
+  return transform.write(np.broadcast_to(np.float32(0), ours)).shape
 
 
 def _more(names: list[str]) -> str:

@@ -24,7 +24,7 @@ class NpzFile(Tensors):
       check_inflation(file, self._open.zip)
       self._shapes = {name: self._header(name) for name in self._open.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-      raise UserError(f'{file}: is no whole npz file of plain arrays ({first_line(error)})') from error
+      raise UserError(f'{file}: is not a complete npz file of plain arrays ({first_line(error)})') from error
 
   def _header(self, name: str) -> tuple[int, ...]:
     """Shape from the header; the data, whose declared size may be false, is not read."""
@@ -57,4 +57,4 @@ def check_inflation(file: pathlib.Path, archive: zipfile.ZipFile) -> None:
   """Raises UserError for an archive that would grow beyond INFLATION times its size when it is read."""
   held, size = sum(info.file_size for info in archive.infolist()), file.stat().st_size
   if held > INFLATION * size:
-    raise UserError(f'{file}: would grow from {size:,} to {held:,} bytes; such a file holds no weights')
+    raise UserError(f'{file}: would grow from {size:,} to {held:,} bytes; refused as a decompression bomb')

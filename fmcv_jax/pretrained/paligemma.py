@@ -6,8 +6,8 @@ from typing import Any
 
 from fmcv_jax.models.multimodal.prefix_lm import PALIGEMMA_SIZES
 from fmcv_jax.pretrained.clip import SIGLIP_PATCHES
-from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, below, linear, matrix
-from fmcv_jax.pretrained.outline import has, part
+from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, linear, matrix, with_prefix
+from fmcv_jax.pretrained.shape_inference import has, part
 from fmcv_jax.pretrained.vit import tower
 
 LENGTH = 128  # text tokens of a row, which no file says
@@ -44,9 +44,9 @@ def layouts(*, second: bool) -> tuple[tuple[str, Layout], ...]:
       'transformers',
       Layout(
         (
-          *below('image', SIGLIP_PATCHES, image),
+          *with_prefix('image', SIGLIP_PATCHES, image),
           *linear('image_projection', 'multi_modal_projector.linear'),
-          *below('text', _gemma(second), 'language_model.'),
+          *with_prefix('text', _gemma(second), 'language_model.'),
         ),
         ignored=(r'.*\.position_ids',),
       ),

@@ -8,7 +8,7 @@ from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.pretrained.arrays import Tensors
 from fmcv_jax.pretrained.families import FAMILIES, by_signs
 from fmcv_jax.pretrained.layout import Layout, Shape
-from fmcv_jax.pretrained.outline import MissingPath, Shapes, has, name_of, outline
+from fmcv_jax.pretrained.shape_inference import MissingPath, Shapes, has, infer_shapes, name_of
 from fmcv_jax.pretrained.spellings import only, spellings, starts
 from fmcv_jax.pretrained.unread import seems
 
@@ -16,15 +16,15 @@ from fmcv_jax.pretrained.unread import seems
 class Recognized(NamedTuple):
   """Result of the detection.
 
-  name     its family
-  form     the format that the layout is of
-  shapes   of our parameters that it holds, by path
-  tensors  the checkpoint's, as the layout names and shapes them
-  config   of its network and what goes with it
+  name         its family
+  format_name  format of the layout
+  shapes       shapes of our parameters in the checkpoint, by path
+  tensors      arrays of the checkpoint, as the layout names and shapes them
+  config       config of the network and of its preprocessing
   """
 
   name: str
-  form: str
+  format_name: str
   layout: Layout
   shapes: Shapes
   tensors: Tensors
@@ -52,11 +52,11 @@ def recognize(tensors: Tensors, name: str | None, what: str) -> Recognized:
       if isinstance(found, _Complaint):
         best = min(best, found, key=lambda complaint: complaint.distance)
         continue
-      own, form, layout, shapes = found
+      own, format_name, layout, shapes = found
       own = own if family else by_signs(own, shapes)
       config = _config(own, layout, shapes, what)
       _check_size(size, config, f'--as {name}: {what}')
-      return Recognized(own, form, layout, shapes, spelled, config)
+      return Recognized(own, format_name, layout, shapes, spelled, config)
   raise UserError(f'{what}: {_refusal(tensors, candidates, best)}')
 
 
@@ -65,8 +65,8 @@ def _matches(
 ) -> Iterator[_Complaint | tuple[str, str, Layout, Shapes]]:
   """Yields each matching layout, or a complaint for one that does not match."""
   for candidate in candidates:
-    for form, layout in FAMILIES[candidate].layouts:
-      shapes, unknown = outline(layout, tensors, limit)
+    for format_name, layout in FAMILIES[candidate].layouts:
+      shapes, unknown = infer_shapes(layout, tensors, limit)
       missing = next((part for part in FAMILIES[candidate].parts if not has(shapes, part)), None)
       if unknown:
         limit = min(limit, len(unknown))
@@ -79,13 +79,13 @@ def _matches(
         first = next(row.ours for row in layout.rows if row.ours.startswith(missing))
         yield _Complaint(0.5, f'{name_of(layout, first)} is missing, and all else of {missing.rstrip("/")}')
       else:
-        yield candidate, form, layout, shapes
+        yield candidate, format_name, layout, shapes
 
 
 def _unknown(names: list[str], shapes: Mapping[str, Shape], candidates: list[str]) -> str:
   name = min(names)
   more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-  return f'no layout of {_whose(candidates)} knows {name} of the shape {tuple(shapes[name])}{more}'
+  return f'no layout of {_whose(candidates)} contains {name} of the shape {tuple(shapes[name])}{more}'
 
 
 def _whose(candidates: list[str]) -> str:

@@ -41,7 +41,7 @@ class SafetensorsFile(Tensors):
         size = int.from_bytes(data.read(8), 'little')
         table = json.loads(data.read(size))
     except (SafetensorError, OSError, ValueError) as error:
-      raise UserError(f'{file}: is no whole safetensors file ({first_line(error)})') from error
+      raise UserError(f'{file}: is not a complete safetensors file ({first_line(error)})') from error
     table.pop('__metadata__', None)
     self._start, self._table = 8 + size, table
 

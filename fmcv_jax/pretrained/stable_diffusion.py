@@ -18,16 +18,16 @@ from fmcv_jax.pretrained.layout import (
   Project,
   Rows,
   Shape,
-  below,
-  each,
   fused,
+  layer_rows,
   linear,
   matrix,
   norm,
   point,
   spatial,
+  with_prefix,
 )
-from fmcv_jax.pretrained.outline import count, part
+from fmcv_jax.pretrained.shape_inference import count, part
 
 LEVELS = range(2, 5)  # how many the layouts are made for
 _COMPVIS = ('in_layers.0', 'in_layers.2', 'emb_layers.1', 'out_layers.0', 'out_layers.3', 'skip_connection')
@@ -37,7 +37,7 @@ def _transformer(ours: str, theirs: str, project: Project) -> Rows:
   own, block = f'{ours}/blocks', f'{theirs}.transformer_blocks.{{i}}'
 
   def attention(name: str, said: str) -> Rows:
-    kernels = each(f'{own}/{name}', f'{block}.{said}', {part: f'to_{part[0]}' for part in QKV}, matrix)
+    kernels = layer_rows(f'{own}/{name}', f'{block}.{said}', {part: f'to_{part[0]}' for part in QKV}, matrix)
     return (*kernels, *linear(f'{own}/{name}/out', f'{block}.{said}.to_out.0'))
 
   return (
@@ -82,7 +82,7 @@ def diffusers(levels: int, project: Project = point) -> Rows:
     for layer in LAYERS:
       rows += block(f'up{level}_block{layer}', f'{up}.resnets.{layer}', DIFFUSERS)
       rows += _transformer(f'up{level}_attention{layer}', f'{up}.attentions.{layer}', project)
-  return (*below('encoder', encoder(levels, project)), *below('decoder', rows))
+  return (*with_prefix('encoder', encoder(levels, project)), *with_prefix('decoder', rows))
 
 
 def compvis(levels: int, project: Project = point) -> Rows:
@@ -108,7 +108,7 @@ def compvis(levels: int, project: Project = point) -> Rows:
       up += block(f'up{level}_block{layer}', f'output_blocks.{first + layer}.0', _COMPVIS)
       up += _transformer(f'up{level}_attention{layer}', f'output_blocks.{first + layer}.1', project) if attends else ()
     up += spatial(f'up{level}_up/conv', f'output_blocks.{first + 2}.{2 if attends else 1}.conv')
-  return (*below('encoder', down), *below('decoder', up))
+  return (*with_prefix('encoder', down), *with_prefix('decoder', up))
 
 
 class Version(NamedTuple):
@@ -139,7 +139,7 @@ SD1 = Version(
   activation='quick_gelu',
   padding='end',
   text={**_LENGTH, 'width': 768, 'depth': 12, 'mlp_dim': 3072, 'num_heads': 12},
-  words=below('', clip.transformers_text(), 'cond_stage_model.transformer.text_model.'),
+  words=with_prefix('', clip.transformers_text(), 'cond_stage_model.transformer.text_model.'),
 )
 # The text tower is OpenCLIP's H/14 without its last layer.
 SD2 = Version(
@@ -148,7 +148,7 @@ SD2 = Version(
   activation='gelu',
   padding='zeros',
   text={**_LENGTH, 'width': 1024, 'depth': 23, 'mlp_dim': 4096, 'num_heads': 16},
-  words=below('', clip.open_clip_text(), 'cond_stage_model.model.'),
+  words=with_prefix('', clip.open_clip_text(), 'cond_stage_model.model.'),
   left=(r'cond_stage_model\.model\.(transformer\.resblocks\.23\..*|text_projection|logit_scale|attn_mask)',),
 )
 
@@ -163,12 +163,12 @@ def pipelines(version: Version) -> tuple[tuple[str, Layout], ...]:
   """Folders of diffusers, files of CompVis, and the UNet alone, whose other parts then come by init_from."""
   found = []
   for levels in LEVELS:
-    unet = below('network', diffusers(levels, version.project))
+    unet = with_prefix('network', diffusers(levels, version.project))
     for old in (False, True):
-      coder = below('extra/autoencoder', autoencoder.diffusers(levels, old=old))
+      coder = with_prefix('extra/autoencoder', autoencoder.diffusers(levels, old=old))
       for prefix in ('text_model.', ''):
-        text = below('extra/text', clip.transformers_text(), f'text_encoder.{prefix}')
-        rows = (*below('', unet, 'unet.'), *below('', coder, 'vae.'), *text)
+        text = with_prefix('extra/text', clip.transformers_text(), f'text_encoder.{prefix}')
+        rows = (*with_prefix('', unet, 'unet.'), *with_prefix('', coder, 'vae.'), *text)
         found.append(('diffusers', Layout(rows, ignored=(r'.*position_ids',), files=FILES)))
     found.append(('diffusers', Layout(unet)))
     found.append(('compvis', _file('network', version, levels)))
@@ -182,22 +182,22 @@ def controlnets(version: Version) -> tuple[tuple[str, Layout], ...]:
     steps = (*(f'blocks.{n}' for n in range(6)), 'conv_out')
     hint = [f'controlnet_cond_embedding.{name}' for name in ('conv_in', *steps)]
     own = _control(hint, 'controlnet_down_blocks.{}', 'controlnet_mid_block', 3 * levels)
-    own = (*below('encoder', encoder(levels, version.project)), *own)
-    found.append(('diffusers', Layout(below('control', own))))
+    own = (*with_prefix('encoder', encoder(levels, version.project)), *own)
+    found.append(('diffusers', Layout(with_prefix('control', own))))
     hint = [f'input_hint_block.{number}' for number in range(0, 16, 2)]
     own = _control(hint, 'zero_convs.{}.0', 'middle_block_out.0', 3 * levels)
     own = (*(row for row in compvis(levels, version.project) if row.ours.startswith('encoder/')), *own)
     whole = _file('extra/network', version, levels)
-    found.append(('compvis', whole._replace(rows=(*below('control', own, 'control_model.'), *whole.rows))))
+    found.append(('compvis', whole._replace(rows=(*with_prefix('control', own, 'control_model.'), *whole.rows))))
   return tuple(found)
 
 
 def _file(network: str, version: Version, levels: int) -> Layout:
   """Layout of a single CompVis file: UNet, autoencoder and text tower."""
   rows = (
-    *below(network, compvis(levels, version.project), 'model.diffusion_model.'),
-    *below('extra/autoencoder', autoencoder.compvis(levels), 'first_stage_model.'),
-    *below('extra/text', version.words),
+    *with_prefix(network, compvis(levels, version.project), 'model.diffusion_model.'),
+    *with_prefix('extra/autoencoder', autoencoder.compvis(levels), 'first_stage_model.'),
+    *with_prefix('extra/text', version.words),
   )
   return Layout(rows, ignored=(*NON_NETWORK, *version.left))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fmcv_jax.models.backbones.swin import SIZES
 from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, linear, matrix, norm, patch
-from fmcv_jax.pretrained.outline import count, has, part
+from fmcv_jax.pretrained.shape_inference import count, has, part
 from fmcv_jax.pretrained.vit import hub_block, timm_block
 
 STAGES = 4

@@ -127,7 +127,7 @@ def _shards(index: _Set) -> Tensors:
     names = json.loads(index.file.read_text(encoding='utf-8'))['weight_map']
     files = sorted(set(names.values()))
   except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise UserError(f'{index.file}: is no index of shards ({first_line(error)})') from error
+    raise UserError(f'{index.file}: is not an index of shards ({first_line(error)})') from error
   folder = index.file.parent
   for name in files:
     if '/' in name or not (folder / name).exists():
@@ -138,7 +138,7 @@ def _shards(index: _Set) -> Tensors:
   return whole
 
 
-class Late:
+class LazyArray:
   """Lazy array: computed when numpy accesses it, and not kept."""
 
   def __init__(self, compute: Callable[[], np.ndarray]):
@@ -148,7 +148,7 @@ class Late:
     return np.asarray(self._compute(), dtype)
 
 
-def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | Late]) -> None:
+def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | LazyArray]) -> None:
   """Writes a file atomically, one array at a time: .npz by file name, else .safetensors."""
   temporary = file.with_name(f'.{os.getpid()}.{file.name}')
   try:
@@ -166,7 +166,7 @@ def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | Late]) 
       temporary.unlink(missing_ok=True)
 
 
-def _write_safetensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | Late]) -> None:
+def _write_safetensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | LazyArray]) -> None:
   """Writes the same bytes as the library `safetensors`, which needs all arrays in memory at once.
 
   https://github.com/huggingface/safetensors#format: the length of a table as JSON, the table, the arrays.

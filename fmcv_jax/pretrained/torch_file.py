@@ -81,7 +81,7 @@ class TorchFile(Tensors):
     try:
       return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).resolve_conj().resolve_neg().numpy()
     except (TypeError, RuntimeError) as error:  # sparse, quantized, without memory
-      raise UserError(f'{self._file}: {name} is no plain tensor ({first_line(error)})') from error
+      raise UserError(f'{self._file}: {name} is not a plain tensor ({first_line(error)})') from error
 
 
 class _Record:
@@ -105,12 +105,12 @@ def _loaded(file: pathlib.Path, is_mapped: bool) -> Any:
     except Exception as error:  # torch raises of every kind: pickle, zip, runtime, EOF, OS
       code = re.search(r'GLOBAL (\S+)', str(error))
       if code is None:
-        raise UserError(f'{file}: is no whole file of plain tensors ({first_line(error)})') from error
+        raise UserError(f'{file}: is not a complete file of plain tensors ({first_line(error)})') from error
       if _RECORDS.fullmatch(code[1]) and code[1] not in {name for _, name in records}:
         records.append((_Record, code[1]))
         continue
       if code[1].endswith('ParameterDict') and b'string_to_param' in file.read_bytes()[: 2**16]:
-        raise UserError(f'{file}: seems to be a textual inversion, which is no network and is not read') from error
+        raise UserError(f'{file}: seems to be a textual inversion, which is not a network and is not read') from error
       raise UserError(
         f'{file}: holds more than tensors, which only running {code[1]} could read; save its state_dict instead'
       ) from error
@@ -124,7 +124,7 @@ def unwrapped(tree: Any, what: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     if {'state', 'param_groups'} <= set(tree):
       raise UserError(f'{what}: holds the state of an optimizer and no weights')
     if 'string_to_param' in tree:
-      raise UserError(f'{what}: seems to be a textual inversion, which is no network and is not read')
+      raise UserError(f'{what}: seems to be a textual inversion, which is not a network and is not read')
     inner = [name for name, x in tree.items() if isinstance(x, Mapping) and _has_tensors(x)]
     weights = [name for name in inner if not TRAINING.fullmatch(name)]
     known = [name for name in (*AVERAGES, *WEIGHTS) if name in weights]

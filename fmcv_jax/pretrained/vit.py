@@ -17,14 +17,14 @@ from fmcv_jax.pretrained.layout import (
   Row,
   Rows,
   Shape,
-  below,
-  each,
   fused,
+  layer_rows,
   linear,
   norm,
   patch,
+  with_prefix,
 )
-from fmcv_jax.pretrained.outline import has, part
+from fmcv_jax.pretrained.shape_inference import has, part
 
 HEAD_WIDTH = 64  # of nearly all that is published; a size with others is named in models/vit.py
 
@@ -34,7 +34,7 @@ _MLP = {'up': 'fc1', 'down': 'fc2'}
 
 def timm_block(ours: str, theirs: str) -> Rows:
   """Rows of a block with the names of timm and the original releases."""
-  return (*_timm_attention(ours, theirs), *each(f'{ours}/mlp', f'{theirs}.mlp', _MLP))
+  return (*_timm_attention(ours, theirs), *layer_rows(f'{ours}/mlp', f'{theirs}.mlp', _MLP))
 
 
 def _timm_attention(ours: str, theirs: str) -> Rows:
@@ -53,14 +53,14 @@ def hub_block(ours: str, theirs: str, hub: bool, attention: str = 'attention') -
     *norm(f'{ours}/norm1', f'{theirs}.layernorm_before'),
     *_hub_attention(f'{ours}/attention', f'{theirs}.attention', hub, attention),
     *norm(f'{ours}/norm2', f'{theirs}.layernorm_after'),
-    *each(f'{ours}/mlp', theirs, mlp),
+    *layer_rows(f'{ours}/mlp', theirs, mlp),
   )
 
 
 def _hub_attention(ours: str, theirs: str, hub: bool, inner: str = 'attention') -> Rows:
   if not hub:
-    return each(ours, theirs, {name: f'{name[0]}_proj' for name in (*QKV, 'out')})
-  parts = each(ours, f'{theirs}.{inner}', {name: name for name in QKV})
+    return layer_rows(ours, theirs, {name: f'{name[0]}_proj' for name in (*QKV, 'out')})
+  parts = layer_rows(ours, f'{theirs}.{inner}', {name: name for name in QKV})
   return (*parts, *linear(f'{ours}/out', f'{theirs}.output.dense'))
 
 
@@ -74,14 +74,18 @@ def _scales(first: str, second: str) -> Rows:
 
 def timm(*, gated: bool = False) -> Layout:
   """timm's names."""
-  mlp = _gated('blocks/mlp', 'blocks.{i}.mlp', 'fc1', 'fc2') if gated else each('blocks/mlp', 'blocks.{i}.mlp', _MLP)
+  mlp = (
+    _gated('blocks/mlp', 'blocks.{i}.mlp', 'fc1', 'fc2') if gated else layer_rows('blocks/mlp', 'blocks.{i}.mlp', _MLP)
+  )
   registers = Row('registers', 'reg_token', BATCHED)
   return Layout((registers, *norm('pre_norm', 'norm_pre'), *_timm(mlp)), ignored=_TRAINED_ON_TOP)
 
 
 def original(*, gated: bool = False) -> Layout:
   """Those of the releases of DeiT, DINO, DINOv2 and MAE, which timm took over but for registers and SwiGLU."""
-  mlp = _gated('blocks/mlp', 'blocks.{i}.mlp', 'w12', 'w3') if gated else each('blocks/mlp', 'blocks.{i}.mlp', _MLP)
+  mlp = (
+    _gated('blocks/mlp', 'blocks.{i}.mlp', 'w12', 'w3') if gated else layer_rows('blocks/mlp', 'blocks.{i}.mlp', _MLP)
+  )
   tokens = Row('registers', 'register_tokens', BATCHED), Row('mask_token', 'mask_token')
   return Layout((*tokens, *_timm(mlp)), ignored=_TRAINED_ON_TOP)
 
@@ -133,11 +137,11 @@ def transformers_dinov2(prefix: str, *, hub: bool = True, gated: bool = False) -
   block = f'{prefix}encoder.layer.{{i}}'
   own = f'{block}.mlp'
   if not gated:
-    mlp = each('blocks/mlp', own, _MLP)
+    mlp = layer_rows('blocks/mlp', own, _MLP)
   elif hub:
     mlp = _gated('blocks/mlp', own, 'weights_in', 'weights_out')
   else:
-    mlp = each('blocks/mlp', own, {name: f'{name}_proj' for name in ('gate', 'up', 'down')})
+    mlp = layer_rows('blocks/mlp', own, {name: f'{name}_proj' for name in ('gate', 'up', 'down')})
   return Layout(
     (
       *_hub_inputs(prefix),
@@ -173,7 +177,7 @@ def mae(*, hub: bool | None = None) -> Layout:
     *linear('head', f'{prefix}decoder_pred'),
   )
   return Layout(
-    (*below('encoder', encoder), *below('decoder', decoder)),
+    (*with_prefix('encoder', encoder), *with_prefix('decoder', decoder)),
     fixed=(
       Fixed('fixed/position', places, lambda network: _sines(network.encoder, network.encoder.width)),
       Fixed(

@@ -258,7 +258,8 @@ class Checkpointer:
       yield
     except (OSError, ValueError, RuntimeError) as error:
       self._manager.reload()
-      kept = f'step {self.latest()} is the newest that is whole' if self.latest() is not None else 'none is whole yet'
+      latest = self.latest()
+      kept = 'no checkpoint is complete yet' if latest is None else f'step {latest} is the latest complete checkpoint'
       raise UserError(
         f'{self.directory}: step {step} could not be saved ({_first_line(error)}); {kept}: free some space, or make '
         f'the folder writable, and rerun the same command to resume from there'

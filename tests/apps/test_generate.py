@@ -89,7 +89,7 @@ def test_command_line_writes_a_grid_with_its_settings_as_metadata(texts, tmp_pat
   prompt = 'red ' * 40
   args = ['generate', prompt, 'blue', '--model', str(texts), '-n', '2', '--steps', '2', '--seed', '7']
   assert cli.main([*args, '--output', str(tmp_path)]) == 0
-  assert 'prompt too long, cut to: red' in capsys.readouterr().out
+  assert 'prompt too long, truncated to: red' in capsys.readouterr().out
   assert {path.name for path in tmp_path.iterdir()} == {f'000{i}.png' for i in range(4)} | {'grid.png'}
   grid = Image.open(tmp_path / 'grid.png')
   about = json.loads(grid.text['fmcv'])
@@ -123,7 +123,7 @@ def test_prompts_are_class_names_or_indices_and_synthesize_writes_a_dataset(fold
   [
     (b'red\n', ['--steps', '0'], '--steps: 0 is not at least 1'),
     (b'\n \n', [], 'prompts.txt: has no prompt'),
-    (b'\xff\xfe', [], 'prompts.txt: is no text in UTF-8'),
+    (b'\xff\xfe', [], 'prompts.txt: is not text in UTF-8'),
     (None, [], 'its data has no names to sample; give a file of --prompts'),
   ],
 )

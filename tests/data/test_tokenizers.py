@@ -145,7 +145,7 @@ def test_wrong_files_are_one_clear_line(tmp_path):
   with pytest.raises(UserError, match='no file'):
     Bpe(300, 9, file=str(tmp_path / 'none.json'))([''])
   (tmp_path / 'bad.json').write_text('{}')
-  with pytest.raises(UserError, match='is no tokenizer file'):
+  with pytest.raises(UserError, match='is not a valid tokenizer file'):
     Bpe(300, 9, file=str(tmp_path / 'bad.json'))([''])
   BPE.save(str(tmp_path / 'good.json'))
   with pytest.raises(UserError, match='has 600 ids, but vocab_size is 500'):
@@ -279,5 +279,5 @@ def test_a_file_that_is_missing_or_another_is_one_line(tmp_path, kind):
   with pytest.raises(UserError, match='no file'):
     kind(str(tmp_path / 'none'))(['a'])
   (tmp_path / 'other').write_text('{"model": 3}')
-  with pytest.raises(UserError, match=r'is no|pip install sentencepiece'):
+  with pytest.raises(UserError, match=r'is not a|pip install sentencepiece'):
     kind(str(tmp_path / 'other'))(['a'])

@@ -15,6 +15,7 @@ schedulers = pytest.importorskip('diffusers').schedulers
 SHAPE = (2, 4, 4, 3)
 VP = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
 TARGET = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+KEYS = jax.random.split(jax.random.key(0))  # of draws that a test replaces
 PREDICTIONS = {'noise': 'epsilon', 'image': 'sample', 'velocity': 'v_prediction'}
 
 
@@ -31,7 +32,7 @@ def ours(process, solver, start, times, draws=None, network_time=lambda time: ti
   with pytest.MonkeyPatch.context() as patch:
     if draws is not None:
       patch.setattr(samplers, 'normal', lambda keys, shape, call: jnp.asarray(draws)[call])
-    run = jax.jit(lambda x: sample(denoise, process, x, times, solver=solver, keys=jnp.zeros(2), **options))
+    run = jax.jit(lambda x: sample(denoise, process, x, times, solver=solver, keys=KEYS, **options))
     return np.asarray(run(jnp.asarray(start)))
 
 
@@ -217,7 +218,5 @@ def test_learned_variance(monkeypatch):
     return jnp.concatenate([network(x, time.reshape(-1, 1, 1, 1), jnp), between(x, jnp)], axis=-1)
 
   monkeypatch.setattr(samplers, 'normal', lambda keys, shape, call: jnp.asarray(draws)[call])
-  got = jax.jit(lambda x: sample(denoise, process, x, times, solver=Ddpm('learned'), keys=jnp.zeros(2)))(
-    jnp.asarray(noise)
-  )
+  got = jax.jit(lambda x: sample(denoise, process, x, times, solver=Ddpm('learned'), keys=KEYS))(jnp.asarray(noise))
   np.testing.assert_allclose(got, np.moveaxis(x.numpy(), 1, -1), rtol=0, atol=1e-4)

@@ -140,5 +140,5 @@ def test_bad_requests_are_refused():
       jnp.zeros((1, 2, 2, 1)),
       sampling_timesteps(process, 2),
       solver=Ddpm('learned'),
-      keys=1,
+      keys=jax.random.split(jax.random.key(0), 1),
     )

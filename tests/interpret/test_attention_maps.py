@@ -1,12 +1,18 @@
 """Where a network looks, against torch's own attention weights and autograd, and against closed forms."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fmcv_jax.interpret import attention_maps
+from fmcv_jax.interpret.attention_maps import available_outputs
+from fmcv_jax.models.backbones.efficientnet import efficientnet
+from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.common.outputs import AveragePooledNetwork
 from fmcv_jax.models.common.patches import patch_features
 
 NETWORK = vit('mu/8', image_size=32, registers=2)
@@ -121,3 +127,22 @@ def test_patches_of_a_network_with_a_class_token_are_embedded_by_their_values(ra
   x = norm(x, params['norm']) @ params['head']['kernel']
   ours = jax.jit(lambda p: attention_maps.patch_embeddings(network, p, IMAGES))(params).reshape(2, 16, 6)
   np.testing.assert_allclose(ours, x / np.linalg.norm(x, axis=-1, keepdims=True), atol=1e-5)
+
+
+def test_a_network_of_another_class_offers_maps_by_its_attributes_alone(random_variables):
+  names = ('apply', 'patch_size', 'prefix', 'sows_projections', 'pool', 'stack', 'width', 'num_classes', 'head_bias')
+  other = types.SimpleNamespace(**{name: getattr(NETWORK, name) for name in names})
+  read = available_outputs(other)
+  assert set(read) == set(available_outputs(NETWORK)) == {'patch_features', 'attention'}
+  params = random_variables(NETWORK, IMAGES)['params']
+  expected = attention_maps.class_attention(NETWORK, params, IMAGES)
+  np.testing.assert_array_equal(read['attention'](other, params, IMAGES), expected)
+
+
+def test_networks_offer_the_maps_that_they_have():
+  assert set(available_outputs(swin('mu', image_size=32))) == {'patch_features'}
+  assert isinstance(swin('mu', image_size=32), AveragePooledNetwork)
+  assert not available_outputs(efficientnet('mu'))
+  assert isinstance(efficientnet('mu'), AveragePooledNetwork)
+  assert not isinstance(NETWORK, AveragePooledNetwork)
+  assert [network.size_multiple for network in (NETWORK, swin('mu', image_size=32), efficientnet('mu'))] == [8, 4, 1]

@@ -95,7 +95,7 @@ def test_work_of_stable_diffusions_autoencoder(size, encode, decode):
   ],
 )
 def test_unets(variant, options, parameters, size, words, gmac):
-  """The embedding of classes is no part of LDM's UNet. SDXL's whole text comes with its six sizes, 2816 wide."""
+  """The embedding of classes is not part of LDM's UNet. SDXL's whole text comes with its six sizes, 2816 wide."""
   network = unet(variant, **options)
   label = abstract(1, dtype=jnp.int32)
   text = abstract(1, words, network.config.cross_attention_dim) if words else None

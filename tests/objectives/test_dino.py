@@ -10,7 +10,8 @@ import pytest
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.self_supervised.dino import PrototypeHead, dino
 from fmcv_jax.objectives.block_masks import block_masks, most_hidden
-from fmcv_jax.objectives.dino import SelfDistillation, koleo, patch_loss, sinkhorn, view_loss
+from fmcv_jax.objectives.dino import SelfDistillation
+from fmcv_jax.objectives.dino_losses import koleo, patch_loss, sinkhorn, view_loss
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.parallel.rules import path_of
 from tests.models.test_tables import count

@@ -213,7 +213,7 @@ def lora():
     ('x.pth', [torch.ones(3)], 'holds no tensors with names'),
     ('x.pth', {'epoch': 3}, 'holds no tensors with names'),
     ('x.pth', {'gen': {'w': torch.ones(3)}, 'disc': {'w': torch.ones(3)}}, 'several sets of weights, disc, gen'),
-    ('x.pth', {'w': torch.ones(3, 3).to_sparse()}, 'w is no plain tensor'),
+    ('x.pth', {'w': torch.ones(3, 3).to_sparse()}, 'w is not a plain tensor'),
     ('x.pth', torch.nn.Linear(2, 3), r'only running torch\.nn\.modules\.linear\.Linear could read'),
     ('x.safetensors', {'a.weight': torch.ones(3, 3), 'a.weight.absmax': torch.ones(3)}, 'quantized'),
   ],
@@ -251,5 +251,5 @@ def test_an_index_that_is_none_is_one_line(tmp_path):
   index = tmp_path / 'diffusion_pytorch_model.safetensors.index.json'
   for content in ('[]', '{}', json.dumps({'weight_map': 3}), 'nonsense'):
     index.write_text(content)
-    with pytest.raises(UserError, match='is no index of shards'):
+    with pytest.raises(UserError, match='is not an index of shards'):
       open_tensors(tmp_path)

@@ -17,7 +17,7 @@ from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import vit as names
 from fmcv_jax.pretrained.layout import write
-from fmcv_jax.pretrained.tensors import Late, open_tensors, write_tensors
+from fmcv_jax.pretrained.tensors import LazyArray, open_tensors, write_tensors
 from fmcv_jax.train import checksums
 from fmcv_jax.train.checkpoint import Checkpointer
 
@@ -75,7 +75,7 @@ def test_a_file_a_folder_of_shards_and_an_npz_come_back_bitwise(published, tmp_p
 
 def test_what_is_written_is_the_librarys_own_file_byte_for_byte(published, tmp_path):
   tensors = published | {'scalar': np.float32(3), 'counts': np.arange(3), 'none': np.zeros((0, 2), np.float32)}
-  tensors['turned'] = Late(lambda: np.arange(6, dtype=np.float32).reshape(2, 3).T)
+  tensors['turned'] = LazyArray(lambda: np.arange(6, dtype=np.float32).reshape(2, 3).T)
   write_tensors(tmp_path / 'ours.safetensors', tensors)
   contiguous = {name: np.asarray(x, order='C') for name, x in tensors.items()}
   save_file(contiguous, tmp_path / 'theirs.safetensors', metadata={'format': 'pt'})
@@ -118,10 +118,10 @@ def without(tensors, name):
   ('change', 'message'),
   [
     (lambda t: without(t, 'blocks.1.norm2.bias'), 'blocks.1.norm2.bias is missing'),
-    (lambda t: t | {'blocks.0.attn.relative': np.ones(3)}, 'no layout of any family knows blocks.0.attn.relative'),
-    (lambda t: t | {'norm.weight': np.full(64, np.nan, np.float32)}, 'norm.weight holds numbers that are not finite'),
+    (lambda t: t | {'blocks.0.attn.relative': np.ones(3)}, 'no layout of any family contains blocks.0.attn.relative'),
+    (lambda t: t | {'norm.weight': np.full(64, np.nan, np.float32)}, 'norm.weight contains NaN or Inf'),
     (lambda t: t | {'norm.weight': np.ones(63, np.float32)}, r'norm.weight is \(63,\), but the network needs \(64,\)'),
-    (lambda t: {}, 'is empty|knows an empty file|holds nothing'),
+    (lambda t: {}, 'is empty|contains an empty file|holds nothing'),
   ],
 )
 def test_a_checkpoint_that_is_not_whole_is_one_line_and_writes_nothing(published, tmp_path, capsys, change, message):
@@ -165,7 +165,7 @@ def test_files_that_are_no_checkpoints_are_one_line(published, tmp_path, capsys)
 def test_a_family_and_a_size_are_held_against_the_file(published, tmp_path, capsys):
   write_tensors(tmp_path / 'x.safetensors', published)
   for name, message in {
-    'clip': "no layout of family 'clip' knows",
+    'clip': "no layout of family 'clip' contains",
     'dinov3': "did you mean 'dinov2'",
     'dinov2_l14': 'is of no named size, not l14',
     'deit_b16_distilled': 'is of no named size, not b16',
@@ -248,7 +248,7 @@ def test_a_pickle_bomb_is_one_line_and_does_not_go_off(published, tmp_path, caps
   (tmp_path / 'cut.pth').write_bytes((tmp_path / 'x.pth').read_bytes()[:5000])
   with zipfile.ZipFile(tmp_path / 'packed.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
     archive.writestr('x/data/0', bytes(20_000_000))
-  for name, message in {'cut.pth': 'is no whole file of plain tensors', 'packed.pth': 'would grow from'}.items():
+  for name, message in {'cut.pth': 'is not a complete file of plain tensors', 'packed.pth': 'would grow from'}.items():
     assert run('import', tmp_path / name, '--to', tmp_path / 'run') == 2
     assert message in one_line(capsys)
   assert not (tmp_path / 'went_off').exists()

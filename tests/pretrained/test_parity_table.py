@@ -27,7 +27,8 @@ SLOW = (
 @pytest.mark.parametrize(
   ('family', 'size'), [('deit', 'Ti/16'), *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)]
 )
-def test_a_row_holds(tmp_path, family, size):
+def test_a_row_holds(tmp_path, monkeypatch, family, size):
+  monkeypatch.syspath_prepend(FILE.parent)
   spec = importlib.util.spec_from_file_location('parity', FILE)
   parity = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(parity)

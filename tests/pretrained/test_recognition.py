@@ -276,7 +276,7 @@ def whole_clip(words):
 def test_a_surplus_array_is_named_with_its_shape():
   shapes = whole_clip(92) | {'text_model.extra.weight': (3, 4)}
   for family in ('clip', None):
-    with pytest.raises(UserError, match=r'^x: no layout of .* knows text_model.extra.weight of the shape \(3, 4\)$'):
+    with pytest.raises(UserError, match=r'^x: no layout of .* contains text_model.extra.weight of the shape \(3, 4\)$'):
       recognize(Names(shapes), family, 'x')
 
 

@@ -111,7 +111,7 @@ class Depthwise(nn.Module):
 
 
 class Bottleneck(nn.Module):
-  """Widens, filters each channel for itself, weighs the channels, narrows: [B, R, C, D] -> [B, R', C', features].
+  """MBConv: expand, depthwise convolution, squeeze-and-excite, project: [B, R, C, D] -> [B, R', C', features].
 
   In the form of a scan. drop_path: share of examples that skip the block; needs the rng 'dropout'.
   """
@@ -210,6 +210,9 @@ class EfficientNet(nn.Module):
   momentum: float = 0.99
   remat: Remat = 'none'
   dtype: Dtype = 'float32'
+
+  average_pooled = True
+  size_multiple = 1  # divisor of the sides of images
 
   @property
   def input_shape(self) -> tuple[int, int, int]:

@@ -233,6 +233,12 @@ class Swin(nn.Module):
   unroll: Unroll = 1
 
   prefix = 0  # no token stands before the patches
+  average_pooled = True
+
+  @property
+  def size_multiple(self) -> int:
+    """Divisor of the sides of images."""
+    return self.smallest_patch
 
   @property
   def input_shape(self) -> tuple[int, int, int]:

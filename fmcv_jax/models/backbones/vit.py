@@ -94,6 +94,13 @@ class ViT(nn.Module):
   drop_remainder: bool = False
   position_antialias: bool = True
 
+  sows_projections = True
+
+  @property
+  def size_multiple(self) -> int:
+    """Divisor of the sides of images."""
+    return self.patch_size
+
   @property
   def input_shape(self) -> tuple[int, int, int]:
     """(height, width, channels) of the images that the network is made for."""

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.models.common.shapes import AnyArray, Float, Int, Shaped
+from fmcv_jax.shapes import AnyArray, Float, Int, Shaped
 
 # Logical axes of the patch embedding `patch`, for the `logical_axes` of networks.
 PATCH_AXES = (

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.common.layers import HEAD_AXES, dense
+from fmcv_jax.models.common.outputs import PatchNetwork
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
@@ -49,7 +50,7 @@ class Segmenter(nn.Module):
 
 def segmenter(encoder: nn.Module, num_classes: PositiveInt) -> Segmenter:
   """A segmenter on a network of patches (vit, swin); `num_classes` includes the ground, where that is one."""
-  if not hasattr(encoder, 'prefix'):
+  if not isinstance(encoder, PatchNetwork):
     raise ValueError('encoder: a class for every pixel needs a network of patches: encoder.name is vit or swin')
   if encoder.num_classes:  # type: ignore[attr-defined]
     raise ValueError('encoder: outputs has no use here; leave it out')

@@ -157,8 +157,8 @@ class Autoencoder(nn.Module):
     self.decoder = Decoder(*shape, self.dtype, self.remat)
     self.conv_out = conv(3, self.dtype, 'conv_out')
     if self.quantize:
-      self.into_latent = dense(2 * self.latent_channels, self.dtype, 'quantize')
-      self.out_of_latent = dense(self.latent_channels, self.dtype, 'unquantize')
+      self.quant_conv = dense(2 * self.latent_channels, self.dtype, 'quantize')
+      self.post_quant_conv = dense(self.latent_channels, self.dtype, 'unquantize')
 
   @property
   def factor(self) -> int:
@@ -182,21 +182,21 @@ class Autoencoder(nn.Module):
     if images.shape[1] % self.factor or images.shape[2] % self.factor:
       raise ValueError(f'images: {images.shape[1]} x {images.shape[2]} pixels are not divisible by {self.factor}')
     x = self.encoder(with_logical_constraint(images, 'batch', None, None, None))
-    x = (self.into_latent(x) if self.quantize else x).astype(jnp.float32)
+    x = (self.quant_conv(x) if self.quantize else x).astype(jnp.float32)
     mean, log_variance = jnp.split(x, 2, axis=-1)
     return Gaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 
   def features(self, z: jax.Array) -> jax.Array:
     """Input of the last convolution, [B, H, W, channels[0]]."""
-    return self.decoder(self.out_of_latent(z) if self.quantize else z)
+    return self.decoder(self.post_quant_conv(z) if self.quantize else z)
 
-  def pixels(self, features: jax.Array) -> jax.Array:
+  def to_rgb(self, features: jax.Array) -> jax.Array:
     """Applies the last convolution: [B, H, W, channels[0]] -> float32 [B, H, W, 3]."""
     return self.conv_out(features).astype(jnp.float32)
 
   def decode(self, z: jax.Array) -> jax.Array:
     """Latents [B, h, w, z] -> normalized images, float32 [B, H, W, 3]."""
-    return self.pixels(self.features(z))
+    return self.to_rgb(self.features(z))
 
   def __call__(self, images: jax.Array, rng: jax.Array | None = None) -> tuple[jax.Array, Gaussian]:
     """Reconstruction from the mean of the latent or, with an rng, from a sample; and the Gaussian."""

@@ -58,7 +58,7 @@ def test_of_several_splits_one_has_to_be_chosen():
   assert splits.chosen(files[:2], None, 'what') == (files[:2], 'train')
   assert splits.chosen(files[3:], None, 'what') == (files[3:], None)
   inside = [File('/data/test/0.tar', 1), File('/data/test/1.tar', 1)]
-  assert splits.chosen(inside, None, 'what') == (inside, None)  # the folder was chosen; its name is no second split
+  assert splits.chosen(inside, None, 'what') == (inside, None)  # the folder was chosen; its name is not a second split
   assert splits.chosen(inside, 'test', 'what') == (inside, 'test')
   with pytest.raises(UserError, match="split 'train': none of the 2 files"):
     splits.chosen(inside, 'train', 'what')

@@ -144,7 +144,7 @@ def test_invalid_empty_and_imageless_tars_are_one_clear_line(tmp_path, caplog):
 
   refuse('no .tar at .*nowhere.*; give a folder', tmp_path / 'nowhere')
   refuse('no file .*00003.tar', tmp_path / '{00003..00004}.tar')
-  (tmp_path / 'noise.tar').write_bytes(b'this is no tar' * 999)
+  (tmp_path / 'noise.tar').write_bytes(b'this is not a tar' * 999)
   refuse('noise.tar: there is no tar header at byte 0', tmp_path)
   (tmp_path / 'noise.tar').unlink()
   for name, members in {'0': [], '1': ['a.txt']}.items():

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from fmcv_jax.models.common.attention.fused import cudnn_attention, splash_attention
 from fmcv_jax.models.common.attention.ring import ring_attention
 from fmcv_jax.models.common.attention.single_tile import fits, short_attention
-from fmcv_jax.models.common.shapes import AnyArray, Bool, Float
 from fmcv_jax.parallel.rules import mesh_axes, platform
+from fmcv_jax.shapes import AnyArray, Bool, Float
 
 ArrayOrShape = AnyArray | jax.ShapeDtypeStruct
 Backend = Literal['auto', 'xla', 'short', 'splash', 'cudnn', 'ring']
@@ -56,7 +56,7 @@ def attention(
   if backend == 'auto':
     backend, reason = choose(query, key, mask, softcap)
     if platform() is not None:
-      _say(f'attention over {key.shape[1]} tokens: {backend} ({reason})')
+      _log_once(f'attention over {key.shape[1]} tokens: {backend} ({reason})')
   if platform() is None:
     backend = 'xla'
   if backend == 'xla':
@@ -142,5 +142,5 @@ def _of_keys(mask: ArrayOrShape) -> bool:
 
 
 @functools.cache
-def _say(line: str) -> None:
+def _log_once(line: str) -> None:
   logger.info(line)

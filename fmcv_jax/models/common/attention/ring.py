@@ -62,8 +62,8 @@ def _forward(causal: bool, query: jax.Array, key: jax.Array, value: jax.Array, v
   each, of_heads, of_tokens = _axes(query)
 
   def local(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None) -> Any:
-    def meet(row: Any, items: Any, _: None) -> Any:
-      best, total, mixed = row
+    def body(carry: Any, items: Any, _: None) -> Any:
+      best, total, mixed = carry
       start, (key, value, valid) = items
       logits = _logits(causal, query, key, valid, start)[0]
       higher = jnp.maximum(best, logits.max(axis=1))
@@ -72,8 +72,8 @@ def _forward(causal: bool, query: jax.Array, key: jax.Array, value: jax.Array, v
       return (higher, total * fade + weights.sum(axis=1), mixed), None
 
     rows = len(query)
-    row = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, value.shape[1])))
-    (best, total, mixed), _ = ring_scan(meet, row, (key, value, valid), None, jnp.add, axis='tokens', block=BLOCK)
+    carry = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, value.shape[1])))
+    (best, total, mixed), _ = ring_scan(body, carry, (key, value, valid), None, jnp.add, axis='tokens', block=BLOCK)
     return (mixed / total[:, None]).astype(query.dtype), best, total
 
   run = shard_mapped(_over_heads(local), inputs=(each, each, each, of_tokens), outputs=(each, of_heads, of_heads))
@@ -97,9 +97,9 @@ def _backward(causal: bool, saved: Any, cotangent: jax.Array) -> Any:
     # Subtracted from the gradient of each logit (softmax backward).
     mean = jnp.sum(y.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=1, keepdims=True)
 
-    def meet(by_query: Any, items: Any, column: Any) -> Any:
+    def body(by_query: Any, items: Any, gradients: Any) -> Any:
       start, (key, value, valid) = items
-      by_key, by_value = column
+      by_key, by_value = gradients
       logits, visible = _logits(causal, query, key, valid, start)
       weights = jnp.exp(logits - best[:, None]) / total[:, None]
       by_value += _product('qt,qk->tk', weights.astype(cotangent.dtype), cotangent)
@@ -108,10 +108,12 @@ def _backward(causal: bool, saved: Any, cotangent: jax.Array) -> Any:
       by_key += _product('qt,qk->tk', by_logit, query)
       return by_query + _product('qt,tk->qk', by_logit, key), (by_key, by_value)
 
-    column = (jnp.zeros(key.shape), jnp.zeros(value.shape))
-    row = jnp.zeros(query.shape)
-    row, column = ring_scan(meet, row, (key, value, valid), column, jnp.add, axis='tokens', block=BLOCK)
-    return row.astype(query.dtype), column[0].astype(key.dtype), column[1].astype(value.dtype)
+    gradients = (jnp.zeros(key.shape), jnp.zeros(value.shape))
+    by_query = jnp.zeros(query.shape)
+    by_query, (by_key, by_value) = ring_scan(
+      body, by_query, (key, value, valid), gradients, jnp.add, axis='tokens', block=BLOCK
+    )
+    return by_query.astype(query.dtype), by_key.astype(key.dtype), by_value.astype(value.dtype)
 
   query, key, value, valid, y, best, total = saved
   run = shard_mapped(

@@ -31,7 +31,7 @@ class Shapes(dict[str, Shape]):
     raise MissingPath(self.prefix + path)
 
 
-def outline(layout: Layout, tensors: Tensors, limit: float = math.inf) -> tuple[Shapes, list[str]]:
+def infer_shapes(layout: Layout, tensors: Tensors, limit: float = math.inf) -> tuple[Shapes, list[str]]:
   """Returns the shapes of our parameters in a checkpoint, by path, and the names that the layout does not have.
 
   Layers are as many as the highest of their numbers tells, of whichever array. Fixed arrays are there by their own
@@ -60,7 +60,7 @@ def outline(layout: Layout, tensors: Tensors, limit: float = math.inf) -> tuple[
     for row in rows[theirs]:
       part = (shape[0] // len(rows[theirs]), *shape[1:]) if shape and len(rows[theirs]) > 1 else tuple(shape)
       try:
-        found[row.ours] = row.form.shape(part)
+        found[row.ours] = row.transform.shape(part)
       except ValueError:
         unknown.append(name)
         break

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool as Bool
 from jaxtyping import Float as Float
 from jaxtyping import Int as Int
+from jaxtyping import Key as Key
 from jaxtyping import Shaped as Shaped
 
 if TYPE_CHECKING:
