@@ -33,6 +33,11 @@ def find_images(paths: Sequence[str]) -> list[str]:
   return list(files)
 
 
+def unreadable_line(left_out: int, total: int) -> str:
+  """A line that counts the images that were left out; their names and reasons are logged when they are read."""
+  return f'{left_out} of {total} images cannot be read and are left out'
+
+
 def read_image(file: str, size: int) -> np.ndarray:
   """An image file as uint8 [size, size, 3]: the square in its center."""
   try:
