@@ -103,6 +103,26 @@ def test_perfect_model_scores_one_and_unreadable_images_do_not_count(subject, ev
   assert len(subject.map_dataset('logits', data, 8).indices) == 28
 
 
+@pytest.mark.parametrize('templates', [('{c}',), ('{} {}',), ('100% {',), ('a {}', 'none'), ()])
+def test_zero_shot_templates_need_one_place_for_the_name(templates):
+  with pytest.raises(ValueError, match=r"templates: each needs one '\{\}' for the name"):
+    ZeroShot(Pipeline(Colors()), templates=templates)
+
+
+def test_other_braces_of_a_template_are_text(subject):
+  figures = ZeroShot(Pipeline(Colors()), templates=('{} {c} 100% {',), batch_size=8)(subject)
+  assert figures['top1'] == 1.0
+
+
+def test_zero_shot_without_class_names_is_refused_before_the_first_step(subject):
+  class Unnamed(Colors):
+    names = ()
+
+  ZeroShot(Pipeline(Colors())).prepare(subject)
+  with pytest.raises(UserError, match='needs a source with class names'):
+    ZeroShot(Pipeline(Unnamed())).prepare(subject)
+
+
 def test_zero_shot_averages_templates(subject):
   assert ZeroShot(Pipeline(Colors()), templates=('a {}', 'the {}'), batch_size=8)(subject)['top1'] == 1.0
 
