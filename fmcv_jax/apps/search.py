@@ -43,10 +43,11 @@ def run(
   files = find_images(paths)
   opened = Model(model, step=step, unreadable='nan')
   query = opened.encode_text(text) if text is not None else opened.encode_image(str(image))
-  scores = _unit(opened.encode_image(files)) @ _unit(query)
+  images = opened.encode_image(files)
+  scores = _unit(images) @ _unit(query)
   if not is_main():
     return
-  readable = ~np.isnan(scores)
+  readable = ~np.isnan(images).any(axis=1)
   order = np.argsort(-scores, kind='stable')[: min(top, readable.sum())]  # NaN is last
   table = Table(f'nearest of {readable.sum()} images')
   table.add_column('similarity', justify='right')
@@ -60,4 +61,4 @@ def run(
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
-  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.finfo(x.dtype).tiny)

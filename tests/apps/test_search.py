@@ -158,6 +158,15 @@ def test_unreadable_files_of_a_folder_are_named_counted_and_left_out(
   assert '101 of 107 images cannot be read and are left out' in capsys.readouterr().err
 
 
+def test_images_of_a_format_that_is_not_decoded_are_counted(folder, clip, tmp_path, caplog):
+  shutil.copytree(folder, tmp_path / 'all')
+  for name in ('a/x.HEIC', 'b/y.heic', 'z.CR2', 'notes.txt'):
+    (tmp_path / 'all' / name).write_bytes(b'')
+  assert main(['search', str(tmp_path / 'all'), '--text', 'red', '--model', clip]) == 0
+  assert 'not read: files .heic: 2 (a/x.HEIC, b/y.heic); files .cr2: 1 (z.CR2); convert them' in caplog.text
+  assert 'notes.txt' not in caplog.text
+
+
 def test_nan_stands_for_an_unreadable_image_and_nothing_else(folder, clip, classifier, tmp_path):
   (tmp_path / 'broken.png').write_bytes(b'')
   files = [str(tmp_path / 'broken.png'), str(folder / 'a/0.png')]
