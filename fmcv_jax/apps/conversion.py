@@ -145,9 +145,8 @@ def matched(
 
 def _class_names(match: Match) -> tuple[str, ...]:
   """The names that the files give, if there is one for each class of the network."""
-  classes, _ = match.run.experiment.objective.class_counts.get('label', (0, None))
   names = match.findings.class_names
-  return names if len(names) == classes else ()
+  return names if len(names) == getattr(match.network, 'num_classes', 0) else ()
 
 
 def _check_vocabulary(file: str, run: Run) -> None:
@@ -324,7 +323,7 @@ def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bo
       files = export_timm.open_clip(family, objective, image)
     case _:
       return {}
-  classes, _ = objective.class_counts.get('label', (0, None))
+  classes = getattr(objective.network, 'num_classes', 0)
   names = class_names_of(run) if classes else ()
   if format in ('timm', 'transformers') and classes and len(names) == classes:
     files = {**files, 'config.json': hub_classes.with_names(files['config.json'], format, names)}

@@ -110,7 +110,7 @@ def test_zero_shot_templates_need_one_place_for_the_name(templates):
 
 
 def test_other_braces_of_a_template_are_text(subject):
-  figures = ZeroShot(Pipeline(Colors()), templates=('{} {c} 100% {',), batch_size=8)(subject)
+  figures = ZeroShot(Pipeline(Colors()), templates=('{c} 100% { {}',), batch_size=8)(subject)
   assert figures['top1'] == 1.0
 
 
