@@ -195,7 +195,9 @@ class _Batches:
         raise UserError(f'data: {field} differ in number: {both}; set data.fields.{field}.pad_to')
       if kind is None or not kind.spatial:
         raise UserError(f'data: {field} differ in shape: {both}')
-      raise UserError(f"data: {field}s differ in size: {both}; set the pipeline's image, such as resize_crop")
+      raise UserError(
+        f"data: {field}s differ in size: {both}; set the pipeline's image, such as data.image.name=resize_crop"
+      )
     column[row] = value
 
   def _whole(self, field: str, column: Any) -> np.ndarray:

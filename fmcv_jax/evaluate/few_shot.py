@@ -39,6 +39,7 @@ class FewShot(Evaluator):
 
   @override
   def prepare(self, subject: EvaluatedModel) -> None:
+    subject.check_dataset(self.features, self.data, self.batch_size, truth=('label',))
     source, shots = self.data.source, max(self.shots)
     counts = source.account().class_counts
     if counts is None:

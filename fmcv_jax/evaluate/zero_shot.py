@@ -34,6 +34,8 @@ class ZeroShot(Evaluator):
   @override
   def prepare(self, subject: EvaluatedModel) -> None:
     _check_names(self.data.source.names)
+    subject.check_texts()
+    subject.check_dataset('embed_image', self.data, self.batch_size, truth=('label',))
     check_label_room(subject.tokenizer, self.data.source.names, self.templates)
 
   @override

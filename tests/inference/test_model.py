@@ -134,6 +134,8 @@ def test_arrays_of_other_libraries_and_iterators_give_the_same_as_numpy(folder, 
   several = torch.tensor(np.stack([pixels, pixels]))
   np.testing.assert_array_equal(classifier.classify(several), [expected, expected])
   np.testing.assert_array_equal(classifier.classify(image for image in [pixels]), [expected])
+  with pytest.raises(UserError, match=r'^images: .*detach\(\)'):
+    classifier.classify([torch.zeros(16, 16, 3, requires_grad=True)])
 
 
 def test_a_truncated_text_is_said_when_it_is_encoded(clip, caplog):

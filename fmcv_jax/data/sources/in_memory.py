@@ -35,7 +35,12 @@ def image_list(images: Any) -> tuple[Sequence[ImageLike] | np.ndarray, bool]:
 
 def _numpy(image: Any) -> Any:
   """An array of another library, such as JAX or PyTorch, as NumPy; anything else as it is."""
-  return np.asarray(image) if hasattr(image, '__array__') and hasattr(image, 'dtype') else image
+  if not (hasattr(image, '__array__') and hasattr(image, 'dtype')):
+    return image
+  try:
+    return np.asarray(image)
+  except (TypeError, RuntimeError) as error:  # on a GPU, or with gradients, PyTorch says what to call first
+    raise UserError(f'images: {" ".join(str(error).split())}') from error
 
 
 class InMemoryImages(Source):
