@@ -188,9 +188,11 @@ def _check_best(e: Experiment) -> None:
   if e.checkpoint.best is None:
     return
   name, slash, metric = e.checkpoint.best.partition('/')
-  if name not in e.evaluators or not (slash and metric):
+  if not (slash and metric):
+    raise UserError(f"config.checkpoint.best: {e.checkpoint.best!r} is not of the form 'evaluator/metric'")
+  if name not in e.evaluators:
     raise UserError(
-      f"config.checkpoint.best: {e.checkpoint.best!r} is not of the form 'evaluator/metric'; "
+      f'config.checkpoint.best: {e.checkpoint.best!r} needs an evaluator {name!r} (None keeps no best checkpoint); '
       f'{did_you_mean(name, e.evaluators)}'
     )
 

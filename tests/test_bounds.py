@@ -151,8 +151,9 @@ def test_a_learning_rate_of_zero_is_refused(tmp_path):
   [
     (
       {'checkpoint__best': 'vall/top1'},
-      "config.checkpoint.best: 'vall/top1' is not of the form 'evaluator/metric'",
+      "config.checkpoint.best: 'vall/top1' needs an evaluator 'vall' (None keeps no best checkpoint); did you mean 'val'?",
     ),
+    ({'checkpoint__best': 'val'}, "config.checkpoint.best: 'val' is not of the form 'evaluator/metric'"),
     (
       {'optimizer__weight_decay': 0.1, 'optimizer__weight_decay_mask': ('.*/kernels',)},
       "config.optimizer: weight_decay_mask: '.*/kernels' matches no parameter",

@@ -104,12 +104,13 @@ def _of_table(folder: str, table: str, given: Spec) -> Spec:
   if row is None:
     raise UserError(f'{path}: has no rows below line 1, which names the columns, such as image,label')
   image = _column(row, _IMAGE_PATHS)
-  if image is None and 'image_column' not in given:
+  if image is not None:
+    spec |= {} if image in folder_index.IMAGE_COLUMNS else {'image_column': image}
+  elif 'image_column' not in given:
     raise UserError(
       f'{path}: has no column of images ({", ".join(_IMAGE_PATHS)}) among its columns ({", ".join(row)}), which line 1 '
       f'names; rename one, or set --config.data.source.image_column'
     )
-  spec |= {} if image in folder_index.IMAGE_COLUMNS else {'image_column': image}
   if {'caption_column', 'label_column'} & set(given):
     return spec
   captions, label = _column(row, _CAPTIONS), _column(row, _LABELS)

@@ -15,7 +15,7 @@ from fmcv_jax.errors import UserError
 
 _NOT_AN_IMAGE = 'is not an image; give an array, a Pillow image, a path or encoded bytes'
 
-ImageLike = np.ndarray | Image.Image | bytes | str | pathlib.Path
+ImageLike = np.ndarray | Image.Image | bytes | str | os.PathLike[str]
 
 
 def image_list(images: Any) -> tuple[Sequence[ImageLike] | np.ndarray, bool]:
