@@ -72,7 +72,9 @@ def _of_folder(path: str, expanded: str, found: Sequence[str], given: Spec) -> S
   # The reader finds class folders, text files and metadata itself. A table of another name is for images without these,
   # which may all be in one subfolder.
   metadata = [name for name in found if name.rpartition('/')[2] in METADATA]
-  if len(metadata) == 1 and metadata[0] in METADATA and not _is_hub_table(storage.join(expanded, metadata[0]), given):
+  if (
+    len(metadata) == 1 and metadata[0] in METADATA and _is_table(storage.join(expanded, metadata[0]), len(inner), given)
+  ):
     return _of_table(path, metadata[0], given)
   listed = [name for name in found if '/' not in name and caption_tables.suffix(name) in _TABLES]
   if listed and not metadata and len(storage.folders_in(expanded)) < 2:
@@ -82,12 +84,18 @@ def _of_folder(path: str, expanded: str, found: Sequence[str], given: Spec) -> S
   return {'name': 'image_folder', 'path': path}
 
 
-def _is_hub_table(table: str, given: Spec) -> bool:
-  """True if the reader of image folders finds the columns of a metadata table by itself, or the user names them."""
+def _is_table(table: str, folders: int, given: Spec) -> bool:
+  """True for a metadata table with other column names than the hub's, which the reader of image folders would ignore.
+
+  Next to class folders, one without images and captions or labels is left out and counted.
+  """
   if {'image_column', 'caption_column', 'label_column', 'split', 'captions'} & set(given):
-    return True
+    return False
   row = _first_row(table)
-  return row is None or folder_index.Columns(None, None, None, metadata=True).fit(set(row))
+  if row is None or folder_index.Columns(None, None, None, metadata=True).fit(set(row)):
+    return False
+  usual = _column(row, _IMAGE_PATHS) and (_column(row, _CAPTIONS) or _column(row, _LABELS))
+  return bool(usual) or folders < 2
 
 
 def _first_row(table: str) -> caption_tables.Row | None:

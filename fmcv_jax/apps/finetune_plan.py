@@ -164,7 +164,7 @@ class _Data:
     own = '' if 'held_out' not in counts else f' ({"stratified, " if self.labeled else ""}seed 0)'
     lines = [f'{self.records} images{kinds}{shown}: {account.records} to train, {how}{own}']
     read = self.training['source'].get('path', self.path)
-    lines += [f'the data is read from {read}'] if read.startswith(f'{self.path.rstrip("/")}/') else []
+    lines += [f'the data is read from {read}'] if read.rstrip('/').startswith(f'{self.path.rstrip("/")}/') else []
     origin = 'label' if self.labeled else 'text'
     lines += [f'{origin}: {account.fields[origin]}'] if origin in account.fields else []
     lines += account.doubts()
@@ -226,7 +226,11 @@ def _workdir(config: Mapping[str, Any]) -> str:
 
 def _optimizer(model: Pretrained, steps: int, *, labeled: bool) -> dict[str, Any]:
   """Small rates, smaller in earlier layers; a new head learns faster than the pretrained network."""
-  schedule = {'name': 'cosine', 'peak_lr': 1e-4 if labeled else 1e-5, 'warmup_steps': max(1, steps // 10)}
+  schedule = {
+    'name': 'cosine',
+    'peak_lr': 1e-4 if labeled else 1e-5,
+    'warmup_steps': min(max(1, steps // 10), max(0, steps - 1)),
+  }
   head = {'lr_multipliers': tuple((pattern, 10.0) for pattern in HEAD)} if labeled else {}
   return {'schedule': schedule, **head} | ({'layer_decay': 0.75} if model.has_blocks() else {})
 

@@ -429,11 +429,26 @@ def test_usual_names_of_columns_are_found_however_they_are_written(header, tmp_p
     (tmp_path / 'own' / name).unlink()
 
 
+def test_a_table_of_other_facts_leaves_class_folders_as_they_are(tmp_path, classifier, capsys):
+  class_folder(tmp_path / 'own')
+  (tmp_path / 'own/metadata.csv').write_text('id,camera\n1,x\n')
+  assert completed(tmp_path / 'own', classifier)['objective']['network']['num_classes'] == 3
+  assert 'left out: files .csv: 1 (metadata.csv)' in capsys.readouterr().out
+
+
+def test_one_step_has_no_warm_up(tmp_path, classifier):
+  for steps, warmup in ((1, 0), (2, 1), (30, 3)):
+    config = completed(class_folder(tmp_path / 'own'), classifier, f'train.steps={steps}')
+    assert config['optimizer']['schedule']['warmup_steps'] == warmup
+
+
 def test_a_folder_around_the_data_is_not_a_class(tmp_path, classifier, pairs, capsys):
   class_folder(tmp_path / 'a/data')
   config = completed(tmp_path / 'a', classifier)
   assert config['objective']['network']['num_classes'] == 3
   assert f'finetune: the data is read from {tmp_path}/a/data\n' in capsys.readouterr().out
+  completed(f'{tmp_path}/a/data/', classifier)
+  assert 'is read from' not in capsys.readouterr().out
   for index in range(6):
     draw(tmp_path / f'b/images/{index}.png', NAMES[index % 3], index)
     (tmp_path / f'b/images/{index}.txt').write_text(f'a {NAMES[index % 3]} ball')
