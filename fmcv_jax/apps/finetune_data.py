@@ -140,7 +140,8 @@ def _column(names: Iterable[str], known: Sequence[str]) -> str | None:
 
 def _of_shards(path: str, given: Spec) -> Spec:
   """Tar shards: a classification by a member cls or a field of json, with its names; otherwise pairs by txt or json."""
-  source = WebDataset(path, text=None, label=None, split=given.get('split', splits.ALL), index=given.get('index'))
+  own = {field: given[field] for field in ('index', 'on_truncated') if field in given}
+  source = WebDataset(path, text=None, label=None, split=given.get('split', splits.ALL), **own)
   spec: Spec = {'name': 'webdataset', 'path': path, 'label': None, 'text': None}
   fields = _json_fields(source)
   label = given.get('label', 'cls' if 'cls' in source.members else fields(_LABELS))
@@ -159,7 +160,7 @@ def _json_fields(source: WebDataset) -> Callable[[Sequence[str]], str | None]:
   """A function of known names that returns 'json/NAME' for the first that the JSON of the first samples has."""
   found: dict[str, None] = {}
   for row in range(min(len(source), _PROBED) if 'json' in source.members else 0):
-    value = source.value_of(row, 'json')
+    value = _stored(source, row, 'json')
     found |= dict.fromkeys(value if isinstance(value, dict) else ())
 
   def first(known: Sequence[str]) -> str | None:
@@ -171,14 +172,15 @@ def _json_fields(source: WebDataset) -> Callable[[Sequence[str]], str | None]:
 
 def _names_in(source: WebDataset, label: str) -> tuple[str, ...]:
   """The class names that the samples hold, sorted; () where they hold numbers."""
+  return values.names_among(storage.in_threads(lambda row: _stored(source, row, label), range(len(source))))
 
-  def read(row: int) -> Any:
-    try:
-      return source.value_of(row, label)
-    except BadRecord:  # counted by the split, which reads it again
-      return None
 
-  return values.names_among(storage.in_threads(read, range(len(source))))
+def _stored(source: WebDataset, row: int, field: str) -> Any:
+  """A value as the sample has it; None for one that cannot be read, which the split counts when it reads it again."""
+  try:
+    return source.value_of(row, field)
+  except BadRecord:
+    return None
 
 
 def _parquet_columns(path: str, table: str, given: Spec) -> Spec | None:

@@ -9,6 +9,7 @@ from typing_extensions import override
 from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import UNREADABLE, Source
+from fmcv_jax.data.sources.values import Classes
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
@@ -69,16 +70,15 @@ def _check_classes(enough: int, ways: int, shots: int) -> None:
 
 def _classes_with(source: Source, shots: int, ways: int) -> int:
   """The number of classes with more than `shots` records, counted up to `ways` by reading labels until then."""
-  counts: collections.Counter[int] = collections.Counter()
+  classes, counts = Classes(source.names), collections.Counter[int]()
   for index in range(len(source)):
     try:
-      label = source[index].get('label')
+      label = classes.number(source[index].get('label'), 'label')
     except UNREADABLE:
       continue
-    if label is not None and label >= 0:
-      counts[int(label)] += 1
-      if counts[int(label)] > shots and sum(count > shots for count in counts.values()) == ways:
-        return ways
+    counts[label] += 1
+    if counts[label] > shots and sum(count > shots for count in counts.values()) == ways:
+      return ways
   return sum(count > shots for count in counts.values())
 
 

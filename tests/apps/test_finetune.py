@@ -402,6 +402,18 @@ def test_tar_shards_are_a_classification_or_pairs_by_their_members(kind, tmp_pat
       assert not any('text' in example for example in examples)
 
 
+def test_damaged_tar_shards_are_read_as_far_as_they_are_whole(tmp_path, classifier, capsys):
+  samples = [{'png': encoded(NAMES[i % 3], i), 'json': json.dumps({'label': NAMES[i % 3]})} for i in range(13)]
+  samples[0]['json'] = '{'
+  path = tar(tmp_path / '0.tar', samples)
+  path.write_bytes(path.read_bytes()[:-11_000])  # the end of the archive, and a part of the last sample
+  with pytest.raises(UserError, match='skip_tail'):
+    completed(path, classifier)
+  config = completed(path, classifier, 'data.source.on_truncated=skip_tail')
+  assert Run(config).experiment.data.source.source.names == tuple(NAMES)
+  assert 'left out: its .json is not JSON' in capsys.readouterr().out
+
+
 def test_tar_shards_are_split_by_their_names(tmp_path, classifier, capsys):
   for split, count in (('train', 9), ('val', 3)):
     samples = [{'png': encoded(NAMES[i % 3], len(split) * 100 + i), 'cls': NAMES[i % 3]} for i in range(count)]
