@@ -1,4 +1,4 @@
-"""Fine-tuning of any image model on your own images: class folders, a table of captions or labels, or Parquet shards.
+"""Fine-tuning of any image model on your own images: class folders, a table of captions or labels, or shards.
 
 The number of classes, the held-out split, the batch size, steps and warm-up follow from the data, unless they are set;
 the network, its image size and normalization from the model. Every choice is printed (docs/finetune.md).

@@ -5,7 +5,7 @@ Published: 21,743 M parameters, 177,000 steps of 65,536 images of JFT-4B, which 
 its pod (results in docs/plan.md). As in the paper: parallel attention and MLP, normalized queries and keys, no bias in
 the attention projections, attention pooling, sigmoid cross-entropy, Adafactor and a reciprocal square-root schedule.
 Unlike the paper: norms have biases, and the weight decay of the body, 0.03, acts on the head too, which has 3.0 there
-(both are multiplied by the learning rate, as here: 3.0 by itself would flip every sign).
+(section 4.1).
 
     fmcv train --config configs/vit_22b.py --workdir gs://BUCKET/vit_22b
 """
@@ -48,6 +48,9 @@ def get_config():
   c.optimizer = dict(
     rule=dict(name='adafactor'),
     schedule=dict(name='rsqrt', peak_lr=1e-3, warmup_steps=10_000, cooldown_steps=30_000),
+    # Section 4.1, after Zhai et al. 2022. The published numbers are read as factors of the learning rate, as in
+    # optax.adamw and here. In the public big_vision and Scenic, decay is a factor of the schedule relative to its peak,
+    # and the same decay would be wd=0.03 * 1e-3; read in their way, 3.0 of the head would flip every sign.
     weight_decay=0.03,
     clip_norm=1.0,
   )

@@ -12,7 +12,7 @@ JAX nor any data library.
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fmcv_jax.version import __version__
 
@@ -33,7 +33,12 @@ _MODULES = {
 
 
 def load(
-  workdir: str | os.PathLike[str], *, step: int | None = None, dtype: str | None = None, batch: int = 64
+  workdir: str | os.PathLike[str],
+  *,
+  step: int | None = None,
+  dtype: str | None = None,
+  batch: int = 64,
+  unreadable: Literal['error', 'nan'] = 'error',
 ) -> 'Model':
   """The model of a workdir of `fmcv train` or `fmcv import`, or the one that ships with this package: load('demo').
 
@@ -41,7 +46,7 @@ def load(
   """
   from fmcv_jax.inference.model import Model
 
-  return Model(workdir, step=step, dtype=dtype, batch=batch)
+  return Model(workdir, step=step, dtype=dtype, batch=batch, unreadable=unreadable)
 
 
 def __getattr__(name: str) -> Any:

@@ -54,13 +54,15 @@ def parser() -> argparse.ArgumentParser:
 
   add(commands.train, config='')
   sub = add(commands.finetune, config='configs/finetune.py', workdir=False)
-  sub.add_argument('data', metavar='DIR_OR_FILE', help='class folders, a table of captions or labels, or Parquet')
+  sub.add_argument(
+    'data', metavar='DIR_OR_FILE', help='class folders, a table of captions or labels, Parquet or tar shards'
+  )
   sub.add_argument(
     '--model', metavar='DIR_OR_FILE', default='demo', help='a workdir, or published weights (default: the demo model)'
   )
   sub.add_argument('--workdir', help='run folder (default: runs/ and the name of the data)')
   sub = add(commands.classify, model=True, fields=False)
-  sub.add_argument('image', nargs='+', metavar='IMAGE', help='image file')
+  sub.add_argument('image', nargs='+', metavar='PATH', help='image file or folder')
   sub.add_argument('--text', nargs='+', default=[], metavar='LABEL', help='labels (image-text models only)')
   sub.add_argument('--top', type=int, default=3, metavar='N', help='classes per image (default: 3)')
   sub.add_argument('--json', metavar='FILE', help='also write the results to this file')

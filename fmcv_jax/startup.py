@@ -112,6 +112,8 @@ def _texts(run: Run, pipeline: Pipeline, where: str) -> list[str]:
   captions = sorted({text for row in rows for text in source.texts_of(int(row))})
   if not captions:
     return []
+  if len(captions) == 1 and len(rows) > 1:
+    return [f'{where}: all {len(rows)} texts that were sampled are {captions[0]!r}: a model cannot tell images by them']
   left = truncated_texts(e.tokenizer, [template.replace('{}', caption) for caption in captions])
   if len(captions) > 1 and len(left) == len(captions) and len(set(left.values())) == 1:
     raise UserError(

@@ -64,8 +64,9 @@ def train(config: dict[str, Any], workdir: str | pathlib.Path, console: Console 
   """Runs a resolved config in a workdir, from where it stands there; returns the final state."""
   console = console or make_console()
   run = Run(config, workdir)
-  if not run.experiment.train.steps:
-    raise UserError('config.train: steps and batch are missing')
+  for field in ('steps', 'batch_size'):
+    if not getattr(run.experiment.train, field):
+      raise UserError(f'config.train.{field}: missing or 0; set at least 1')
   jax.config.update('jax_debug_nans', run.experiment.debug.nans)
   _open_workdir(run, console)
   with _storage_errors(run.workdir), lock.held(run.workdir) if is_main() else contextlib.nullcontext():
@@ -188,9 +189,11 @@ def _check_best(e: Experiment) -> None:
   if e.checkpoint.best is None:
     return
   name, slash, metric = e.checkpoint.best.partition('/')
-  if name not in e.evaluators or not (slash and metric):
+  if not (slash and metric):
+    raise UserError(f"config.checkpoint.best: {e.checkpoint.best!r} is not of the form 'evaluator/metric'")
+  if name not in e.evaluators:
     raise UserError(
-      f"config.checkpoint.best: {e.checkpoint.best!r} is not of the form 'evaluator/metric'; "
+      f'config.checkpoint.best: {e.checkpoint.best!r} needs an evaluator {name!r} (None keeps no best checkpoint); '
       f'{did_you_mean(name, e.evaluators)}'
     )
 

@@ -140,6 +140,13 @@ def test_a_value_outside_its_range_is_named(tmp_path, change, message):
     runs.classification(tmp_path, **change)
 
 
+@pytest.mark.parametrize('field', ['steps', 'batch_size'])
+def test_a_run_without_steps_or_examples_is_refused(field, tmp_path):
+  config = runs.classification(runs.image_folder(tmp_path / 'images'), **{f'train__{field}': 0})
+  with pytest.raises(UserError, match=rf'config\.train\.{field}: missing or 0; set at least 1'):
+    trainer.train(config, tmp_path / 'run')
+
+
 def test_a_learning_rate_of_zero_is_refused(tmp_path):
   config = runs.classification(runs.image_folder(tmp_path / 'images'), optimizer__schedule__peak_lr=0.0)
   with pytest.raises(UserError, match=r'config\.optimizer\.schedule: peak_lr is 0: nothing would be learned'):
@@ -151,8 +158,9 @@ def test_a_learning_rate_of_zero_is_refused(tmp_path):
   [
     (
       {'checkpoint__best': 'vall/top1'},
-      "config.checkpoint.best: 'vall/top1' is not of the form 'evaluator/metric'",
+      "config.checkpoint.best: 'vall/top1' needs an evaluator 'vall' (None keeps no best checkpoint); did you mean",
     ),
+    ({'checkpoint__best': 'val'}, "config.checkpoint.best: 'val' is not of the form 'evaluator/metric'"),
     (
       {'optimizer__weight_decay': 0.1, 'optimizer__weight_decay_mask': ('.*/kernels',)},
       "config.optimizer: weight_decay_mask: '.*/kernels' matches no parameter",

@@ -18,12 +18,12 @@ from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import resolve
-from fmcv_jax.inference.model import evaluated_as
+from fmcv_jax.inference.model import class_names_of, evaluated_as
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.outputs import encoder_of
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_config
+from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_classes, hub_config
 from fmcv_jax.pretrained.arrays import Tensors
 from fmcv_jax.pretrained.families import FAMILIES, family_of
 from fmcv_jax.pretrained.hub_file import Findings
@@ -32,13 +32,12 @@ from fmcv_jax.pretrained.recognition import recognize
 from fmcv_jax.pretrained.shape_inference import name_of
 from fmcv_jax.pretrained.tensors import TORCH, open_tensors, write_tensors
 from fmcv_jax.registry import KINDS
-from fmcv_jax.run import Run, keep_tokenizer, load_trained_params
+from fmcv_jax.run import CLASSES, Run, keep_tokenizer, load_trained_params
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.storage import write_json
 from fmcv_jax.train.warm_start import InitFrom, load_partial_state
 
-FOR_TRAINING = ('discriminator', 'projector')  # parameters used in training only
 # File name of the arrays in the folder that a library reads.
 WEIGHTS = {'diffusers': 'diffusion_pytorch_model.safetensors', 'open_clip': 'open_clip_model.safetensors'}
 
@@ -74,6 +73,12 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   state = jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, state)
   try:
     _write(run, state, {'file': str(file), 'family': match.name})
+    if names := _class_names(match):
+      write_json(run.workdir / CLASSES, list(names))
+      shown = f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
+      console.print(
+        f'read: config.json: {len(names)} class names ({shown})', highlight=False, soft_wrap=True, markup=False
+      )
   except UserError:
     run.workdir.rmtree(missing_ok=True)  # it was new or empty: the same command can be run again
     raise
@@ -136,6 +141,12 @@ def matched(
   match = Match(name, layout, tensors, run, leaves, shapes, findings)
   check(layout, tensors, shapes, match.network, file)
   return match
+
+
+def _class_names(match: Match) -> tuple[str, ...]:
+  """The names that the files give, if there is one for each class of the network."""
+  names = match.findings.class_names
+  return names if len(names) == getattr(match.network, 'num_classes', 0) else ()
 
 
 def _check_vocabulary(file: str, run: Run) -> None:
@@ -235,7 +246,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
     return
   run = Run.reopen(workdir)
   subject, _ = run.restored_model(step)
-  objective, params = _exported(run, subject)
+  objective, params, omitted = _exported(run, subject)
   variant = run.config['objective'].get('network', {}).get('variant', '')
   family = family_of({path: x.shape for path, x in params.items()}, variant)
   layouts = [layout for name, layout in FAMILIES[family].layouts if name == format]
@@ -274,19 +285,28 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
   console = make_console(stderr=True)
   for line in export_timm.differences(family, objective) if format == 'open_clip' else ():
     console.print(line, highlight=False, soft_wrap=True)
+  if omitted:
+    line = f'not exported, used in training only: {", ".join(omitted)} (--format fmcv writes everything)'
+    console.print(line, highlight=False, soft_wrap=True)
   console.print(f'{len(written)} arrays in {to}', highlight=False, soft_wrap=True)
 
 
-def _exported(run: Run, subject: EvaluatedModel) -> tuple[Any, dict[str, np.ndarray]]:
-  """The objective and its parameters by path, without those used in training only; the encoder of self-distillation."""
+def _exported(run: Run, subject: EvaluatedModel) -> tuple[Any, dict[str, np.ndarray], list[str]]:
+  """The objective, its parameters by path, and what is omitted: subtrees that are used in training only.
+
+  Of self-distillation the encoder.
+  """
   outer = run.experiment.objective
   objective = getattr(outer, 'objective', outer)
   params = _arrays(outer.full_params(subject.params, subject.extra))
-  params = {path: x for path, x in params.items() if path.split('/')[0] not in FOR_TRAINING}
+  top = {path.split('/')[0] for path in params}
   if 'head/prototypes' in params:
     encoder = encoder_of(outer.outputs())(subject.params, subject.extra)
-    return PretrainedEncoder(encoder.network, encoder.normalize), _arrays(encoder.params)
-  return objective, params
+    kept = PretrainedEncoder(encoder.network, encoder.normalize)
+    return kept, _arrays(encoder.params), sorted(top - {'encoder'})
+  omitted = sorted(top & set(objective.training_only))
+  params = {path: x for path, x in params.items() if path.split('/')[0] not in omitted}
+  return objective, params, omitted
 
 
 def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bool) -> export_transformers.Files:
@@ -294,14 +314,20 @@ def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bo
   tokenizer, image = run.experiment.tokenizer, evaluated_as(run)
   match format:
     case 'transformers':
-      return export_transformers.files(family, objective, image, tokenizer)
+      files = export_transformers.files(family, objective, image, tokenizer)
     case 'diffusers':
-      return export_diffusers.files(family, objective, tokenizer, whole=whole)
+      files = export_diffusers.files(family, objective, tokenizer, whole=whole)
     case 'timm':
-      return export_timm.files(objective, image)
+      files = export_timm.files(objective, image)
     case 'open_clip':
-      return export_timm.open_clip(family, objective, image)
-  return {}
+      files = export_timm.open_clip(family, objective, image)
+    case _:
+      return {}
+  classes = getattr(objective.network, 'num_classes', 0)
+  names = class_names_of(run) if classes else ()
+  if format in ('timm', 'transformers') and classes and len(names) == classes:
+    files = {**files, 'config.json': hub_classes.with_names(files['config.json'], format, names)}
+  return files
 
 
 def _make_folder(folder: pathlib.Path) -> None:

@@ -98,7 +98,7 @@ def contact_sheet(images: Sequence[Sequence[np.ndarray]], words: Sequence[str], 
   try:
     sheet.save(path)
   except (OSError, ValueError) as error:
-    raise UserError(f'--output {path}: cannot be written ({error})') from error
+    raise UserError(f'--output {path}: cannot be written ({error}); give an image file, such as data.png') from error
 
 
 def _places(tile: Sequence[np.ndarray], scale: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:

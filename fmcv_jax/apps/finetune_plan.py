@@ -95,6 +95,11 @@ class _Data:
     return self.account.label_range is not None
 
   @property
+  def records(self) -> int:
+    """Images to train on, and held out by a random split."""
+    return self.account.records + len(self.held_out.get('held_out', ()))
+
+  @property
   def classes(self) -> int:
     assert self.account.label_range is not None
     return len(self.account.classes) or self.account.label_range[1] + 1
@@ -107,7 +112,7 @@ class _Data:
       raise UserError(f'{self.path}: no image can be used to train{f" ({left})" if left else ""}; add images')
     if not self.labeled and 'text' not in account.fields:
       raise UserError(
-        f'{self.path}: {account.records} images have neither classes nor captions; put them into class folders, or '
+        f'{self.path}: {self.records} images have neither classes nor captions; put them into class folders, or '
         f'write a table metadata.csv with the columns file_name and text'
       )
     if self.labeled and self.classes < 2:
@@ -153,12 +158,16 @@ class _Data:
   def lines(self) -> list[str]:
     account, names = self.account, self.account.classes
     counts = {name: len(source) for name, source in self.held_out.items()}
-    total = account.records + counts.get('held_out', 0)
     kinds = f' of {self.classes} classes' if self.labeled else ' with captions'
     shown = f' ({", ".join(names[:_SHOWN])}{", ..." if len(names) > _SHOWN else ""})' if names else ''
     how = ', '.join(f'{count} {name.replace("_", " ")}' for name, count in counts.items())
     own = '' if 'held_out' not in counts else f' ({"stratified, " if self.labeled else ""}seed 0)'
-    lines = [f'{total} images{kinds}{shown}: {account.records} to train, {how}{own}']
+    lines = [f'{self.records} images{kinds}{shown}: {account.records} to train, {how}{own}']
+    read = self.training['source'].get('path', self.path)
+    lines += [f'the data is read from {read}'] if read.rstrip('/').startswith(f'{self.path.rstrip("/")}/') else []
+    origin = 'label' if self.labeled else 'text'
+    lines += [f'{origin}: {account.fields[origin]}'] if origin in account.fields else []
+    lines += account.doubts()
     for name, source in self.held_out.items():
       lacking = sorted(set(names) - {names[label] for label in _labels(source)}) if names else []
       if lacking:
@@ -217,7 +226,11 @@ def _workdir(config: Mapping[str, Any]) -> str:
 
 def _optimizer(model: Pretrained, steps: int, *, labeled: bool) -> dict[str, Any]:
   """Small rates, smaller in earlier layers; a new head learns faster than the pretrained network."""
-  schedule = {'name': 'cosine', 'peak_lr': 1e-4 if labeled else 1e-5, 'warmup_steps': max(1, steps // 10)}
+  schedule = {
+    'name': 'cosine',
+    'peak_lr': 1e-4 if labeled else 1e-5,
+    'warmup_steps': min(max(1, steps // 10), max(0, steps - 1)),
+  }
   head = {'lr_multipliers': tuple((pattern, 10.0) for pattern in HEAD)} if labeled else {}
   return {'schedule': schedule, **head} | ({'layer_decay': 0.75} if model.has_blocks() else {})
 

@@ -250,5 +250,8 @@ class _Drawn:
 
 def _array(value: Any) -> np.ndarray:
   if not isinstance(value, np.ndarray):
-    raise UserError("data: the source provides encoded images; set the pipeline's image, such as resize_crop")
+    raise UserError(
+      "data: the source provides encoded images; set the pipeline's image, such as "
+      "data.image={'name': 'resize_crop', 'size': 224}"
+    )
   return value

@@ -197,7 +197,9 @@ class _Batches:
         raise UserError(f'data: {field} differ in number: {both}; set data.fields.{field}.pad_to')
       if kind is None or not kind.spatial:
         raise UserError(f'data: {field} differ in shape: {both}')
-      raise UserError(f"data: {field}s differ in size: {both}; set the pipeline's image, such as resize_crop")
+      raise UserError(
+        f"data: {field}s differ in size: {both}; set the pipeline's image, such as data.image.name=resize_crop"
+      )
     column[row] = value
 
   def _whole(self, field: str, column: Any) -> np.ndarray:
@@ -238,16 +240,29 @@ class _Batches:
     return Examples(self.pipeline, self.fields, self.train)
 
   def _read(self, position: int, reasons: dict[str, str]) -> tuple[Example, bool]:
-    for attempt in range(min(_ATTEMPTS, self.order.records)):
+    # Where any number of records may be unreadable, as many as there are may be so one after another.
+    attempts = self.order.records if self.pipeline.max_bad == 1 else min(_ATTEMPTS, self.order.records)
+    for attempt in range(attempts):
+      if attempt and self._replacements:
+        return self._replacements[0], True
       index = self.order(position, attempt)
       try:
-        return self._examples.read(index, self.order.rng(position)), attempt > 0
+        example = self._examples.read(index, self.order.rng(position))
       except UNREADABLE as error:
         reasons[self.pipeline.source.key_of(index)] = reason_of(error)
+        continue
+      if not self.train and not self._replacements:
+        self._replacements.append(example)
+      return example, attempt > 0
     key, reason = next(iter(reasons.items()))
-    raise UserError(
-      f'data: {min(_ATTEMPTS, self.order.records)} consecutive records could not be read; the first, {key}: {reason}'
-    )
+    if attempts == 1:
+      raise UserError(f'data: {key} cannot be read: {reason}')
+    raise UserError(f'data: {attempts} consecutive records could not be read; the first, {key}: {reason}')
+
+  @functools.cached_property
+  def _replacements(self) -> list[Example]:
+    """In evaluation, one readable example: masked rows need no other."""
+    return []
 
 
 class _BadRecordCounter:

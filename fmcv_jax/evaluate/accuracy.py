@@ -22,6 +22,10 @@ class Accuracy(Evaluator):
   every: NonNegativeInt = 0
 
   @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    subject.check_dataset('logits', self.data, self.batch_size, truth=('label',))
+
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     logits, _, truth = subject.map_dataset('logits', self.data, self.batch_size, truth=('label',))
     labels = align_labels(truth['label'], self.data.source.names, subject.class_names(), 'the training data')

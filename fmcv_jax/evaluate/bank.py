@@ -29,6 +29,12 @@ class BankEvaluator(Protocol):
     """Images (of all processes) in one pass."""
 
 
+def check_bank(model: EvaluatedModel, evaluator: BankEvaluator) -> None:
+  """Raises the UserErrors of `queries_and_bank` that are known before a pass over the data."""
+  for pipeline in (evaluator.data, evaluator.train_data):
+    model.check_dataset(evaluator.features, pipeline, evaluator.batch_size, truth=('label',))
+
+
 def queries_and_bank(model: EvaluatedModel, evaluator: BankEvaluator) -> tuple[Any, np.ndarray, Any, np.ndarray]:
   """Features [N, D] and labels [N] of `data`, features [M, D] and labels [M] of `train_data`.
 

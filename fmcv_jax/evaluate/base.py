@@ -89,16 +89,32 @@ class EvaluatedModel:
     mask is False for rows that stand in for records that cannot be read, and for those that fill up the last batch.
     """
     program = self._program(tuple(names), tuple(truth))
+    for local in self._batches(names, pipeline, batch_size, truth):
+      yield self._run(program, local)
+
+  def check_dataset(self, name: str, pipeline: Pipeline, batch_size: int, truth: Sequence[str] = ()) -> None:
+    """Raises the UserErrors of `map_dataset` that one record shows: an unknown output, fields that the data lacks."""
+    self._batches((name,), pipeline, batch_size, truth)
+
+  def check_texts(self) -> None:
+    """Raises the UserErrors of `embed_texts` that do not depend on the texts."""
+    if self.tokenizer is None:
+      raise UserError('config.tokenizer: an evaluator embeds texts, but no tokenizer is configured')
+    self._output('embed_text')
+
+  def _batches(
+    self, names: Sequence[str], pipeline: Pipeline, batch_size: int, truth: Sequence[str]
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """This process's batches of the fields that the outputs read, and of `truth`; reads the first record at once."""
     reads = (field for name in names for field in self._output(name).reads)
-    for local in evaluation_batches(
+    return evaluation_batches(
       pipeline.padded_as(self.example_batch),
       batch=batch_size,
       fields=tuple(dict.fromkeys((*reads, *truth))),
       tokenizer=self.tokenizer,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
-    ):
-      yield self._run(program, local)
+    )
 
   def map_records(self, names: Sequence[str], pipeline: Pipeline, batch_size: int) -> Iterator[dict[str, Any] | None]:
     """For each record in the source's order: the outputs by name, trees of arrays [...], or None for an unreadable one.
@@ -113,8 +129,8 @@ class EvaluatedModel:
 
   def embed_texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:
     """Embeddings of texts, float32 [N, E], in their order."""
-    if self.tokenizer is None:
-      raise UserError('config.tokenizer: an evaluator embeds texts, but no tokenizer is configured')
+    self.check_texts()
+    assert self.tokenizer is not None
     tokens, program = self.tokenizer(texts), self._program(('embed_text',), ())
     outputs = []
     for start in range(0, len(tokens), batch_size):

@@ -21,6 +21,10 @@ class Denoising(Evaluator):
   every: NonNegativeInt = 0
 
   @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    subject.check_dataset('denoising_errors', self.data, self.batch_size)
+
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     errors = subject.map_dataset('denoising_errors', self.data, self.batch_size).values
     by_level = errors.mean(axis=0)

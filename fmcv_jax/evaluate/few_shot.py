@@ -1,5 +1,6 @@
 """Few-shot classification of frozen features: episodes of n classes with k examples each (Vinyals et al. 2016)."""
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -7,6 +8,8 @@ from typing_extensions import override
 
 from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
+from fmcv_jax.data.sources.base import UNREADABLE, Source
+from fmcv_jax.data.sources.values import Classes
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
 
@@ -18,6 +21,7 @@ class FewShot(Evaluator):
   Each episode draws `ways` classes, and from each k of `shots` examples and at most `queries` others. Features are
   centered by their mean over `data` and scaled to unit length (SimpleShot, Wang et al. 2019). Also reports the
   half-width of the 95 % confidence interval over episodes. features: the evaluated output; 'pixels' is the baseline.
+  UserError before the first step for data with fewer than `ways` classes of more than max(shots) images.
   """
 
   data: Pipeline
@@ -35,6 +39,17 @@ class FewShot(Evaluator):
         raise ValueError(f'{name}: expected at least {least}, got {getattr(self, name)}')
 
   @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    subject.check_dataset(self.features, self.data, self.batch_size, truth=('label',))
+    source, shots = self.data.source, max(self.shots)
+    counts = source.account().class_counts
+    if counts is None:
+      enough = _classes_with(source, shots, self.ways)
+    else:
+      enough = sum(count > shots for count in counts)
+    _check_classes(enough, self.ways, shots)
+
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     features, _, truth = subject.map_dataset(self.features, self.data, self.batch_size, truth=('label',))
     figures = {}
@@ -45,6 +60,28 @@ class FewShot(Evaluator):
     return figures
 
 
+def _check_classes(enough: int, ways: int, shots: int) -> None:
+  if enough < ways:
+    raise UserError(
+      f'config.evaluators: few_shot: {ways} ways of {shots} shots need {ways} classes with more than {shots} images '
+      f'each; there are {enough}; set fewer ways or shots'
+    )
+
+
+def _classes_with(source: Source, shots: int, ways: int) -> int:
+  """The number of classes with more than `shots` records, counted up to `ways` by reading labels until then."""
+  classes, counts = Classes(source.names), collections.Counter[int]()
+  for index in range(len(source)):
+    try:
+      label = classes.number(source[index].get('label'), 'label')
+    except UNREADABLE:
+      continue
+    counts[label] += 1
+    if counts[label] > shots and sum(count > shots for count in counts.values()) == ways:
+      return ways
+  return sum(count > shots for count in counts.values())
+
+
 def episode_accuracies(
   features: np.ndarray, labels: np.ndarray, ways: int, shots: int, queries: int, episodes: int
 ) -> np.ndarray:
@@ -53,11 +90,7 @@ def episode_accuracies(
   features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
   members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
   members = [rows for rows in members if len(rows) > shots]
-  if len(members) < ways:
-    raise UserError(
-      f'few_shot: {ways} ways of {shots} shots need {ways} classes with more than {shots} images each; '
-      f'there are {len(members)}'
-    )
+  _check_classes(len(members), ways, shots)
   rng, right = np.random.default_rng(0), np.empty(episodes)
   for episode in range(episodes):
     chosen = [rng.permutation(members[c]) for c in rng.choice(len(members), ways, replace=False)]

@@ -8,7 +8,7 @@ from typing_extensions import override
 from fmcv_jax.bounds import NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.errors import UserError
-from fmcv_jax.evaluate.bank import queries_and_bank
+from fmcv_jax.evaluate.bank import check_bank, queries_and_bank
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, chunks
 
 
@@ -35,6 +35,7 @@ class Knn(Evaluator):
       raise UserError(
         f'config.evaluators: knn.ks: {max(self.ks)} neighbors of {images} images of train_data; use at most {images}'
       )
+    check_bank(subject, self)
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:

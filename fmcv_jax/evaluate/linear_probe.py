@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from fmcv_jax.bounds import NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.evaluate.bank import queries_and_bank
+from fmcv_jax.evaluate.bank import check_bank, queries_and_bank
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, topk_accuracy
 from fmcv_jax.parallel.rules import Placement, num_shards
 
@@ -43,6 +43,10 @@ class LinearProbe(Evaluator):
       raise ValueError(f'folds: expected at least 2, got {self.folds}')
     if not self.strengths or min(self.strengths) <= 0:
       raise ValueError(f'strengths: expected numbers above 0, got {self.strengths}')
+
+  @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    check_bank(subject, self)
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:

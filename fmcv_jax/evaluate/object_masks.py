@@ -27,6 +27,10 @@ class ObjectMasks(Evaluator):
   every: NonNegativeInt = 0
 
   @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    subject.check_dataset('attention', self.data, self.batch_size, truth=('image',))
+
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     attention, _, fields = subject.map_dataset('attention', self.data, self.batch_size, truth=('image',))
     truth = (np.abs(fields['image'].astype(int) - np.array(self.background)) > 8).any(-1)

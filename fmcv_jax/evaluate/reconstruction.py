@@ -27,6 +27,7 @@ class Reconstruction(Evaluator):
 
   @override
   def prepare(self, subject: EvaluatedModel) -> None:
+    subject.check_dataset('reconstruction', self.data, self.batch_size, truth=('image',))
     if self.feature_extractor is not None:
       FeatureExtractor(subject, self.feature_extractor, self.batch_size)
 

@@ -8,8 +8,11 @@ from typing_extensions import override
 
 from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.sources.base import UNREADABLE, Source
+from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics, chunks
+
+_CHECKED = 100  # records whose captions are read before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +29,26 @@ class Retrieval(Evaluator):
   every: NonNegativeInt = 0
 
   @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    subject.check_texts()
+    subject.check_dataset('embed_image', self.data, self.batch_size)
+    checked = min(_CHECKED, len(self.data.source))
+    if not any(_texts_of(self.data.source, index) for index in range(checked)):
+      raise UserError(f'config.evaluators: retrieval: the first {checked} records of its data have no captions')
+
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     images, records, _ = subject.map_dataset('embed_image', self.data, self.batch_size)
     texts, truth = captions_of(self.data.source, first_caption_only=self.first_caption_only)
     embeddings = subject.embed_texts(texts, self.batch_size)
     return recalls(images, embeddings, [truth[i] for i in records])
+
+
+def _texts_of(source: Source, index: int) -> tuple[str, ...]:
+  try:
+    return source.texts_of(index)
+  except UNREADABLE:
+    return ()
 
 
 def captions_of(source: Source, *, first_caption_only: bool = False) -> tuple[list[str], list[tuple[int, ...]]]:

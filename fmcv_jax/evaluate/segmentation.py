@@ -19,6 +19,10 @@ class MeanIou(Evaluator):
   every: NonNegativeInt = 0
 
   @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    subject.check_dataset('confusion', self.data, self.batch_size)
+
+  @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
     counts = subject.map_dataset('confusion', self.data, self.batch_size).values
     return ious(counts.sum(0, dtype=np.int64))

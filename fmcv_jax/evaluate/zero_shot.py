@@ -16,12 +16,27 @@ from fmcv_jax.evaluate.labels import check_labels
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot(Evaluator):
-  """Names every image by the nearest of the source's class names, each the mean of its `templates`' embeddings."""
+  """Names every image by the nearest of the source's class names, each the mean of its `templates`' embeddings.
+
+  templates  sentences with one '{}' for the name
+
+  UserError before the first step for a source without class names, and for a template that leaves no room for a name.
+  """
 
   data: Pipeline
   templates: tuple[str, ...] = ('{}',)
   batch_size: PositiveInt = 256
   every: NonNegativeInt = 0
+
+  def __post_init__(self) -> None:
+    check_templates('templates', self.templates)
+
+  @override
+  def prepare(self, subject: EvaluatedModel) -> None:
+    _check_names(self.data.source.names)
+    subject.check_texts()
+    subject.check_dataset('embed_image', self.data, self.batch_size, truth=('label',))
+    check_label_room(subject.tokenizer, self.data.source.names, self.templates)
 
   @override
   def __call__(self, subject: EvaluatedModel) -> Metrics:
@@ -34,12 +49,22 @@ class ZeroShot(Evaluator):
 
 def class_embeddings(subject: EvaluatedModel, names: Sequence[str], templates: Sequence[str], batch: int) -> np.ndarray:
   """float32 [classes, E]: the unit-length mean over templates of the text embeddings of each name."""
-  if not names:
-    raise UserError('evaluators: zero-shot classification needs a source with class names')
+  _check_names(names)
   check_label_room(subject.tokenizer, names, templates)
-  texts = [template.format(name) for name in names for template in templates]
+  texts = [template.replace('{}', name) for name in names for template in templates]
   embeddings = subject.embed_texts(texts, batch).reshape(len(names), len(templates), -1).mean(axis=1)
   return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+
+
+def _check_names(names: Sequence[str]) -> None:
+  if not names:
+    raise UserError('evaluators: zero-shot classification needs a source with class names')
+
+
+def check_templates(field: str, templates: Sequence[str]) -> None:
+  """Raises ValueError, which names the field, unless there are templates, each with one '{}'."""
+  if not templates or (bad := [template for template in templates if template.count('{}') != 1]):
+    raise ValueError(f"{field}: each needs one '{{}}' for the name, got {bad[0] if templates else templates!r}")
 
 
 def check_label_room(tokenizer: Tokenizer | None, names: Sequence[str], templates: Sequence[str]) -> None:
@@ -48,7 +73,7 @@ def check_label_room(tokenizer: Tokenizer | None, names: Sequence[str], template
   if tokenizer is None or len(different) < 2:
     return
   for template in templates:
-    rows = tokenizer([template.format(name) for name in different])
+    rows = tokenizer([template.replace('{}', name) for name in different])
     if (rows == rows[0]).all():
       raise UserError(
         f'templates: {template!r} leaves no room for a label in the {tokenizer.length} tokens of a text: all '

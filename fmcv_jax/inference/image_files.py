@@ -1,6 +1,7 @@
 """Images read from and written to files, as generation needs them."""
 
 import json
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +11,26 @@ from PIL import Image, PngImagePlugin
 
 from fmcv_jax.data import storage
 from fmcv_jax.data.images.decode import decode
+from fmcv_jax.data.sources.account import other_files
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.data.sources.folder_index import EXTENSIONS, is_image
 from fmcv_jax.data.transforms import ResizeCrop
 from fmcv_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+# Extensions of image formats that `decode` does not open.
+_OTHER_IMAGES = (
+  *('.heic', '.heif', '.jxl', '.svg', '.psd', '.ico', '.tga', '.eps'),
+  *('.dng', '.raw', '.cr2', '.cr3', '.nef', '.arw', '.orf', '.rw2', '.raf'),
+)
+
 
 def find_images(paths: Sequence[str]) -> list[str]:
-  """The files among `paths`, and all image files in and below the folders among them, without repeats."""
+  """The files among `paths`, and all image files in and below the folders among them, without repeats.
+
+  Image files of a format that is not decoded are counted in a warning.
+  """
   files: dict[str, None] = {}
   for path in paths:
     if pathlib.Path(path).is_file():
@@ -30,7 +43,14 @@ def find_images(paths: Sequence[str]) -> list[str]:
     if not images:
       raise UserError(f'{path}: no images in this folder or its subfolders; supported: {" ".join(EXTENSIONS)}')
     files |= dict.fromkeys(images)
+    if lost := [name for name in found if name.lower().endswith(_OTHER_IMAGES)]:
+      logger.warning('not read: %s; convert them, for example to .jpg', '; '.join(map(str, other_files(lost))))
   return list(files)
+
+
+def unreadable_line(left_out: int, total: int) -> str:
+  """A line that counts the images that were left out; their names and reasons are logged when they are read."""
+  return f'{left_out} of {total} images cannot be read and are left out'
 
 
 def read_image(file: str, size: int) -> np.ndarray:

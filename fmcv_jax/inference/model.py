@@ -6,17 +6,16 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image
 
 from fmcv_jax.config import paths_of
 from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import NoData, Source
-from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
+from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages, image_list
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.decoding.options import DecodingOptions
@@ -42,19 +41,31 @@ class Model:
 
   A method that the model does not support raises UserError.
 
-  Images are files (str or path), encoded bytes, Pillow images or uint8 arrays [H, W, 3]. Where a method takes images,
-  texts or prompts, a list of N returns an array [N, ...], and a single one an array without that axis.
+  Images are files (str or path), encoded bytes, Pillow images or uint8 arrays [H, W, 3] of NumPy, JAX or PyTorch. Where
+  a method takes images, texts or prompts, a list of N returns an array [N, ...], and a single one an array without that
+  axis.
 
   step    checkpoint step, default the latest
   dtype   computation dtype, 'float32' or 'bfloat16', of every network that has a choice; default that of training
   batch   global batch size, in images or texts
+  unreadable  'error' raises UserError for an image that cannot be read; 'nan' logs a warning and returns NaN for it
+              ([] from `predict`), and raises UserError if no image can be read, or if an output is not finite
   """
 
   def __init__(
-    self, workdir: str | os.PathLike[str], *, step: int | None = None, dtype: str | None = None, batch: int = 64
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    batch: int = 64,
+    unreadable: Literal['error', 'nan'] = 'error',
   ):
     if batch < 1:
       raise UserError(f'batch: expected at least 1, got {batch}')
+    if unreadable not in ('error', 'nan'):
+      raise UserError(f"unreadable: {unreadable!r} is not 'error' or 'nan'")
+    self._unreadable = unreadable
     self._workdir = os.fspath(workdir)
     self._step, self._dtype = step, dtype
     folder = packaged.locate(self._workdir)
@@ -91,12 +102,14 @@ class Model:
     return self._of_images('embed_image' if 'embed_image' in self.outputs else 'features', images)
 
   def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
-    """Embeddings of unit length, float32 [N, E]."""
+    """Embeddings of unit length, float32 [N, E]. Texts beyond the maximum length are truncated, with a warning."""
     if isinstance(texts, str):
       return self.encode_text([texts])[0]
+    texts = _text_list('texts', texts)
     if not texts:
       raise UserError('texts: give at least one text')
     self._check_reads_texts()
+    self._warn_of_truncation('texts', texts)
     return self._subject.embed_texts(texts, self._batch)
 
   def classify(
@@ -116,6 +129,11 @@ class Model:
     """
     if isinstance(labels, str):
       raise UserError(f'labels: {labels!r} is one text; give a list of labels')
+    labels = _text_list('labels', labels)
+    if blank := [at for at, label in enumerate(labels) if not label.strip()]:
+      raise UserError(f'labels: label {blank[0]} is empty; remove it')
+    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+      raise UserError(f'labels: {twice[0]!r} is given twice, which would share its probability; remove one')
     if not labels and 'logits' in self.outputs:
       return _softmax(self._of_images('logits', images))
     if not (labels := labels or self.class_names):
@@ -125,7 +143,7 @@ class Model:
     if not templates or (bad := [template for template in templates if template.count('{}') != 1]):
       raise UserError(f"templates: each needs one '{{}}' for the label, got {bad[0] if templates else templates!r}")
     texts = class_embeddings(self._subject, labels, templates, self._batch)
-    self._warn_of_truncation([template.format(label) for label in labels for template in templates])
+    self._warn_of_truncation('labels', [template.replace('{}', label) for label in labels for template in templates])
     objective = self._run.experiment.objective
     log_scale = objective.full_params(self._subject.params, self._subject.extra)['temperature']
     return _softmax(math.exp(min(float(log_scale), MAX_LOG_SCALE)) * self.encode_image(images) @ texts.T)
@@ -144,6 +162,7 @@ class Model:
     """
     if count < 1:
       raise UserError(f'count: expected at least 1, got {count}')
+    labels = labels if isinstance(labels, str) else tuple(labels)
     probabilities = self.classify(images, labels, templates=templates)
     names = tuple(labels) or self.class_names or tuple(map(str, range(probabilities.shape[-1])))
     if len(names) != probabilities.shape[-1]:
@@ -152,7 +171,8 @@ class Model:
       )
 
     def best(row: np.ndarray) -> list[tuple[str, float]]:
-      return [(names[at], float(row[at])) for at in np.argsort(-row, kind='stable')[:count]]
+      order = () if np.isnan(row).any() else np.argsort(-row, kind='stable')[:count]
+      return [(names[at], float(row[at])) for at in order]
 
     return best(probabilities) if probabilities.ndim == 1 else [best(row) for row in probabilities]
 
@@ -198,16 +218,14 @@ class Model:
     options: DecodingOptions,
     answers: Sequence[str] = (),
   ) -> Any:
-    if _is_one(images):
-      one: Any = images
-      return self._texts([one], prompts, options, answers)[0]
-    source = _source(images)
+    several, is_one = image_list(images)
+    source = _source(several)
     texts = []
     for found in self._text_generator.texts(source, prompts, options, answers):
-      if found.text is None:
+      if found.text is None and self._unreadable == 'error':
         raise UserError(f'images: {source.key_of(found.number)} cannot be read')
       texts.append(found.text)
-    return texts
+    return texts[0] if is_one else texts
 
   @functools.cached_property
   def _text_generator(self) -> TextGenerator:
@@ -231,43 +249,48 @@ class Model:
 
   def _of_images(self, name: str, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
     """An output of one image, or of a list of them."""
-    if _is_one(images):
-      one: Any = images
-      return self._of_images(name, [one])[0]
-    source = _source(images)
+    several, is_one = image_list(images)
+    rows = self._of_source(name, _source(several))
+    return rows[0] if is_one else rows
+
+  def _of_source(self, name: str, source: InMemoryImages) -> np.ndarray:
     if name not in self.outputs:
       raise UserError(f'{self._workdir}: this model has no {name}; its outputs are {listed(self.outputs)}')
-    pipeline = image_pipeline(self._run, source, max_bad=0.0)
-    return self._subject.map_dataset(name, pipeline, self._batch).values
+    pipeline = image_pipeline(self._run, source, max_bad=float(self._unreadable == 'nan'))
+    values, indices, _ = self._subject.map_dataset(name, pipeline, self._batch)
+    if self._unreadable == 'error':
+      return values
+    finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    if not finite.all():  # NaN stands for unreadable images only
+      first = source.key_of(int(indices[~finite][0]))
+      raise UserError(f'{self._workdir}: {name} is not finite for {(~finite).sum()} images, first {first}')
+    rows = np.full((len(source), *values.shape[1:]), np.nan, values.dtype)
+    rows[indices] = values
+    return rows
 
   def _check_reads_texts(self) -> None:
     if 'embed_text' not in self.outputs:
       raise UserError(f'{self._workdir}: this model has no text encoder; its outputs are {listed(self.outputs)}')
 
-  def _warn_of_truncation(self, texts: Sequence[str]) -> None:
+  def _warn_of_truncation(self, argument: str, texts: Sequence[str]) -> None:
     tokenizer = self._subject.tokenizer
     assert tokenizer is not None
     if cut := truncated_texts(tokenizer, texts):
       first, left = next(iter(cut.items()))
       logger.warning(
-        'labels: %d of %d texts are longer than %d tokens and are truncated, the first from %r to %r',
-        len(cut), len(texts), tokenizer.length, first, left,
+        '%s: %d of %d texts are longer than %d tokens and are truncated, the first from %r to %r',
+        argument, len(cut), len(texts), tokenizer.length, first, left,
       )  # fmt: skip
 
 
-def _is_one(images: Any) -> bool:
-  """True for a single image instead of several."""
-  return isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
-    isinstance(images, np.ndarray) and images.ndim in (2, 3)
-  )
-
-
-def _source(images: Any) -> InMemoryImages:
+def _source(images: Sequence[ImageLike] | np.ndarray) -> InMemoryImages:
   """Several images as a source; UserError for none, and for a file that does not exist."""
   if len(images) == 0:
     raise UserError('images: give at least one image')
   for image in images:
     if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
+      if os.path.isdir(image):
+        raise UserError(f'images: {os.fspath(image)!r} is a folder; give the files in it')
       raise UserError(f'images: no file {os.fspath(image)!r} (relative to {os.getcwd()})')
   return InMemoryImages(images)
 
@@ -333,6 +356,17 @@ def _computing_in(dtype: str, workdir: str) -> tuple[str, ...]:
   if not paths and dtype != 'float32':
     raise UserError(f'dtype: the network of {workdir} computes in float32 only, got {dtype!r}')
   return tuple(f'{path}={dtype}' for path in paths)
+
+
+def _text_list(argument: str, texts: Any) -> list[str]:
+  """Texts as a list; UserError for anything that is not a text."""
+  if not isinstance(texts, Iterable):
+    raise UserError(f'{argument}: expected a list of texts, got {type(texts).__name__}')
+  listed_texts = list(texts)
+  for at, text in enumerate(listed_texts):
+    if not isinstance(text, str):
+      raise UserError(f'{argument}: item {at} is {type(text).__name__}, not a text')
+  return listed_texts
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

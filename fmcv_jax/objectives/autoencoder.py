@@ -67,6 +67,11 @@ class Autoencoding(Objective):
 
   @property
   @override
+  def training_only(self) -> tuple[str, ...]:
+    return ('discriminator',) if self.adversarial else ()
+
+  @property
+  @override
   def frozen_networks(self) -> tuple[str, ...]:
     return () if self.features is None else ('features',)
 

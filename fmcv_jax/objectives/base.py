@@ -95,6 +95,11 @@ class Objective(abc.ABC):
     return ()
 
   @property
+  def training_only(self) -> tuple[str, ...]:
+    """Names at the top level of `params` that only the loss reads, such as a discriminator: `export` omits them."""
+    return ()
+
+  @property
   def logical_axes(self) -> tuple[Row, ...]:
     """Logical axes of parameters that no module creates (see parallel/parameter_axes.py)."""
     return ()

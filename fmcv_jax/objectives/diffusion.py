@@ -186,6 +186,11 @@ class Diffusion(Objective):
 
   @property
   @override
+  def training_only(self) -> tuple[str, ...]:
+    return () if self.repa is None else ('projector',)
+
+  @property
+  @override
   def class_counts(self) -> Mapping[str, tuple[int, int | None]]:
     return {'label': (self.network.num_classes, None)} if 'label' in self.condition_fields else {}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fmcv_jax import config as config_lib
 from fmcv_jax.pretrained import (
+  hub_classes,
   hub_diffusers,
   hub_images,
   hub_open_clip,
@@ -51,6 +52,8 @@ def read(folder: Path, format_name: str, config: dict[str, Any], objective: Any)
       findings.overrides['objective.text_condition.padding'] = padding
     return findings
   file = opened(folder / 'config.json', 'config.json', findings)
+  if file is not None and (names := hub_classes.names_in(file.values)):
+    findings.class_names = names
   open_clip = opened(folder / 'open_clip_config.json', 'open_clip_config.json', findings)
   if open_clip is not None and (format_name == 'open_clip' or file is None):
     hub_open_clip.read(open_clip, own, objective)

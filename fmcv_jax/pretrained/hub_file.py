@@ -51,6 +51,7 @@ class Findings:
   said       lines that name a file and the keys read from it
   assumed    lines that name values that no file gives
   unknown    lines that name keys that are not recognized, and not used
+  class_names  names of the classes by label; () for none
   renamed    prefixes of our paths -> what they are instead, where a config says that an array is used elsewhere
   """
 
@@ -60,6 +61,7 @@ class Findings:
     self.assumed: list[str] = []
     self.unknown: list[str] = []
     self.renamed: dict[str, str] = {}
+    self.class_names: tuple[str, ...] = ()
 
   def lines(self) -> list[str]:
     """One line for each file and kind, for a terminal."""

@@ -9,6 +9,7 @@ from PIL import Image
 from fmcv_jax.__main__ import main
 from fmcv_jax.apps import data_bench, data_show
 from fmcv_jax.apps.data_bench import Stage, verdict
+from fmcv_jax.errors import UserError
 from tests import runs
 
 
@@ -64,6 +65,11 @@ def test_the_verdict_names_the_bottleneck_and_what_helps():
   assert verdict([*parts, Stage('loader', '8 workers', 3000.0), *slow], 8, None) == [
     'bottleneck: the transfer to the devices'
   ]
+
+
+def test_a_sheet_without_the_extension_of_an_image_says_what_to_give(tmp_path):
+  with pytest.raises(UserError, match=r'sheet: cannot be written \(.*\); give an image file, such as data\.png'):
+    data_show.contact_sheet([[np.zeros((8, 8, 3), np.uint8)]], [''], tmp_path / 'sheet')
 
 
 def test_the_bench_measures_every_stage_of_the_input(config, capsys):

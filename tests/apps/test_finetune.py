@@ -1,6 +1,5 @@
 """Fine-tuning on a newcomer's own data: what is read, what follows from it, and the names of predictions."""
 
-import io
 import json
 import re
 
@@ -20,51 +19,7 @@ from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.multimodal.dual_encoder import clip, siglip
 from fmcv_jax.run import Run
 from tests import runs
-
-COLORS = {'blue': (20, 20, 230), 'green': (20, 200, 20), 'red': (230, 20, 20)}
-
-
-def pixels(color, seed, side=20):
-  noise = np.random.default_rng(seed).integers(-20, 21, (side, side, 3))
-  return np.clip(np.array(COLORS[color]) + noise, 0, 255).astype(np.uint8)
-
-
-def draw(path, color, seed, **options):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(pixels(color, seed, **options)).save(path)
-  return path
-
-
-def class_folder(path, count=31, names=('blue', 'green', 'red')):
-  for index in range(count):
-    draw(path / names[index % len(names)] / f'{index}.png', names[index % len(names)], index)
-  return path
-
-
-def encoded(color, seed):
-  file = io.BytesIO()
-  Image.fromarray(pixels(color, seed)).save(file, 'PNG')
-  return file.getvalue()
-
-
-@pytest.fixture(scope='module')
-def classifier(tmp_path_factory):
-  """A workdir of an untrained classifier of three other classes."""
-  path = tmp_path_factory.mktemp('classifier')
-  config = runs.classification(runs.image_folder(path / 'images'), objective__network__drop_path=0.0)
-  return str(runs.untrained(config, path / 'run'))
-
-
-@pytest.fixture(scope='module')
-def pairs(tmp_path_factory):
-  """A workdir of an untrained image-text model."""
-  path = tmp_path_factory.mktemp('pairs')
-  return str(runs.untrained(runs.contrastive(runs.image_folder(path / 'images')), path / 'run'))
-
-
-def completed(path, model, *overrides):
-  fields = [f'data.source.path={str(path)!r}', f'init_from.params.workdir={model!r}', *overrides]
-  return experiment.load_config('configs/finetune.py', fields)
+from tests.apps.own_images import COLORS, class_folder, completed, draw, encoded, pixels
 
 
 def test_31_images_of_class_folders_are_learned_and_named_afterwards(tmp_path, classifier, capsys):
@@ -298,36 +253,13 @@ def test_the_image_encoder_of_a_published_name_is_described_field_by_field(pair)
   assert vit(**spec) == pair.image
 
 
+def test_one_step_has_no_warm_up(tmp_path, classifier):
+  for steps, warmup in ((1, 0), (2, 1), (30, 3)):
+    config = completed(class_folder(tmp_path / 'own'), classifier, f'train.steps={steps}')
+    assert config['optimizer']['schedule']['warmup_steps'] == warmup
+
+
 TINY = {'name': 'cosine', 'peak_lr': 1e-9, 'warmup_steps': 0, 'end': 0.0}
-
-
-@pytest.mark.parametrize(
-  ('prepare', 'message'),
-  [
-    (lambda path: None, 'own: no such folder or file'),
-    (lambda path: path.mkdir(), 'own: is empty; give a folder of images'),
-    (lambda path: class_folder(path, 5, ('red',)), r"own: has one class \('red'\); at least two are needed"),
-    (lambda path: [draw(path / f'{i}.png', 'red', i) for i in range(5)], 'have neither classes nor captions'),
-    (lambda path: [path.mkdir(), (path / 'a.pdf').write_bytes(b'%PDF')], 'no images in'),
-    (lambda path: [class_folder(path), (path / 'x').mkdir()], r'1 of 4 classes have no image to train on \(x\)'),
-    (lambda path: [draw(path / name / '0.png', name, 1) for name in COLORS], 'no image is left to hold out'),
-    (lambda path: [class_folder(path / 'test'), class_folder(path / 'val')], 'none to train on; rename one to train'),
-    (
-      lambda path: [draw(path / 'a.png', 'red', 1), (path / 't.csv').write_text('image,x\na.png,1\n')],
-      'neither captions',
-    ),
-    (lambda path: [path.mkdir(), (path / 'a.tar').write_bytes(b'')], 'holds .tar shards'),
-    (lambda path: [path.mkdir(), (path / 'a.parquet').write_bytes(b'PAR1')], 'is not a Parquet table'),
-  ],
-)
-def test_data_that_cannot_be_used_is_one_line(prepare, message, tmp_path, classifier, capsys):
-  prepare(tmp_path / 'own')
-  args = ['finetune', str(tmp_path / 'own'), '--model', classifier, '--workdir', str(tmp_path / 'run')]
-  assert cli.main(args) == 2
-  error = capsys.readouterr().err
-  assert re.search(message, error), error
-  assert error.count('\n') == 1
-  assert not (tmp_path / 'run').exists()
 
 
 def test_a_model_that_cannot_be_used_is_one_line(tmp_path, classifier, capsys):

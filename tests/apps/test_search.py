@@ -1,12 +1,15 @@
 """`fmcv classify` and `fmcv search`."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from fmcv_jax.__main__ import main
+from fmcv_jax.errors import UserError
 from fmcv_jax.inference.model import Model
 from tests import runs
 from tests.train.tiny import shaken
@@ -108,14 +111,82 @@ def test_mistakes_are_one_line(folder, clip, classifier, tmp_path, capsys):
   search = ('--text', 'red', '--model', clip)
   assert 'none.png: no such file' in one_line(capsys, 'search', 'none.png', *search)
   assert 'no images in this folder' in one_line(capsys, 'search', str(tmp_path / 'empty'), *search)
-  assert 'broken.png' in one_line(capsys, 'search', str(tmp_path / 'broken.png'), *search)
+  assert 'broken.png cannot be read' in one_line(capsys, 'search', str(tmp_path / 'broken.png'), *search)
+  assert 'broken.png cannot be read' in one_line(
+    capsys, 'classify', str(tmp_path / 'broken.png'), '--text', 'red', '--model', clip
+  )
   assert '--top: expected at least 1' in one_line(capsys, 'search', str(folder), *search, '--top', '0')
+  assert '--text: is empty' in one_line(capsys, 'search', str(folder), '--text', ' ', '--model', clip)
   assert '--image none.png: no such file' in one_line(
     capsys, 'search', str(folder), '--image', 'none.png', '--model', clip
   )
   assert 'no text encoder' in one_line(capsys, 'search', str(folder), '--text', 'red', '--model', classifier)
-  assert "no file 'none.png'" in one_line(capsys, 'classify', 'none.png', '--text', 'red', '--model', clip)
+  assert 'none.png: no such file' in one_line(capsys, 'classify', 'none.png', '--text', 'red', '--model', clip)
   assert '--top: expected at least 1' in one_line(capsys, 'classify', 'x', '--model', clip, '--top', '0')
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+  """The images of `folder`, and more files that cannot be read than may follow one another in a run."""
+  shutil.copytree(folder, tmp_path / 'all')
+  for number in range(101):
+    (tmp_path / f'all/b/{number:03d}.png').write_bytes(b'' if number % 2 else b'text')
+  return tmp_path / 'all'
+
+
+@pytest.mark.parametrize(
+  'command', [('search', '--text', 'a red image', '--top', '200'), ('classify', '--text', 'a', 'b')]
+)
+def test_unreadable_files_of_a_folder_are_named_counted_and_left_out(
+  command, folder, damaged, clip, tmp_path, capsys, caplog
+):
+  def found(images):
+    argv = [command[0], str(images), *command[1:], '--model', clip, '--json', str(tmp_path / 'x')]
+    assert main(argv) == 0
+    rows = json.loads((tmp_path / 'x').read_text())
+    values = [row.get('similarity') or [best['probability'] for best in row['classes']] for row in rows]
+    return [row['image'].removeprefix(str(images)) for row in rows], np.array(values)
+
+  whole = found(folder)
+  caplog.clear()
+  files, values = found(damaged)
+  assert files == whole[0]
+  np.testing.assert_allclose(values, whole[1], atol=1e-6)
+  named = [record.getMessage() for record in caplog.records if record.getMessage().startswith('skipped ')]
+  assert len(named) == 101
+  assert any('b/000.png: no image: 4 bytes' in line for line in named)
+  assert '101 of 107 images cannot be read and are left out' in capsys.readouterr().err
+
+
+def test_images_of_a_format_that_is_not_decoded_are_counted(folder, clip, tmp_path, caplog):
+  shutil.copytree(folder, tmp_path / 'all')
+  for name in ('a/x.HEIC', 'b/y.heic', 'z.CR2', 'notes.txt'):
+    (tmp_path / 'all' / name).write_bytes(b'')
+  assert main(['search', str(tmp_path / 'all'), '--text', 'red', '--model', clip]) == 0
+  assert 'not read: files .heic: 2 (a/x.HEIC, b/y.heic); files .cr2: 1 (z.CR2); convert them' in caplog.text
+  assert 'notes.txt' not in caplog.text
+
+
+def test_nan_stands_for_an_unreadable_image_and_nothing_else(folder, clip, classifier, tmp_path):
+  (tmp_path / 'broken.png').write_bytes(b'')
+  files = [str(tmp_path / 'broken.png'), str(folder / 'a/0.png')]
+  for model, call in ((clip, 'encode_image'), (classifier, 'classify')):
+    rows = getattr(Model(model, unreadable='nan'), call)(files)
+    assert np.isnan(rows[0]).all()
+    np.testing.assert_array_equal(rows[1], getattr(Model(model), call)(files[1]))
+  assert [len(best) for best in Model(classifier, unreadable='nan').predict(files)] == [0, 3]
+  with pytest.raises(UserError, match=r"unreadable: 'skip' is not 'error' or 'nan'"):
+    Model(clip, unreadable='skip')
+
+
+def test_a_model_whose_outputs_are_not_finite_is_refused(folder, tmp_path):
+  def broken(params):
+    return jax.tree.map(lambda x: x * np.nan, params)
+
+  config = runs.classification(folder, train__ema_decay=None)
+  workdir = runs.untrained(config, tmp_path / 'run', changed=broken)
+  with pytest.raises(UserError, match=r'logits is not finite for 1 images, first .*0\.png'):
+    Model(workdir, unreadable='nan').classify([str(folder / 'a/0.png')])
 
 
 def test_brackets_in_a_file_name_are_printed_as_they_are(folder, clip, tmp_path, capsys):

@@ -17,6 +17,7 @@ from fmcv_jax.data.transforms import Resize
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.accuracy import Accuracy
 from fmcv_jax.evaluate.base import EvaluatedModel
+from fmcv_jax.evaluate.few_shot import FewShot
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.labels import align_labels
 from fmcv_jax.evaluate.linear_probe import LinearProbe
@@ -101,6 +102,57 @@ def test_perfect_model_scores_one_and_unreadable_images_do_not_count(subject, ev
   data = Pipeline(Colors(broken=5), max_bad=0.1)
   assert evaluator(data, batch_size=8)(subject) == {'top1': 1.0, 'top5': 1.0}
   assert len(subject.map_dataset('logits', data, 8).indices) == 28
+
+
+@pytest.mark.parametrize('templates', [('{c}',), ('{} {}',), ('100% {',), ('a {}', 'none'), ()])
+def test_zero_shot_templates_need_one_place_for_the_name(templates):
+  with pytest.raises(ValueError, match=r"templates: each needs one '\{\}' for the name"):
+    ZeroShot(Pipeline(Colors()), templates=templates)
+
+
+def test_other_braces_of_a_template_are_text(subject):
+  figures = ZeroShot(Pipeline(Colors()), templates=('{c} 100% { {}',), batch_size=8)(subject)
+  assert figures['top1'] == 1.0
+
+
+def test_zero_shot_without_class_names_is_refused_before_the_first_step(subject):
+  class Unnamed(Colors):
+    names = ()
+
+  ZeroShot(Pipeline(Colors())).prepare(subject)
+  with pytest.raises(UserError, match='needs a source with class names'):
+    ZeroShot(Pipeline(Unnamed())).prepare(subject)
+
+
+@pytest.mark.parametrize('evaluator', [Accuracy, ZeroShot, Retrieval, FewShot])
+def test_an_evaluator_that_its_model_or_data_does_not_suit_is_refused_before_the_first_step(subject, evaluator):
+  class Images(Colors):
+    def __getitem__(self, index):
+      return {'image': super().__getitem__(index)['image']}
+
+    def texts_of(self, index):
+      return ()
+
+  options = {'ways': 2} if evaluator is FewShot else {}
+  evaluator(Pipeline(Colors()), batch_size=8, **options).prepare(subject)
+  with pytest.raises(UserError, match='no captions' if evaluator is Retrieval else 'label'):
+    evaluator(Pipeline(Images()), batch_size=8, **options).prepare(subject)
+  subject.outputs = {}
+  with pytest.raises(UserError, match='is not an output of this model'):
+    evaluator(Pipeline(Colors()), batch_size=8, **options).prepare(subject)
+
+
+@pytest.mark.parametrize('evaluator', [Knn, LinearProbe])
+def test_a_bank_without_labels_or_features_is_refused_before_the_first_step(subject, evaluator):
+  class Images(Colors):
+    def __getitem__(self, index):
+      return {'image': super().__getitem__(index)['image']}
+
+  evaluator(Pipeline(Colors()), Pipeline(Colors()), batch_size=8).prepare(subject)
+  with pytest.raises(UserError, match='label'):
+    evaluator(Pipeline(Colors()), Pipeline(Images()), batch_size=8).prepare(subject)
+  with pytest.raises(UserError, match=r"'featurez' is not an output of this model .*did you mean 'features'"):
+    evaluator(Pipeline(Colors()), Pipeline(Colors()), features='featurez', batch_size=8).prepare(subject)
 
 
 def test_zero_shot_averages_templates(subject):

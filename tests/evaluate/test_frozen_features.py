@@ -89,6 +89,27 @@ def test_few_shot_by_hand():
     episode_accuracies(noise, labels, 3, 1, 15, 1)
 
 
+@pytest.mark.parametrize('counted', [True, False])
+def test_few_shot_of_too_few_classes_or_images_is_refused_before_a_run(counted):
+  class Uncounted(Colors):
+    def account(self):
+      return dataclasses.replace(super().account(), class_counts=None)
+
+  class Counted(Colors):
+    def account(self):
+      labels = [self[index]['label'] for index in range(len(self))]
+      return dataclasses.replace(super().account(), class_counts=tuple(np.bincount(labels).tolist()))
+
+  source = Counted() if counted else Uncounted()
+  labels = [int(source[index]['label']) for index in range(len(source))]
+  classes, least = len(set(labels)), min(labels.count(label) for label in labels)
+  subject = EvaluatedModel(OUTPUTS, PLACEMENT, params={}, extra={})
+  FewShot(Pipeline(source), ways=classes, shots=(1, least - 1)).prepare(subject)
+  for ways, shots, found in [(classes + 1, 1, classes), (classes, max(labels.count(label) for label in labels), 0)]:
+    with pytest.raises(UserError, match=f'need {ways} classes with more than {shots} images each; there are {found};'):
+      FewShot(Pipeline(source), ways=ways, shots=(1, shots)).prepare(subject)
+
+
 def test_few_shot_over_the_mesh():
   figures = FewShot(Pipeline(Colors()), ways=3, shots=(1, 4), episodes=20, batch_size=8)(
     EvaluatedModel(OUTPUTS, PLACEMENT, params={}, extra={})

@@ -1,5 +1,6 @@
 """`fmcv_jax.load`: one image or many, texts and labels, and one clear line for each mistake."""
 
+import io
 import logging
 import subprocess
 import sys
@@ -94,18 +95,56 @@ def test_mistakes_are_one_clear_line(folder, clip, classifier):
     (lambda: classifier.classify('nowhere.png'), r"images: no file 'nowhere\.png'"),
     (lambda: classifier.classify([]), 'images: give at least one image'),
     (lambda: classifier.classify(zeros / 255), r'float64 \[16, 16, 3\] is not an image; expected uint8'),
+    (
+      lambda: classifier.classify(zeros / 255),
+      r'for pixels from 0 to 1 give \(255 \* x\)\.round\(\)\.astype\(np\.uint8\)$',
+    ),
+    (lambda: classifier.classify(zeros.transpose(2, 0, 1)), r'move the channels last: x\.transpose\(1, 2, 0\)$'),
+    (lambda: classifier.classify(zeros / 255), '^data: image 0 cannot be read: float64'),
     (lambda: classifier.classify([3]), 'int is not an image'),
+    (lambda: classifier.classify(3), 'images: int is not an image; give .*, or a list of these'),
+    (lambda: classifier.classify(None), 'images: NoneType is not an image'),
+    (lambda: classifier.classify(io.BytesIO()), 'images: BytesIO is not an image'),
+    (lambda: classifier.classify(folder / 'a'), 'is a folder; give the files in it'),
     (lambda: classifier.classify(folder / 'captions.csv'), r'captions\.csv'),
     (lambda: classifier.classify(image, ['cat', 'dog']), 'has no text encoder; its outputs are features, logits'),
     (lambda: classifier.encode_text('a cat'), 'has no text encoder'),
     (lambda: clip.classify(image), 'no classifier head; pass labels'),
     (lambda: clip.classify(image, 'cat'), "labels: 'cat' is one text; give a list"),
     (lambda: clip.classify(image, ['cat'], templates='a photo'), "templates: each needs one '{}'"),
+    (lambda: clip.classify(image, ['cat', 'dog', 'cat']), "labels: 'cat' is given twice"),
+    (lambda: clip.classify(image, ['cat', ' ']), 'labels: label 1 is empty'),
+    (lambda: clip.classify(image, 3), 'labels: expected a list of texts, got int'),
+    (lambda: clip.encode_text(3), 'texts: expected a list of texts, got int'),
+    (lambda: clip.encode_text(['a', None]), 'texts: item 1 is NoneType, not a text'),
     (lambda: clip.encode_text([]), 'texts: give at least one text'),
     (lambda: clip.generate(['cat']), 'does not generate images; its outputs are embed_image'),
   ]:
     with pytest.raises(UserError, match=message):
       call()
+
+
+def test_arrays_of_other_libraries_and_iterators_give_the_same_as_numpy(folder, classifier):
+  torch = pytest.importorskip('torch')
+  pixels = np.asarray(Image.open(folder / 'a' / '0.png').convert('RGB'))
+  expected = classifier.classify(folder / 'a' / '0.png')
+  for one in (pixels, jnp.asarray(pixels), torch.tensor(pixels)):
+    np.testing.assert_array_equal(classifier.classify(one), expected)
+    np.testing.assert_array_equal(classifier.classify([one, one]), [expected, expected])
+  several = torch.tensor(np.stack([pixels, pixels]))
+  np.testing.assert_array_equal(classifier.classify(several), [expected, expected])
+  np.testing.assert_array_equal(classifier.classify(image for image in [pixels]), [expected])
+  with pytest.raises(UserError, match=r'^images: .*detach\(\)'):
+    classifier.classify([torch.zeros(16, 16, 3, requires_grad=True)])
+
+
+def test_a_truncated_text_is_said_when_it_is_encoded(clip, caplog):
+  caplog.set_level('WARNING')
+  clip.encode_text(['a cat', 'a very long text ' * 50])
+  assert 'texts: 1 of 2 texts are longer than' in caplog.text
+  caplog.clear()
+  clip.encode_text('a cat')
+  assert not caplog.text
 
 
 def test_a_wrong_keyword_is_a_type_error_of_the_public_function(folder, clip, tmp_path):

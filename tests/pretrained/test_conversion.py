@@ -1,5 +1,6 @@
 """Import and export without the reference libraries: kinds of files, what is refused, and use."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -9,17 +10,22 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fmcv_jax
 from fmcv_jax.__main__ import main
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import vit as names
+from fmcv_jax.pretrained.hub_classes import names_in
 from fmcv_jax.pretrained.layout import write
 from fmcv_jax.pretrained.tensors import LazyArray, open_tensors, write_tensors
+from fmcv_jax.run import Run, keep_class_names
 from fmcv_jax.train import checksums
 from fmcv_jax.train.checkpoint import Checkpointer
+from tests import runs
 
 
 @pytest.fixture(scope='module')
@@ -254,3 +260,64 @@ def test_a_pickle_bomb_is_one_line_and_does_not_go_off(published, tmp_path, caps
   assert not (tmp_path / 'went_off').exists()
   assert not (tmp_path / 'run').exists()
   assert run('import', tmp_path / 'x.pth', '--to', tmp_path / 'run') == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class WithProjector(Classification):
+  """A classification with parameters of its own, under the name that another objective trains with."""
+
+  @property
+  def logical_axes(self):
+    return (*super().logical_axes, ('projector/kernel', (None, None)))
+
+  def init(self, rng):
+    params, extra = super().init(rng)
+    return {**params, 'projector': {'kernel': jax.numpy.ones((2, 3))}}, extra
+
+
+def test_a_parameter_that_its_objective_does_not_call_auxiliary_is_never_omitted(tmp_path, capsys):
+  config = runs.classification(runs.image_folder(tmp_path / 'images'))
+  config['objective']['name'] = 'tests.pretrained.test_conversion:WithProjector'
+  workdir = runs.untrained(config, tmp_path / 'run')
+  assert run('export', workdir, '--format', 'timm', '--to', tmp_path / 'x') == 2
+  assert 'projector' in one_line(capsys)
+  assert not (tmp_path / 'x').exists()
+
+
+def test_parameters_that_are_used_in_training_only_are_omitted_by_name(tmp_path, capsys):
+  workdir = runs.untrained(runs.autoencoder(runs.image_folder(tmp_path / 'images')), tmp_path / 'run')
+  assert run('export', workdir, '--format', 'diffusers', '--to', tmp_path / 'x.safetensors') == 0
+  assert 'not exported, used in training only: discriminator (' in capsys.readouterr().err
+  params = Run.reopen(workdir).abstract_state.params
+  assert set(params) == {'autoencoder', 'discriminator'}
+  with safe_open(tmp_path / 'x.safetensors', 'numpy') as file:
+    assert len(file.keys()) == len(jax.tree.leaves(params['autoencoder']))
+
+
+@pytest.mark.parametrize('format', ['timm', 'transformers'])
+def test_class_names_are_exported_and_come_back(format, tmp_path, capsys):
+  folder = runs.image_folder(tmp_path / 'images')
+  config = runs.classification(folder, objective__network__pool='cls')
+  workdir = runs.untrained(config, tmp_path / 'run')
+  keep_class_names(Run.reopen(workdir))
+  assert run('export', workdir, '--format', format, '--to', tmp_path / format) == 0
+  stored = json.loads((tmp_path / format / 'config.json').read_text())
+  if format == 'timm':
+    assert stored['label_names'] == ['a', 'b', 'c']
+  else:
+    theirs = pytest.importorskip('transformers').AutoConfig.from_pretrained(tmp_path / format)
+    assert theirs.id2label == {0: 'a', 1: 'b', 2: 'c'}
+    assert theirs.label2id == {'a': 0, 'b': 1, 'c': 2}
+  assert run('import', tmp_path / format, '--to', tmp_path / 'back') == 0
+  assert '3 class names (a, b, c)' in capsys.readouterr().err
+  image = folder / 'a/0.png'
+  assert fmcv_jax.load(tmp_path / 'back').class_names == ('a', 'b', 'c')
+  ours, back = (dict(fmcv_jax.load(path).predict(image)) for path in (workdir, tmp_path / 'back'))
+  assert ours == pytest.approx(back, abs=1e-5)
+
+
+def test_names_that_do_not_name_every_class_are_not_read():
+  assert names_in({'label_names': {'0': 'a', '1': 'b'}}) == ('a', 'b')
+  assert names_in({'id2label': {'1': 'b', '0': 'a'}}) == ('a', 'b')
+  for config in ({}, {'id2label': {'0': 'LABEL_0', '1': 'LABEL_1'}}, {'label_names': {'0': 'a', '7': 'b'}}):
+    assert names_in(config) == ()

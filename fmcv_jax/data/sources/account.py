@@ -3,8 +3,12 @@
 import collections
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
+_MOST_COUNTED = 1_000_000  # labels
 EXAMPLES = 3  # names kept of what is left out, for one reason
 
 
@@ -28,7 +32,8 @@ class Account:
   records       number of records
   fields        field of an example ('image', 'label', 'text') -> where it is stored and as what
   classes       class names by label; empty where the source has none
-  class_counts  records by label; None where counting would mean to read the records
+  class_counts  records by label; None where counting would mean to read the records, and for a label of a million or
+                more
   label_range   the smallest and the largest label, both inclusive; None where it is not known
   split         the split that was chosen, by name or because there is no other; None where nothing names one
   missing       field -> number of records without it, where that is known. They are records: a loader skips and counts
@@ -57,8 +62,33 @@ class Account:
       lines.append(f'records of a class: {count} ({least}) to {max(self.class_counts)}')
     if self.label_range:
       lines.append(f'labels: {self.label_range[0]} to {self.label_range[1]}')
+    lines += self.doubts()
     lines += [f'{count} records have no {field}' for field, count in self.missing.items() if count]
     return lines + [f'left out: {left}' for left in self.left_out]
+
+  def doubts(self) -> list[str]:
+    """Lines about classes that are probably not meant: numbers without a record, or names that differ in case only."""
+    lines = []
+    counts = () if self.classes else self.class_counts or ()
+    if empty := [str(label) for label, count in enumerate(counts) if not count]:
+      more = ', ...' if len(empty) > EXAMPLES else ''
+      lines.append(f'{len(empty)} of {len(counts)} classes have no record ({", ".join(empty[:EXAMPLES])}{more})')
+    alike: dict[str, list[str]] = collections.defaultdict(list)
+    for name in self.classes:
+      alike[unicodedata.normalize('NFKC', name).casefold()].append(name)
+    lines += [
+      f'classes {" and ".join(map(repr, names))} are taken as different' for names in alike.values() if len(names) > 1
+    ][:EXAMPLES]
+    return lines
+
+
+def class_counts(labels: Sequence[int] | np.ndarray, names: Sequence[str]) -> tuple[int, ...] | None:
+  """Records by label, at least one number per name; None without labels, and for a label of a million or more."""
+  if not len(labels) and not names:
+    return None
+  if len(labels) and max(labels) >= _MOST_COUNTED:
+    return None
+  return tuple(np.bincount(np.asarray(labels, int), minlength=len(names)).tolist())
 
 
 def left_out(reasons: Iterable[tuple[str, str]]) -> tuple[LeftOut, ...]:

@@ -24,6 +24,7 @@ _NULLS = frozenset(
   ('', '#N/A', '#N/A N/A', '#NA', '-1.#IND', '-1.#QNAN', '-NaN', '-nan', '1.#IND', '1.#QNAN', '<NA>', 'N/A', 'NA')
   + ('NULL', 'NaN', 'None', 'n/a', 'nan', 'null')
 )
+_SEPARATORS = {',': 'comma', ';': 'semicolon', '\t': 'tab'}
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
@@ -66,7 +67,10 @@ def _text(table: str, **options: Any) -> TextIO:
 
 
 def _csv(table: str) -> Iterator[tuple[int, Row]]:
-  yield from _separated(table, ',')
+  """Comma-separated; semicolon- or tab-separated, as spreadsheets write, if line 1 has no comma but these."""
+  with _text(table, newline='') as file:
+    first = file.readline()
+  yield from _separated(table, next((separator for separator in _SEPARATORS if separator in first), ','))
 
 
 def _tsv(table: str) -> Iterator[tuple[int, Row]]:
@@ -80,7 +84,7 @@ def _separated(table: str, delimiter: str) -> Iterator[tuple[int, Row]]:
     file.seek(0)
     # A tab-separated file is plain text, where a quotation mark is one of the caption's own characters, unless all
     # names in its first line are quoted.
-    quoted = delimiter == ',' or all(_QUOTED.fullmatch(cell) for cell in first.rstrip('\r\n').split(delimiter))
+    quoted = delimiter != '\t' or all(_QUOTED.fullmatch(cell) for cell in first.rstrip('\r\n').split(delimiter))
     options: Any = {'strict': True} if quoted else {'quoting': csv.QUOTE_NONE}
     reader = csv.reader(file, delimiter=delimiter, **options)
     line, names, opened = 1, None, 0
@@ -99,11 +103,11 @@ def _separated(table: str, delimiter: str) -> Iterator[tuple[int, Row]]:
         continue
       line = begin
       if len(cells) > len(names):
-        mark = 'quotation marks' if delimiter == ',' else 'a cell of its own, without a tab in it'
+        mark = 'a cell of its own, without a tab in it' if delimiter == '\t' else 'quotation marks'
         raise _Fault(
           line,
-          f'has {len(cells)} cells, but there are {len(names)} columns; put the text with a '
-          f'{"comma" if delimiter == "," else "tab"} in {mark}',
+          f'has {len(cells)} cells, but there are {len(names)} columns ({", ".join(names)}); put the text with a '
+          f'{_SEPARATORS[delimiter]} in {mark}',
         )
       if not quoted:
         if opened and len(cells) < len(names):
@@ -118,6 +122,7 @@ def _separated(table: str, delimiter: str) -> Iterator[tuple[int, Row]]:
 
 
 def _names(cells: list[str], line: int) -> list[str]:
+  cells = [name.strip() for name in cells]
   if twice := [name for name in cells if cells.count(name) > 1]:
     raise _Fault(line, f'has two columns {twice[0]!r}; rename one')
   return cells

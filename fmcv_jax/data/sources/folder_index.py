@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources import caption_tables, values
-from fmcv_jax.data.sources.account import LeftOut, left_out, other_files
+from fmcv_jax.data.sources.account import EXAMPLES, LeftOut, left_out, other_files
 from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.errors import UserError
 
@@ -70,7 +70,7 @@ class Columns:
     if absent := [name for name in wanted if name not in row and name.split('/')[0] not in row]:
       raise UserError(
         f'image folder: {where} has no column {" and no column ".join(map(repr, absent))}; it has '
-        f'{", ".join(map(repr, row)) or "none"}; set image_column and caption_column'
+        f'{", ".join(map(repr, row)) or "none"}; set image_column, and caption_column or label_column'
       )
     return Columns(image, caption, label)
 
@@ -129,7 +129,7 @@ def from_folders(root: str, found: list[str], folders: list[str], extension: str
   images = [path for path in images if not texts or path in texts or names]
   fields = {'image': _formats(images)}
   if names:
-    fields |= {'label': 'the names of class folders', 'text': 'the name of the class folder'}
+    fields |= {'label': _class_folders(images), 'text': 'the name of the class folder'}
   if texts:
     fields['text'] = f'{len(texts)} files {extension or TEXT}' + (', elsewhere the class name' if names else '')
   read = set(texts.values())
@@ -167,6 +167,14 @@ def _are_boxes(root: str, file: str) -> bool:
   return any(lines) and all(_BOX.fullmatch(line.strip()) for line in lines if line.strip())
 
 
+def _class_folders(images: Sequence[str]) -> str:
+  """Origin of the class names, with the folders inside class folders, whose names are not read."""
+  inner = sorted({'/'.join(path.split('/')[:2]) for path in images if path.count('/') > 1})
+  more = ', ...' if len(inner) > EXAMPLES else ''
+  note = f' (folders inside them are not classes: {", ".join(inner[:EXAMPLES])}{more})' if inner else ''
+  return f'the names of class folders{note}'
+
+
 def _formats(images: Sequence[str]) -> str:
   extensions = [os.path.splitext(path)[1].lower() for path in images]
   return ', '.join(f'{extensions.count(extension)} {extension}' for extension in sorted(set(extensions)))
@@ -179,6 +187,7 @@ class _Named:
   texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   labels: dict[str, tuple[object, str]] = dataclasses.field(default_factory=dict)  # (class, row)
   skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (reason, row)
+  columns: dict[str, None] = dataclasses.field(default_factory=dict)  # of all rows, in order
 
 
 def from_tables(root: str, found: list[str], tables: Sequence[str], wanted: Columns) -> Index:
@@ -205,6 +214,8 @@ def from_tables(root: str, found: list[str], tables: Sequence[str], wanted: Colu
   fields = {'image': f'column {columns.image!r}: {_formats(images)}'}
   fields |= {'text': f'column {columns.caption!r}'} if columns.caption else {}
   fields |= {'label': f'column {columns.label!r}'} if columns.label else {}
+  read = {name.split('/')[0] for name in (columns.image, columns.caption, columns.label) if name}
+  unread = [('columns that are not read', name) for name in named.columns if name not in read and name]
   unnamed = [('images that no table names', path) for path in found if is_image(path) and path not in named.texts]
   rest = (path for path in found if not is_image(path) and path not in tables)
   return Index(
@@ -213,7 +224,7 @@ def from_tables(root: str, found: list[str], tables: Sequence[str], wanted: Colu
     labels=numbers,
     names=names,
     texts=[tuple(named.texts[image]) for image in images] if columns.caption else (),
-    left_out=(*left_out(named.skipped), *left_out(unnamed), *other_files(rest)),
+    left_out=(*left_out(named.skipped), *left_out(unread), *left_out(unnamed), *other_files(rest)),
   )
 
 
@@ -224,6 +235,7 @@ def _read_table(root: str, name: str, below: set[str], wanted: Columns, named: _
   try:
     for line, row in caption_tables.rows(table, 'image folder'):
       where = f'{table}:{line}'
+      named.columns |= dict.fromkeys(row)
       columns = columns or wanted.among(where, row)
       try:
         image, texts = columns.image_of(row, inside), columns.texts_of(row)

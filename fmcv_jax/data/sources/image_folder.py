@@ -2,16 +2,16 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 
-import numpy as np
 from typing_extensions import override
 
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources import caption_tables, splits, values
-from fmcv_jax.data.sources.account import Account, LeftOut
+from fmcv_jax.data.sources.account import Account, LeftOut, class_counts
 from fmcv_jax.data.sources.base import Example, Source
-from fmcv_jax.data.sources.folder_index import Columns, Index, from_folders, from_tables
+from fmcv_jax.data.sources.folder_index import FILE_NAME, Columns, Index, from_folders, from_tables
 from fmcv_jax.errors import UserError, did_you_mean
 
 METADATA = ('metadata.csv', 'metadata.jsonl', 'metadata.parquet')  # as in image folders on the Hugging Face hub
@@ -97,7 +97,7 @@ class ImageFolder(Source):
   @override
   def account(self) -> Account:
     index = self._index
-    counts = tuple(np.bincount(index.labels, minlength=len(index.names)).tolist()) if index.names else None
+    counts = class_counts(index.labels, index.names)
     empty = [name for name, count in zip(index.names, counts or ()) if not count] if index.class_folders else []
     left = [LeftOut('class folders without images', len(empty), tuple(empty[:3]))] if empty else []
     return Account(
@@ -133,11 +133,23 @@ class ImageFolder(Source):
           f'{did_you_mean(self.split, folders)}'
         )
       return matches[0]
-    if self.captions is None and folders and all(splits.named(f'{name}/') for name in folders):
+    if self.captions is not None or not folders:
+      return None
+    named = [name for name in folders if splits.named(f'{name}/')]
+    if len(named) == len(folders):
       raise UserError(
         f'image folder: the subfolders of {path!r} ({", ".join(folders)}) are splits, not classes; set split to one of '
         f"them, or to 'all' if they are classes"
       )
+    # A class may be called train, too, but it has not the same classes inside as the class next to it.
+    inner = {name: set(storage.folders_in(storage.join(path, name))) for name in folders} if named else {}
+    for name, other in itertools.product(named, sorted(set(folders) - set(named))):
+      if len(shared := sorted(inner[name] & inner[other])) > 1:
+        raise UserError(
+          f'image folder: {name!r} and {other!r} in {path!r} have the same subfolders ({", ".join(shared[:3])}), as '
+          f'splits have, but {other!r} is not named after a split; rename or move it, set split to {name!r}, or to '
+          f"'all' if both are classes"
+        )
     return None
 
   @functools.cached_property
@@ -155,9 +167,25 @@ class ImageFolder(Source):
     columns = Columns(self.image_column, self.caption_column, self.label_column)
     if self.captions is not None and not self._extension:
       return from_tables(self._root, found, [self.captions], columns)
+    if self.captions is None and self._split and (outer := self._metadata_outside()):
+      raise UserError(
+        f'image folder: {outer!r} is next to the folder of the split {self._split!r}, where it is not read; write a '
+        f"table into the folder of each split, or set split to 'all' to read all of them as one"
+      )
     if self.captions is None and (metadata := self._metadata(found, columns)):
       return from_tables(self._root, found, metadata, dataclasses.replace(columns, metadata=True))
     return from_folders(self._root, found, storage.folders_in(self._root), self._extension)
+
+  def _metadata_outside(self) -> str | None:
+    """A metadata table in `path` that names images of the split by their paths from there; None without one."""
+    path = os.path.expanduser(self.path)
+    for name in storage.files_below(path, deep=False) or ():
+      if name in METADATA:
+        table = storage.join(path, name)
+        rows = (row for _, row in caption_tables.rows(table, 'image folder'))
+        if any(str(row.get(FILE_NAME)).startswith(f'{self._split}/') for row in rows):
+          return table
+    return None
 
   def _metadata(self, found: list[str], columns: Columns) -> list[str]:
     """Metadata tables in any subfolder that have images and captions or labels."""

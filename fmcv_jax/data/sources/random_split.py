@@ -14,7 +14,7 @@ from fmcv_jax.bounds import Fraction, Seed
 from fmcv_jax.data import storage
 from fmcv_jax.data.images.decode import decode
 from fmcv_jax.data.order import RunOrder, WindowedOrder
-from fmcv_jax.data.sources.account import Account, left_out
+from fmcv_jax.data.sources.account import Account, class_counts, left_out
 from fmcv_jax.data.sources.base import UNREADABLE, Example, Source, reason_of
 from fmcv_jax.data.sources.values import Classes
 from fmcv_jax.errors import UserError
@@ -69,11 +69,10 @@ class RandomSplit(Source):
   def account(self) -> Account:
     whole, scan = self.source.account(), self.scan
     labels = None if scan.labels is None else scan.labels[self._rows]
-    counts = None if labels is None else np.bincount(labels, minlength=len(self.names))
     return dataclasses.replace(
       whole,
       records=len(self),
-      class_counts=None if counts is None or not self.names else tuple(counts.tolist()),
+      class_counts=None if labels is None else class_counts(labels, self.names),
       label_range=None if labels is None or not len(labels) else (int(labels.min()), int(labels.max())),
       split=whole.split if self.part == 'all' else self.part,
       missing={},

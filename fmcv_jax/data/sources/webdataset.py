@@ -80,6 +80,19 @@ class WebDataset(Source):
       example['label'] = self._classes.number(_value(sample, label), f'{"/".join(label)}')
     return example
 
+  @property
+  def members(self) -> tuple[str, ...]:
+    """The members that samples have, such as ('cls', 'jpg'); read from the tar headers."""
+    return tuple(self._index.members)
+
+  def value_of(self, index: int, field: str) -> Any:
+    """A member of sample `index` as text, or a field of a JSON member, 'json/label'; None where the sample has none.
+
+    Raises BadRecord for a member that is not text or JSON.
+    """
+    member, *path = field.split('/')
+    return _value(self._index.read(index), (member.lower().lstrip('.'), *path))
+
   @override
   def key_of(self, index: int) -> str:
     shard, row = self._index.locate(index)

@@ -47,6 +47,7 @@ SAME = {
   'BOM': '\ufeffimage,caption\nx.png,an x\ny.png,a y\n',
   'CRLF': 'image,caption\r\nx.png,an x\r\ny.png,a y\r\n',
   'CR': 'image,caption\rx.png,an x\ry.png,a y\r',
+  'spaces': ' image , caption \nx.png,an x\ny.png,a y\n',
   'empty lines': 'image,caption\n\nx.png,an x\n\n\ny.png,a y\n\n',
   'other columns': 'id,image,score,caption\n1,x.png,.5,an x\n2,y.png,,a y\n',
   'no last newline': 'image,caption\nx.png,an x\ny.png,a y',
@@ -59,6 +60,8 @@ SAME = {
 def test_the_same_table_however_it_is_written(photos, content):
   assert read(photos, content) == {'x.png': ('an x',), 'y.png': ('a y',)}
   if content != SAME['quoted']:
+    for separator in ';\t':
+      assert read(photos, content.replace(',', separator)) == {'x.png': ('an x',), 'y.png': ('a y',)}
     tabs = content.replace(',', '\t')
     assert read(photos, tabs, 'c.tsv') == {'x.png': ('an x',), 'y.png': ('a y',)}
 
@@ -101,7 +104,7 @@ def test_captions_come_back_as_csv_json_and_pandas_write_them(photos, caption, k
 FAULTS = {
   'comma': (
     'image,caption\nx.png,an x\ny.png,a y, and more\n',
-    ':3: has 3 cells, but there are 2 columns; put the text',
+    r':3: has 3 cells, but there are 2 columns \(image, caption\); put the text',
   ),
   'comma in front': ('caption,image\na x, red,x.png\n', ':2: has 3 cells'),
   'never closed': ('image,caption\nx.png,"an x\ny.png,a y\nsub/z.png,a z\n', ':2: a quotation mark opened in this row'),
@@ -118,8 +121,8 @@ FAULTS = {
   'Latin-1': ('image,caption\nx.png,ol\xe9\n'.encode('latin-1'), ' is not UTF-8 text .*; save it as UTF-8'),
   'UTF-16': ('image,caption\nx.png,a\n'.encode('utf-16'), ' is not UTF-8 text'),
   'semicolons': (
-    'image;caption\nx.png;a\n',
-    ":2 has no column 'image' and no column 'caption'; it has 'image;caption'",
+    'image;caption\nx.png;a;b\n',
+    r':2: has 3 cells, but there are 2 columns \(image, caption\); put the text with a semicolon in quotation marks',
   ),
   'two classes': (
     'image,caption,label\nx.png,a,cat\nx.png,b,dog\n',
@@ -140,7 +143,7 @@ def test_what_would_lose_words_or_rows_is_a_line_with_its_number(photos, content
 
 def test_a_surplus_tab_is_a_line_with_its_number(photos):
   message = refused(photos, 'image\tcaption\nx.png\tan x\ny.png\ta y\tand more\n', 'c.tsv')
-  assert 'c.tsv:3: has 3 cells, but there are 2 columns; put the text with a tab' in message
+  assert 'c.tsv:3: has 3 cells, but there are 2 columns (image, caption); put the text with a tab' in message
 
 
 @pytest.mark.parametrize('null', ['', ' ', 'NULL', 'nan', 'None', 'N/A', '<NA>'])

@@ -19,7 +19,11 @@ from fmcv_jax.errors import UserError
 _FORMAT = 1
 _ARRAYS = ('ids', 'sizes', 'ends', 'boxes', 'classes', 'crowd', 'area')
 _CLASS_LISTS = {'negatives': 'neg_category_ids', 'not_exhaustive': 'not_exhaustive_category_ids'}  # of LVIS
-_CROWD, _NO_BOX, _NO_MASK = 'groups of objects (iscrowd)', 'objects without a box', 'objects whose mask is no polygon'
+_CROWD, _NO_BOX, _NO_MASK = (
+  'groups of objects (iscrowd)',
+  'objects without a box',
+  'objects without a polygon or run lengths',
+)
 _NO_IMAGE = 'objects of images that are not in the file'
 
 

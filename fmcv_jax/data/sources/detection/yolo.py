@@ -170,7 +170,7 @@ def _about(path: str) -> dict[str, Any]:
   except (OSError, yaml.YAMLError) as error:
     raise UserError(f'yolo: {path} cannot be read: {" ".join(str(error).split())}') from error
   if not isinstance(about, dict):
-    raise UserError(f'yolo: {path} is no data.yaml of names and splits')
+    raise UserError(f'yolo: {path} is not a data.yaml of names and splits')
   return about
 
 
