@@ -67,9 +67,9 @@ class Source(abc.ABC):
     example = self[index]
     return tuple(example.get('texts') or ((example['text'],) if 'text' in example else ()))
 
-  def objects_of(self, index: int) -> Example:
-    """The fields of record `index` without its image, positions in pixels of the upright image; for evaluation."""
-    return {name: value for name, value in self[index].items() if name != 'image'}
+  def annotations_of(self, index: int) -> Example:
+    """The fields of record `index` without its pixels. Sources override this if they need not read the image."""
+    return {name: value for name, value in self[index].items() if name not in ('image', 'clip')}
 
   def account(self) -> Account:
     """Summary of the contents of the source, without decoding an image; may open files.
