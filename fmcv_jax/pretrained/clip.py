@@ -94,21 +94,25 @@ def transformers_text() -> Rows:
   )
 
 
-_CLIP_IMAGE: Rows = (
-  Row('class_token', 'embeddings.class_embedding', ROW),
-  Row('position', 'embeddings.position_embedding.weight'),
-  *patch('embeddings.patch_embedding')[:1],
-  *norm('pre_norm', 'pre_layrnorm'),  # so spelt
-  *_blocks('encoder.layers.{i}'),
-  *norm('norm', 'post_layernorm'),
-)
+def clip_image(pre_norm: str = 'pre_layrnorm') -> Rows:  # so spelt
+  """Rows of the image tower of transformers' CLIPVisionModel, without its projection."""
+  return (
+    Row('class_token', 'embeddings.class_embedding', ROW),
+    Row('position', 'embeddings.position_embedding.weight'),
+    *patch('embeddings.patch_embedding')[:1],
+    *norm('pre_norm', pre_norm),
+    *_blocks('encoder.layers.{i}'),
+    *norm('norm', 'post_layernorm'),
+  )
+
+
 _POSITIONS = (r'.*\.position_ids',)
 
 
 def transformers_clip() -> Layout:
   """Layout of transformers' CLIPModel."""
   rows = (
-    *with_prefix('image', _CLIP_IMAGE, 'vision_model.'),
+    *with_prefix('image', clip_image(), 'vision_model.'),
     *matrix('image/head', 'visual_projection'),
     *with_prefix('text', transformers_text(), 'text_model.'),
     *matrix('text/head', 'text_projection'),
@@ -119,10 +123,10 @@ def transformers_clip() -> Layout:
 
 def image_towers() -> tuple[tuple[str, Layout], ...]:
   """Layouts of CLIP's image tower alone, with or without its projection."""
-  projected = (*with_prefix('', _CLIP_IMAGE, 'vision_model.'), *matrix('head', 'visual_projection'))
+  projected = (*with_prefix('', clip_image(), 'vision_model.'), *matrix('head', 'visual_projection'))
   return (
     ('transformers', Layout(projected, ignored=_POSITIONS)),
-    ('transformers', Layout(_CLIP_IMAGE, ignored=_POSITIONS)),
+    ('transformers', Layout(clip_image(), ignored=_POSITIONS)),
     ('open_clip', Layout(_open_clip_image(), ignored=_BUFFERS)),
   )
 

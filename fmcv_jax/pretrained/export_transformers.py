@@ -7,7 +7,7 @@ from typing import Any
 from fmcv_jax.data import clip_vocabulary
 from fmcv_jax.data.pillow_resize import as_pillow_resize
 from fmcv_jax.data.tokenizers import ClipBpe, SentencePiece, Tokenizer, TokenizerJson
-from fmcv_jax.data.transforms import ImageTransform
+from fmcv_jax.data.transforms import ImageTransform, ResizePad
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.efficientnet import SIZES, EfficientNet
 from fmcv_jax.models.backbones.swin import Swin
@@ -34,6 +34,8 @@ def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: 
   network = objective.network
   if family.startswith('paligemma'):
     return _paligemma(objective, image, tokenizer)
+  if family.startswith('owl'):
+    return _owl(family, objective, image, tokenizer)
   configs = {
     'clip': _clip,
     'clip_openai': _clip,
@@ -60,6 +62,34 @@ def _paligemma(objective: Any, image: ImageTransform | None, tokenizer: Tokenize
     own = {'processor_class': 'PaliGemmaProcessor', 'image_seq_length': math.prod(network.image.grid)}
     found['preprocessor_config.json'] = {**_images(image, objective.normalize), **own}
   return found | export_paligemma.texts(tokenizer)
+
+
+def _owl(kind: str, objective: Any, image: ImageTransform | None, tokenizer: Tokenizer | None) -> Files:
+  network = objective.network
+  name = {'owlvit': 'OwlViT', 'owlv2': 'Owlv2'}[kind]
+  text = {**text_tower(network.text), 'model_type': f'{kind}_text_model'}
+  del text['architectures']
+  found: Files = {
+    'config.json': {
+      'model_type': kind,
+      'architectures': [f'{name}ForObjectDetection'],
+      'projection_dim': network.text.num_classes,
+      'vision_config': {'model_type': f'{kind}_vision_model', **_patches(network.image)},
+      'text_config': text,
+    }
+  }
+  if image is not None:
+    own = {'image_processor_type': f'{name}ImageProcessor', 'size': _square(network.image.image_size)}
+    mean_std = {'image_mean': list(objective.normalize.mean), 'image_std': list(objective.normalize.std)}
+    found['preprocessor_config.json'] = {**own, 'do_resize': True, 'do_normalize': True, **mean_std}
+    if kind == 'owlv2':
+      if not (isinstance(image, ResizePad) and image.size == network.image.image_size):
+        raise UserError(
+          'transformers pads the images of OWLv2 to a square at the right or bottom: data.image=resize_pad'
+        )
+    elif as_pillow_resize(image).mode != 'squash':
+      raise UserError('transformers resizes the images of OWL-ViT to a square: data.image.mode=squash')
+  return found | (texts(tokenizer, padding='!') if tokenizer is not None else {})
 
 
 def plain(block: BlockConfig, library: str, *, qkv_bias: bool = True) -> BlockConfig:

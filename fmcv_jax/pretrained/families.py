@@ -13,6 +13,7 @@ from fmcv_jax.pretrained import (
   dit,
   efficientnet,
   inception,
+  owl,
   paligemma,
   stable_diffusion,
   swin,
@@ -185,6 +186,8 @@ FAMILIES: dict[str, Family] = {
   'siglip_text': Family(_SIGLIP_TEXT, _text_tower(**_SIGMOID)),
   'paligemma': Family(paligemma.layouts(second=False), _prefix_lm(second=False), _PAIR),
   'paligemma2': Family(paligemma.layouts(second=True), _prefix_lm(second=True), _PAIR),
+  'owlvit': Family((('transformers', owl.layout('owlvit')),), owl.config),
+  'owlv2': Family((('transformers', owl.layout('owlv2')),), owl.config),
   'efficientnet': Family(_EFFICIENTNET, _encoder(IMAGENET, 0.875, efficientnet.network)),
   'inception': Family((('torch_fidelity', inception.published()),), _inception),
   'dit': Family((('dit', dit.original()), ('diffusers', dit.diffusers())), dit.config),
@@ -214,6 +217,8 @@ def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
     return 'sd2' if variant == 'sd2' else 'sd1'
   if 'top_norm/scale' in shapes or 'stage1/first/depthwise/kernel' in shapes:
     return 'efficientnet'
+  if 'box_head/layer1/kernel' in shapes:
+    return 'owlv2' if has(shapes, 'objectness_head/') else 'owlvit'
   if 'image_projection/kernel' in shapes and 'text/tokens/embedding' in shapes:
     return 'paligemma2' if has(shapes, 'text/blocks/attention_norm/') else 'paligemma'
   if 'text/tokens/embedding' in shapes:

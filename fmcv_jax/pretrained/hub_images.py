@@ -45,6 +45,8 @@ _PROCESSORS = {
   'CLIP': _Defaults({'shortest_edge': 224}, 224, 3, CLIP, square=False),
   'Bit': _Defaults({'shortest_edge': 224}, 224, 3, CLIP, square=False),
   'ConvNext': _Defaults({'shortest_edge': 384}, None, 3, IMAGENET, square=False),
+  'OwlViT': _Defaults(_square(768), None, 3, CLIP),
+  'Owlv2': _Defaults(_square(960), None, 2, CLIP),
   'EfficientNet': _Defaults(_square(346), None, 3, HALF),
 }
 _SPELLINGS = ('FeatureExtractor', 'ImageProcessorFast', 'ImageProcessorPil', 'ImageProcessor')
@@ -57,6 +59,8 @@ def transformers(file: HubFile, config: dict[str, Any]) -> None:
   if name not in _PROCESSORS:
     raise UserError(f'{file.shown}: image_processor_type is {said!r}; {did_you_mean(name, _PROCESSORS)}')
   usual = _PROCESSORS[name]
+  if name == 'Owlv2':
+    return _owlv2(file, usual)
   for key in ('do_pad', 'do_flip_channel_order', 'do_color_quantize'):
     if file.get(key):
       raise file.refusal(key, True, 'False')
@@ -73,12 +77,30 @@ def transformers(file: HubFile, config: dict[str, Any]) -> None:
   file.done(_IGNORED)
 
 
+def _owlv2(file: HubFile, usual: _Defaults) -> None:
+  """Gray at the right or bottom up to a square, which is then resized; its two processors differ in how they filter."""
+  for key in ('do_pad', 'do_resize'):
+    if not file.get(key, True):
+      raise file.refusal(key, False, 'True')
+  size = file.get('size', usual.size)
+  if set(size) != {'height', 'width'} or size['height'] != size['width']:
+    raise file.refusal('size', size, 'a square')
+  for key in ('do_convert_rgb', 'resample'):
+    file.get(key)
+  spec = {'name': 'resize_pad', 'size': size['height'], 'fill': (128, 128, 128), 'interpolation': 'bilinear'}
+  file.set('data.image', spec)
+  _normalize(file, 'Owlv2', usual)
+  file.done(_IGNORED)
+
+
 def _usual(config: dict[str, Any]) -> str:
   network = config['objective']['network']
   if network['name'] == 'efficientnet':
     return 'EfficientNetImageProcessor'
   if network['name'] == 'prefix_lm':
     return 'SiglipImageProcessor'
+  if network['name'] == 'owl_detector':
+    return 'Owlv2ImageProcessor' if network['objectness'] else 'OwlViTImageProcessor'
   if network['name'] == 'dual_encoder':
     return 'CLIPImageProcessor' if config['objective'].get('loss_name') != 'sigmoid' else 'SiglipImageProcessor'
   return 'ViTImageProcessor'
@@ -96,6 +118,8 @@ def _geometry(file: HubFile, name: str, usual: _Defaults) -> dict[str, Any]:
   cut = file.get('crop_size') if file.get('do_center_crop', usual.crop is not None) else None
   if cut is None and file.get('do_center_crop', usual.crop is not None):
     cut = file.get('crop_size', usual.crop)
+  if not file.get('do_center_crop', usual.crop is not None):
+    file.get('crop_size')  # without a meaning then
   if isinstance(cut, dict):
     cut = cut.get('height') if cut.get('height') == cut.get('width') else cut
   if file.get('crop_pct') is not None:

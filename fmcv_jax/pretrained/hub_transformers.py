@@ -247,6 +247,17 @@ def _paligemma(file: HubFile, kind: str, path: str, network: Any) -> None:
     inner.done((*IGNORED, 'projection_dim', 'num_image_tokens', 'projector_hidden_act'))
 
 
+def _owl(file: HubFile, kind: str, path: str, network: Any) -> None:
+  vision, text, towers = file.part('vision_config'), file.part('text_config'), f'{path}.towers'
+  vision.apply(_TOWERS['clip_vision'], f'{towers}.image', network.image)
+  side(vision, 'image_size', f'{towers}.image', network.image, 768)
+  vision.set(f'{towers}.image.position_antialias', False)
+  _clip_text(text, f'{towers}.text', network.text)
+  _embedding(file, towers, network.text, whole=True)
+  for inner in (vision, text):
+    inner.done((*IGNORED, 'projection_dim'))
+
+
 def _image_tower(file: HubFile, family: str, path: str, network: ViT) -> None:
   file.apply(_TOWERS[f'{family}_vision'], path, network)
   side(file, 'image_size', path, network, 224)
@@ -283,6 +294,7 @@ _READERS: dict[Any, tuple[tuple[str, ...], Callable[[HubFile, str, str, Any], No
   **{f'{kind}_vision_model': (('vit',), _single('clip', 'vision')) for kind in _CLIP_KINDS},
   **{f'{kind}_text_model': (('text_transformer',), _single('clip', 'text')) for kind in _CLIP_KINDS},
   'paligemma': (('prefix_lm',), _paligemma),
+  **{kind: (('owl_detector',), _owl) for kind in ('owlvit', 'owlv2')},
   'siglip_vision_model': (('vit',), _single('siglip', 'vision')),
   'siglip_text_model': (('text_transformer',), _single('siglip', 'text')),
 }
