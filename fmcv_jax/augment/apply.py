@@ -22,8 +22,8 @@ def apply_augments(
 
 
 def augment_fields(
-  batch: Mapping[str, jax.Array], fields: Mapping[str, Field], augments: Sequence[Augment], rng: jax.Array
-) -> dict[str, jax.Array]:
+  batch: Mapping[str, AnyArray], fields: Mapping[str, Field], augments: Sequence[Augment], rng: jax.Array
+) -> dict[str, AnyArray]:
   """The batch after every augmentation in order: images as `apply_augments` gives them, the rest moved along.
 
   batch   'image' uint8 [B, H, W, C] or [B, T, H, W, C], and further fields [B, ...]
@@ -65,7 +65,7 @@ def _each_frame(call: Callable[[jax.Array], jax.Array], images: jax.Array) -> ja
 def _moved(
   augment: GeometricAugment,
   matrix: jax.Array,
-  batch: Mapping[str, jax.Array],
+  batch: Mapping[str, AnyArray],
   fields: Mapping[str, Field],
   sides: tuple[int, int],
 ) -> dict[str, jax.Array]:
@@ -96,7 +96,7 @@ def _moved(
   return out
 
 
-def _move_pixels(augment: GeometricAugment, matrix: jax.Array, pixels: jax.Array) -> jax.Array:
+def _move_pixels(augment: GeometricAugment, matrix: jax.Array, pixels: AnyArray) -> jax.Array:
   """Further images or clips, in the dtype that they have: uint8, or floats in [0, 1]."""
   if not jnp.issubdtype(pixels.dtype, jnp.integer):
     return _each_frame(functools.partial(augment.images, matrix=matrix), pixels)

@@ -12,11 +12,11 @@ from fmcv_jax.shapes import AnyArray, Float, Shaped
 
 def variance_bits(
   process: Process,
-  output: Float[AnyArray, ' batch *places 2*channels'],
+  output: Float[AnyArray, ' batch *places doubled'],
   x: Float[AnyArray, ' batch *places channels'],
   x0: Float[AnyArray, ' batch *places channels'],
   time: Shaped[AnyArray, ' batch'],
-) -> Float[jax.Array, ' batch']:
+) -> Float[jax.Array, '']:
   """Mean divergence of the step's true posterior from the network's, in bits per value, as a function of its variance.
 
   Nichol & Dhariwal 2021, eq. 16 with lambda = 1 / STEPS; the predicted mean receives no gradient. The last step, at
