@@ -10,6 +10,7 @@ from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.base import NoData, Source
+from fmcv_jax.data.sources.coco_captions import CocoCaptions
 from fmcv_jax.data.sources.detection.coco import Coco
 from fmcv_jax.data.sources.detection.coco_panoptic import CocoPanoptic
 from fmcv_jax.data.sources.detection.parquet_objects import ParquetObjects
@@ -24,17 +25,20 @@ from fmcv_jax.data.sources.random_split import RandomSplit
 from fmcv_jax.data.sources.recolored_emoji import RecoloredEmoji
 from fmcv_jax.data.sources.scattered_digits import Scattered
 from fmcv_jax.data.sources.tfds import Tfds
+from fmcv_jax.data.sources.vqa import Vqa
 from fmcv_jax.data.sources.webdataset import WebDataset
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
 from fmcv_jax.data.transforms import IMAGE_TRANSFORMS, ImageTransform
 from fmcv_jax.evaluate.accuracy import Accuracy
 from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.captioning import Captioning
 from fmcv_jax.evaluate.denoising import Denoising
 from fmcv_jax.evaluate.few_shot import FewShot
 from fmcv_jax.evaluate.generation import Generation
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.linear_probe import LinearProbe
 from fmcv_jax.evaluate.object_masks import ObjectMasks
+from fmcv_jax.evaluate.question_answering import QuestionAnswering
 from fmcv_jax.evaluate.reconstruction import Reconstruction
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.segmentation import MeanIou
@@ -114,6 +118,7 @@ KINDS: config_lib.Kinds = {
     'none': NoData,
     'array_record': ArrayRecord,
     'coco': Coco,
+    'coco_captions': CocoCaptions,
     'coco_panoptic': CocoPanoptic,
     'digits': Digits,
     'emoji': Emoji,
@@ -126,6 +131,7 @@ KINDS: config_lib.Kinds = {
     'scattered': Scattered,
     'tfds': Tfds,
     'voc': Voc,
+    'vqa': Vqa,
     'webdataset': WebDataset,
     'yolo': Yolo,
   },
@@ -143,6 +149,7 @@ KINDS: config_lib.Kinds = {
   UpdateRule: {'adafactor': Adafactor, 'adamw': AdamW, 'lamb': Lamb, 'lion': Lion, 'muon': Muon},
   Evaluator: {
     'accuracy': Accuracy,
+    'captioning': Captioning,
     'denoising': Denoising,
     'few_shot': FewShot,
     'generation': Generation,
@@ -152,6 +159,7 @@ KINDS: config_lib.Kinds = {
     'object_masks': ObjectMasks,
     'reconstruction': Reconstruction,
     'retrieval': Retrieval,
+    'vqa': QuestionAnswering,
     'zero_shot': ZeroShot,
   },
 }

@@ -14,12 +14,14 @@ import optax
 from etils import epath
 
 from fmcv_jax import config as config_lib
+from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.tokenizers import KEPT, Bpe
+from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import Experiment, resolve
-from fmcv_jax.objectives.base import Objective
+from fmcv_jax.objectives.base import Objective, size_of
 from fmcv_jax.parallel.mesh import make_mesh
 from fmcv_jax.parallel.rules import AXIS_RULES, Placement
 from fmcv_jax.pretrained import packaged
@@ -124,8 +126,9 @@ class Run:
       e.objective.outputs(),
       self.placement,
       e.tokenizer,
-      reopen=lambda workdir: Run.reopen(workdir).restored_model()[0],
+      reopen=lambda model: Run.reopen(packaged.locate(model)).restored_model()[0],
       image_size=e.objective.input_size,
+      image=evaluated_as(self),
       example_batch=e.objective.example_batch,
       class_names=self.class_names,
     )
@@ -195,6 +198,21 @@ class Run:
         parts = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes if mesh.shape[axis] > 1) or '1 device'
         more = f' times {pieces} microbatches' if pieces > 1 else ''
         raise UserError(f'config.{path}: {batch} is not divisible by {parts}{more}; use a multiple of {ways * pieces}')
+
+
+def evaluated_as(run: Run) -> ImageTransform | None:
+  """Evaluation transform of a model: data.image of the config if it is deterministic, otherwise resize and center crop.
+
+  None for a model without image inputs.
+  """
+  if isinstance(run.experiment.data.image, PillowResize):
+    return run.experiment.data.image
+  objective: Any = run.experiment.objective
+  image, given = objective.example_batch.get('image'), run.experiment.data.image
+  size = size_of(image.shape) if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)
+  if size is None:
+    return None
+  return dataclasses.replace(given, size=size) if isinstance(given, Resize | ResizeCrop) else ResizeCrop(size, crop=1.0)
 
 
 def _in_run(objective: Objective, e: Experiment) -> Objective:

@@ -109,6 +109,26 @@ def contrastive(folder, **changes):
   )
 
 
+def language(folder, **changes):
+  """Captions by a prefix language model, scored at the end."""
+  source = {'name': 'image_folder', 'path': str(folder), 'captions': 'captions.csv'}
+  data = {'source': source, 'image': {'name': 'resize', 'size': 16}}
+  network = {'name': 'paligemma', 'variant': 'paligemma_mu', 'image_size': 16, 'vocab_size': 300, 'length': 40}
+  words = {'name': 'bpe', 'vocab_size': 300, 'length': 40, 'corpus': source}
+  return _resolved(
+    {
+      'objective': {'name': 'language', 'network': network},
+      'tokenizer': {'name': 'prompted', 'length': 40, 'words': words},
+      'data': {**data, 'caption_templates': ('caption en\n{}',)},
+      'evaluators': {'val': {'name': 'captioning', 'data': data, 'batch_size': 16, 'decoding': {'max_tokens': 6}}},
+      'optimizer': {'schedule': {'name': 'cosine', 'peak_lr': 3e-3, 'warmup_steps': 2}},
+      'train': {'steps': 4, 'batch_size': 16},
+      'log': {'every': 1, 'tensorboard': False},
+    },
+    changes,
+  )
+
+
 def text_to_image(folder, **changes):
   """Latent diffusion conditioned on text; its text encoder is frozen at its initial values."""
   text = {

@@ -103,6 +103,8 @@ NETWORKS = {
 
 
 def config_of(family, folder):
+  if family == 'language':
+    return runs.language(folder)
   if family == 'align':
     config = runs.contrastive(folder)
     network = {'name': 'align', 'variant': 'mu', 'image_size': 16, 'vocab_size': 300, 'length': 8}
@@ -118,7 +120,7 @@ def config_of(family, folder):
   return experiment.resolve({**config, 'objective': objective, 'train': {**config['train'], 'steps': 4}})
 
 
-@pytest.mark.parametrize('family', [*NETWORKS, 'align'])
+@pytest.mark.parametrize('family', [*NETWORKS, 'align', 'language'])
 def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(family, tmp_path):
   config = config_of(family, runs.image_folder(tmp_path / 'images'))
   straight = trainer.train(config, tmp_path / 'straight')

@@ -131,6 +131,7 @@ VIEWS = {
 SCENES = {'name': 'scattered', 'size': 16, 'clutter': 1}
 OBJECTIVES = {
   'contrastive': runs.contrastive,
+  'language': runs.language,
   'classes to pixels': runs.class_to_image,
   'texts to latents': runs.text_to_image,
   'controlnet': runs.controlnet,

@@ -10,13 +10,13 @@ import jax
 from rich.progress import Progress
 
 from fmcv_jax.console import make_console
+from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.text_generator import TextGenerator, caption_prompt
 from fmcv_jax.inference.image_files import find_images
-from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.inference.output_files import UNREADABLE, write_row
-from fmcv_jax.inference.text_generator import TextGenerator, caption_prompt
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 
@@ -52,10 +52,10 @@ def run(
     return
   ways = job.placement.mesh.size
   size = -(-min(batch, len(left)) // ways) * ways
-  generator = TextGenerator(job.restored_model(step)[0], evaluated_as(job), size)
+  subject, _ = job.restored_model(step)
   first = jax.process_index() == 0
-  images = InMemoryImages([found[number] for number in left])
-  texts = generator.texts(images, [prompt], options, answers, left)
+  images = Pipeline(InMemoryImages([found[number] for number in left]), subject.image, max_bad=1.0)
+  texts = TextGenerator(subject, size).texts(images, [prompt], options, answers, left)
   with Progress(console=make_console(stderr=True), transient=True, disable=not first) as bar:
     task = bar.add_task('generating', total=len(found), completed=len(found) - len(left))
     output = _opened(to) if first else None

@@ -18,7 +18,7 @@ from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import resolve
-from fmcv_jax.inference.model import class_names_of, evaluated_as
+from fmcv_jax.inference.model import class_names_of
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.outputs import encoder_of
@@ -32,7 +32,7 @@ from fmcv_jax.pretrained.recognition import recognize
 from fmcv_jax.pretrained.shape_inference import name_of
 from fmcv_jax.pretrained.tensors import TORCH, open_tensors, write_tensors
 from fmcv_jax.registry import KINDS
-from fmcv_jax.run import CLASSES, Run, keep_tokenizer, load_trained_params
+from fmcv_jax.run import CLASSES, Run, evaluated_as, keep_tokenizer, load_trained_params
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.state import TrainState
 from fmcv_jax.train.storage import write_json

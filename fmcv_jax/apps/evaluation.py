@@ -37,6 +37,8 @@ def evaluate_workdir(
   if not run.experiment.evaluators:
     raise UserError(f'{workdir}: its config has no evaluators; add one with --config.evaluators.NAME.name=...')
   subject, step = run.restored_model(step)
+  for evaluator in run.experiment.evaluators.values():
+    evaluator.prepare(subject)
   metrics = evaluate(subject, run.experiment.evaluators)
   if is_main():
     path = run.workdir / f'evaluation_{step}.json'

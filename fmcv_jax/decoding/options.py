@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from fmcv_jax.bounds import Finite, NonNegativeFloat, NonNegativeInt, PositiveFraction, PositiveInt, Seed
 from fmcv_jax.errors import UserError
 
 
@@ -20,14 +21,14 @@ class DecodingOptions:
   seed            int, default 0. Samples depend on it and on the number of the example, not on the batch or the mesh
   """
 
-  max_tokens: int = 64
-  min_tokens: int = 0
-  temperature: float = 0.0
-  top_k: int | None = None
-  top_p: float | None = None
-  beams: int = 1
-  length_penalty: float = 1.0
-  seed: int = 0
+  max_tokens: PositiveInt = 64
+  min_tokens: NonNegativeInt = 0
+  temperature: NonNegativeFloat = 0.0
+  top_k: PositiveInt | None = None
+  top_p: PositiveFraction | None = None
+  beams: PositiveInt = 1
+  length_penalty: Finite = 1.0
+  seed: Seed = 0
 
   def __post_init__(self) -> None:
     if self.max_tokens < 1:

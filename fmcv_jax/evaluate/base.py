@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from fmcv_jax.data.loader import evaluation_batches
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.tokenizers import Tokenizer
+from fmcv_jax.data.transforms import ImageTransform
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.fields import ImageSize
 from fmcv_jax.objectives.outputs import Output
@@ -42,6 +44,7 @@ class EvaluatedModel:
 
   reopen       opens the model of a workdir
   image_size   size of the images that the outputs take; None for any
+  image        transform of images of any size as in the evaluation of the model; None for a model without images
   example_batch  shapes of one example of training, to whose rows of objects evaluation data is padded
   class_names  the names of the training classes by label, empty where they have none; read when they are needed
   between_batches  called before every batch; what it raises ends the evaluation, as a request to stop does
@@ -54,6 +57,7 @@ class EvaluatedModel:
   extra: Any = None
   reopen: Callable[[str], 'EvaluatedModel'] | None = None
   image_size: ImageSize | None = None
+  image: ImageTransform | None = None
   example_batch: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
   between_batches: Callable[[], None] = lambda: None
   class_names: Callable[[], Sequence[str]] = tuple
@@ -81,20 +85,28 @@ class EvaluatedModel:
     return DatasetOutputs(values, fields['index'], {field: fields[field] for field in truth})
 
   def map_batches(
-    self, names: Sequence[str], pipeline: Pipeline, batch_size: int, truth: Sequence[str] = ()
+    self,
+    names: Sequence[str],
+    pipeline: Pipeline,
+    batch_size: int,
+    truth: Sequence[str] = (),
+    own: Mapping[str, Output] = MappingProxyType({}),
   ) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """For each global batch of one pass in the source's order: the outputs by name, trees of arrays [B, ...], and the
     fields `truth`, 'index' int32 [B] and 'mask' bool [B].
 
+    own  outputs of the caller, in addition to those of the model, each compiled once for its name
+
     mask is False for rows that stand in for records that cannot be read, and for those that fill up the last batch.
     """
-    program = self._program(tuple(names), tuple(truth))
-    for local in self._batches(names, pipeline, batch_size, truth):
+    outputs = {name: own[name] if name in own else self._output(name) for name in names}
+    program = self._program(outputs, tuple(truth))
+    for local in self._batches(outputs, pipeline, batch_size, truth):
       yield self._run(program, local)
 
   def check_dataset(self, name: str, pipeline: Pipeline, batch_size: int, truth: Sequence[str] = ()) -> None:
     """Raises the UserErrors of `map_dataset` that one record shows: an unknown output, fields that the data lacks."""
-    self._batches((name,), pipeline, batch_size, truth)
+    self._batches({name: self._output(name)}, pipeline, batch_size, truth)
 
   def check_texts(self) -> None:
     """Raises the UserErrors of `embed_texts` that do not depend on the texts."""
@@ -103,10 +115,10 @@ class EvaluatedModel:
     self._output('embed_text')
 
   def _batches(
-    self, names: Sequence[str], pipeline: Pipeline, batch_size: int, truth: Sequence[str]
+    self, outputs: Mapping[str, Output], pipeline: Pipeline, batch_size: int, truth: Sequence[str]
   ) -> Iterator[dict[str, np.ndarray]]:
     """This process's batches of the fields that the outputs read, and of `truth`; reads the first record at once."""
-    reads = (field for name in names for field in self._output(name).reads)
+    reads = (field for output in outputs.values() for field in output.reads)
     return evaluation_batches(
       pipeline.padded_as(self.example_batch),
       batch=batch_size,
@@ -131,7 +143,7 @@ class EvaluatedModel:
     """Embeddings of texts, float32 [N, E], in their order."""
     self.check_texts()
     assert self.tokenizer is not None
-    tokens, program = self.tokenizer(texts), self._program(('embed_text',), ())
+    tokens, program = self.tokenizer(texts), self._program({'embed_text': self._output('embed_text')}, ())
     outputs = []
     for start in range(0, len(tokens), batch_size):
       piece = tokens[start : start + batch_size]
@@ -155,9 +167,8 @@ class EvaluatedModel:
       )
     return outputs[name]
 
-  def _program(self, names: tuple[str, ...], truth: tuple[str, ...]) -> Callable[..., Any]:
+  def _program(self, outputs: Mapping[str, Output], truth: tuple[str, ...]) -> Callable[..., Any]:
     """(params, extra, batch) -> the outputs of a global batch, and its fields `truth`, 'index' and 'mask'."""
-    outputs = {name: self._output(name) for name in names}
 
     def program(params: Any, extra: Any, batch: Any) -> Any:
       drawn = {}
@@ -170,7 +181,9 @@ class EvaluatedModel:
         }
       return values, {field: batch[field] for field in (*truth, 'index', 'mask') if field in batch}
 
-    return self.cached(('program', names, truth), lambda: jax.jit(program, out_shardings=self.placement.replicated()))
+    return self.cached(
+      ('program', *outputs, truth), lambda: jax.jit(program, out_shardings=self.placement.replicated())
+    )
 
 
 def pixels(params: Any, extra: Any, batch: Mapping[str, jax.Array], side: int = 16) -> jax.Array:

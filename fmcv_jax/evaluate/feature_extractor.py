@@ -1,11 +1,13 @@
 """Feature extractor for FID and similar metrics: any other trained network."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.in_memory import InMemoryImages
+from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.data.transforms import Resize
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Metrics
@@ -13,7 +15,9 @@ from fmcv_jax.evaluate.distances import cmmd, fid, kid, precision_recall
 
 
 class FeatureExtractor:
-  """The network of a workdir, opened once and cached: images uint8 [N, H, W, 3] -> features [N, D].
+  """The network of a workdir, or of the package ('demo'), opened once and cached.
+
+  Called with images uint8 [N, H, W, 3] it returns features [N, D].
 
   Features are unit-length embeddings for an image-text model (`reads` is True), otherwise the output 'features'. Images
   of other sizes are resized with antialiasing.
@@ -38,6 +42,21 @@ class FeatureExtractor:
     size = self._model.image_size
     pipeline = Pipeline(InMemoryImages(images), Resize(size) if size else None, max_bad=0.0)
     return self._model.map_dataset(self._name, pipeline, self._batch).values
+
+  def of_records(self, data: Pipeline) -> np.ndarray:
+    """Features float32 [N, D] of all images of a pipeline, with the evaluation transform of this network.
+
+    UserError for an image that cannot be read.
+    """
+    data = dataclasses.replace(data, image=self._model.image, max_bad=0.0)
+    return self._model.map_dataset(self._name, data, self._batch).values
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer of the texts that it reads."""
+    if self._model.tokenizer is None:
+      raise UserError('config.evaluators: the image-text model has no tokenizer')
+    return self._model.tokenizer
 
   def read(self, texts: Sequence[str]) -> np.ndarray:
     """Embeddings of texts, float32 [N, E], in the space of the image features."""

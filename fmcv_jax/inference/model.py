@@ -1,6 +1,5 @@
 """Python API of a trained or imported model: embeddings, classification, texts and generation."""
 
-import dataclasses
 import functools
 import logging
 import math
@@ -12,24 +11,21 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fmcv_jax.config import paths_of
-from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages, image_list
 from fmcv_jax.data.tokenizers import truncated_texts
-from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.inference.generator import ImageGenerator
-from fmcv_jax.inference.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
-from fmcv_jax.objectives.base import size_of
 from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.pretrained import packaged
-from fmcv_jax.run import CLASSES, Run
+from fmcv_jax.run import CLASSES, Run, evaluated_as
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +217,8 @@ class Model:
     several, is_one = image_list(images)
     source = _source(several)
     texts = []
-    for found in self._text_generator.texts(source, prompts, options, answers):
+    pipeline = Pipeline(source, self._subject.image, max_bad=1.0)
+    for found in self._text_generator.texts(pipeline, prompts, options, answers):
       if found.text is None and self._unreadable == 'error':
         raise UserError(f'images: {source.key_of(found.number)} cannot be read')
       texts.append(found.text)
@@ -229,7 +226,7 @@ class Model:
 
   @functools.cached_property
   def _text_generator(self) -> TextGenerator:
-    return TextGenerator(self._subject, evaluated_as(self._run), self._batch)
+    return TextGenerator(self._subject, self._batch)
 
   def generate(
     self, prompts: str | int | Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
@@ -304,21 +301,6 @@ def image_pipeline(run: Run, source: Source, max_bad: float) -> Pipeline:
       f'evaluate it on a data source with data.channels={image.shape[-1]}'
     )
   return Pipeline(source, evaluated_as(run), max_bad=max_bad)
-
-
-def evaluated_as(run: Run) -> ImageTransform | None:
-  """Evaluation transform of a model: data.image of the config if it is deterministic, otherwise resize and center crop.
-
-  None for a model without image inputs.
-  """
-  if isinstance(run.experiment.data.image, PillowResize):
-    return run.experiment.data.image
-  objective: Any = run.experiment.objective
-  image, given = objective.example_batch.get('image'), run.experiment.data.image
-  size = size_of(image.shape) if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)
-  if size is None:
-    return None
-  return dataclasses.replace(given, size=size) if isinstance(given, Resize | ResizeCrop) else ResizeCrop(size, crop=1.0)
 
 
 def class_names_of(run: Run) -> tuple[str, ...]:

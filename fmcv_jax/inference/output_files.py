@@ -12,8 +12,8 @@ import numpy as np
 
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
+from fmcv_jax.evaluate.text_generator import decode_generated
 from fmcv_jax.inference.image_files import make_grid, save_png
-from fmcv_jax.inference.text_generator import decode_generated
 from fmcv_jax.objectives.outputs import Kind
 from fmcv_jax.parallel.distributed import is_main
 from fmcv_jax.parallel.rules import path_of

@@ -169,6 +169,7 @@ class PartialFineTuning(Objective):
         call=with_full_params(output.call),
         encoder=with_full_params(output.encoder),
         generator=with_full_params(output.generator),
+        language=with_full_params(output.language),
       )
       for name, output in self.objective.outputs().items()
     }

@@ -9,11 +9,12 @@ from PIL import Image
 
 import fmcv_jax
 from fmcv_jax.__main__ import main
+from fmcv_jax.data.pipeline import Pipeline
+from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import resolve
-from fmcv_jax.inference.model import evaluated_as
-from fmcv_jax.run import Run, keep_tokenizer
+from fmcv_jax.run import Run, evaluated_as, keep_tokenizer
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.storage import write_json
 
@@ -96,15 +97,13 @@ def test_a_closed_list_takes_the_answer_of_the_largest_log_likelihood(model, pho
   scores = np.asarray(subject.outputs['log_likelihood'].call(subject.params, subject.extra, batch), np.float64)
   best = int(scores.argmax())
   assert ours.ask(file, 'which?', answers=answers) == answers[best]
-  found = next(ours._text_generator.texts(_one(file), ['answer en which?'], answers=answers))
+  found = next(ours._text_generator.texts(_one(file, transform), ['answer en which?'], answers=answers))
   assert found.text == answers[best]
   assert found.log_likelihood == pytest.approx(scores[best] - np.log(np.exp(scores).sum()), abs=1e-4)
 
 
-def _one(file):
-  from fmcv_jax.data.sources.in_memory import InMemoryImages
-
-  return InMemoryImages([file])
+def _one(file, transform):
+  return Pipeline(InMemoryImages([file]), transform)
 
 
 def test_each_image_has_its_own_question(model, photos):

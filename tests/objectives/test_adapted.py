@@ -6,9 +6,14 @@ import numpy as np
 import optax
 import pytest
 
+from fmcv_jax.decoding.generation import generate
+from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.multimodal.prefix_lm import paligemma
 from fmcv_jax.objectives.adapted import Lora, PartialFineTuning
+from fmcv_jax.objectives.language import Language, SpecialIds
+from fmcv_jax.objectives.outputs import language_of
 from fmcv_jax.parallel.mesh import MeshShape
 from fmcv_jax.train.gradients import gradients
 from tests.train.tiny import Trainer, batch_of, classification, contrastive
@@ -54,6 +59,22 @@ def test_gradients_of_low_rank_matrices_follow_from_the_kernels():
   np.testing.assert_allclose(ours['lora']['patch']['kernel']['down'], 2 * gradient @ low['up'].T, atol=1e-6)
   np.testing.assert_allclose(ours['lora']['patch']['kernel']['up'], 2 * low['down'].T @ gradient, atol=1e-6)
   np.testing.assert_allclose(ours['head']['kernel'], plain['head']['kernel'], atol=1e-6)
+
+
+def test_texts_of_a_language_model_are_those_of_its_merged_parameters():
+  network = paligemma('paligemma_mu', image_size=16, vocab_size=32, length=8)
+  plain = Language(network, special=SpecialIds(0, 1, 4))
+  objective = PartialFineTuning(plain, trainable=('image_projection/.*',), lora=Lora())
+  params, extra = objective.init(jax.random.key(0))
+  draw = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: x + 0.3 * draw.normal(size=x.shape).astype(np.float32), params)
+  images = jnp.asarray(draw.integers(0, 256, (3, 16, 16, 3)), jnp.uint8)
+  batch = {'image': images, 'tokens': jnp.tile(jnp.array([2, 7, 4, 0, 0, 0, 0, 0]), (3, 1))}
+  options = DecodingOptions(max_tokens=6)
+  found = generate(language_of(objective.outputs())(params, extra), batch, options)
+  expected = generate(plain.language_model(objective.full_params(params, extra), {}), batch, options)
+  np.testing.assert_array_equal(found.tokens, expected.tokens)
+  np.testing.assert_allclose(found.log_likelihood, expected.log_likelihood, rtol=1e-5)
 
 
 def test_patterns_without_a_match_are_named():

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 import fmcv_jax
 from fmcv_jax.apps.conversion import import_checkpoint
-from fmcv_jax.inference.model import evaluated_as
+from fmcv_jax.run import evaluated_as
 from tests.pretrained.references import IMAGE, TEXT, published
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.errors import UserError
-from fmcv_jax.inference.model import evaluated_as
 from fmcv_jax.objectives.outputs import encoder_of
+from fmcv_jax.run import evaluated_as
 from tests.pretrained.references import CODER, IMAGE, PIXELS, TEXT, TOKENS, initialized, published, sd_parts, to_torch
 
 torch = pytest.importorskip('torch', reason='pip install fmcv-jax[parity]')

@@ -11,7 +11,7 @@ from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.decoding.generation import generate
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
-from fmcv_jax.inference.model import evaluated_as
+from fmcv_jax.run import evaluated_as
 from tests.pretrained import captions
 from tests.pretrained.captions import IMAGES
 

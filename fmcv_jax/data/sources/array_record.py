@@ -27,7 +27,7 @@ from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.errors import UserError
 from fmcv_jax.fields import Field
 
-FIELDS = ('image', 'label', 'text', 'texts', 'key')
+FIELDS = ('image', 'label', 'text', 'texts', 'question', 'answers', 'question_type', 'answer_type', 'key')
 INFO = 'info.json'
 _ARRAYS = 'arrays'
 _CLIPS = 'clips'
@@ -186,8 +186,9 @@ def decode_record(data: bytes) -> Example:
     example[name] = np.frombuffer(values, dtype).reshape(shape)
   for name, frames in example.pop(_CLIPS, {}).items():
     example[name] = tuple(frames)
-  if 'texts' in example:
-    example['texts'] = tuple(example['texts'])
+  for name in ('texts', 'answers'):
+    if name in example:
+      example[name] = tuple(example[name])
   return example
 
 

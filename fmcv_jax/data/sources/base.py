@@ -35,6 +35,7 @@ class Source(abc.ABC):
     points    float [..., 2]: x, y in pixels
     text      str: the caption or the name
     texts     tuple of str: every caption; transforms pick one
+    question  str, and answers tuple of str: a question about the image, and the answers that people gave
     key       str that identifies the record in messages (a path, a record number)
   and arrays of other names, whose meaning `fields` states.
 

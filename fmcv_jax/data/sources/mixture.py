@@ -63,7 +63,10 @@ class Mixture(Source):
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
     name, row = self._locate(index)
-    example = self.sources[name][row]
+    return self._relabeled(name, self.sources[name][row])
+
+  def _relabeled(self, name: str, example: Example) -> Example:
+    """An example of a source with its label in the joint numbering."""
     if 'label' not in example or not self.names:
       return example
     if not self.sources[name].names:
@@ -79,6 +82,11 @@ class Mixture(Source):
   def texts_of(self, index: int) -> tuple[str, ...]:
     name, row = self._locate(index)
     return self.sources[name].texts_of(row)
+
+  @override
+  def annotations_of(self, index: int) -> Example:
+    name, row = self._locate(index)
+    return self._relabeled(name, self.sources[name].annotations_of(row))
 
   @override
   def account(self) -> Account:

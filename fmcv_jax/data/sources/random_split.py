@@ -66,6 +66,10 @@ class RandomSplit(Source):
     return self.source.texts_of(int(self._rows[index]))
 
   @override
+  def annotations_of(self, index: int) -> Example:
+    return self.source.annotations_of(int(self._rows[index]))
+
+  @override
   def account(self) -> Account:
     whole, scan = self.source.account(), self.scan
     labels = None if scan.labels is None else scan.labels[self._rows]

@@ -42,6 +42,10 @@ class Subset(Source):
   def texts_of(self, index: int) -> tuple[str, ...]:
     return self.source.texts_of(int(self.rows[index]))
 
+  @override
+  def annotations_of(self, index: int) -> Example:
+    return self.source.annotations_of(int(self.rows[index]))
+
   def account(self) -> Account:
     """That of the whole source, but for what is counted by record."""
     whole = self.source.account()

@@ -11,13 +11,12 @@ from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.tokenizers import Tokenizer
-from fmcv_jax.data.transforms import ImageTransform
 from fmcv_jax.decoding.choices import score
 from fmcv_jax.decoding.generation import generate
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
-from fmcv_jax.objectives.outputs import Batch, Output, Params, language_of
+from fmcv_jax.objectives.outputs import Batch, Output, Params, encoder_of, language_of
 
 CAPTION_PROMPT = 'caption en'  # PaliGemma's (Beyer et al. 2024, section 3.2.4)
 QUESTION_TEMPLATE = 'answer en {}'
@@ -48,55 +47,73 @@ class Text(NamedTuple):
 
 
 class TextGenerator:
-  """The language model of an `EvaluatedModel`, over all of its devices.
+  """The language model of an `EvaluatedModel`, over all of its devices and with its current parameters.
 
-  image  transform of the images
   batch  global batch size
 
   UserError for a model that does not generate texts, or has no tokenizer.
   """
 
-  def __init__(self, subject: EvaluatedModel, image: ImageTransform | None, batch: int):
-    self._language, self._image, self._batch = language_of(subject.outputs), image, batch
+  def __init__(self, subject: EvaluatedModel, batch: int):
+    self._language, self._batch = language_of(subject.outputs), batch
     if subject.tokenizer is None:
       raise UserError(
         'config.tokenizer: the model has no tokenizer; import it with its tokenizer.json, or set one with '
         '--config.tokenizer.name=prompted'
       )
     self._tokenizer: Tokenizer = subject.tokenizer
-    self._subject = dataclasses.replace(subject, outputs={})
+    self._subject = subject
 
   def texts(
     self,
-    images: Source,
+    data: Pipeline,
     prompts: Sequence[str],
     options: DecodingOptions = DecodingOptions(),
     answers: Sequence[str] = (),
     numbers: Sequence[int] | None = None,
+    *,
+    withhold_images: bool = False,
   ) -> Iterator[Text]:
-    """A text for each image of a source, in order.
+    """A text for each image of a pipeline, in the order of its source.
 
-    prompts  one prompt per image, or one for all of them
-    answers  closed list: the most likely one is taken, and `options` are not used
-    numbers  number of each image, on which its samples depend; default 0 to N - 1
+    prompts          one prompt per image, or one for all of them
+    answers          closed list: the most likely one is taken, and `options` are not used
+    numbers          number of each image, on which its samples depend; default 0 to N - 1
+    withhold_images  True: every pixel is the mean color of the model's normalization, so that the text depends on the
+                     prompt alone. The images are read all the same, and one that cannot be read has no text
     """
-    numbers = range(len(images)) if numbers is None else numbers
-    if len(prompts) not in (1, len(images)):
-      raise UserError(f'prompts: {len(prompts)} for {len(images)} images; give one, or one per image')
-    source = _Prompts(images, self._rows(prompts), tuple(numbers))
-    name, decode = self._listed(answers) if answers else self._free(options)
-    total = len(images)
-    pipeline = Pipeline(source, self._image, max_bad=1.0)
+    count = len(data.source)
+    numbers = range(count) if numbers is None else numbers
+    if len(prompts) not in (1, count):
+      raise UserError(f'prompts: {len(prompts)} for {count} images; give one, or one per image')
+    data = dataclasses.replace(data, source=_Prompts(data.source, self.rows(prompts), tuple(numbers)))
+    call, decode = self._listed(answers) if answers else self._free(options)
+    name = f'{answers or options}' + (' without images' if withhold_images else '')
+    output = Output(self._blind(call) if withhold_images else call, 'tokens', ('image', 'prompt', 'number'))
     done = 0
-    for values, fields in self._subject.map_batches((name,), pipeline, self._batch):
-      count = min(self._batch, total - done)
-      found = zip(decode(values[name], count), fields['mask'][:count], strict=True)
+    for values, fields in self._subject.map_batches((name,), data, self._batch, own={name: output}):
+      rows = min(self._batch, count - done)
+      found = zip(decode(values[name], rows), fields['mask'][:rows], strict=True)
       for index, ((text, log_likelihood), is_read) in enumerate(found, done):
         yield Text(numbers[index], text if is_read else None, log_likelihood if is_read else float('nan'))
-      done += count
+      done += rows
 
-  def _free(self, options: DecodingOptions) -> tuple[str, Callable[[Any, int], list[tuple[str, float]]]]:
-    """The name of an output that generates with these options, and the reader of its values."""
+  def rows(self, prompts: Sequence[str]) -> np.ndarray:
+    """Token rows of prompts, int32 [N, length]. UserError for one that does not fit, or that the model cannot take."""
+    if isinstance(self._tokenizer, Prompted):
+      return self._tokenizer.prompts(prompts)
+    if any(prompts):
+      raise UserError('prompt: this model was trained without prompts; leave it out')
+    return self._tokenizer([''] * len(prompts))
+
+  def answer_rows(self, answers: Sequence[str]) -> np.ndarray:
+    """Token rows of a closed list of answers, int32 [N, T]. UserError for a model without prompts."""
+    if not isinstance(self._tokenizer, Prompted):
+      raise UserError('answers: a closed list needs a model with the tokenizer prompted')
+    return self._tokenizer.answers(answers)
+
+  def _free(self, options: DecodingOptions) -> tuple[Any, Callable[[Any, int], list[tuple[str, float]]]]:
+    """The call of an output that generates with these options, and the reader of its values."""
 
     def call(params: Params, extra: Any, batch: Batch) -> Any:
       return generate(self._language(params, extra), _with_tokens(batch), options)._asdict()
@@ -105,11 +122,11 @@ class TextGenerator:
       texts = decode_generated(self._tokenizer, values['tokens'][:count])
       return list(zip(texts, map(float, values['log_likelihood'][:count]), strict=True))
 
-    return self._output(str(options), call), decode
+    return call, decode
 
-  def _listed(self, answers: Sequence[str]) -> tuple[str, Callable[[Any, int], list[tuple[str, float]]]]:
-    """The name of an output that scores the answers, and the reader of its values."""
-    tokens = jnp.asarray(self._prompted.answers(answers))
+  def _listed(self, answers: Sequence[str]) -> tuple[Any, Callable[[Any, int], list[tuple[str, float]]]]:
+    """The call of an output that scores the answers, and the reader of its values."""
+    tokens = jnp.asarray(self.answer_rows(answers))
 
     def call(params: Params, extra: Any, batch: Batch) -> Any:
       return score(self._language(params, extra), _with_tokens(batch), tokens)
@@ -120,26 +137,19 @@ class TextGenerator:
       total = np.logaddexp.reduce(scores, axis=1)
       return [(answers[i], float(row[i] - whole)) for i, row, whole in zip(best, scores, total, strict=True)]
 
-    return self._output(str(tuple(answers)), call), decode
+    return call, decode
 
-  def _output(self, name: str, call: Any) -> str:
-    if name not in self._subject.outputs:  # each is compiled once
-      output = Output(call, 'tokens', ('image', 'prompt', 'number'))
-      self._subject.outputs = {**self._subject.outputs, name: output}
-    return name
+  def _blind(self, call: Any) -> Any:
+    """A call of an output that gets images of the mean color in place of its own."""
+    encoder = encoder_of(self._subject.outputs)
 
-  def _rows(self, prompts: Sequence[str]) -> np.ndarray:
-    if isinstance(self._tokenizer, Prompted):
-      return self._tokenizer.prompts(prompts)
-    if any(prompts):
-      raise UserError('prompt: this model was trained without prompts; leave it out')
-    return self._tokenizer([''] * len(prompts))
+    def blind(params: Params, extra: Any, batch: Batch) -> Any:
+      image = batch['image']
+      mean = jnp.asarray(encoder(params, extra).normalize.mean)
+      color = jnp.round(255 * mean).astype(image.dtype)
+      return call(params, extra, {**batch, 'image': jnp.broadcast_to(color, image.shape)})
 
-  @property
-  def _prompted(self) -> Prompted:
-    if not isinstance(self._tokenizer, Prompted):
-      raise UserError('answers: a closed list needs a model with the tokenizer prompted')
-    return self._tokenizer
+    return blind
 
 
 def _with_tokens(batch: Batch) -> Batch:
