@@ -17,7 +17,7 @@ from fmcv_jax import config as config_lib
 from fmcv_jax.data.pillow_resize import PillowResize
 from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.tokenizers import KEPT, Bpe
-from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
+from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop, ResizePad, ScaleJitter
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import Experiment, resolve
@@ -201,7 +201,8 @@ class Run:
 
 
 def evaluated_as(run: Run) -> ImageTransform | None:
-  """Evaluation transform of a model: data.image of the config if it is deterministic, otherwise resize and center crop.
+  """Evaluation transform of a model: data.image of the config if it is deterministic; of scale_jitter the whole image,
+  padded; otherwise resize and center crop.
 
   None for a model without image inputs.
   """
@@ -212,7 +213,11 @@ def evaluated_as(run: Run) -> ImageTransform | None:
   size = size_of(image.shape) if image is not None else getattr(getattr(objective, 'network', None), 'image_size', None)
   if size is None:
     return None
-  return dataclasses.replace(given, size=size) if isinstance(given, Resize | ResizeCrop) else ResizeCrop(size, crop=1.0)
+  if isinstance(given, Resize | ResizeCrop | ResizePad):
+    return dataclasses.replace(given, size=size)
+  if isinstance(given, ScaleJitter):
+    return ResizePad(size, given.fill, given.interpolation)
+  return ResizeCrop(size, crop=1.0)
 
 
 def _in_run(objective: Objective, e: Experiment) -> Objective:

@@ -68,7 +68,9 @@ def read(folder: Path, format_name: str, config: dict[str, Any], objective: Any)
       hub_transformers.read(file, own, objective)
     _transformers_images(folder, own, objective, findings)
     image = own.get('data', {}).get('image', {})
-    if format_name == 'transformers' and image.get('name') == 'pillow_resize' and 'data.image' not in findings.overrides:
+    if (
+      format_name == 'transformers' and image.get('name') == 'pillow_resize' and 'data.image' not in findings.overrides
+    ):
       image['center'] = 'floor'  # as all of its processors round
   if any(path.startswith('data.') for path in findings.overrides) and 'data' not in own:
     findings.overrides = {'data.source': {'name': 'none'}, **findings.overrides}
