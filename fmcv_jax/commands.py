@@ -31,6 +31,13 @@ def classify(args: argparse.Namespace, overrides: list[str]) -> None:
   classify_app.run(args.image, args.model, args.text, step=args.step, top=args.top, json_file=args.json)
 
 
+def detect(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Find objects in images by texts or by example images."""
+  from fmcv_jax.apps import detect as detect_app
+
+  detect_app.run(args.path, args.model, args.text, like=args.like, threshold=args.threshold, step=args.step, to=args.to)
+
+
 def search(args: argparse.Namespace, overrides: list[str]) -> None:
   """Find the images that are nearest to a text or to another image."""
   from fmcv_jax.apps import search as search_app

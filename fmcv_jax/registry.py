@@ -30,6 +30,7 @@ from fmcv_jax.data.sources.webdataset import WebDataset
 from fmcv_jax.data.tokenizers import Bpe, ClipBpe, SentencePiece, Tokenizer, TokenizerJson
 from fmcv_jax.data.transforms import IMAGE_TRANSFORMS, ImageTransform
 from fmcv_jax.evaluate.accuracy import Accuracy
+from fmcv_jax.evaluate.average_precision import AveragePrecision
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.captioning import Captioning
 from fmcv_jax.evaluate.denoising import Denoising
@@ -149,6 +150,7 @@ KINDS: config_lib.Kinds = {
   UpdateRule: {'adafactor': Adafactor, 'adamw': AdamW, 'lamb': Lamb, 'lion': Lion, 'muon': Muon},
   Evaluator: {
     'accuracy': Accuracy,
+    'average_precision': AveragePrecision,
     'captioning': Captioning,
     'denoising': Denoising,
     'few_shot': FewShot,

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -71,15 +71,22 @@ class EvaluatedModel:
       self._kept[name] = make()
     return self._kept[name]
 
-  def map_dataset(self, name: str, pipeline: Pipeline, batch_size: int, truth: Sequence[str] = ()) -> DatasetOutputs:
+  def map_dataset(
+    self,
+    name: str,
+    pipeline: Pipeline,
+    batch_size: int,
+    truth: Sequence[str] = (),
+    shared: Mapping[str, np.ndarray] = MappingProxyType({}),
+  ) -> DatasetOutputs:
     """One output over every readable record of a pipeline, with the batch fields `truth` of these records.
 
-    The output is fed exactly the fields that it reads. Each process reads and computes its part; all of them return
-    everything.
+    The output is fed exactly the fields that it reads, of which `shared` holds those that are equal for all examples,
+    such as embeddings of texts. Each process reads and computes its part; all of them return everything.
     """
     batches = [
       jax.tree.map(lambda x, fields=fields: x[fields['mask']], (values[name], fields))
-      for values, fields in self.map_batches((name,), pipeline, batch_size, truth)
+      for values, fields in self.map_batches((name,), pipeline, batch_size, truth, shared=shared)
     ]
     values, fields = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
     return DatasetOutputs(values, fields['index'], {field: fields[field] for field in truth})
@@ -91,22 +98,27 @@ class EvaluatedModel:
     batch_size: int,
     truth: Sequence[str] = (),
     own: Mapping[str, Output] = MappingProxyType({}),
+    shared: Mapping[str, np.ndarray] = MappingProxyType({}),
   ) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """For each global batch of one pass in the source's order: the outputs by name, trees of arrays [B, ...], and the
     fields `truth`, 'index' int32 [B] and 'mask' bool [B].
 
-    own  outputs of the caller, in addition to those of the model, each compiled once for its name
+    own     outputs of the caller, in addition to those of the model, each compiled once for its name
+    shared  fields that are equal for all examples, without their batch axis
 
     mask is False for rows that stand in for records that cannot be read, and for those that fill up the last batch.
     """
     outputs = {name: own[name] if name in own else self._output(name) for name in names}
     program = self._program(outputs, tuple(truth))
-    for local in self._batches(outputs, pipeline, batch_size, truth):
-      yield self._run(program, local)
+    for local in self._batches(outputs, pipeline, batch_size, truth, shared):
+      rows = len(local['index'])
+      yield self._run(program, local | {field: np.broadcast_to(x, (rows, *x.shape)) for field, x in shared.items()})
 
-  def check_dataset(self, name: str, pipeline: Pipeline, batch_size: int, truth: Sequence[str] = ()) -> None:
+  def check_dataset(
+    self, name: str, pipeline: Pipeline, batch_size: int, truth: Sequence[str] = (), shared: Sequence[str] = ()
+  ) -> None:
     """Raises the UserErrors of `map_dataset` that one record shows: an unknown output, fields that the data lacks."""
-    self._batches({name: self._output(name)}, pipeline, batch_size, truth)
+    self._batches({name: self._output(name)}, pipeline, batch_size, truth, shared)
 
   def check_texts(self) -> None:
     """Raises the UserErrors of `embed_texts` that do not depend on the texts."""
@@ -115,10 +127,15 @@ class EvaluatedModel:
     self._output('embed_text')
 
   def _batches(
-    self, outputs: Mapping[str, Output], pipeline: Pipeline, batch_size: int, truth: Sequence[str]
+    self,
+    outputs: Mapping[str, Output],
+    pipeline: Pipeline,
+    batch_size: int,
+    truth: Sequence[str],
+    shared: Collection[str] = (),
   ) -> Iterator[dict[str, np.ndarray]]:
     """This process's batches of the fields that the outputs read, and of `truth`; reads the first record at once."""
-    reads = (field for output in outputs.values() for field in output.reads)
+    reads = (field for output in outputs.values() for field in output.reads if field not in shared)
     return evaluation_batches(
       pipeline.padded_as(self.example_batch),
       batch=batch_size,

@@ -20,6 +20,7 @@ from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
+from fmcv_jax.inference.detector import Detector
 from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
@@ -135,9 +136,7 @@ class Model:
     if not (labels := labels or self.class_names):
       raise UserError(f'{self._workdir}: this model has no classifier head; pass labels')
     self._check_reads_texts()
-    templates = self.templates if templates is None else [templates] if isinstance(templates, str) else templates
-    if not templates or (bad := [template for template in templates if template.count('{}') != 1]):
-      raise UserError(f"templates: each needs one '{{}}' for the label, got {bad[0] if templates else templates!r}")
+    templates = _checked_templates(self.templates if templates is None else templates)
     texts = class_embeddings(self._subject, labels, templates, self._batch)
     self._warn_of_truncation('labels', [template.replace('{}', label) for label in labels for template in templates])
     objective = self._run.experiment.objective
@@ -228,6 +227,42 @@ class Model:
   def _text_generator(self) -> TextGenerator:
     return TextGenerator(self._subject, self._batch)
 
+  def detect(
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    texts: str | Sequence[str] = (),
+    *,
+    like: ImageLike | Sequence[ImageLike] = (),
+    threshold: float = 0.2,
+    templates: str | Sequence[str] | None = None,
+  ) -> Any:
+    """Objects in each image, a list of `DetectedObject`, best first; one list for a single image.
+
+    texts      what to find; `like`: images that each show an example of it, labeled by their names
+    threshold  least score, from 0 to 1
+    templates  sentences with a '{}' for the text, whose embeddings are averaged; default those of the training data
+    """
+    texts = _text_list('texts', [texts] if isinstance(texts, str) else texts)
+    examples = _source(image_list(like)[0]) if np.size(like) else None
+    if not texts and examples is None:
+      raise UserError('texts: give at least one text to find, or an example image as `like`')
+    if not 0 <= threshold <= 1:
+      raise UserError(f'threshold: expected a number from 0 to 1, got {threshold}')
+    data = self._run.experiment.data
+    usual = ('{}',) if data.queries is None else data.queries.templates
+    detector, queries, labels = Detector(self._subject, self._batch), [], list(texts)
+    if texts:
+      queries.append(detector.embed_texts(texts, _checked_templates(usual if templates is None else templates)))
+    if examples is not None:
+      queries.append(detector.embed_examples(image_pipeline(self._run, examples, max_bad=1.0)))
+      labels += [examples.key_of(number) for number in range(len(examples))]
+    several, is_one = image_list(images)
+    pipeline = image_pipeline(self._run, _source(several), max_bad=1.0)
+    found = list(detector.detect(pipeline, np.concatenate(queries), labels, threshold))
+    if self._unreadable == 'error' and None in found:
+      raise UserError(f'images: {pipeline.source.key_of(found.index(None))} cannot be read')
+    return found[0] if is_one else found
+
   def generate(
     self, prompts: str | int | Sequence[str | int], options: SamplingOptions = SamplingOptions(), **changes: Any
   ) -> np.ndarray:
@@ -278,6 +313,13 @@ class Model:
         '%s: %d of %d texts are longer than %d tokens and are truncated, the first from %r to %r',
         argument, len(cut), len(texts), tokenizer.length, first, left,
       )  # fmt: skip
+
+
+def _checked_templates(templates: str | Sequence[str]) -> Sequence[str]:
+  templates = [templates] if isinstance(templates, str) else templates
+  if not templates or (bad := [template for template in templates if template.count('{}') != 1]):
+    raise UserError(f"templates: each needs one '{{}}' for the label, got {bad[0] if templates else templates!r}")
+  return templates
 
 
 def _source(images: Sequence[ImageLike] | np.ndarray) -> InMemoryImages:

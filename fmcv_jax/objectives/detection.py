@@ -133,7 +133,15 @@ class Detection(Objective):
       scores = jax.nn.sigmoid(found.logits(batch['query_embeddings']))
       return self.best(found.boxes, scores, batch['image'].shape[1:3])
 
+    def embed_object(params: Params, extra: Any, batch: Batch) -> jax.Array:
+      images = self.normalize(batch['image'].astype(jnp.float32) / 255)
+      found = network.apply({'params': params}, images, method='find_objects')
+      best = found.objectness.argmax(1)
+      return jnp.take_along_axis(found.embeddings, best[:, None, None], 1)[:, 0]
+
+    of_examples = {'embed_object': Output(embed_object, 'embedding')} if network.has_objectness else {}
     return {
+      **of_examples,
       'detections': Output(detections, 'boxes', ('image', 'query_embeddings')),
       'embed_text': Output(embed_text, 'embedding', ('tokens',)),
     }
