@@ -31,7 +31,7 @@ def augment_fields(
           the boxes around their moved corners, cut at the border; a row that leaves the image gets `pad_value` in all
           fields of its group. Points outside of the image keep their coordinates, or become invisible.
   """
-  images = batch['image'].astype(jnp.float32) / 255
+  images = jnp.asarray(batch['image'], jnp.float32) / 255
   height, width = images.shape[-3:-1]
   out = dict(batch)
   for index, augment in enumerate(augments):
@@ -56,7 +56,7 @@ def check_augments(augments: Sequence[Augment], fields: Mapping[str, Field]) -> 
       )
 
 
-def _each_frame(call: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+def _each_frame(call: Callable[[jax.Array], jax.Array], images: AnyArray) -> jax.Array:
   for _ in range(images.ndim - 4):
     call = jax.vmap(call, in_axes=1, out_axes=1)
   return call(images)

@@ -153,10 +153,10 @@ def test_files_that_are_no_checkpoints_are_one_line(published, tmp_path, capsys)
   index = json.dumps({'weight_map': {'norm.weight': '../x.safetensors'}})
   (outside / 'model.safetensors.index.json').write_text(index)
   for name, message in {
-    'cut.safetensors': 'no whole safetensors file',
-    'cut.npz': 'no whole npz file',
-    'noise.safetensors': 'no whole safetensors file',
-    'noise.npz': 'no whole npz file',
+    'cut.safetensors': 'not a complete safetensors file',
+    'cut.npz': 'not a complete npz file',
+    'noise.safetensors': 'not a complete safetensors file',
+    'noise.npz': 'not a complete npz file',
     'objects.npz': 'objects',
     'x.txt': 'unknown kind of file',
     'missing.npz': 'no such file',
