@@ -15,7 +15,7 @@ FIGURES = ('cider', 'bleu1', 'bleu2', 'bleu3', 'bleu4', 'rouge_l', 'clip_score',
 
 
 def language(folder, **evaluator):
-  config = runs.language(folder, train__steps=2)
+  config = runs.language(folder)
   return experiment.resolve({**config, 'evaluators': {'words': {**config['evaluators']['val'], **evaluator}}})
 
 
@@ -29,11 +29,11 @@ def test_figures_of_a_run_are_those_of_fmcv_evaluate(folder, tmp_path):
   scorer = {'image_text_model': 'demo', 'clip_template': '{}'}
   trainer.train(language(folder, **scorer), tmp_path / 'run')
   rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
-  found = {name: value for row in rows if row['step'] == 2 for name, value in row.items() if name.startswith('words/')}
+  found = {name: value for row in rows if row['step'] == 4 for name, value in row.items() if name.startswith('words/')}
   assert set(found) == {f'words/{prefix}{name}' for prefix in ('', 'blind_') for name in FIGURES}
   assert all(0 <= value <= 10 for value in found.values())
   assert main(['evaluate', '--workdir', str(tmp_path / 'run')]) == 0
-  again = json.loads((tmp_path / 'run' / 'evaluation_2.json').read_text())
+  again = json.loads((tmp_path / 'run' / 'evaluation_4.json').read_text())
   assert {name: again[name] for name in found} == pytest.approx(found, rel=1e-5, abs=1e-6)
 
 

@@ -11,7 +11,7 @@ from fmcv_jax.augment.normalize import Normalize
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.sources.base import BadRecord, Source
-from fmcv_jax.data.tokenizers import Bpe
+from fmcv_jax.data.tokenizers import Bpe, Tokenizer
 from fmcv_jax.decoding.language_model import LanguageModel
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
@@ -122,6 +122,52 @@ def test_captions_are_scored_against_the_references_of_their_own_image(tokenizer
   assert found['bleu4'] == pytest.approx(1)
   assert found['blind_cider'] < 0.6 * found['cider']
   assert set(Captioning(squares(), decoding=SHORT, batch_size=batch, blind=False)(model)) == set(expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColorWords(Tokenizer):
+  """Rows of start, the number of the color in a text or 3, and end."""
+
+  length: int = 3
+  vocab_size: int = 6
+  pad_id = 0
+  start_id = 4
+  end_id = 5
+
+  def __call__(self, texts):
+    colors = [next((i for i, color in enumerate(ANSWERS) if color in text), 3) for text in texts]
+    return np.array([[self.start_id, color, self.end_id] for color in colors], np.int32)
+
+  def decode(self, tokens):
+    return [str(row[1]) for row in tokens]
+
+
+def image_text_model():
+  """Embeddings are the color of an image or a text; of a text without one, the mean of all."""
+  texts = jnp.concatenate([jnp.eye(3), jnp.full((1, 3), 3**-0.5)])
+
+  def embed_image(params, extra, batch):
+    return jnp.eye(3)[jnp.argmax(batch['image'][:, 0, 0].astype(jnp.int32), axis=-1)]
+
+  outputs = {
+    'embed_image': Output(embed_image, 'embedding'),
+    'embed_text': Output(lambda params, extra, batch: texts[batch['tokens'][:, 1]], 'embedding', ('tokens',)),
+  }
+  placement = Placement(make_mesh(MeshShape(data=1), jax.devices()[:1]))
+  return EvaluatedModel(outputs, placement, ColorWords(), params={}, extra={})
+
+
+def test_clip_scores_are_those_of_each_image_with_its_own_caption(tokenizer):
+  """A caption of the right color has the cosines 1 and 1, one of another color 0 with the image."""
+  model = dataclasses.replace(model_of(tokenizer, CAPTIONS), reopen=lambda workdir: image_text_model())
+  found = Captioning(squares(), decoding=SHORT, image_text_model='clip', batch_size=8)(model)
+  assert (found['clip_score'], found['ref_clip_score']) == pytest.approx((2.5, 10 / 7))
+  green = 7 / 20
+  assert (found['blind_clip_score'], found['blind_ref_clip_score']) == pytest.approx((2.5 * green, 10 / 7 * green))
+  encoder = dataclasses.replace(image_text_model(), outputs={'features': image_text_model().outputs['embed_image']})
+  other = dataclasses.replace(model_of(tokenizer, CAPTIONS), reopen=lambda workdir: encoder)
+  with pytest.raises(UserError, match='image_text_model: clip does not embed texts'):
+    Captioning(squares(), image_text_model='clip').prepare(other)
 
 
 @pytest.mark.parametrize('closed', [(), ANSWERS])
