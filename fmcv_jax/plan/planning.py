@@ -19,7 +19,7 @@ from fmcv_jax.config import paths_of
 from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError
 from fmcv_jax.experiment import load_config
-from fmcv_jax.models.common.layers import Remat
+from fmcv_jax.models.common.scan import Remat
 from fmcv_jax.plan import hlo, kernels
 from fmcv_jax.run import Run, parameter_count
 from fmcv_jax.train.flops import matmul_flops

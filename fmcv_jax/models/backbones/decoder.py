@@ -12,12 +12,11 @@ from fmcv_jax.models.common.layers import (
   Activation,
   BlockConfig,
   Dtype,
-  Remat,
   Stack,
-  Unroll,
   block_norm,
 )
 from fmcv_jax.models.common.positions import rope_1d
+from fmcv_jax.models.common.scan import Remat, Unroll
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 

@@ -23,13 +23,11 @@ from fmcv_jax.models.common.layers import (
   HEAD_AXES,
   NORM_AXES,
   Dtype,
-  Remat,
   dense,
-  rematerialize,
-  scan_layers,
   stochastic_depth,
 )
 from fmcv_jax.models.common.outputs import Features, linear_head
+from fmcv_jax.models.common.scan import Remat, rematerialize, scan_layers
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 EPS = 1e-3  # of every batch norm

@@ -24,15 +24,13 @@ from fmcv_jax.models.common.layers import (
   BlockConfig,
   Dtype,
   Mlp,
-  Remat,
-  Unroll,
   dense,
   layer_norm,
-  scan_layers,
   stochastic_depth,
 )
 from fmcv_jax.models.common.outputs import Features, linear_head
 from fmcv_jax.models.common.patches import PATCH_AXES, patchify
+from fmcv_jax.models.common.scan import Remat, Unroll, scan_layers
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 Grid = tuple[int, int]

@@ -18,14 +18,13 @@ from fmcv_jax.models.common.layers import (
   Activation,
   BlockConfig,
   Dtype,
-  Remat,
   Stack,
-  Unroll,
   cast_param,
   dense,
   layer_norm,
 )
 from fmcv_jax.models.common.outputs import Features
+from fmcv_jax.models.common.scan import Remat, Unroll
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 Pool = Literal['eot', 'first', 'last', 'mean']

@@ -19,15 +19,14 @@ from fmcv_jax.models.common.layers import (
   BlockConfig,
   Dtype,
   Mlp,
-  Remat,
   Stack,
-  Unroll,
   dense,
   layer_norm,
 )
 from fmcv_jax.models.common.outputs import Features, linear_head
 from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import resize_grid, rope_2d, sincos_2d
+from fmcv_jax.models.common.scan import Remat, Unroll
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 Pool = Literal['cls', 'gap', 'map']

@@ -22,7 +22,12 @@ from fmcv_jax.models.common.conv_blocks import (
   group_norm,
   groups_of,
 )
-from fmcv_jax.models.common.layers import NORM_AXES, Dtype, Remat, dense, rematerialize
+from fmcv_jax.models.common.layers import (
+  NORM_AXES,
+  Dtype,
+  dense,
+)
+from fmcv_jax.models.common.scan import Remat, rematerialize
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 

@@ -23,14 +23,12 @@ from fmcv_jax.models.common.layers import (
   BlockConfig,
   Dtype,
   Mlp,
-  Remat,
-  Unroll,
   dense,
   layer_norm,
-  scan_layers,
 )
 from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import sincos_2d
+from fmcv_jax.models.common.scan import Remat, Unroll, scan_layers
 from fmcv_jax.models.generative.adaln import MODULATION_AXES, final_layer, modulated_layer_norm, modulation
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
 from fmcv_jax.parallel.rules import with_logical_constraint

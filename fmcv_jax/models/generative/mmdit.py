@@ -23,14 +23,11 @@ from fmcv_jax.models.common.layers import (
   BlockConfig,
   Dtype,
   Mlp,
-  Remat,
-  Unroll,
   dense,
-  rematerialize,
-  scan_layers,
 )
 from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import sincos_2d
+from fmcv_jax.models.common.scan import Remat, Unroll, rematerialize, scan_layers
 from fmcv_jax.models.generative.adaln import MODULATION_AXES, final_layer, layer_norm_no_affine
 from fmcv_jax.models.generative.conditioning import MLPEmbedder, timestep_embedding
 from fmcv_jax.parallel.rules import with_logical_constraint

@@ -31,12 +31,10 @@ from fmcv_jax.models.common.layers import (
   BlockConfig,
   Dtype,
   Mlp,
-  Remat,
   dense,
   layer_norm,
-  rematerialize,
-  scan_layers,
 )
+from fmcv_jax.models.common.scan import Remat, rematerialize, scan_layers
 from fmcv_jax.models.generative.conditioning import ClassEmbedding, MLPEmbedder, timestep_embedding
 from fmcv_jax.parallel.rules import with_logical_constraint
 

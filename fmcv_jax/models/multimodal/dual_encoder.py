@@ -18,8 +18,12 @@ from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import SIZES, vit
 from fmcv_jax.models.common.attention.dispatch import Backend
-from fmcv_jax.models.common.layers import Activation, Dtype, Remat, Unroll
+from fmcv_jax.models.common.layers import (
+  Activation,
+  Dtype,
+)
 from fmcv_jax.models.common.norms import l2_normalize
+from fmcv_jax.models.common.scan import Remat, Unroll
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP clips the learned temperature so that logits are never scaled by more

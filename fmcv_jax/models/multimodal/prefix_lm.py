@@ -13,7 +13,11 @@ from fmcv_jax.errors import did_you_mean
 from fmcv_jax.models.backbones.decoder import TextDecoder, prefix_mask, text_decoder
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.common.attention.dispatch import Backend
-from fmcv_jax.models.common.layers import Dtype, Remat, Unroll, dense
+from fmcv_jax.models.common.layers import (
+  Dtype,
+  dense,
+)
+from fmcv_jax.models.common.scan import Remat, Unroll
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 
