@@ -44,6 +44,7 @@ from fmcv_jax.evaluate.reconstruction import Reconstruction
 from fmcv_jax.evaluate.retrieval import Retrieval
 from fmcv_jax.evaluate.segmentation import MeanIou
 from fmcv_jax.evaluate.zero_shot import ZeroShot
+from fmcv_jax.models.backbones.cross_decoder import caption_decoder, cross_decoder
 from fmcv_jax.models.backbones.decoder import text_decoder
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.inception import inception
@@ -56,6 +57,7 @@ from fmcv_jax.models.generative.autoencoder import autoencoder
 from fmcv_jax.models.generative.dit import dit
 from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.models.generative.unet import unet
+from fmcv_jax.models.multimodal.captioner import cappa, captioner, coca, contrastive_captioner
 from fmcv_jax.models.multimodal.dual_encoder import align, clip, dual_encoder, siglip
 from fmcv_jax.models.multimodal.prefix_lm import paligemma, prefix_lm
 from fmcv_jax.models.self_supervised.dino import dino
@@ -65,6 +67,7 @@ from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.contrastive_captioning import ContrastiveCaptioning
 from fmcv_jax.objectives.detection import Detection
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
@@ -83,6 +86,7 @@ KINDS: config_lib.Kinds = {
     'autoencoding': Autoencoding,
     'classification': Classification,
     'contrastive': Contrastive,
+    'contrastive_captioning': ContrastiveCaptioning,
     'detection': Detection,
     'diffusion': Diffusion,
     'dino': SelfDistillation,
@@ -95,7 +99,13 @@ KINDS: config_lib.Kinds = {
   nn.Module: {
     'align': align,
     'autoencoder': autoencoder,
+    'cappa': cappa,
+    'caption_decoder': caption_decoder,
+    'captioner': captioner,
     'clip': clip,
+    'coca': coca,
+    'contrastive_captioner': contrastive_captioner,
+    'cross_decoder': cross_decoder,
     'dino': dino,
     'dit': dit,
     'dual_encoder': dual_encoder,

@@ -1,5 +1,6 @@
 """Texts from a language model as one program: greedy, sampled, or by beam search."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,8 +26,11 @@ class Texts(NamedTuple):
 def generate(model: LanguageModel, batch: Mapping[str, jax.Array], options: DecodingOptions) -> Texts:
   """Continues the prefix of every example in the batch; jittable, and ends once all texts have ended.
 
-  Samples of an example depend on the seed and on batch['index'] int32 [B], its number (by default its row).
+  Samples of an example depend on the seed and on batch['index'] int32 [B], its number (by default its row). A model
+  with a limit generates at most as many tokens.
   """
+  if model.limit is not None and model.limit < options.max_tokens:
+    options = dataclasses.replace(options, max_tokens=model.limit)
   if options.beams > 1:
     return Texts(*beam_search(model, batch, options))
   logits, state = model.prefill(batch, options.max_tokens)

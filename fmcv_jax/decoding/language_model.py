@@ -19,6 +19,7 @@ class LanguageModel(NamedTuple):
   select    (state, rows int32 [N]) -> the state of these rows
   pad_id    id after the end of a text
   end_id    id that ends a text
+  limit     largest number of tokens after a prefix; None for any number
   """
 
   prefill: Callable[[Mapping[str, jax.Array], int], tuple[jax.Array, State]]
@@ -26,6 +27,7 @@ class LanguageModel(NamedTuple):
   select: Callable[[State, jax.Array], State]
   pad_id: int
   end_id: int
+  limit: int | None = None
 
 
 def without_end(logits: jax.Array, end_id: int, step: jax.Array, min_tokens: int) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmcv_jax.models.backbones.vit import AttentionPool
+from fmcv_jax.models.backbones.vit import AttentionPool, query_pool
 from fmcv_jax.models.common.layers import layer_norm
 from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.models.common.outputs import AttentionNetwork, Features, PatchNetwork, linear_head
@@ -117,6 +117,10 @@ def patch_embeddings(network: AttentionNetwork, params: Any, images: jax.Array) 
   if network.pool == 'map':
     alone = tokens.reshape(-1, 1, network.width)
     tokens = _apply(AttentionPool(block), params['map_pool'], alone).reshape(tokens.shape)
+  if network.pool == 'queries':
+    alone, pool = tokens.reshape(-1, 1, network.width), params['query_pool']
+    first = _apply(query_pool(network, queries=1), {**pool, 'probe': pool['probe'][:1]}, alone)
+    tokens = first.reshape(*tokens.shape[:2], -1)
   if network.num_classes:
     tokens = _apply(linear_head(network.num_classes, network.head_bias, block.dtype), params['head'], tokens)
   return jnp.moveaxis(on_grid(jnp.moveaxis(l2_normalize(tokens), -1, 1), network, images), 1, -1)

@@ -42,7 +42,10 @@ class Contrastive(CoupledObjective):
     if self.label_smoothing and self.loss_name == 'sigmoid':
       raise ValueError('label_smoothing is for the softmax loss')
     if not hasattr(self.network, 'encode_text'):
-      raise ValueError('contrastive needs a dual encoder: network.name is clip, siglip, align or dual_encoder')
+      raise ValueError(
+        'contrastive needs a dual encoder: network.name is clip, siglip, align or dual_encoder (with '
+        'contrastive_captioning coca too)'
+      )
     if self.patch_keep_ratio < 1 and not isinstance(self.network.image, ViT):
       raise ValueError('patch_keep_ratio: only a ViT image encoder can drop patches')
 

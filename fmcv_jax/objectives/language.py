@@ -1,4 +1,5 @@
-"""Prefix language modeling of texts about images: captions and answers (PaliGemma, Beyer et al. 2024)."""
+"""Language modeling of texts about images: captions and answers (PaliGemma, Beyer et al. 2024), and captions as
+pretraining of an image encoder (Cap and CapPa, Tschannen et al. 2023)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.decoding.generation import generate
 from fmcv_jax.decoding.language_model import LanguageModel, State
 from fmcv_jax.decoding.options import DecodingOptions
+from fmcv_jax.models.multimodal.captioner import Captioner
 from fmcv_jax.models.multimodal.prefix_lm import PrefixLM
 from fmcv_jax.objectives.base import Loss, Mean, Objective, image_field
 from fmcv_jax.objectives.outputs import Batch, ImageEncoder, Output, Params, encoder_outputs
@@ -37,23 +39,31 @@ class Language(Objective):
   A row is start, prompt, separator, answer, end, padding (the tokenizer `prompted`); rows of other tokenizers, without
   a separator, are captions after the start token.
 
-  label_smoothing  fraction of the target distribution that is uniform over the vocabulary
-  token_weights    True: the batch field 'token_weights', float [length], weights the loss of each token of 'tokens'
-  max_tokens       largest number of tokens of the output 'caption'
-  special          set by the run, from its tokenizer
+  label_smoothing    fraction of the target distribution that is uniform over the vocabulary
+  token_weights      True: the batch field 'token_weights', float [length], weights the loss of each token of 'tokens'
+  parallel_fraction  fraction of the examples, drawn at random, whose tokens are predicted in parallel: all inputs are
+                     the mask token, without a causal mask. CapPa: 0.75; Cap: 0
+  max_tokens         largest number of tokens of the output 'caption'; a network with a table of positions generates at
+                     most length - 1
+  special            set by the run, from its tokenizer
   """
 
   network: nn.Module
   label_smoothing: Fraction = 0.0
   token_weights: bool = False
+  parallel_fraction: Fraction = 0.0
   max_tokens: PositiveInt = 64
   augment: tuple[Augment, ...] = ()
   normalize: Normalize = Normalize()
   special: SpecialIds | None = None
 
   def __post_init__(self) -> None:
-    if not isinstance(self.network, PrefixLM):
-      raise ValueError('network: language needs one that reads images and texts, prefix_lm or paligemma')
+    if not hasattr(self.network, 'prefill'):
+      known = 'prefix_lm, paligemma, captioner, cappa, contrastive_captioner or coca'
+      raise ValueError(f'network: language needs one that reads images and writes texts, {known}')
+    masks = isinstance(self.network, Captioner) and self.network.text.mask_token
+    if self.parallel_fraction and not masks:
+      raise ValueError('parallel_fraction: parallel prediction needs a captioner with mask_token=True, such as cappa')
     if not 0 <= self.label_smoothing < 1:
       raise ValueError(f'label_smoothing: expected 0 to below 1, got {self.label_smoothing}')
 
@@ -67,6 +77,8 @@ class Language(Objective):
     if tokenizer.start_id is None or tokenizer.end_id is None:
       raise ValueError('a language model needs a tokenizer with a start and an end, such as prompted or clip_bpe')
     separator = getattr(tokenizer, 'separator_id', None)
+    if separator is not None and not isinstance(self.network, PrefixLM):
+      raise ValueError('tokenizer: prompts need a prefix_lm or paligemma; for this network leave out prompted')
     return dataclasses.replace(self, special=SpecialIds(tokenizer.pad_id, tokenizer.end_id, separator))
 
   @property
@@ -88,7 +100,14 @@ class Language(Objective):
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, dropout_rng = jax.random.split(rng)
     images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
-    losses, weights, correct = self._losses(params, images, batch, train=True, rngs={'dropout': dropout_rng})
+    drawn = {}
+    if self.parallel_fraction:
+      dropout_rng, parallel_rng = jax.random.split(dropout_rng)
+      drawn['parallel'] = jax.random.bernoulli(parallel_rng, self.parallel_fraction, (len(images),))
+    logits = self._logits(params, images, batch['tokens'], train=True, rngs={'dropout': dropout_rng}, **drawn)
+    losses, weights, correct = self.token_losses(logits, batch['tokens'], self.label_smoothing)
+    if self.token_weights:
+      weights = weights * batch['token_weights'][:, 1:]
     weight = weights.sum()
     accuracy = Mean(jnp.sum(weights * correct), weight)
     return Loss(jnp.sum(weights * losses), weight, {'accuracy': accuracy}, {})
@@ -97,7 +116,8 @@ class Language(Objective):
   def outputs(self) -> Mapping[str, Output]:
     """Outputs of the image encoder, and:
 
-    caption         int32 [B, max_tokens], the most likely continuation of the prefixes in 'tokens', token by token
+    caption         int32 [B, at most max_tokens], the most likely continuation of the prefixes in 'tokens', token by
+                    token
     log_likelihood  float32 [B], of the answer in 'tokens' after its prefix
     """
     return {
@@ -125,7 +145,7 @@ class Language(Objective):
 
     def extend(tokens: jax.Array, state: State, step: jax.Array) -> tuple[jax.Array, State]:
       cache, prefix = state
-      capacity = jax.tree.leaves(cache)[0].shape[2] - prefix.shape[1]
+      capacity = _cache_size(cache) - prefix.shape[1]
       variables = {'params': params, 'cache': cache}
       logits, variables = network.apply(variables, tokens, prefix, step, capacity, mutable=['cache'], method='extend')
       return logits, (variables['cache'], prefix)
@@ -134,36 +154,36 @@ class Language(Objective):
       cache, prefix = state
       return jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache), prefix[rows]
 
-    return LanguageModel(prefill, extend, select, self._ids.pad, self._ids.end)
+    limit = None if isinstance(network, PrefixLM) else network.text.length - 1
+    return LanguageModel(prefill, extend, select, self._ids.pad, self._ids.end, limit)
 
   def _caption(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
     options = DecodingOptions(max_tokens=self.max_tokens)
     return generate(self.language_model(params, extra), batch, options).tokens
 
   def _log_likelihood(self, params: Params, extra: Any, batch: Batch) -> jax.Array:
-    losses, weights, _ = self._losses(params, self._images(batch['image']), batch, smoothing=0.0)
+    logits = self._logits(params, self._images(batch['image']), batch['tokens'])
+    losses, weights, _ = self.token_losses(logits, batch['tokens'])
     return -jnp.sum(losses, axis=1, where=weights > 0)
 
-  def _losses(
-    self,
-    params: Params,
-    images: jax.Array,
-    batch: Batch,
-    *,
-    smoothing: float | None = None,
-    train: bool = False,
-    rngs: Any = None,
+  def _logits(self, params: Params, images: jax.Array, tokens: jax.Array, **options: Any) -> jax.Array:
+    """Logits of the next token after each but the last, float32 [B, T - 1, V]."""
+    lengths = self._prefix_lengths(tokens)
+    logits: Any = self.network.apply({'params': params}, images, tokens[:, :-1], lengths, **options)
+    return logits
+
+  def token_losses(
+    self, logits: jax.Array, tokens: jax.Array, smoothing: float = 0.0
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Loss, weight (0 for tokens that are not predicted) and correctness of each next token, float32 [B, T - 1]."""
-    tokens, after = batch['tokens'][:, :-1], batch['tokens'][:, 1:]
-    lengths = self._prefix_lengths(batch['tokens'])
-    logits: Any = self.network.apply({'params': params}, images, tokens, lengths, train=train, rngs=rngs)
-    losses = cross_entropy(logits, after, self.label_smoothing if smoothing is None else smoothing)
-    answer = jnp.arange(1, tokens.shape[1] + 1) >= lengths[:, None]
+    """Loss, weight (0 for tokens that are not predicted) and correctness of each next token, float32 [B, T - 1].
+
+    logits  float32 [B, T - 1, V], of the token after each but the last of `tokens` int32 [B, T]
+    """
+    after, lengths = tokens[:, 1:], self._prefix_lengths(tokens)
+    losses = cross_entropy(logits, after, smoothing)
+    answer = jnp.arange(1, tokens.shape[1]) >= lengths[:, None]
     ended = jnp.cumsum(answer & (after == self._ids.end), axis=1)
     weights = (answer & (ended - (after == self._ids.end) <= 0)).astype(jnp.float32)
-    if self.token_weights and train:
-      weights = weights * batch['token_weights'][:, 1:]
     return losses, weights, (logits.argmax(-1) == after).astype(jnp.float32)
 
   def _prefix_lengths(self, tokens: jax.Array) -> jax.Array:
@@ -187,6 +207,12 @@ class Language(Objective):
     if self.special is None:
       raise ValueError('a language model needs the ids of its tokenizer; set config.tokenizer')
     return SpecialIds(*self.special)
+
+
+def _cache_size(cache: Any) -> int:
+  """Number of places of a cache of keys and values [layers, B, places, heads, K]."""
+  leaves = jax.tree_util.tree_leaves_with_path(cache)
+  return next(leaf.shape[2] for path, leaf in leaves if path[-1].key == 'cached_key')
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

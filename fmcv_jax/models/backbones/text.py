@@ -1,6 +1,6 @@
 """Text transformer: CLIP's causal one (Radford et al. 2021), and two that look both ways: SigLIP's and BERT.
 
-SigLIP: Zhai et al. 2023. BERT: Devlin et al. 2019, as ALIGN's text tower (Jia et al. 2021).
+SigLIP: Zhai et al. 2023. BERT: Devlin et al. 2019, as ALIGN's text tower (Jia et al. 2021). CoCa: Yu et al. 2022.
 """
 
 from typing import Literal
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveFloat, PositiveInt
 from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.cache import CacheRead
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
   NORM_AXES,
@@ -27,19 +28,20 @@ from fmcv_jax.models.common.outputs import Features
 from fmcv_jax.models.common.scan import Remat, Unroll
 from fmcv_jax.parallel.rules import with_logical_constraint
 
-Pool = Literal['eot', 'first', 'last', 'mean']
+Pool = Literal['eot', 'first', 'last', 'mean', 'cls']
 PROJECTION = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
 
 class Embedding(nn.Module):
-  """Looks tokens up in a table: int32 [B, T] -> float32 [B, T, width]."""
+  """Looks tokens up in a table: int32 [B, T] -> float32 [B, T, width]. `deviation` is that of the initial values."""
 
   size: int
   width: int
+  deviation: float = 0.02
 
   @override
   def setup(self) -> None:
-    self.embedding = self.param('embedding', nn.initializers.normal(0.02), (self.size, self.width))
+    self.embedding = self.param('embedding', nn.initializers.normal(self.deviation), (self.size, self.width))
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Rows of the table."""
@@ -61,11 +63,15 @@ class TextTransformer(nn.Module):
   'first' the start-of-text token (BERT's [CLS]); 'last' the last position (SigLIP, whose texts are padded to full
   length); 'mean' averages what is not padding (id 0). Post-norm blocks (BERT) have a norm before the first instead of
   one after the last.
+
+  'cls' reads a learned token after the text, in a causal transformer (CoCa). As OpenCLIP's published weights need it,
+  the last norm acts on this token alone, the tokens of the Features are without it and before that norm, and the mask
+  of padding is shifted by one: key j is attended to if token j - 1 is not padding.
   """
 
   logical_axes = (
     (r'(.*/)?tokens/embedding', ('vocab', 'embed')),
-    (r'(.*/)?position', (None, 'embed')),
+    (r'(.*/)?(position|class_token)', (None, 'embed')),
     *HEAD_AXES,
     NORM_AXES,
   )
@@ -81,20 +87,34 @@ class TextTransformer(nn.Module):
   end_id: int | None = None
 
   @nn.compact
-  def __call__(self, tokens: jax.Array, *, train: bool = False) -> Features:
+  def __call__(self, tokens: jax.Array, *, cache: CacheRead | None = None, train: bool = False) -> Features:
+    """Features of texts; with a `cache`, of tokens [B, 1] that continue those before, pooled at the last one."""
     block = self.stack.block
     if tokens.shape[1] > self.length:
       raise ValueError(f'texts of {tokens.shape[1]} tokens for a text transformer of length {self.length}')
     x = Embedding(self.vocab_size, self.width, name='tokens')(tokens).astype(block.dtype)
-    place = self.param('position', nn.initializers.normal(0.01), (self.length, self.width))
-    x = with_logical_constraint(x + place[: tokens.shape[1]].astype(x.dtype), 'batch', 'tokens', 'width')
+    words, appended = tokens != 0, int(self.pool == 'cls')
+    if appended:
+      token = self.param('class_token', nn.initializers.normal(0.01), (1, self.width))
+    if appended and cache is None:
+      x = jnp.concatenate([x, jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))], axis=1)
+    table = self.param('position', nn.initializers.normal(0.01), (self.length + appended, self.width))
+    places = table[: x.shape[1]] if cache is None else cache.rows(table)
+    x = with_logical_constraint(x + places.astype(x.dtype), 'batch', 'tokens', 'width')
     if block.post_norm:
       x = layer_norm(block.eps, block.dtype, 'embed_norm')(x)
-    words = tokens != 0
-    x = self.stack(x, mask=None if self.attend_padding else words[:, None, None, :], train=train)
-    if not block.post_norm:
+    if cache is not None:
+      x = self.stack(x, mask=cache.mask, place=cache.place)
+    elif appended:
+      x = self.stack(x, mask=jnp.pad(words, ((0, 0), (1, 0)), constant_values=True)[:, None, None, :], train=train)
+    else:
+      x = self.stack(x, mask=None if self.attend_padding else words[:, None, None, :], train=train)
+    if not block.post_norm and not appended:
       x = layer_norm(block.eps, block.dtype, 'norm')(x)
-    if self.pool == 'eot':
+    if appended:
+      pooled = layer_norm(block.eps, block.dtype, 'norm')(x[:, -1])
+      x = x if cache is not None else x[:, :-1]
+    elif self.pool == 'eot':
       ends = tokens if self.end_id is None else tokens == self.end_id
       pooled = x[jnp.arange(x.shape[0]), jnp.argmax(ends, axis=1)]
     elif self.pool in ('first', 'last'):
@@ -132,6 +152,8 @@ def text_transformer(
   dtype: Dtype = 'float32',
 ) -> TextTransformer:
   """A text transformer by its numbers; mlp_dim None is four times the width."""
+  if pool == 'cls' and (not causal or post_norm):
+    raise ValueError("pool: 'cls' is the pool of a causal transformer without post_norm")
   block = BlockConfig(
     num_heads=num_heads,
     mlp_dim=mlp_dim or 4 * width,

@@ -1,5 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021) with the options of its successors, and its table of sizes."""
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -29,7 +30,7 @@ from fmcv_jax.models.common.positions import resize_grid, rope_2d, sincos_2d
 from fmcv_jax.models.common.scan import Remat, Unroll
 from fmcv_jax.parallel.rules import with_logical_constraint
 
-Pool = Literal['cls', 'gap', 'map']
+Pool = Literal['cls', 'gap', 'map', 'queries']
 Positions = Literal['learned', 'sincos2d', 'rope2d']
 
 
@@ -52,6 +53,30 @@ class AttentionPool(nn.Module):
     return (y + Mlp(self.config, name='mlp')(z))[:, 0]
 
 
+class QueryPool(nn.Module):
+  """Attention pooling with several learned queries, [B, T, D] -> [B, queries, width] (CoCa, Yu et al. 2022).
+
+  As OpenCLIP has it: no residual and no MLP, and a norm of the outputs.
+  """
+
+  logical_axes = (
+    (r'(.*/)?probe', (None, 'embed')),
+    NORM_AXES,
+  )
+
+  config: BlockConfig
+  queries: int
+  width: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    probe = self.param('probe', nn.initializers.normal(1.0), (self.queries, self.width))
+    query = layer_norm(c.eps, c.dtype, 'query_norm')(probe)
+    query = jnp.broadcast_to(query, (x.shape[0], *query.shape))
+    return layer_norm(c.eps, c.dtype, 'norm')(Attention(c, name='attention')(query, x))
+
+
 class ViT(nn.Module):
   """Images [B, height, width, 3], normalized, in multiples of `patch` -> Features.
 
@@ -63,7 +88,9 @@ class ViT(nn.Module):
   then the means over both tokens and both heads. With pool 'gap' there may be an unused `class_token`, and the last
   norm may act on the mean (`fc_norm`): MAE fine-tuning (He et al. 2022) does both. `drop_remainder`
   ignores pixels at the right and bottom that do not fill a patch, as an unpadded convolution does; without it they are
-  an error. `position_antialias` is that of `resize_grid`.
+  an error. `position_antialias` is that of `resize_grid`. Pool 'queries' attends to the tokens with `queries` learned
+  queries of width `query_width` (None: the width of the network) and `query_heads` heads: the first output is pooled,
+  and the others are `queries` of the Features (CoCa).
   """
 
   logical_axes = (
@@ -92,6 +119,9 @@ class ViT(nn.Module):
   fc_norm: bool = False
   drop_remainder: bool = False
   position_antialias: bool = True
+  queries: int = 256
+  query_heads: int = 8
+  query_width: int | None = None
 
   sows_projections = True
 
@@ -179,6 +209,7 @@ class ViT(nn.Module):
     if not self.fc_norm:
       x = layer_norm(block.eps, block.dtype, 'norm')(x)
 
+    queries = None
     if self.distilled:
       pooled = (x[:, 0] + x[:, 1]) / 2
     elif self.pool == 'cls':
@@ -187,16 +218,25 @@ class ViT(nn.Module):
       pooled = jnp.mean(x[:, prefix:], axis=1, dtype=jnp.float32).astype(x.dtype)
       if self.fc_norm:
         pooled = layer_norm(block.eps, block.dtype, 'pooled_norm')(pooled)
-    else:
+    elif self.pool == 'map':
       pooled = AttentionPool(block, name='map_pool')(x[:, prefix:])
+    else:
+      outputs = query_pool(self, name='query_pool')(x)
+      pooled, queries = outputs[:, 0], outputs[:, 1:]
     if not self.num_classes:
-      return Features(pooled, pooled, x)
+      return Features(pooled, pooled, x, queries=queries)
     head = linear_head(self.num_classes, self.head_bias, block.dtype)
     if not self.distilled:
-      return Features(head(pooled), pooled, x)
+      return Features(head(pooled), pooled, x, queries=queries)
     second_head = linear_head(self.num_classes, self.head_bias, block.dtype, 'distillation_head')
     heads = head(x[:, 0]), second_head(x[:, 1])
     return Features((heads[0] + heads[1]) / 2, pooled, x, heads)
+
+
+def query_pool(network: ViT, *, queries: int | None = None, name: str | None = None) -> QueryPool:
+  """The attention pooling of a network with pool 'queries', or one with its first `queries` queries alone."""
+  block = dataclasses.replace(network.stack.block, num_heads=network.query_heads)
+  return QueryPool(block, queries or network.queries, network.query_width or network.width, name=name)
 
 
 # width, depth, heads, hidden width of the MLP. Ti, S: Touvron et al. 2021; B, L, H: Dosovitskiy et al. 2021; g, G: Zhai
@@ -237,6 +277,9 @@ def vit(
   fc_norm: bool = False,
   drop_remainder: bool = False,
   position_antialias: bool = True,
+  queries: PositiveInt = 256,
+  query_heads: PositiveInt = 8,
+  query_width: PositiveInt | None = None,
   width: PositiveInt | None = None,
   depth: PositiveInt | None = None,
   num_heads: PositiveInt | None = None,
@@ -303,4 +346,7 @@ def vit(
     fc_norm=fc_norm,
     drop_remainder=drop_remainder,
     position_antialias=position_antialias,
+    queries=queries,
+    query_heads=query_heads,
+    query_width=query_width,
   )

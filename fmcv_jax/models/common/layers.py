@@ -19,7 +19,7 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu']
 Dtype = Literal['float32', 'bfloat16']
-Norm = Literal['layer', 'rms']
+Norm = Literal['layer', 'layer_no_bias', 'rms']
 
 ACTIVATIONS = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -60,11 +60,11 @@ class BlockConfig:
   normalizes queries and keys per head (both Dehghani et al. 2023, section 2.1); `dtype` is the dtype of matmuls
   (parameters, norm statistics, softmax and the residual sum of float32 inputs stay float32).
 
-  Those of language models: `norm` 'rms' replaces LayerNorm by RMSNorm; `bias` False removes the biases of the output
-  projection and of the MLP; `num_kv_heads` heads of keys and values, None for one per query head, serve groups of
-  query heads (Ainslie et al. 2023); `head_dim`, None for width / num_heads; `query_scale` multiplies the logits, None
-  for head_dim ** -0.5; `logit_softcap` bounds the logits to +-softcap by tanh, and `branch_norm` also normalizes the
-  output of each branch (both Gemma Team 2024, Gemma 2, section 2).
+  Those of language models: `norm` 'rms' replaces LayerNorm by RMSNorm, 'layer_no_bias' removes its bias; `bias` False
+  removes the biases of the output projection and of the MLP; `num_kv_heads` heads of keys and values, None for one per
+  query head, serve groups of query heads (Ainslie et al. 2023); `head_dim`, None for width / num_heads; `query_scale`
+  multiplies the logits, None for head_dim ** -0.5; `logit_softcap` bounds the logits to +-softcap by tanh, and
+  `branch_norm` also normalizes the output of each branch (both Gemma Team 2024, Gemma 2, section 2).
   """
 
   num_heads: int
@@ -144,7 +144,7 @@ def block_norm(config: BlockConfig, name: str) -> nn.Module:
   """A norm of the kind that the blocks have."""
   if config.norm == 'rms':
     return RMSNorm(config.eps, jnp.dtype(config.dtype), name=name)
-  return layer_norm(config.eps, config.dtype, name)
+  return layer_norm(config.eps, config.dtype, name, bias=config.norm == 'layer')
 
 
 def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
@@ -160,7 +160,8 @@ class Attention(nn.Module):
   config.causal applies to self-attention only: all tokens of a context are visible.
 
   With a `place` (int32 scalar), self-attention writes its keys and values to the collection 'cache' from that token on,
-  and attends to the whole cache through `mask` [B or 1, 1, T, S], whose last axis is the size S of the cache.
+  and attends to the whole cache through `mask` [B or 1, 1, T, S] alone, whose last axis is the size S of the cache.
+  Keys and values of a context are stored there too; `cached_context` True reads them instead of a context.
   """
 
   logical_axes = (*ATTENTION_AXES,)
@@ -176,32 +177,37 @@ class Attention(nn.Module):
     angles: jax.Array | None = None,
     mask: jax.Array | None = None,
     place: jax.Array | None = None,
+    cached_context: bool = False,
   ) -> jax.Array:
     c, width = self.config, x.shape[-1]
     if c.head_dim is None and width % c.num_heads:
       raise ValueError(f'width {width} is not divisible by {c.num_heads} heads')
     head_dim, kv_heads = c.head_dim or width // c.num_heads, c.num_kv_heads or c.num_heads
+    is_self = context is None and not cached_context
     # A context (a text, say) is short, and not sharded along its tokens.
-    tokens: str | None = 'tokens' if context is None else None
-    backend: Backend = c.attention if context is None and place is None else 'xla'
-    causal = c.causal and context is None
+    tokens: str | None = 'tokens' if is_self else None
+    backend: Backend = c.attention if is_self and place is None else 'xla'
+    causal = c.causal and is_self and place is None
     context = x if context is None else context
 
     def project(inputs: jax.Array, name: str, tokens: str | None, count: int) -> jax.Array:
       y = dense(count * head_dim, c.dtype, name, bias=c.qkv_bias)(inputs)
       return with_logical_constraint(y.reshape(*y.shape[:2], count, -1), 'batch', tokens, _heads(count), None)
 
-    query, key, value = (
-      project(x, 'query', 'tokens', c.num_heads),
-      project(context, 'key', tokens, kv_heads),
-      project(context, 'value', tokens, kv_heads),
-    )
-    if c.qk_norm:
-      query, key = layer_norm(c.eps, c.dtype, 'query_norm')(query), layer_norm(c.eps, c.dtype, 'key_norm')(key)
-    if angles is not None:
-      query, key = rotate(query, angles), rotate(key, angles)
-    if place is not None:
+    query = project(x, 'query', 'tokens', c.num_heads)
+    query = layer_norm(c.eps, c.dtype, 'query_norm')(query) if c.qk_norm else query
+    query = query if angles is None else rotate(query, angles)
+    if cached_context:
+      key, value = (self.get_variable('cache', f'context_{name}') for name in ('key', 'value'))
+    else:
+      key, value = (project(context, name, tokens, kv_heads) for name in ('key', 'value'))
+      key = layer_norm(c.eps, c.dtype, 'key_norm')(key) if c.qk_norm else key
+      key = key if angles is None else rotate(key, angles)
+    if place is not None and is_self:
       key, value = (self._cached(name, x, place, mask) for name, x in (('key', key), ('value', value)))
+    elif place is not None and not cached_context:
+      self.put_variable('cache', 'context_key', key)
+      self.put_variable('cache', 'context_value', value)
     y = attention(
       query, key, value, causal=causal, mask=mask, scale=c.query_scale, softcap=c.logit_softcap, backend=backend
     )
@@ -230,10 +236,10 @@ class Mlp(nn.Module):
   """Two-layer perceptron on the last axis of x [B, T, D] -> [B, T, D]."""
 
   logical_axes = (
-    (r'(.*/)?mlp/(up|gate)/kernel', ('embed', 'mlp')),
-    (r'(.*/)?mlp/(up|gate)/bias', ('mlp',)),
-    (r'(.*/)?mlp/down/kernel', ('mlp', 'embed')),
-    (r'(.*/)?mlp/down/bias', (None,)),
+    (r'(.*/)?(\w+_)?mlp/(up|gate)/kernel', ('embed', 'mlp')),
+    (r'(.*/)?(\w+_)?mlp/(up|gate)/bias', ('mlp',)),
+    (r'(.*/)?(\w+_)?mlp/down/kernel', ('mlp', 'embed')),
+    (r'(.*/)?(\w+_)?mlp/down/bias', (None,)),
   )
 
   config: BlockConfig

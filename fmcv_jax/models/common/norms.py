@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 
 
-def layer_norm(eps: float, dtype: str, name: str) -> nn.LayerNorm:
-  """LayerNorm over the last axis with scale and bias; statistics float32, output in `dtype`."""
+def layer_norm(eps: float, dtype: str, name: str, *, bias: bool = True) -> nn.LayerNorm:
+  """LayerNorm over the last axis with a scale and, by default, a bias; statistics float32, output in `dtype`."""
   # The variance is E[x^2] - E[x]^2 in float32, in one pass over the tokens (docs/plan.md has the measured gain).
   # Cancellation is small, since the mean over the channels is small compared to their standard deviation.
-  return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
+  return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), use_bias=bias, name=name)
 
 
 class RMSNorm(nn.Module):

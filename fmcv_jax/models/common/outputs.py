@@ -12,12 +12,14 @@ class Features(NamedTuple):
   """Outputs of a network: output [B, out] (of the head, or pooled), pooled [B, D], tokens [B, T, D].
 
   head_outputs: for a network with two heads, the outputs of the class and distillation tokens, whose mean is `output`.
+  queries: [B, N, D], outputs of an attention pooling with several queries, without the first, which is `pooled`.
   """
 
   output: jax.Array
   pooled: jax.Array
   tokens: jax.Array
   head_outputs: tuple[jax.Array, jax.Array] | None = None
+  queries: jax.Array | None = None
 
 
 @runtime_checkable
