@@ -23,7 +23,14 @@ from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.outputs import encoder_of
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.pretrained import export_diffusers, export_timm, export_transformers, hub_classes, hub_config
+from fmcv_jax.pretrained import (
+  export_diffusers,
+  export_open_clip,
+  export_timm,
+  export_transformers,
+  hub_classes,
+  hub_config,
+)
 from fmcv_jax.pretrained.arrays import Tensors
 from fmcv_jax.pretrained.families import FAMILIES, family_of
 from fmcv_jax.pretrained.hub_file import Findings
@@ -283,7 +290,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
     for name, content in more.items():
       _write_companion(target / name, content)
   console = make_console(stderr=True)
-  for line in export_timm.differences(family, objective) if format == 'open_clip' else ():
+  for line in export_open_clip.differences(family, objective) if format == 'open_clip' else ():
     console.print(line, highlight=False, soft_wrap=True)
   if omitted:
     line = f'not exported, used in training only: {", ".join(omitted)} (--format fmcv writes everything)'
@@ -320,7 +327,7 @@ def _companions(format: str, family: str, run: Run, objective: Any, *, whole: bo
     case 'timm':
       files = export_timm.files(objective, image)
     case 'open_clip':
-      files = export_timm.open_clip(family, objective, image)
+      files = export_open_clip.files(family, objective, image)
     case _:
       return {}
   classes = getattr(objective.network, 'num_classes', 0)

@@ -49,7 +49,8 @@ def open_clip_text() -> Rows:
   )
 
 
-def _open_clip_image() -> Rows:
+def open_clip_image() -> Rows:
+  """Rows of the image tower of OpenCLIP, which is also OpenAI's."""
   return (
     Row('class_token', 'class_embedding', ROW),
     Row('position', 'positional_embedding'),
@@ -70,7 +71,7 @@ _BUFFERS = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask')
 
 def open_clip(text: str = '') -> Layout:
   """OpenAI's names, which OpenCLIP kept; `text`: the prefix of the text tower's, 'text.' where it is apart."""
-  rows = (*with_prefix('image', _open_clip_image(), 'visual.'), *with_prefix('text', _open_clip_words(), text))
+  rows = (*with_prefix('image', open_clip_image(), 'visual.'), *with_prefix('text', _open_clip_words(), text))
   return Layout((*rows, Row('temperature', 'logit_scale')), ignored=_BUFFERS)
 
 
@@ -127,7 +128,7 @@ def image_towers() -> tuple[tuple[str, Layout], ...]:
   return (
     ('transformers', Layout(projected, ignored=_POSITIONS)),
     ('transformers', Layout(clip_image(), ignored=_POSITIONS)),
-    ('open_clip', Layout(_open_clip_image(), ignored=_BUFFERS)),
+    ('open_clip', Layout(open_clip_image(), ignored=_BUFFERS)),
   )
 
 

@@ -10,6 +10,7 @@ from fmcv_jax.pretrained import (
   autoencoder,
   big_vision,
   clip,
+  coca,
   dit,
   efficientnet,
   inception,
@@ -97,6 +98,16 @@ def _prefix_lm(*, second: bool) -> Callable[[Mapping[str, Shape]], dict[str, Any
   return config
 
 
+def _coca(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  network = coca.network(shapes)
+  objective = {'name': 'contrastive_captioning', 'network': network, 'normalize': dict(CLIP)}
+  return {
+    'objective': objective,
+    'data': _data_config(network['image']['image_size'], 1.0),
+    **_clip_words(network['text']),
+  }
+
+
 def _image_tower(normalize: Mapping[str, Any], *, sigmoid: bool, activation: str) -> Callable[..., Any]:
   network = functools.partial(clip.image_tower, sigmoid=sigmoid, activation=activation)
   return _encoder(normalize, None if sigmoid else 1.0, network)
@@ -177,6 +188,7 @@ FAMILIES: dict[str, Family] = {
   'clip': Family(_CLIP, _dual(CLIP, **_OPEN), _PAIR),
   'clip_openai': Family(_CLIP, _dual(CLIP, **_OPENAI), _PAIR),
   'siglip': Family(_SIGLIP, _dual(HALF, **_SIGMOID), _PAIR),
+  'coca': Family(coca.layouts(), _coca, (*_PAIR, 'decoder/')),
   # One tower alone.
   'clip_image': Family(clip.image_towers(), _image_tower(CLIP, **_OPEN)),
   'clip_text': Family(clip.text_towers(), _text_tower(**_OPEN)),
@@ -221,6 +233,8 @@ def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
     return 'owlv2' if has(shapes, 'objectness_head/') else 'owlvit'
   if 'image_projection/kernel' in shapes and 'text/tokens/embedding' in shapes:
     return 'paligemma2' if has(shapes, 'text/blocks/attention_norm/') else 'paligemma'
+  if 'decoder/blocks/context_norm/scale' in shapes:
+    return 'coca'
   if 'text/tokens/embedding' in shapes:
     return 'siglip' if 'image/map_pool/probe' in shapes else 'clip'
   if 'tokens/embedding' in shapes:

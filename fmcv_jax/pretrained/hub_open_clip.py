@@ -5,6 +5,7 @@ from typing import Any
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.text import TextTransformer
 from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.models.multimodal.captioner import ContrastiveCaptioner
 from fmcv_jax.pretrained import hub_timm
 from fmcv_jax.pretrained.hub_file import UNSET, Has, HubFile, Sets, Table
 from fmcv_jax.pretrained.hub_vit import side
@@ -12,6 +13,7 @@ from fmcv_jax.pretrained.hub_vit import side
 # Keys that do not affect inference, or that follow from the names of arrays.
 IGNORED = (
   r'init_logit_scale|init_logit_bias|nonscalar_logit_scale|custom_text|ls_init_value|patch_dropout|output_tokens',
+  r'dim_head|n_queries',
   r'timm_model_pretrained|timm_drop|timm_drop_path|timm_proj.*|pretrained_(image|hf)|hf_tokenizer_name|tokenizer_mode',
   r'attn_pooler_.*|proj_bias|proj_type|pad_id|embed_cls|hf_model_pretrained|block_type|timm_pool|text_mask',
 )
@@ -35,8 +37,26 @@ _VISION: Table = {
   'layers': Has(lambda tower: tower.stack.depth),
   'patch_size': Has(lambda tower: tower.patch_size, 16),
   'mlp_ratio': Has(lambda tower: tower.stack.block.mlp_dim / tower.width),
-  'attentional_pool': Has(False, False),
+  'attentional_pool': Has(lambda tower: tower.pool == 'queries', False),
   'pos_embed_type': Has('learnable', 'learnable'),
+}
+_QUERIES: Table = {
+  'attn_pooler_queries': Has(lambda tower: tower.queries, 256),
+  'attn_pooler_heads': Sets('query_heads', 8),
+}
+# Both towers of a CoCa give their tokens to the decoder; text towers have the mask of the published weights.
+_COCA_VISION: Table = {'output_tokens': Has(True, False)}
+_COCA_TEXT: Table = {
+  'output_tokens': Has(True, False),
+  'embed_cls': Has(True, False),
+  'no_causal_mask': Has(False, False),
+  'correct_cls_mask': Has(False, False),
+  'pad_id': Has(0, 0),
+}
+_DECODER: Table = {
+  'width': Has(lambda decoder: decoder.width, 512),
+  'heads': Sets('num_heads', 8),
+  'layers': Has(lambda decoder: decoder.stack.depth, 12),
 }
 
 
@@ -50,6 +70,8 @@ def read(file: HubFile, config: dict[str, Any], objective: Any) -> None:
   vision, text = model.part('vision_cfg'), model.part('text_cfg')
   image, path = image_tower(objective)
   words, path_of_words = text_tower(objective)
+  whole = objective.network
+  decoder = whole.decoder if isinstance(whole, ContrastiveCaptioner) else None
   if image is None and words is None:
     raise UserError(f'{file.shown}: describes images and texts, but the arrays are those of {ours}')
   if image is not None:
@@ -57,12 +79,19 @@ def read(file: HubFile, config: dict[str, Any], objective: Any) -> None:
       _of_timm(vision, path, image)
     else:
       _vision(vision, path, image, quick)
+    if decoder is not None:
+      vision.apply(_COCA_VISION, path, image)
     vision.done(IGNORED)
   if words is not None:
     if 'hf_model_name' in text:
       raise UserError(f'{text.shown}: hf_model_name is {text.get("hf_model_name")!r}, a tower that is not known here')
+    if decoder is not None:
+      text.apply(_COCA_TEXT, path_of_words, words)
     _text(text, path_of_words, words, quick)
     text.done(IGNORED)
+  if decoder is not None:
+    model.agree('pad_id', model.get('pad_id', 0), 0)
+    _decoder(model.part('multimodal_cfg'), decoder, words, quick)
   tower, width = image if words is None else words, model.get('embed_dim')
   if width is not None and (tower.num_classes or tower is not objective.network):  # one tower may have no projection
     model.agree('embed_dim', width, tower.num_classes or tower.width)
@@ -94,6 +123,15 @@ def _vision(file: HubFile, path: str, tower: Any, quick: bool) -> None:
   file.set(f'{path}.pre_norm', not file.get('no_ln_pre', False))
   side(file, 'image_size', path, tower, 224)
   pool, late = file.get('pool_type', 'tok'), bool(file.get('final_ln_after_pool', False))
+  if tower.pool == 'queries':
+    file.apply(_QUERIES, path, tower)
+    norms = dict(file.get('norm_kwargs') or {})
+    if pool != 'tok':
+      raise file.refusal('pool_type', pool, "'tok', the first query of the attentional pool")
+    if norms.get('eps', 1e-5) != 1e-5:
+      raise file.refusal('norm_kwargs', norms, 'an eps of 1e-05, which that of the attentional pool is')
+    file.set(f'{path}.pool', 'queries')
+    return
   if pool not in ('tok', 'avg'):
     raise file.refusal('pool_type', pool, "'tok' or 'avg'")
   if pool == 'avg':
@@ -119,6 +157,10 @@ def _text(file: HubFile, path: str, tower: Any, quick: bool) -> None:
   _layers(file, path, quick)
   file.set(f'{path}.causal', not file.get('no_causal_mask', False))
   file.get('final_ln_after_pool')  # one token is pooled, so before and after are the same
+  if tower.pool == 'cls':
+    file.get('pool_type')  # the class token is pooled in any case
+    file.set(f'{path}.pool', 'cls')
+    return
   pool = file.get('pool_type', 'argmax')
   pools = {'argmax': 'eot', 'eos': 'eot', 'first': 'first', 'last': 'last'}
   if pool not in pools:
@@ -128,6 +170,21 @@ def _text(file: HubFile, path: str, tower: Any, quick: bool) -> None:
     file.set(f'{path}.end_id', int(file.get('eos_id', 2)))
   else:
     file.get('eos_id', UNSET)
+
+
+def _decoder(file: HubFile, decoder: Any, words: Any, quick: bool) -> None:
+  path = 'objective.network.decoder'
+  file.apply(_DECODER, path, decoder)
+  file.set(f'{path}.activation', 'quick_gelu' if quick else 'gelu')
+  file.set(f'{path}.eps', 1e-5)
+  for key, ours in (('act_kwargs', 'the activation of quick_gelu or gelu'), ('norm_kwargs', 'an eps of 1e-05')):
+    if (value := file.get(key)) is not None:  # which the library does not use
+      raise file.refusal(key, value, ours)
+  for key in ('mlp_ratio', 'vocab_size'):  # the arrays show them
+    file.get(key)
+  if (length := file.get('context_length', 77)) < words.length - 1:
+    raise file.refusal('context_length', length, f'{words.length - 1} tokens or more, as many as the text has')
+  file.done(IGNORED)
 
 
 def _layers(file: HubFile, path: str, quick: bool) -> None:

@@ -222,6 +222,8 @@ def has_places(layout: Layout, shapes: Mapping[str, Shape]) -> bool:
   try:
     for theirs, rows in _joined(layout, shapes):
       _layers(layout, theirs, shapes, rows[0])
+      if len({_shape(row.transform, _one(row, shapes))[1:] for row in rows}) > 1:
+        return False  # one array of theirs cannot hold matrices of several widths
   except UserError:
     return False
   return True

@@ -79,7 +79,7 @@ class VocabularyHead(nn.Module):
 
 
 class CrossDecoder(nn.Module):
-  """Embeddings of tokens [B, T, width] and a context [B, N, C] -> logits of the next tokens, float32 [B, T, vocabulary].
+  """Embeddings [B, T, width] of tokens, and a context [B, N, C] -> logits of the next tokens, float32 [B, T, V].
 
   two_mlps as in CrossBlock; `logits_bias` adds a bias to the logits.
   """
