@@ -13,12 +13,14 @@ from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.dense.segmenter import segmenter
+from fmcv_jax.models.multimodal.captioner import cappa, coca
 from fmcv_jax.models.multimodal.dual_encoder import DualEncoder
 from fmcv_jax.models.multimodal.prefix_lm import paligemma
 from fmcv_jax.models.self_supervised.dino import dino
 from fmcv_jax.models.self_supervised.mae import mae
 from fmcv_jax.objectives.adapted import Lora, PartialFineTuning
 from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.contrastive_captioning import ContrastiveCaptioning
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.distillation import Distillation
 from fmcv_jax.objectives.language import Language, SpecialIds
@@ -71,6 +73,14 @@ FAMILIES = {
   ),
   'language': lambda: Language(
     paligemma('paligemma2_mu', image_size=16, vocab_size=64, length=8), 0.1, special=SpecialIds(0, 1, 4)
+  ),
+  'coca': lambda: ContrastiveCaptioning(
+    coca('mu/8', image_size=16, vocab_size=64, length=8), label_smoothing=0.1, special=SpecialIds(0, 1, None)
+  ),
+  'cappa': lambda: Language(
+    cappa('mu/8', image_size=16, vocab_size=64, length=8, depth=1),
+    parallel_fraction=0.75,
+    special=SpecialIds(0, 1, None),
   ),
   'segmentation': lambda: Segmentation(segmenter(VIT(), 11), augment=(Flip(),)),
 }

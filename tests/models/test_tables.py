@@ -2,7 +2,7 @@
 
 Parameters are exact; GMAC (linear layers, convolutions, both attention products) are as printed, to their last digit.
 The references are timm (ViT, DeiT, DINOv2, Swin, EfficientNet), OpenAI's CLIP = open_clip = transformers, and
-transformers' SigLIP, ALIGN and PaliGemma.
+transformers' SigLIP, ALIGN and PaliGemma, and open_clip's CoCa.
 """
 
 import jax
@@ -12,6 +12,7 @@ import pytest
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.multimodal.captioner import cappa, coca
 from fmcv_jax.models.multimodal.dual_encoder import align, clip, siglip
 from fmcv_jax.models.multimodal.prefix_lm import paligemma
 from fmcv_jax.train.flops import matmul_flops
@@ -226,3 +227,31 @@ def test_paligemma(variant, size, parameters):
   """The published models have 257,216 rows of embeddings, more than the defaults of transformers' configuration."""
   text, lengths = jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
   assert count(variables_of(paligemma(variant, image_size=size), images(size), text, lengths)) == parameters
+
+
+@pytest.mark.parametrize(
+  ('variant', 'options', 'parameters', 'image', 'text', 'gmac'),
+  [
+    ('B/32', {}, 253_560_065, 89_164_032, 63_428_608, '4.595'),
+    ('L/14', {}, 638_450_177, 306_724_864, 123_651_072, '81.820'),
+    ('base/18', {'image_size': 288, 'vocab_size': 64_000}, 440_337_409, 86_395_392, 134_661_120, '23.237'),
+  ],
+)
+def test_coca(variant, options, parameters, image, text, gmac):
+  """Counts of open_clip.create_model, and of its towers `visual` and `text`."""
+  size, network = options.get('image_size', 224), coca(variant, **options)
+  tokens, lengths = jax.ShapeDtypeStruct((1, 76), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+  params = variables_of(network, images(size), tokens, lengths)['params']
+  assert [count(x) for x in (params, params['image'], params['text'])] == [parameters, image, text]
+  assert_gmac(gmac, network.image.apply, {'params': params['image']}, images(size))
+
+
+def test_cappa():
+  """B/16: the ViT without a class token; embedding, mask token and positions; 6 layers of 16 w^2 without biases and
+  with 3 scales; last norm and logits with biases."""
+  w, words, length = 768, 32_000, 64
+  decoder = (words + 1 + length) * w + 6 * (16 * w * w + 3 * w) + 2 * w + (w + 1) * words
+  tokens, lengths = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+  params = variables_of(cappa(), images(224), tokens, lengths)['params']
+  assert count(params['text']) == decoder
+  assert count(params['image']) == count(variables_of(vit('B/16', pool='gap'), images(224)))

@@ -13,6 +13,7 @@ from fmcv_jax.models.generative.autoencoder import autoencoder
 from fmcv_jax.models.generative.dit import dit
 from fmcv_jax.models.generative.mmdit import mmdit
 from fmcv_jax.models.generative.unet import unet
+from fmcv_jax.models.multimodal.captioner import cappa, coca
 from fmcv_jax.models.multimodal.dual_encoder import dual_encoder
 from fmcv_jax.models.multimodal.prefix_lm import paligemma
 from fmcv_jax.models.self_supervised.dino import dino
@@ -21,6 +22,7 @@ from fmcv_jax.objectives.adapted import Lora, PartialFineTuning
 from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
+from fmcv_jax.objectives.contrastive_captioning import ContrastiveCaptioning
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.distillation import Distillation
@@ -74,6 +76,8 @@ CASES = {
     ibot_loss_weight=1.0,
   ),
   'prefix_lm': lambda: Language(paligemma('paligemma2_mu', image_size=16, vocab_size=64)),
+  'captioner': lambda: Language(cappa('mu/8', image_size=16, vocab_size=64)),
+  'contrastive_captioner': lambda: ContrastiveCaptioning(coca('mu/8', image_size=16, vocab_size=64)),
   'mae': lambda: MaskedAutoencoding(mae(small_vit(), width=16, depth=1, num_heads=2)),
   'segmenter': lambda: Segmentation(segmenter(small_vit(), 3)),
   'autoencoder': lambda: Autoencoding(latents(), perceptual=0.1, features=small_vit()),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
-from fmcv_jax.bounds import Finite, PositiveFloat, PositiveInt
+from fmcv_jax.bounds import PositiveFloat, PositiveInt
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.backbones.cross_decoder import (
@@ -92,24 +92,21 @@ class ContrastiveCaptioner(nn.Module):
   tokens of the text tower. The interface is that of Captioner.
   """
 
-  logical_axes = ((r'temperature|bias', ()),)
+  logical_axes = ((r'temperature', ()),)
 
   image: ViT
   text: TextTransformer
   decoder: CrossDecoder
   initial_scale: float = 1 / 0.07
-  initial_bias: float | None = None
 
   @override
   def setup(self) -> None:
     self.temperature = self.param('temperature', nn.initializers.constant(math.log(self.initial_scale)), ())
-    if self.initial_bias is not None:
-      self.bias = self.param('bias', nn.initializers.constant(self.initial_bias), ())
 
   @property
   def towers(self) -> DualEncoder:
     """The dual encoder, which takes the parameters of the whole."""
-    return DualEncoder(self.image, self.text, self.initial_scale, self.initial_bias)
+    return DualEncoder(self.image, self.text, self.initial_scale)
 
   def embed_and_predict(self, images: jax.Array, tokens: jax.Array, *, train: bool = False) -> Outputs:
     """Embeddings of images and texts, and logits of the next tokens."""
@@ -142,12 +139,7 @@ class ContrastiveCaptioner(nn.Module):
 
 
 def contrastive_captioner(
-  image: nn.Module,
-  text: nn.Module,
-  decoder: nn.Module,
-  *,
-  initial_scale: PositiveFloat = 1 / 0.07,
-  initial_bias: Finite | None = None,
+  image: nn.Module, text: nn.Module, decoder: nn.Module, *, initial_scale: PositiveFloat = 1 / 0.07
 ) -> ContrastiveCaptioner:
   """CoCa from a ViT, a text_transformer with pool 'cls', and a cross_decoder of the width of that text."""
   if not isinstance(image, ViT):
@@ -160,7 +152,7 @@ def contrastive_captioner(
     raise ValueError(f'decoder.width: {decoder.width}, but the tokens of the text have a width of {text.width}')
   if decoder.vocab_size != text.vocab_size:
     raise ValueError(f'decoder.vocab_size: {decoder.vocab_size}, but the text has {text.vocab_size} ids')
-  return ContrastiveCaptioner(image, text, decoder, initial_scale, initial_bias)
+  return ContrastiveCaptioner(image, text, decoder, initial_scale)
 
 
 # Image tower, its queries (0 for none: the decoder reads patches); width and heads of text and decoder; width of the
