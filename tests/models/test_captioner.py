@@ -113,11 +113,11 @@ def test_three_of_four_examples_are_predicted_in_parallel():
 def test_parts_that_do_not_fit_are_refused():
   image = vit('mu/8', image_size=16, num_classes=16)
   text = text_transformer(WORDS, LENGTH, 16, 1, 2, pool='cls', num_classes=16)
-  with pytest.raises(ValueError, match=r'decoder.width: 8, but the tokens of the text have a width of 16'):
+  with pytest.raises(ValueError, match=r'decoder\.width: 8, but the tokens of the text have a width of 16'):
     contrastive_captioner(image, text, cross_decoder(WORDS, 8, 1, 2))
-  with pytest.raises(ValueError, match='decoder.vocab_size: 7, but the text has 11 ids'):
+  with pytest.raises(ValueError, match=r'decoder\.vocab_size: 7, but the text has 11 ids'):
     contrastive_captioner(image, text, cross_decoder(7, 16, 1, 2))
-  with pytest.raises(ValueError, match="needs a text_transformer with pool 'cls'"):
+  with pytest.raises(ValueError, match="a contrastive captioner needs a text_transformer with pool 'cls'"):
     contrastive_captioner(image, text_transformer(WORDS, LENGTH, 16, 1, 2), cross_decoder(WORDS, 16, 1, 2))
   with pytest.raises(ValueError, match="pool: 'cls' is the pool of a causal transformer"):
     text_transformer(WORDS, LENGTH, 16, 1, 2, pool='cls', causal=False)

@@ -16,8 +16,9 @@ from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.attention.dispatch import Backend
-from fmcv_jax.models.common.layers import NORM_AXES, Activation, Dtype, Remat, Unroll, dense, layer_norm
+from fmcv_jax.models.common.layers import NORM_AXES, Activation, Dtype, dense, layer_norm
 from fmcv_jax.models.common.norms import l2_normalize
+from fmcv_jax.models.common.scan import Remat, Unroll
 from fmcv_jax.models.multimodal.dual_encoder import DualEncoder, clip
 from fmcv_jax.parallel.rules import with_logical_constraint
 
