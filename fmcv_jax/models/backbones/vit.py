@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -233,8 +233,8 @@ class ViT(nn.Module):
     return Features((heads[0] + heads[1]) / 2, pooled, x, heads)
 
 
-def query_pool(network: ViT, *, queries: int | None = None, name: str | None = None) -> QueryPool:
-  """The attention pooling of a network with pool 'queries', or one with its first `queries` queries alone."""
+def query_pool(network: Any, *, queries: int | None = None, name: str | None = None) -> QueryPool:
+  """The attention pooling of a ViT with pool 'queries', or one with its first `queries` queries alone."""
   block = dataclasses.replace(network.stack.block, num_heads=network.query_heads)
   return QueryPool(block, queries or network.queries, network.query_width or network.width, name=name)
 

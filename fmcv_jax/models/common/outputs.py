@@ -35,10 +35,11 @@ class PatchNetwork(Protocol):
 class AttentionNetwork(PatchNetwork, Protocol):
   """A transformer of images that sows the queries, keys and values of its blocks.
 
-  Its parameters are 'blocks' (of the scanned `stack`), the last 'norm', and 'map_pool' and 'head' if it has them.
+  Its parameters are 'blocks' (of the scanned `stack`), the last 'norm', and 'map_pool' or 'query_pool', and
+  'head', if it has them.
 
   sows_projections  True
-  pool              'cls' (the token 0), 'gap' or 'map'
+  pool              'cls' (the token 0), 'gap', 'map', or 'queries' of a ViT
   num_classes       outputs of the head, 0 without one; `head_bias` is True if it has a bias
   """
 
