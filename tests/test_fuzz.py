@@ -16,7 +16,8 @@ from fmcv_jax.data.sources.base import BadRecord
 from fmcv_jax.errors import UserError
 from fmcv_jax.registry import KINDS
 
-CONFIGS = sorted(str(path) for path in (pathlib.Path(__file__).parent.parent / 'configs' / 'demo').glob('*.py'))
+FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
+CONFIGS = [*sorted(map(str, (FOLDER / 'demo').glob('*.py'))), str(FOLDER / 'cappa.py'), str(FOLDER / 'coca.py')]
 
 
 def leaves(tree, path=''):
