@@ -81,6 +81,8 @@ def read(file: HubFile, config: dict[str, Any], objective: Any) -> None:
       _vision(vision, path, image, quick)
     if decoder is not None:
       vision.apply(_COCA_VISION, path, image)
+      if image.pool != 'queries' and vision.get('final_ln_after_pool'):
+        raise vision.refusal('final_ln_after_pool', True, 'a norm of the patches, which the decoder reads')
     vision.done(IGNORED)
   if words is not None:
     if 'hf_model_name' in text:
@@ -158,7 +160,8 @@ def _text(file: HubFile, path: str, tower: Any, quick: bool) -> None:
   file.set(f'{path}.causal', not file.get('no_causal_mask', False))
   file.get('final_ln_after_pool')  # one token is pooled, so before and after are the same
   if tower.pool == 'cls':
-    file.get('pool_type')  # the class token is pooled in any case
+    for key in ('pool_type', 'eos_id'):  # the class token is pooled in any case
+      file.get(key)
     file.set(f'{path}.pool', 'cls')
     return
   pool = file.get('pool_type', 'argmax')

@@ -192,6 +192,7 @@ REFUSED = {
   'mean of the queries': ('vision_cfg', {'pool_type': 'avg'}, 'pool_type is "avg"'),
   'queries': ('vision_cfg', {'attn_pooler_queries': 9}, 'attn_pooler_queries is 9'),
   'eps of the pooling': ('vision_cfg', {'norm_kwargs': {'eps': 1e-3}}, 'norm_kwargs is {"eps": 0.001}'),
+  'norm of what is pooled': ('vision_cfg', {'final_ln_after_pool': True}, 'final_ln_after_pool is true'),
   'images without tokens': ('vision_cfg', {'output_tokens': False}, 'output_tokens is false'),
   'texts without tokens': ('text_cfg', {'output_tokens': None}, 'output_tokens is false (the default of the library)'),
   'no class token': ('text_cfg', {'embed_cls': False}, 'embed_cls is false'),
@@ -210,7 +211,7 @@ REFUSED = {
 @pytest.mark.parametrize('name', REFUSED)
 def test_what_would_be_computed_otherwise_is_refused_by_name(models, tmp_path, name):
   part, change, line = REFUSED[name]
-  published(tmp_path / 'theirs', CONFIGS['queries'])
+  published(tmp_path / 'theirs', CONFIGS['patches' if 'final_ln_after_pool' in change else 'queries'])
   path = tmp_path / 'theirs' / 'open_clip_config.json'
   said = json.loads(path.read_text())
   said['model_cfg'][part].update(change)

@@ -152,8 +152,8 @@ def text_transformer(
   dtype: Dtype = 'float32',
 ) -> TextTransformer:
   """A text transformer by its numbers; mlp_dim None is four times the width."""
-  if pool == 'cls' and (not causal or post_norm):
-    raise ValueError("pool: 'cls' is the pool of a causal transformer without post_norm")
+  if pool == 'cls' and (not causal or post_norm or not attend_padding):
+    raise ValueError("pool: 'cls' is the pool of a causal transformer without post_norm, with attend_padding=True")
   block = BlockConfig(
     num_heads=num_heads,
     mlp_dim=mlp_dim or 4 * width,
