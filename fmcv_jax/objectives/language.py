@@ -100,7 +100,7 @@ class Language(Objective):
   def loss(self, params: Params, batch: Batch, rng: jax.Array, extra: Any) -> Loss:
     augment_rng, dropout_rng = jax.random.split(rng)
     images = self.normalize(apply_augments(batch['image'], self.augment, augment_rng))
-    drawn = {}
+    drawn: dict[str, jax.Array] = {}
     if self.parallel_fraction:
       dropout_rng, parallel_rng = jax.random.split(dropout_rng)
       drawn['parallel'] = jax.random.bernoulli(parallel_rng, self.parallel_fraction, (len(images),))

@@ -102,7 +102,8 @@ class CrossDecoder(nn.Module):
     mask     bool [B or 1, 1, T, T], True where self-attention is allowed; None for causal attention
     """
     stack, block = self.stack, self.stack.block
-    mask, place = (mask, None) if cache is None else (cache.mask, cache.place)
+    place = None if cache is None else cache.place
+    mask = mask if cache is None else cache.mask
     blocks = scan_layers(CrossBlock, stack.depth, (nn.broadcast,) * 3, remat=stack.remat, unroll=stack.unroll)
     x = blocks(block, self.two_mlps, name='blocks')(x.astype(block.dtype), context, mask, place)[0]
     # The last norm of Cap has a bias even where those of the blocks have none.

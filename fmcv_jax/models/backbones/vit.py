@@ -209,7 +209,7 @@ class ViT(nn.Module):
     if not self.fc_norm:
       x = layer_norm(block.eps, block.dtype, 'norm')(x)
 
-    queries = None
+    queries: jax.Array | None = None
     if self.distilled:
       pooled = (x[:, 0] + x[:, 1]) / 2
     elif self.pool == 'cls':
