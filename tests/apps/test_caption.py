@@ -153,3 +153,27 @@ def test_a_model_without_a_tokenizer_or_without_texts_says_so(photos, tmp_path, 
   assert 'this model does not generate texts' in error_of(capsys)
   with pytest.raises(UserError, match='this model does not generate texts'):
     fmcv_jax.load(other).caption(photos / 'a.png')
+
+
+@pytest.fixture(scope='module')
+def coca(tmp_path_factory):
+  network = {'name': 'coca', 'variant': 'mu/8', 'image_size': 16, 'vocab_size': 300, 'length': 40}
+  config = {'objective': {'name': 'contrastive_captioning', 'network': network}, 'tokenizer': WORDS}
+  return workdir_of(config, tmp_path_factory.mktemp('coca') / 'model')
+
+
+def test_a_coca_captions_classifies_and_embeds(coca, photos, capsys):
+  """By the same workdir; the captions of the command are those in Python, and it takes no prompt."""
+  files = [str(photos / name) for name in ('a.png', 'b.png', 'inner/c.png')]
+  ours = fmcv_jax.load(coca, batch=8)
+  captions = ours.caption(files, options=DecodingOptions(max_tokens=6))
+  assert run('caption', photos, '--model', coca, '--max-tokens', 6, '--batch', 8) == 0
+  rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [(row['text'], row['prompt']) for row in rows] == [(caption, '') for caption in captions]
+  images, texts = ours.encode_image(files), ours.encode_text(['a red square', 'a blue circle'])
+  logits = np.exp(float(ours._subject.params['temperature'])) * images @ texts.T
+  expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  found = ours.classify(files, ['red square', 'blue circle'], templates='a {}')
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert run('caption', photos, '--model', coca, '--prompt', 'caption en') == 2
+  assert 'prompt: this model was trained without prompts; leave it out' in error_of(capsys)
