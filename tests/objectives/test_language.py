@@ -131,7 +131,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
     language().with_tokenizer(ClipBpe())
   with pytest.raises(ValueError, match=r'network.text.length: 77, but the rows of the tokenizer have 60 ids'):
     Language(network).with_tokenizer(ClipBpe(60))
-  with pytest.raises(ValueError, match='network: language needs one that reads images and texts'):
+  with pytest.raises(ValueError, match='network: language needs one that reads images and writes texts'):
     Language(vit('mu/8', image_size=16))
 
 
