@@ -52,7 +52,9 @@ def run(
       box = ' '.join(f'{edge:.0f}' for edge in thing.box)
       console.print(f'{file}  {thing.label}  {thing.score:.3f}  {box}', highlight=False, soft_wrap=True)
   if readable < len(files):
-    make_console(stderr=True, markup=False).print(unreadable_line(len(files) - readable, len(files)), highlight=False, soft_wrap=True)
+    make_console(stderr=True, markup=False).print(
+      unreadable_line(len(files) - readable, len(files)), highlight=False, soft_wrap=True
+    )
   if not readable:
     raise UserError(f'none of the {len(files)} images can be read')
   if folder is not None:

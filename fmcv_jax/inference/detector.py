@@ -59,20 +59,20 @@ class Detector:
 
     queries  float32 [Q, E], `labels` their Q names
     """
-    size, left = height_width(self._subject.image_size or (1, 1)), len(data.source)
+    size, remaining = height_width(self._subject.image_size or (1, 1)), len(data.source)
     shared = {'query_embeddings': queries}
     batches = self._subject.map_batches(('detections',), data, self._batch, ('geometry',), shared=shared)
     for values, fields in batches:
       found = values['detections']
       boxes = original_boxes(found['boxes'], fields['geometry'], size)
-      for row in range(min(self._batch, left)):
+      for row in range(min(self._batch, remaining)):
         if not fields['mask'][row]:
           yield None
           continue
         kept = found['scores'][row] >= threshold
         scores, classes = found['scores'][row][kept], found['classes'][row][kept]
         yield [
-          DetectedObject(labels[number], float(score), tuple(map(float, box)))
-          for box, score, number in zip(boxes[row][kept], scores, classes, strict=True)
+          DetectedObject(labels[number], float(score), (float(left), float(top), float(right), float(bottom)))
+          for (left, top, right, bottom), score, number in zip(boxes[row][kept], scores, classes, strict=True)
         ]
-      left -= self._batch
+      remaining -= self._batch

@@ -243,7 +243,7 @@ class Model:
     templates  sentences with a '{}' for the text, whose embeddings are averaged; default those of the training data
     """
     texts = _text_list('texts', [texts] if isinstance(texts, str) else texts)
-    examples = _source(image_list(like)[0]) if np.size(like) else None
+    examples = None if isinstance(like, (tuple, list)) and not like else _source(image_list(like)[0])
     if not texts and examples is None:
       raise UserError('texts: give at least one text to find, or an example image as `like`')
     if not 0 <= threshold <= 1:

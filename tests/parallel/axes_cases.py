@@ -8,6 +8,7 @@ from fmcv_jax.models.backbones.inception import inception
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.owl import owl_detector
 from fmcv_jax.models.dense.segmenter import segmenter
 from fmcv_jax.models.generative.autoencoder import autoencoder
 from fmcv_jax.models.generative.dit import dit
@@ -23,6 +24,7 @@ from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.contrastive_captioning import ContrastiveCaptioning
+from fmcv_jax.objectives.detection import Detection
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.distillation import Distillation
@@ -79,6 +81,9 @@ CASES = {
   'captioner': lambda: Language(cappa('mu/8', image_size=16, vocab_size=64)),
   'contrastive_captioner': lambda: ContrastiveCaptioning(coca('mu/8', image_size=16, vocab_size=64)),
   'mae': lambda: MaskedAutoencoding(mae(small_vit(), width=16, depth=1, num_heads=2)),
+  'owl_detector': lambda: Detection(
+    owl_detector(dual_encoder(small_vit(num_classes=16, pool='cls'), texts(num_classes=16))), max_boxes=2, num_queries=3
+  ),
   'segmenter': lambda: Segmentation(segmenter(small_vit(), 3)),
   'autoencoder': lambda: Autoencoding(latents(), perceptual=0.1, features=small_vit()),
   'dit': lambda: Diffusion(

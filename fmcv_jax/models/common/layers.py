@@ -197,6 +197,8 @@ class Attention(nn.Module):
     query = project(x, 'query', 'tokens', c.num_heads)
     query = layer_norm(c.eps, c.dtype, 'query_norm')(query) if c.qk_norm else query
     query = query if angles is None else rotate(query, angles)
+    key: jax.Array
+    value: jax.Array
     if cached_context:
       key, value = (self.get_variable('cache', f'context_{name}') for name in ('key', 'value'))
     else:
