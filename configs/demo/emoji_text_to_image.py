@@ -1,9 +1,9 @@
 """Emoji of 64 x 64 pixels from their names, without an autoencoder, from the text encoder of emoji_clip.py.
 
-3,000 steps (--config.train.steps=3000) took 77 minutes on one CPU core. Of images generated with guidance 4, the packaged
-CLIP names 0.40 (top-1) and 0.77 (top-5) of 60 training concepts among 1,774, and 0.63 and 0.94 of the 100 held-out ones
-among these. Colors and simple shapes are right (hearts, faces, flags), even areas are still speckled and most objects are
-not recognizable, so that these weights do not come with the package.
+3,000 steps (--config.train.steps=3000) took 77 minutes on one CPU core. Of images generated with guidance 4, the
+packaged CLIP names 0.40 (top-1) and 0.77 (top-5) of 60 training concepts among 1,774, and 0.63 and 0.94 of the 100
+held-out ones among these. Colors and simple shapes are right (hearts, faces, flags), even areas are still speckled and
+most objects are not recognizable, so that these weights do not come with the package.
 
     fmcv train --config configs/demo/emoji_text_to_image.py --workdir runs/emoji_text_to_image
     fmcv export runs/emoji_text_to_image --format fmcv --to emoji_text_to_image
