@@ -21,6 +21,7 @@ from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import Evaluator
+from fmcv_jax.evaluate.labels import same_by_wordnet
 from fmcv_jax.experiment import resolve
 from fmcv_jax.fields import height_width
 from fmcv_jax.run import Run, parameter_count
@@ -150,7 +151,11 @@ def _check_image_size(run: Run, name: str, evaluator: Evaluator, pipeline: Pipel
 
 def _evaluator(name: str, found: Account, training: Account) -> list[str]:
   lines = [f'evaluators.{name}: {found.lines()[0]}']
-  if found.classes and training.classes and found.classes != training.classes:
+  if not found.classes or not training.classes or found.classes == training.classes:
+    return lines
+  if same_by_wordnet(found.classes, training.classes):
+    lines.append(f'evaluators.{name}: WordNet ids and names of ImageNet-1k, the same classes in the same order')
+  else:
     unknown = sorted(set(found.classes) - set(training.classes))
     lacking = sorted(set(training.classes) - set(found.classes))
     parts = [f'{len(lacking)} classes of the training data are not in it ({_some(lacking)})'] if lacking else []

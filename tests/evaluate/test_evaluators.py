@@ -266,3 +266,15 @@ def test_a_field_that_the_data_lacks_is_named(subject):
   )
   with pytest.raises(UserError, match='boxes'):
     model.map_dataset('boxes', Pipeline(Colors()), 8)
+
+
+def test_wordnet_ids_of_imagenet_are_the_numbers_of_its_names():
+  """Folders of ILSVRC 2012 and TFDS have ids, which published classifiers do not know."""
+  ids = ('n01440764', *(f'n{2_000_000 + number:08d}' for number in range(998)), 'n15075141')
+  names = ('tench, Tinca tinca', *(f'class {number}' for number in range(998)), 'toilet tissue, toilet paper')
+  labels = np.array([0, 999, 5])
+  np.testing.assert_array_equal(align_labels(labels, ids, names, 'the training data'), labels)
+  np.testing.assert_array_equal(align_labels(labels, names, ids, 'the training data'), labels)
+  for wrong in (ids[:1] + ids[2:], (ids[1], ids[0], *ids[2:])):
+    with pytest.raises(UserError, match='is not a class of the training data'):
+      align_labels(labels, wrong, names, 'the training data')
