@@ -277,4 +277,4 @@ def test_wordnet_ids_of_imagenet_are_the_numbers_of_its_names():
   np.testing.assert_array_equal(align_labels(labels, names, ids, 'the training data'), labels)
   for wrong in (ids[:1] + ids[2:], (ids[1], ids[0], *ids[2:])):
     with pytest.raises(UserError, match='is not a class of the training data'):
-      align_labels(labels, wrong, names, 'the training data')
+      align_labels(labels[:1], wrong, names, 'the training data')
