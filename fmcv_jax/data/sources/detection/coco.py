@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from typing_extensions import override
 
 from fmcv_jax.data import storage
+from fmcv_jax.data.sources import annotation_json
 from fmcv_jax.data.sources.account import Account, LeftOut
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.data.sources.detection import coco_index, polygons
@@ -77,7 +79,7 @@ class Coco(Source):
       shapes = [json.loads(found.shapes[row]) for row in range(rows.start, rows.stop)]
       masks = polygons.masks(shapes, height, width)
     objects = Objects(np.asarray(found.boxes[rows]), found.classes[rows], arrays, masks)
-    with storage.open_file(storage.join(self.images, path)) as file:
+    with storage.open_file(storage.join(os.path.expanduser(self.images), path)) as file:
       example = make_example(file.read(), path, objects, (height, width))
     example['image_id'] = np.int64(found.ids[image])
     for name, lists in found.class_lists.items():
@@ -118,7 +120,9 @@ class Coco(Source):
 
   @functools.cached_property
   def _index(self) -> coco_index.CocoIndex:
-    return coco_index.open_index(self.annotations, self.masks, self.crowds)
+    found = coco_index.open_index(self.annotations, self.masks, self.crowds)
+    annotation_json.check_folder(self.images, found.paths[0], 'coco')
+    return found
 
   def __getstate__(self) -> dict[str, Any]:
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -1,6 +1,5 @@
 """A COCO or LVIS file as flat arrays, written once and memory-mapped, so that readers need not parse the JSON."""
 
-import collections
 import dataclasses
 import json
 import pathlib
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fmcv_jax.data import storage
+from fmcv_jax.data.sources import annotation_json
 from fmcv_jax.data.sources.account import LeftOut, left_out
 from fmcv_jax.data.sources.detection import flat_files, polygons
 from fmcv_jax.data.sources.detection.flat_files import Strings
@@ -25,6 +25,9 @@ _CROWD, _NO_BOX, _NO_MASK = (
   'objects without a polygon or run lengths',
 )
 _NO_IMAGE = 'objects of images that are not in the file'
+
+
+Rows = Sequence[annotation_json.Row]
 
 
 class ClassLists(Sequence[np.ndarray]):
@@ -72,27 +75,30 @@ def open_index(annotations: str, masks: bool, crowds: bool) -> CocoIndex:
   """Opens the index of a file, or creates it in the cache; raises UserError for a file that cannot be meant."""
   (file,) = storage.find(annotations, '.json', 'coco')
   key = f'{_FORMAT} {file.path} {file.size} {file.stamp} {masks} {crowds}'
-  folder = flat_files.cached(
-    'coco', key, lambda to: _write(read_json(file.path, 'coco'), to, annotations, masks, crowds)
-  )
+  folder = flat_files.cached('coco', key, lambda to: _write(file.path, to, masks, crowds))
   return CocoIndex(folder)
 
 
-def read_json(path: str, what: str) -> dict[str, Any]:
-  """The contents of a file with images, annotations and categories; UserError, begun by `what`, if it has them not."""
-  with storage.open_file(path) as file:
-    try:
-      whole = json.load(file)
-    except ValueError as error:
-      raise UserError(f'{what}: {path} is not JSON: {error}') from error
-  held = ', '.join(whole) if isinstance(whole, dict) else f'a {type(whole).__name__}'
-  if not isinstance(whole, dict) or not {'images', 'annotations'} <= whole.keys():
-    raise UserError(f"{what}: {path} has no 'images' and 'annotations', but {held}; give a file of object annotations")
-  if any('caption' in annotation for annotation in whole['annotations'][:1]):
-    raise UserError(f'{what}: {path} has captions, not objects; give instances_*.json')
-  if 'categories' not in whole:
-    raise UserError(f"{what}: {path} has no 'categories', but {held}; give a file of object annotations")
-  return whole
+def read_lists(path: str, what: str, annotation: Mapping[str, type]) -> tuple[Rows, Rows, Rows]:
+  """Images, annotations and categories of a file; UserError, begun by `what`, if it has them not.
+
+  annotation  fields that each annotation needs, with their types
+  """
+  whole = annotation_json.read(path, what)
+  for first in whole.get('annotations', [])[:1] if isinstance(whole.get('annotations'), list) else ():
+    if 'caption' in first:
+      raise UserError(f'{what}: {path} has captions, not objects; give instances_*.json')
+    if 'segments_info' in first and 'segments_info' not in annotation:
+      raise UserError(f'{what}: {path} has panoptic segments; read it by the source coco_panoptic')
+  where = f'{what}: {path}'
+  images = annotation_json.rows(whole, 'images', {'id': int, 'height': int, 'width': int}, where)
+  if not images:
+    raise UserError(f'{where}: has no images')
+  annotation_json.by_id(images, 'id', f'{where}: images')
+  annotations = annotation_json.rows(whole, 'annotations', annotation, where)
+  categories = annotation_json.rows(whole, 'categories', {'id': int, 'name': str}, where)
+  annotation_json.by_id(categories, 'id', f'{where}: categories')
+  return images, annotations, categories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,6 @@ class Categories:
   @classmethod
   def of(cls, path: str, categories: Sequence[Mapping[str, Any]], used: set[int]) -> 'Categories':
     """Categories by increasing id. Of several with one name, those without objects go (as Roboflow's first has it)."""
-    unique([category['id'] for category in categories], path, 'categories')
     kept = sorted(categories, key=lambda category: category['id'])
     named: dict[str, list[int]] = {}
     for category in kept:
@@ -130,13 +135,6 @@ def _listed(numbers: Iterable[Any]) -> str:
   return ', '.join(map(str, numbers))
 
 
-def unique(ids: Sequence[Any], path: str, what: str) -> None:
-  """Raises UserError for ids that occur twice."""
-  twice = [number for number, count in collections.Counter(ids).items() if count > 1]
-  if twice:
-    raise UserError(f'coco: {path}: id {twice[0]} occurs more than once in {what}')
-
-
 def path_of(image: Mapping[str, Any], where: str) -> str:
   """The file of an image, relative to the folder of images; LVIS has the last two parts of a URL instead."""
   if image.get('file_name'):
@@ -146,16 +144,11 @@ def path_of(image: Mapping[str, Any], where: str) -> str:
   raise UserError(f'coco: {where}: image {image.get("id")} has neither file_name nor coco_url')
 
 
-def _write(whole: dict[str, Any], folder: pathlib.Path, path: str, masks: bool, crowds: bool) -> None:
-  images, annotations = whole['images'], whole['annotations']
-  if any('segments_info' in annotation for annotation in annotations[:1]):
-    raise UserError(f'coco: {path} has panoptic segments; read it by the source coco_panoptic')
-  if not images:
-    raise UserError(f'coco: {path} has no images')
-  unique([image['id'] for image in images], path, 'images')
-  unique([found['id'] for found in annotations if 'id' in found], path, 'annotations')
+def _write(path: str, folder: pathlib.Path, masks: bool, crowds: bool) -> None:
+  images, annotations, listed = read_lists(path, 'coco', {'image_id': int, 'category_id': int})
+  annotation_json.by_id([found for found in annotations if 'id' in found], 'id', f'coco: {path}: annotations')
   places = {image['id']: number for number, image in enumerate(images)}
-  categories = Categories.of(path, whole['categories'], {found['category_id'] for found in annotations})
+  categories = Categories.of(path, listed, {found['category_id'] for found in annotations})
   sizes = np.array([(image['height'], image['width']) for image in images], np.int32)
 
   boxes = np.array([_box(found) for found in annotations], np.float64).reshape(-1, 4)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from typing_extensions import override
 
 from fmcv_jax.data import storage
+from fmcv_jax.data.sources import annotation_json
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.data.sources.detection import coco_index, flat_files
@@ -67,7 +69,7 @@ class CocoPanoptic(Source):
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
     about = json.loads(self._index.about[index])
-    folder = self.segments or self.annotations.removesuffix('.json')
+    folder = os.path.expanduser(self.segments or self.annotations.removesuffix('.json'))
     with storage.open_file(storage.join(folder, about['png'])) as file:
       ids = np.asarray(Image.open(io.BytesIO(file.read())).convert('RGB')).astype(np.int64) @ (1, 256, 65536)
     listed = {number: row for row, (number, *_) in enumerate(about['segments'])}
@@ -89,7 +91,7 @@ class CocoPanoptic(Source):
       },
       masks,
     )
-    with storage.open_file(storage.join(self.images, about['path'])) as file:
+    with storage.open_file(storage.join(os.path.expanduser(self.images), about['path'])) as file:
       example = make_example(file.read(), about['path'], objects, ids.shape[:2])
     return example | {'segments': class_map(example['masks'], classes), 'image_id': np.int64(about['id'])}
 
@@ -146,28 +148,24 @@ class _Index:
 
 
 def _write(path: str, folder: pathlib.Path) -> None:
-  whole = coco_index.read_json(path, 'coco_panoptic')
-  for annotation in whole['annotations'][:1]:
-    if 'segments_info' not in annotation:
-      raise UserError(f'coco_panoptic: {path} has no segments_info; read objects by the source coco')
-  coco_index.unique([image['id'] for image in whole['images']], path, 'images')
-  coco_index.unique([annotation['image_id'] for annotation in whole['annotations']], path, 'annotations')
-  used = {segment['category_id'] for annotation in whole['annotations'] for segment in annotation['segments_info']}
-  categories = coco_index.Categories.of(path, whole['categories'], used)
+  images, annotations, listed = coco_index.read_lists(path, 'coco_panoptic', {'image_id': int, 'segments_info': list})
+  annotation_json.by_id(annotations, 'image_id', f'coco_panoptic: {path}: annotations')
+  used = {segment['category_id'] for annotation in annotations for segment in annotation['segments_info']}
+  categories = coco_index.Categories.of(path, listed, used)
   if len(categories.names) > VOID:
     raise UserError(f'coco_panoptic: {path} has {len(categories.names)} classes; maps of classes have at most {VOID}')
-  things = {category['id']: bool(category.get('isthing', 1)) for category in whole['categories']}
-  images = {image['id']: image for image in whole['images']}
+  things = {category['id']: bool(category.get('isthing', 1)) for category in listed}
+  of_id = {image['id']: image for image in images}
   counts, about = np.zeros(len(categories.names), np.int64), []
-  for annotation in whole['annotations']:
-    if annotation['image_id'] not in images:
+  for annotation in annotations:
+    if annotation['image_id'] not in of_id:
       raise UserError(f'coco_panoptic: {path}: segments of image {annotation["image_id"]}, which is not in images')
-    image = images[annotation['image_id']]
+    image = of_id[annotation['image_id']]
     segments = [
       (info['id'], categories.numbers[info['category_id']], int(info.get('iscrowd', 0)))
       for info in annotation['segments_info']
     ]
-    coco_index.unique([number for number, *_ in segments], path, f'the segments of image {image["id"]}')
+    annotation_json.by_id(annotation['segments_info'], 'id', f'coco_panoptic: {path}: image {image["id"]}')
     counts[list({number for _, number, _ in segments})] += 1
     own = {'id': image['id'], 'path': coco_index.path_of(image, path), 'png': annotation['file_name']}
     about.append(json.dumps(own | {'segments': segments}))
@@ -176,7 +174,7 @@ def _write(path: str, folder: pathlib.Path) -> None:
   whole_file = {
     'names': categories.names,
     'things': [by_class[number] for number in range(len(categories.names))],
-    'count': sum(len(annotation['segments_info']) for annotation in whole['annotations']),
+    'count': sum(len(annotation['segments_info']) for annotation in annotations),
     'class_counts': counts.tolist(),
   }
   (folder / 'about.json').write_text(json.dumps(whole_file))

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import io
+import os
 import xml.etree.ElementTree
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ class Voc(Source):
     )
 
   def _read(self, folder: str, file: str) -> bytes:
-    with storage.open_file(storage.join(storage.join(self.path, folder), file)) as opened:
+    with storage.open_file(storage.join(storage.join(os.path.expanduser(self.path), folder), file)) as opened:
       return opened.read()
 
   def _segments(self, name: str) -> np.ndarray:
@@ -115,7 +116,7 @@ class Voc(Source):
   @functools.cached_property
   def _index(self) -> '_Index':
     kind = 'Segmentation' if self.segments else 'Main'
-    folder = storage.join(self.path, f'ImageSets/{kind}')
+    folder = storage.join(os.path.expanduser(self.path), f'ImageSets/{kind}')
     lists = [name for name in self._files(f'ImageSets/{kind}') if name.endswith('.txt')]
     if f'{self.split}.txt' not in lists:
       splits = [name.removesuffix('.txt') for name in lists if '_' not in name]  # cat_train.txt: of one class
@@ -136,7 +137,7 @@ class Voc(Source):
     return _Index(images, ('background', *classes) if self.segments else classes, tuple(left))
 
   def _files(self, folder: str) -> list[str]:
-    whole = storage.join(self.path, folder)
+    whole = storage.join(os.path.expanduser(self.path), folder)
     found = storage.files_below(whole, deep=False)
     if found is None:
       raise UserError(f'voc: no folder {whole!r}; set path to a folder such as VOCdevkit/VOC2012')

@@ -118,7 +118,8 @@ class Yolo(Source):
 
   @functools.cached_property
   def _index(self) -> '_Index':
-    about = _about(self.data)
+    data = os.path.expanduser(self.data)
+    about = _about(data)
     names = about.get('names')
     if isinstance(names, dict):
       if sorted(names) != list(range(len(names))):
@@ -133,7 +134,7 @@ class Yolo(Source):
     splits = [key for key in ('train', 'val', 'test') if about.get(key)]
     if self.split not in splits:
       raise UserError(f'yolo: split: {self.data} has no {self.split!r}; {did_you_mean(self.split, splits)}')
-    folder = os.path.dirname(self.data)
+    folder = os.path.dirname(data)
     root = storage.join(folder, str(about.get('path') or ''))
     given = about[self.split]
     images = [image for path in ([given] if isinstance(given, str) else given) for image in _images(root, folder, path)]
