@@ -10,7 +10,6 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -18,14 +17,14 @@ from typing_extensions import override
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources import annotation_json
 from fmcv_jax.data.sources.account import Account, LeftOut
-from fmcv_jax.data.sources.base import BadRecord, Example, Source
+from fmcv_jax.data.sources.base import Example
 from fmcv_jax.data.sources.detection import coco_index, polygons
-from fmcv_jax.data.sources.detection.objects import OBJECT_FIELDS, Objects, make_example
+from fmcv_jax.data.sources.detection.objects import OBJECT_FIELDS, Objects, ObjectSource, make_example
 from fmcv_jax.fields import Field
 
 
 @dataclasses.dataclass(frozen=True)
-class Coco(Source):
+class Coco(ObjectSource):
   """Images with boxes, classes and, if `masks`, the pixels of each object.
 
   annotations  the JSON file, or its URL
@@ -68,8 +67,7 @@ class Coco(Source):
     return len(self._records)
 
   def __getitem__(self, index: int) -> Example:
-    if not 0 <= index < len(self):
-      raise IndexError(f'{index} of {len(self)}')
+    self._check(index)
     found, image = self._index, int(self._records[index])
     path, (height, width) = found.paths[image], found.sizes[image].tolist()
     rows = found.rows(image)
@@ -89,10 +87,6 @@ class Coco(Source):
   @override
   def key_of(self, index: int) -> str:
     return self._index.paths[int(self._records[index])]
-
-  @override
-  def texts_of(self, index: int) -> tuple[str, ...]:
-    raise BadRecord('has objects, but no text')
 
   @override
   def account(self) -> Account:
@@ -123,6 +117,3 @@ class Coco(Source):
     found = coco_index.open_index(self.annotations, self.masks, self.crowds)
     annotation_json.check_folder(self.images, found.paths[0], 'coco')
     return found
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

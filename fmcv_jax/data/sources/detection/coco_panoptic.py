@@ -9,8 +9,6 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,18 +17,17 @@ from typing_extensions import override
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources import annotation_json
 from fmcv_jax.data.sources.account import Account
-from fmcv_jax.data.sources.base import BadRecord, Example, Source
+from fmcv_jax.data.sources.base import BadRecord, Example
 from fmcv_jax.data.sources.detection import coco_index, flat_files
-from fmcv_jax.data.sources.detection.objects import OBJECT_FIELDS, Objects, make_example
+from fmcv_jax.data.sources.detection.objects import Objects, ObjectSource, make_example
 from fmcv_jax.errors import UserError
-from fmcv_jax.fields import Field
 
 _FORMAT = 1
 VOID = 255  # of `segments`
 
 
 @dataclasses.dataclass(frozen=True)
-class CocoPanoptic(Source):
+class CocoPanoptic(ObjectSource):
   """Images whose pixels all belong to a segment: an object of a class of things, or all there is of a class of stuff.
 
   annotations  the JSON file, or its URL
@@ -53,11 +50,6 @@ class CocoPanoptic(Source):
     return self._index.names
 
   @property
-  @override
-  def fields(self) -> Mapping[str, Field]:
-    return OBJECT_FIELDS
-
-  @property
   def things(self) -> tuple[bool, ...]:
     """For each class, whether it is one of things."""
     return self._index.things
@@ -66,8 +58,7 @@ class CocoPanoptic(Source):
     return len(self._index.about)
 
   def __getitem__(self, index: int) -> Example:
-    if not 0 <= index < len(self):
-      raise IndexError(f'{index} of {len(self)}')
+    self._check(index)
     about = json.loads(self._index.about[index])
     folder = os.path.expanduser(self.segments or self.annotations.removesuffix('.json'))
     with storage.open_file(storage.join(folder, about['png'])) as file:
@@ -100,10 +91,6 @@ class CocoPanoptic(Source):
     return json.loads(self._index.about[index])['path']
 
   @override
-  def texts_of(self, index: int) -> tuple[str, ...]:
-    raise BadRecord('has segments, but no text')
-
-  @override
   def account(self) -> Account:
     found = self._index
     return Account(
@@ -118,9 +105,6 @@ class CocoPanoptic(Source):
     (file,) = storage.find(self.annotations, '.json', 'coco_panoptic')
     key = f'{_FORMAT} {file.path} {file.size} {file.stamp}'
     return _Index(flat_files.cached('coco_panoptic', key, lambda to: _write(file.path, to)))
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -3,13 +3,14 @@
 import dataclasses
 import io
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from fmcv_jax.data.images.decode import FORMATS
-from fmcv_jax.data.sources.base import BadRecord, Example
+from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.fields import Field
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -22,6 +23,27 @@ NEGATIVE, NOT_FINITE = 'boxes with a negative width or height', 'boxes that are 
 OBJECT_FIELDS: Mapping[str, Field] = {
   name: Field('array', group='objects') for name in ('crowd', 'difficult', 'area', 'thing')
 }
+
+
+class ObjectSource(Source):
+  """A source of images with objects and without texts; what it has opened does not travel to other processes."""
+
+  @property
+  @override
+  def fields(self) -> Mapping[str, Field]:
+    return OBJECT_FIELDS
+
+  def _check(self, index: int) -> None:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{index} of {len(self)}')
+
+  @override
+  def texts_of(self, index: int) -> tuple[str, ...]:
+    raise BadRecord('has objects, but no text')
+
+  def __getstate__(self) -> dict[str, Any]:
+    own: Any = self
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(own)}
 
 
 @dataclasses.dataclass

@@ -10,8 +10,7 @@ import functools
 import io
 import os
 import xml.etree.ElementTree
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,10 +18,9 @@ from typing_extensions import override
 
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources.account import Account, left_out
-from fmcv_jax.data.sources.base import BadRecord, Example, Source
-from fmcv_jax.data.sources.detection.objects import OBJECT_FIELDS, Objects, clipped, make_example
+from fmcv_jax.data.sources.base import BadRecord, Example
+from fmcv_jax.data.sources.detection.objects import Objects, ObjectSource, clipped, make_example
 from fmcv_jax.errors import UserError, did_you_mean
-from fmcv_jax.fields import Field
 
 # The classes of the challenge by label, which a split need not have all of.
 CLASSES = (
@@ -32,7 +30,7 @@ CLASSES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Voc(Source):
+class Voc(ObjectSource):
   """Images with boxes and classes, or with `segments` the class of each pixel too.
 
   path       folder such as VOCdevkit/VOC2012, or its URL
@@ -55,17 +53,11 @@ class Voc(Source):
   def names(self) -> tuple[str, ...]:
     return self._index.names
 
-  @property
-  @override
-  def fields(self) -> Mapping[str, Field]:
-    return OBJECT_FIELDS
-
   def __len__(self) -> int:
     return len(self._index.images)
 
   def __getitem__(self, index: int) -> Example:
-    if not 0 <= index < len(self):
-      raise IndexError(f'{index} of {len(self)}')
+    self._check(index)
     found = self._index.images[index]
     numbers = {name: number for number, name in enumerate(self.names)}
     boxes = np.array([row.box for row in found.objects], np.float64).reshape(-1, 4)
@@ -81,10 +73,6 @@ class Voc(Source):
   @override
   def key_of(self, index: int) -> str:
     return self._index.images[index].file
-
-  @override
-  def texts_of(self, index: int) -> tuple[str, ...]:
-    raise BadRecord('has objects, but no text')
 
   @override
   def account(self) -> Account:
@@ -168,9 +156,6 @@ class Voc(Source):
     left += [('objects marked as difficult', f'{name}: {row.name}') for row in hidden]
     kept = [row for row, reason in zip(rows, reasons) if not reason and row not in hidden]
     return _Image(name, file, size if all(size) else None, tuple(kept))
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 class _Object(NamedTuple):

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,16 +17,15 @@ from typing_extensions import override
 
 from fmcv_jax.data import storage
 from fmcv_jax.data.sources.account import Account, left_out
-from fmcv_jax.data.sources.base import BadRecord, Example, Source
+from fmcv_jax.data.sources.base import BadRecord, Example
 from fmcv_jax.data.sources.detection import polygons
-from fmcv_jax.data.sources.detection.objects import OBJECT_FIELDS, Objects, clipped, make_example, stored_size
+from fmcv_jax.data.sources.detection.objects import Objects, ObjectSource, clipped, make_example, stored_size
 from fmcv_jax.data.sources.folder_index import EXTENSIONS
 from fmcv_jax.errors import UserError, did_you_mean
-from fmcv_jax.fields import Field
 
 
 @dataclasses.dataclass(frozen=True)
-class Yolo(Source):
+class Yolo(ObjectSource):
   """Images with boxes, classes and, if `masks`, the pixels of each object, of whose rows all are polygons then.
 
   data   the data.yaml, with `names` and for each split a folder, a list of files, or several of them, relative to
@@ -49,17 +47,11 @@ class Yolo(Source):
   def names(self) -> tuple[str, ...]:
     return self._index.names
 
-  @property
-  @override
-  def fields(self) -> Mapping[str, Field]:
-    return OBJECT_FIELDS
-
   def __len__(self) -> int:
     return len(self._index.images)
 
   def __getitem__(self, index: int) -> Example:
-    if not 0 <= index < len(self):
-      raise IndexError(f'{index} of {len(self)}')
+    self._check(index)
     path = self._index.images[index]
     with storage.open_file(path) as file:
       image = file.read()
@@ -80,10 +72,6 @@ class Yolo(Source):
   @override
   def key_of(self, index: int) -> str:
     return self._index.images[index]
-
-  @override
-  def texts_of(self, index: int) -> tuple[str, ...]:
-    raise BadRecord('has objects, but no text')
 
   @override
   def account(self) -> Account:
@@ -145,9 +133,6 @@ class Yolo(Source):
     if not any(_labels_of(image) in labels for image in images):
       raise UserError(f'yolo: no image of {given!r} has a label file, such as {_labels_of(images[0])}')
     return _Index(tuple(sorted(images)), tuple(map(str, names)), frozenset(labels))
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 class _Row(NamedTuple):
