@@ -19,7 +19,7 @@ def is_shape(shape: Any) -> bool:
 def masks(shapes: Sequence[Any], height: int, width: int) -> np.ndarray:
   """bool [N, height, width] of N segmentations, each {'size', 'counts'} or a list of polygons [x0, y0, x1, y1, ...].
 
-  Polygons of fewer than three points are left out, as by Detectron2; pycocotools would take four numbers as a box.
+  Polygons of fewer than three points are left out, as by Detectron2; pycocotools stops where the first is one.
   Raises BadRecord for run lengths of another size.
   """
   rle = pycocotools_mask()
