@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fmcv_jax.dataset_statistics import CLIP, HALF, IMAGENET
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.pretrained.hub_file import HubFile, one_of
+from fmcv_jax.pretrained.owl import BLACK
 
 _FILTERS = one_of(dict(enumerate(('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming'))))  # Pillow's numbers
 _IGNORED = (
@@ -78,7 +79,7 @@ def transformers(file: HubFile, config: dict[str, Any]) -> None:
 
 
 def _owlv2(file: HubFile, usual: _Defaults) -> None:
-  """Gray at the right or bottom up to a square, which is then resized; its two processors differ in how they filter."""
+  """Black at the right or bottom up to a square, which is then resized."""
   for key in ('do_pad', 'do_resize'):
     if not file.get(key, True):
       raise file.refusal(key, False, 'True')
@@ -87,7 +88,7 @@ def _owlv2(file: HubFile, usual: _Defaults) -> None:
     raise file.refusal('size', size, 'a square')
   for key in ('do_convert_rgb', 'resample'):
     file.get(key)
-  spec = {'name': 'resize_pad', 'size': size['height'], 'fill': (128, 128, 128), 'interpolation': 'bilinear'}
+  spec = {'name': 'resize_pad', 'size': size['height'], 'fill': BLACK, 'interpolation': 'bilinear'}
   file.set('data.image', spec)
   _normalize(file, 'Owlv2', usual)
   file.done(_IGNORED)

@@ -9,7 +9,7 @@ from fmcv_jax.pretrained.clip import clip_image, dual_encoder, transformers_text
 from fmcv_jax.pretrained.layout import Layout, Row, Rows, Shape, linear, matrix, norm, with_prefix
 from fmcv_jax.pretrained.shape_inference import has, part
 
-GRAY = (128, 128, 128)  # of the padding of OWLv2's images, half of white
+BLACK = (0, 0, 0)  # of the padding of OWLv2's images, as in Scenic; transformers before version 5 had gray
 
 
 def _head(name: str) -> Rows:
@@ -43,7 +43,7 @@ def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   patches = math.prod(shapes['towers/image/position']) // shapes['towers/image/position'][-1] - 1
   image = {'name': 'pillow_resize', 'size': side, 'mode': 'squash'}
   if objectness:
-    image = {'name': 'resize_pad', 'size': side, 'fill': GRAY, 'interpolation': 'bilinear'}
+    image = {'name': 'resize_pad', 'size': side, 'fill': BLACK, 'interpolation': 'bilinear'}
   return {
     'objective': {
       'name': 'detection',

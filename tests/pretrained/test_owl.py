@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 
@@ -68,3 +69,20 @@ def test_owl_finds_what_transformers_finds_and_goes_back(kind, tmp_path):
   again = type(model).from_pretrained(tmp_path / 'out').eval()
   for found, theirs in zip(outputs(again, images), expected, strict=True):
     np.testing.assert_array_equal(found, theirs)
+
+
+def test_owlv2_images_are_padded_and_resized_as_by_its_processor(tmp_path):
+  reference('owlv2', tmp_path / 'theirs')
+  processor = transformers.Owlv2ImageProcessor(size={'height': 240, 'width': 240})
+  processor.save_pretrained(tmp_path / 'theirs')
+  noise = np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8)
+  image = Image.fromarray(noise).resize((900, 600), Image.Resampling.BICUBIC)
+  run = import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'))
+  ours = run.experiment.data.image(np.asarray(image), np.random.default_rng(0)).astype(float)
+  theirs = processor(images=image, return_tensors='np')['pixel_values'][0].transpose(1, 2, 0)
+  theirs = (theirs * processor.image_std + processor.image_mean) * 255
+  assert ours.shape == theirs.shape == (240, 240, 3)
+  np.testing.assert_allclose(ours[162:], theirs[162:], atol=1e-3)  # the padding
+  difference = np.abs(ours - theirs)[:158]
+  assert difference.max() < 2
+  assert difference.mean() < 0.4
