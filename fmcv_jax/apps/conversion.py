@@ -266,8 +266,9 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
     several = any(row.ours.startswith('extra/') for row in layout.rows)
     return params | (frozen if several else {})
 
+  layouts = [with_heads(layout, lambda path: _heads(objective, path)) for layout in layouts]
   fits = (layout for layout in layouts if has_places(layout, {path: x.shape for path, x in held(layout).items()}))
-  layout = with_heads(next(fits, layouts[0]), lambda path: _heads(objective, path))
+  layout = next(fits, layouts[0])
   try:
     written = write(layout, held(layout), objective.network)
   except UserError as error:
