@@ -161,8 +161,9 @@ def test_boxes_are_found_by_the_names_of_their_colors(tmp_path):
 
 @pytest.mark.slow
 def test_detection_trains_equally_on_all_meshes_and_in_microbatches():
+  # Each microbatch draws its own flips, so that there are none here.
   more = [('fsdp, microbatches', (*experiments.MESHES['fsdp'], 'train.grad_accum_steps=2'))]
-  experiments.assert_equal_losses_on_all_meshes(config(augment=({'name': 'flip'},)), more=more)
+  experiments.assert_equal_losses_on_all_meshes(config(), more=more)
 
 
 def test_what_does_not_fit_is_refused():
