@@ -154,6 +154,8 @@ class Examples:
         f'of objects that has names ({source} has {len(names)})'
       )
     classes = row['classes']
+    if (classes >= len(names)).any():
+      raise BadRecord(f'has an object of class {classes.max()}, but the source names {len(names)} classes')
     present = np.unique(classes[classes >= 0])
     if len(present) > queries.count:
       raise BadRecord(f'has objects of {len(present)} classes, more than the {queries.count} of data.queries.count')

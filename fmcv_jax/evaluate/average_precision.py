@@ -68,6 +68,8 @@ def average_precision(true: Sequence[Example], found: Any, classes: int) -> Metr
   """
   coco, evaluation = coco_modules()
   ids = [int(image.get('image_id', number)) for number, image in enumerate(true)]
+  if len(set(ids)) < len(ids):  # of several data sets, each with its own
+    ids = list(range(len(true)))
   with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
     truth = coco()
     truth.dataset = {

@@ -243,6 +243,8 @@ class Model:
     templates  sentences with a '{}' for the text, whose embeddings are averaged; default those of the training data
     """
     texts = _text_list('texts', [texts] if isinstance(texts, str) else texts)
+    if any(not text.strip() for text in texts):
+      raise UserError('texts: one of them is empty; remove it')
     examples = None if isinstance(like, (tuple, list)) and not like else _source(image_list(like)[0])
     if not texts and examples is None:
       raise UserError('texts: give at least one text to find, or an example image as `like`')

@@ -95,6 +95,8 @@ def test_what_cannot_be_found_is_said(workdir, file, capsys):
   model = fmcv_jax.load(workdir)
   with pytest.raises(UserError, match='texts: give at least one text to find'):
     model.detect(str(file))
+  with pytest.raises(UserError, match='texts: one of them is empty'):
+    model.detect(str(file), ['red', ' '])
   with pytest.raises(UserError, match='threshold: expected a number from 0 to 1, got 2'):
     model.detect(str(file), ['red'], threshold=2)
   assert main(['detect', str(file), '--model', 'demo', '--text', 'red']) == 2

@@ -86,5 +86,8 @@ def test_what_is_missing_or_does_not_fit_is_said():
     next(iter(evaluation_batches(pipeline(5), batch=4, fields=fields)))
   with pytest.raises(UserError, match=r'has objects of 4 classes, more than the 3 of data.queries.count'):
     next(iter(evaluation_batches(pipeline(3, max_bad=0.0), batch=4, fields=fields, tokenizer=WORDS)))
+  for names in (NAMES[:7], NAMES[:5]):  # the class 7 is the first or a later one without a name
+    with pytest.raises(UserError, match='has an object of class 7, but the source names'):
+      next(iter(evaluation_batches(pipeline(8, names, max_bad=0.0), batch=4, fields=fields, tokenizer=WORDS)))
   with pytest.raises(ValueError, match=r"templates: each needs one '{}'"):
     ClassQueries(5, ('photo',))

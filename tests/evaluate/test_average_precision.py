@@ -97,6 +97,15 @@ def test_the_first_object_counts_although_ids_begin_with_it():
   assert average_precision(true, found, 1)['ap'] == pytest.approx(1.0)
 
 
+def test_images_of_two_data_sets_with_the_same_id_stay_apart():
+  true, found, classes = random_set(0)
+  apart = average_precision(true, found, classes)
+  joined = [{**image, 'image_id': number % 6} for number, image in enumerate(true)]
+  same = average_precision([{**image, 'image_id': number} for number, image in enumerate(true)], found, classes)
+  assert average_precision(joined, found, classes) == same
+  assert same['ap'] == pytest.approx(apart['ap'], abs=0.02)  # equal scores are in another order
+
+
 @pytest.mark.parametrize(
   ('image', 'message'),
   [

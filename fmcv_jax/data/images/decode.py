@@ -21,7 +21,6 @@ Image.init()
 _WANTED = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 
-_ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
@@ -231,10 +230,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-  try:  # after load(): plugins that apply the orientation (TIFF, AVIF) have dropped the tag by then
-    orientation = image.getexif().get(_ORIENTATION)
-  except Exception:  # damaged metadata of a valid image
-    return image
+  orientation = jpeg.exif_orientation(image)  # after load(): plugins that apply it (TIFF, AVIF) have dropped the tag
   return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

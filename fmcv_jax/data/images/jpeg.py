@@ -80,6 +80,15 @@ def decode_rows(data: bytes, head: Header, rows: int, factor: int) -> np.ndarray
 def _orientation(data: bytes) -> int:
   """The orientation tag of EXIF or XMP, read by Pillow."""
   try:
-    return Image.open(io.BytesIO(data), formats=('JPEG',)).getexif().get(_ORIENTATION, 1)
+    return exif_orientation(Image.open(io.BytesIO(data), formats=('JPEG',)))
+  except Exception:  # a header that Pillow does not open
+    return 1
+
+
+def exif_orientation(image: Image.Image) -> int:
+  """The orientation tag of an opened image, 1 to 8; 1 (upright) without one, or with damaged metadata."""
+  try:
+    orientation = image.getexif().get(_ORIENTATION, 1)
   except Exception:  # damaged metadata of a valid image
     return 1
+  return orientation if orientation in range(1, 9) else 1

@@ -135,6 +135,9 @@ def test_voc_folders_of_other_classes_are_named_by_what_occurs(tmp_path):
   assert [str(left) for left in source.account().left_out] == [
     'boxes with a negative width or height: 1 (2007_1: mask)'
   ]
+  other = OBJECT.format('glove', 0, 1, 1, 9, 9)  # of another split
+  (tmp_path / 'Annotations' / '2007_2.xml').write_text(f'<annotation>{other}</annotation>')
+  assert Voc(path).names == ('glove', 'helmet', 'mask')
   with pytest.raises(UserError, match='segments: the numbers of other classes than the 20 of VOC'):
     Voc(path, segments=True).names  # noqa: B018
   with pytest.raises(UserError, match=r'has no val.txt; known: train'):
@@ -215,6 +218,17 @@ def test_a_yolo_row_that_cannot_be_meant_is_a_bad_record(tmp_path, row, message)
 def test_a_yolo_file_that_cannot_be_meant_is_refused(tmp_path, more, message):
   with pytest.raises(UserError, match=message):
     Yolo(yolo(tmp_path, '0 .5 .5 .1 .1', more=more)).names  # noqa: B018
+
+
+def test_yolo_files_are_found_from_their_own_folder_and_boxes_without_area_are_counted(tmp_path, monkeypatch):
+  yolo(tmp_path, '0 .5 .5 .1 .1\n1 .5 .5 0 .1', more={'path': ''})
+  monkeypatch.chdir(tmp_path)
+  source = Yolo('data.yaml')
+  np.testing.assert_array_equal(source[0]['classes'], [0])
+  assert [str(left) for left in source.account().left_out] == ['boxes without area: 1 (images/train/0.png)']
+  (tmp_path / 'labels' / 'train' / '0.txt').write_bytes(b'\xff 1 2')
+  with pytest.raises(BadRecord, match='is not UTF-8'):
+    source[0]
 
 
 def test_yolo_images_of_which_none_has_labels_are_refused(tmp_path):

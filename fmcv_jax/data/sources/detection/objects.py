@@ -10,10 +10,10 @@ from PIL import Image
 from typing_extensions import override
 
 from fmcv_jax.data.images.decode import FORMATS
+from fmcv_jax.data.images.jpeg import exif_orientation
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.fields import Field
 
-_ORIENTATION = 0x0112  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 
 OUTSIDE, NO_AREA = 'boxes outside of their image', 'boxes without area'
@@ -82,11 +82,7 @@ def stored_size(image: bytes) -> StoredSize:
     width, height = opened.size
   except Exception as error:  # Pillow's plugins raise many types on damaged files
     raise BadRecord(' '.join(f'{type(error).__name__}: {error}'.split())) from error
-  try:
-    orientation = opened.getexif().get(_ORIENTATION, 1)
-  except Exception:  # damaged metadata of a valid image
-    orientation = 1
-  return StoredSize(height, width, orientation if orientation in range(1, 9) else 1)
+  return StoredSize(height, width, exif_orientation(opened))
 
 
 def clipped(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

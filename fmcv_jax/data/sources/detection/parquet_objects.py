@@ -75,13 +75,18 @@ class ParquetObjects(Parquet):
   @override
   def account(self) -> Account:
     counts: collections.Counter[int] = collections.Counter()
+    missing = 0
     for value, count in self._labels.items():
-      counts[self._classes.number(value, self.classes)] += count
+      try:
+        counts[self._classes.number(value, self.classes)] += count
+      except BadRecord:
+        missing += count
     whole = super().account()
     return dataclasses.replace(
       whole,
       class_counts=tuple(counts[number] for number in range(len(self.names))) if self.names else None,
       label_range=(min(counts), max(counts)) if counts else None,
+      missing={**whole.missing, 'class of an object': missing} if missing else whole.missing,
     )
 
   @property

@@ -115,8 +115,11 @@ class Voc(ObjectSource):
     files = {name.rpartition('.')[0]: name for name in self._files('JPEGImages')}
     if missing := [name for name in names if name not in files]:
       raise UserError(f'voc: {len(missing)} images of {self.split}.txt are not in JPEGImages, the first {missing[0]!r}')
-    images = storage.in_threads(lambda name: self._parse(name, files[name], left), names)
-    found = {row.name for image in images for row in image.objects}
+    images = []
+    for image, own in storage.in_threads(lambda name: self._parse(name, files[name]), names):
+      images.append(image)
+      left += own
+    found = {name for of_file in storage.in_threads(self._names_in, self._files('Annotations')) for name in of_file}
     classes = CLASSES if found <= set(CLASSES) else tuple(sorted(found))
     if self.segments and classes is not CLASSES:
       raise UserError(
@@ -131,12 +134,23 @@ class Voc(ObjectSource):
       raise UserError(f'voc: no folder {whole!r}; set path to a folder such as VOCdevkit/VOC2012')
     return found
 
-  def _parse(self, name: str, file: str, left: list[tuple[str, str]]) -> '_Image':
-    where = f'Annotations/{name}.xml'
+  def _names_in(self, file: str) -> set[str]:
+    """Names of the objects of an annotation file: those of all splits, so that each numbers the classes alike."""
+    return (
+      {found.findtext('name') or '' for found in self._tree(file).findall('object')} if file.endswith('.xml') else set()
+    )
+
+  def _tree(self, file: str) -> xml.etree.ElementTree.Element:
     try:
-      root = xml.etree.ElementTree.fromstring(self._read('Annotations', f'{name}.xml'))
+      root = xml.etree.ElementTree.fromstring(self._read('Annotations', file))
     except (OSError, xml.etree.ElementTree.ParseError) as error:
-      raise UserError(f'voc: {where} cannot be read: {error}') from error
+      raise UserError(f'voc: Annotations/{file} cannot be read: {error}') from error
+    if any(not found.findtext('name') for found in root.findall('object')):
+      raise UserError(f'voc: Annotations/{file} has an object without a name')
+    return root
+
+  def _parse(self, name: str, file: str) -> tuple['_Image', list[tuple[str, str]]]:
+    where, root = f'Annotations/{name}.xml', self._tree(f'{name}.xml')
     size = (int(root.findtext('size/height') or 0), int(root.findtext('size/width') or 0))
     rows = []
     for found in root.findall('object'):
@@ -151,11 +165,11 @@ class Voc(ObjectSource):
     boxes = np.array([row.box for row in rows], np.float64).reshape(-1, 4)
     height, width = size if all(size) else (np.inf, np.inf)
     _, reasons = clipped(boxes, np.full(len(rows), height), np.full(len(rows), width))
-    left += [(reason, f'{name}: {row.name}') for row, reason in zip(rows, reasons) if reason]
+    left = [(reason, f'{name}: {row.name}') for row, reason in zip(rows, reasons) if reason]
     hidden = [row for row in rows if row.difficult and not self.difficult]
     left += [('objects marked as difficult', f'{name}: {row.name}') for row in hidden]
     kept = [row for row, reason in zip(rows, reasons) if not reason and row not in hidden]
-    return _Image(name, file, size if all(size) else None, tuple(kept))
+    return _Image(name, file, size if all(size) else None, tuple(kept)), left
 
 
 class _Object(NamedTuple):

@@ -16,6 +16,7 @@ import yaml
 from typing_extensions import override
 
 from fmcv_jax.data import storage
+from fmcv_jax.data.sources import values
 from fmcv_jax.data.sources.account import Account, left_out
 from fmcv_jax.data.sources.base import BadRecord, Example
 from fmcv_jax.data.sources.detection import polygons
@@ -84,6 +85,9 @@ class Yolo(ObjectSource):
       except BadRecord as error:
         bad.append(('label files that cannot be used', str(error)))
         continue
+      boxes = np.array([row.box for row in rows], np.float64).reshape(-1, 4)
+      _, reasons = clipped(boxes, np.ones(len(rows)), np.ones(len(rows)))
+      bad += [(reason, self.key_of(index)) for reason in reasons if reason]
       per_class.update({row.number for row in rows})
       without, count = without + (not rows), count + len(rows)
     return Account(
@@ -101,7 +105,8 @@ class Yolo(ObjectSource):
     if file not in self._index.labels:
       return []
     with storage.open_file(file) as opened:
-      lines = dict.fromkeys(line.strip() for line in opened.read().decode().splitlines())
+      text = values.decoded(opened.read(), file)
+    lines = dict.fromkeys(line.strip() for line in text.splitlines())
     return [_row(line, len(self.names), f'{file}: {line[:60]!r}') for line in lines if line]
 
   @functools.cached_property
@@ -176,8 +181,8 @@ def _images(root: str, folder: str, given: str) -> list[str]:
 
 def _labels_of(image: str) -> str:
   """The file of objects of an image: the last folder `images` becomes `labels`."""
-  before, found, after = image.rpartition('/images/')
-  stem = (f'{before}/labels/{after}' if found else image).rpartition('.')[0]
+  before, found, after = f'/{image}'.rpartition('/images/')
+  stem = (f'{before}/labels/{after}'[1:] if found else image).rpartition('.')[0]
   return f'{stem}.txt'
 
 
