@@ -7,6 +7,7 @@ import pytest
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.common.attention import ring
 from fmcv_jax.models.common.attention.dispatch import attention, choose
+from fmcv_jax.models.common.attention.masks import PrefixMask
 from fmcv_jax.models.common.attention.single_tile import fits
 from fmcv_jax.models.common.layers import Attention, BlockConfig
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
@@ -17,6 +18,7 @@ MESHES = {
   'one': MeshShape(data=1),
   'tokens': MeshShape(data=1, sequence=4),
   'all': MeshShape(data=2, sequence=2, tensor=2),
+  'heads': MeshShape(data=2, tensor=2),
 }
 
 
@@ -80,6 +82,43 @@ def test_outputs_and_gradients_equal_those_of_jax(backend, mesh, mask, causal, m
   ours = in_mesh(jax.grad(ours, argnums=(0, 1, 2), has_aux=True), mesh)(q, k, v)
   theirs = jax.jit(jax.grad(theirs, argnums=(0, 1, 2), has_aux=True))(q, k, v)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), ours, theirs)
+
+
+@pytest.mark.parametrize('backend', ['short', 'splash'])
+@pytest.mark.parametrize(('prefix', 'softcap'), [(True, None), (False, 0.5), (True, 0.5)])
+def test_kernels_of_language_models_equal_plain_attention_with_the_matrix_of_the_mask(backend, prefix, softcap):
+  q, k, v = inputs()
+  weights = jax.random.normal(jax.random.key(2), q.shape)
+  mask = PrefixMask(jnp.arange(T) < jnp.array([[3], [T]])) if prefix else None
+
+  def run(q, k, v, mask, backend):
+    y = attention(q, k, v, causal=not prefix, mask=mask, softcap=softcap, backend=backend)
+    return (y * weights).sum(), y
+
+  def gradients(mask, backend, mesh):
+    function = jax.grad(lambda *args: run(*args, mask, backend), argnums=(0, 1, 2), has_aux=True)
+    return in_mesh(function, mesh)(q, k, v)
+
+  kernel, plain = gradients(mask, backend, 'one'), gradients(mask.dense() if prefix else None, 'xla', None)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), kernel, plain)
+
+
+@pytest.mark.parametrize(('kv_heads', 'mesh'), [(1, 'one'), (2, 'one'), (1, 'heads'), (2, 'heads')])
+def test_the_kernel_reads_keys_that_heads_share_once(kv_heads, mesh):
+  keys = jax.random.split(jax.random.key(0), 4)
+  query, weights = (jax.random.normal(key, (2, 9, 4, 128)) for key in keys[:2])
+  key, value = (jax.random.normal(key, (2, 9, kv_heads, 128)) for key in keys[2:])
+
+  def run(query, key, value, backend):
+    y = attention(query, key, value, causal=True, backend=backend)
+    return (y * weights).sum(), y
+
+  def gradients(backend, mesh):
+    function = jax.grad(lambda *args: run(*args, backend), argnums=(0, 1, 2), has_aux=True)
+    return in_mesh(function, mesh)(query, key, value)
+
+  kernel, plain = gradients('short', mesh), gradients('xla', None)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6), kernel, plain)
 
 
 @pytest.mark.slow
@@ -172,7 +211,8 @@ def test_auto_chooses_by_platform_mesh_and_shapes():
 @pytest.mark.parametrize(
   ('platform', 'tokens', 'dtype', 'dim', 'backend'),
   [
-    ('tpu', 1025, 'bfloat16', 64, 'splash'),
+    ('tpu', 1281, 'bfloat16', 64, 'splash'),
+    ('tpu', 1025, 'bfloat16', 64, 'short'),
     ('tpu', 1024, 'bfloat16', 72, 'splash'),
     ('tpu', 576, 'bfloat16', 72, 'short'),
     ('tpu', 729, 'bfloat16', 72, 'xla'),
@@ -189,6 +229,18 @@ def test_auto_on_accelerators(monkeypatch, platform, tokens, dtype, dim, backend
   monkeypatch.setattr('fmcv_jax.models.common.attention.dispatch.platform', lambda: platform)
   x = jax.ShapeDtypeStruct((1, tokens, 16, dim), dtype)
   assert choose(x, x, None)[0] == backend
+
+
+@pytest.mark.parametrize(
+  ('platform', 'tokens', 'backend'),
+  [('tpu', 304, 'short'), ('tpu', 1072, 'short'), ('tpu', 4144, 'splash'), ('gpu', 304, 'xla')],
+)
+def test_auto_of_a_language_model_that_reads_images_is_a_kernel_on_tpus(monkeypatch, platform, tokens, backend):
+  monkeypatch.setattr('fmcv_jax.models.common.attention.dispatch.platform', lambda: platform)
+  query, key = (jax.ShapeDtypeStruct((1, tokens, heads, 256), 'bfloat16') for heads in (8, 1))
+  mask = PrefixMask(jnp.ones((1, tokens), bool))
+  assert choose(query, key, mask, 50.0)[0] == backend
+  assert choose(query, key, mask)[0] == backend
 
 
 def test_attention_over_a_context_of_another_length():

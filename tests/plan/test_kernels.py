@@ -4,6 +4,7 @@ import pytest
 
 from fmcv_jax.augment.warp import warp
 from fmcv_jax.models.common.attention.dispatch import attention
+from fmcv_jax.models.common.attention.masks import PrefixMask
 from fmcv_jax.parallel.mesh import MeshShape, make_mesh
 from fmcv_jax.parallel.rules import Placement
 from fmcv_jax.plan import kernels, planning
@@ -54,24 +55,25 @@ def test_equal_kernels_count_as_often_as_they_run_by_the_newest_schedule_of_one(
 
 @pytest.mark.parametrize(
   ('tokens', 'dim', 'heads', 'text'),
-  [(196, 64, 12, False), (197, 128, 4, False), (256, 72, 16, False), (257, 80, 16, False), (576, 64, 16, False),
-   (1024, 64, 12, False), (77, 64, 8, True)],
+  [(196, 64, 12, None), (197, 128, 4, None), (256, 72, 16, None), (257, 80, 16, None), (576, 64, 16, None),
+   (1024, 64, 12, None), (77, 64, 8, 'causal'), (304, 256, 8, 'prefix')],
 )  # fmt: skip
 def test_the_kernel_of_few_tokens_compiles_for_a_tpu_and_its_cycles_are_counted(tokens, dim, heads, text):
   pytest.importorskip('libtpu')
   device = planning.pod('v5e:2x2')[:1]
   placement = Placement(make_mesh(MeshShape(data=1), device))
   shape = jax.ShapeDtypeStruct((2, tokens, heads, dim), jnp.bfloat16)
+  keys = jax.ShapeDtypeStruct((2, tokens, heads // 2 if text == 'prefix' else heads, dim), jnp.bfloat16)
   whole = placement.sharding(('batch', None, None, None), shape.shape, 'inputs')
+  first = jnp.arange(tokens) < 50
+  mask = {None: None, 'causal': first[None, None, None], 'prefix': PrefixMask(jnp.stack([first, first]))}[text]
+  options = dict(causal=text == 'causal', mask=mask, softcap=50.0 if text == 'prefix' else None, backend='short')
 
   def gradients(query, key, value):
-    mask = (jnp.arange(tokens) < 50)[None, None, None] if text else None
     with placement.active():
-      return jax.grad(
-        lambda *args: attention(*args, causal=text, mask=mask, backend='short').astype(jnp.float32).sum(), (0, 1, 2)
-      )(query, key, value)
+      return jax.grad(lambda *args: attention(*args, **options).astype(jnp.float32).sum(), (0, 1, 2))(query, key, value)
 
-  traced = jax.jit(gradients, in_shardings=(whole,) * 3, out_shardings=(whole,) * 3).trace(shape, shape, shape)
+  traced = jax.jit(gradients, in_shardings=(whole,) * 3, out_shardings=(whole,) * 3).trace(shape, keys, keys)
   text = traced.lower(lowering_platforms=('tpu',)).compile().as_text()
   grids = kernels.steps(traced.jaxpr.jaxpr)
   # Five products of the backward pass alone, in each of which a cycle meets eight rows with one tile of 128 x 128.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from fmcv_jax.bounds import PositiveFloat, PositiveInt
 from fmcv_jax.models.backbones.text import Embedding
 from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.attention.masks import PrefixMask
 from fmcv_jax.models.common.layers import (
   NORM_AXES,
   Activation,
@@ -48,7 +49,7 @@ class TextDecoder(nn.Module):
     tokens: jax.Array,
     *,
     positions: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | PrefixMask,
     local_mask: jax.Array | None = None,
     inputs: jax.Array | None = None,
     read: jax.Array | None = None,
@@ -58,8 +59,9 @@ class TextDecoder(nn.Module):
     """Logits float32 [B, T, vocab_size]; [B, 1, vocab_size] with `read`.
 
     positions  int32 [B or 1, N + T], of the inputs and the tokens
-    mask       bool [B or 1, 1, N + T, S], True where attention is allowed; S is N + T, or the size of the cache
-    local_mask likewise, of the blocks with a window; None: `mask` is that of all
+    mask       bool [B or 1, 1, N + T, S], True where attention is allowed, with S = N + T, or the size of the cache;
+               without a cache also a PrefixMask
+    local_mask bool likewise, of the blocks with a window; None: `mask` is that of all
     inputs     embeddings before the tokens, such as those of an image, [B, N, width]; None for none
     read       int32 [B], the one place among the N + T whose logits are computed; None for all T tokens
     place      int32 scalar: first place of the inputs and tokens in the collection 'cache'; None for no cache
@@ -79,18 +81,6 @@ class TextDecoder(nn.Module):
       x = x[:, inputs.shape[1] :]
     logits = embedding.attend(block_norm(block, 'norm')(x))
     return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
-
-
-def prefix_mask(prefix: jax.Array, valid: jax.Array) -> jax.Array:
-  """Mask of a prefix language model (Raffel et al. 2020), bool [B, 1, T, T]: full attention within the prefix, causal
-  attention after it, and no attention to tokens that are not valid.
-
-  prefix   bool [B, T], True for tokens that all others attend to
-  valid    bool [B, T], False for padding
-  """
-  places = jnp.arange(prefix.shape[1])
-  causal = places[None, :] <= places[:, None]
-  return ((prefix[:, None, :] | causal) & valid[:, None, :])[:, None]
 
 
 def text_decoder(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fmcv_jax.models.common.attention.dispatch import Backend, attention
+from fmcv_jax.models.common.attention.masks import PrefixMask
 from fmcv_jax.models.common.norms import RMSNorm, layer_norm
 from fmcv_jax.models.common.positions import rotate
 from fmcv_jax.models.common.scan import Remat, Unroll, scan_layers
@@ -175,7 +176,7 @@ class Attention(nn.Module):
     context: jax.Array | None = None,
     *,
     angles: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    mask: jax.Array | PrefixMask | None = None,
     place: jax.Array | None = None,
     cached_context: bool = False,
   ) -> jax.Array:
@@ -274,7 +275,7 @@ class Block(nn.Module):
     drop_path: jax.Array | None = None,
     is_local: jax.Array | None = None,
     angles: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    mask: jax.Array | PrefixMask | None = None,
     local_mask: jax.Array | None = None,
     place: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
@@ -284,7 +285,7 @@ class Block(nn.Module):
     """
     c = self.config
     if is_local is not None:
-      assert mask is not None and local_mask is not None, 'a stack with local blocks is given both masks'  # noqa: PT018
+      assert isinstance(mask, jax.Array) and local_mask is not None, 'a stack with local blocks is given both masks'  # noqa: PT018
       mask = jnp.where(is_local, local_mask, mask)
     # A scan body must return the dtype of its carry, so the residual stream has one dtype throughout.
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
@@ -338,7 +339,7 @@ class Stack:
     x: jax.Array,
     *,
     angles: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    mask: jax.Array | PrefixMask | None = None,
     local_mask: jax.Array | None = None,
     place: jax.Array | None = None,
     train: bool = False,

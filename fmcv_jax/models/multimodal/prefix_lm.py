@@ -10,9 +10,10 @@ from typing_extensions import override
 
 from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.errors import did_you_mean
-from fmcv_jax.models.backbones.decoder import TextDecoder, prefix_mask, text_decoder
+from fmcv_jax.models.backbones.decoder import TextDecoder, text_decoder
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.attention.masks import PrefixMask
 from fmcv_jax.models.common.layers import (
   Dtype,
   dense,
@@ -53,12 +54,15 @@ class PrefixLM(nn.Module):
   ) -> jax.Array:
     """Logits of the next tokens; prefix_length: int32 [B], at least 1."""
     inputs = self.encode(images, train=train)
-    batch, before = inputs.shape[:2]
+    before = inputs.shape[1]
     places = jnp.arange(before + tokens.shape[1])
     prefix = places < before + prefix_length[:, None]
-    mask = prefix_mask(prefix, jnp.ones((batch, len(places)), bool))
+    mask: PrefixMask | jax.Array = PrefixMask(prefix)
     near = self._near(places[None], places[None])
-    local_mask = None if near is None else mask & (near | prefix[:, None, :, None])
+    local_mask = None
+    if near is not None:
+      mask = PrefixMask(prefix).dense()
+      local_mask = mask & (near | prefix[:, None, :, None])
     positions = _positions(places)[None]
     return self.text(tokens, positions=positions, mask=mask, local_mask=local_mask, inputs=inputs, train=train)
 

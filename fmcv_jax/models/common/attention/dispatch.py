@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.models.common.attention.fused import cudnn_attention, splash_attention
+from fmcv_jax.models.common.attention.masks import PrefixMask
 from fmcv_jax.models.common.attention.ring import ring_attention
-from fmcv_jax.models.common.attention.single_tile import fits, short_attention
+from fmcv_jax.models.common.attention.single_tile import fits, shares_keys, short_attention
 from fmcv_jax.parallel.rules import mesh_axes, platform
 from fmcv_jax.shapes import AnyArray, Bool, Float
 
@@ -32,26 +33,26 @@ def attention(
   value: Float[AnyArray, 'batch keys kv_heads dim'],
   *,
   causal: bool = False,
-  mask: Bool[AnyArray, '...'] | None = None,
+  mask: Bool[AnyArray, '...'] | PrefixMask | None = None,
   scale: float | None = None,
   softcap: float | None = None,
   backend: Backend = 'auto',
 ) -> Float[jax.Array, 'batch queries heads dim']:
   """query [B, Q, H, K], key and value [B, T, H, K] -> [B, Q, H, K].
 
-  mask: bool, broadcastable to [B, H, Q, T], True where attention is allowed. Logits and softmax are float32 for any
-  input dtype. Fully masked queries return the mean of values instead of NaN.
+  mask: bool, broadcastable to [B, H, Q, T], True where attention is allowed, or a PrefixMask. Logits and softmax are
+  float32 for any input dtype. Fully masked queries return the mean of values instead of NaN.
 
   Keys and values may have fewer heads, of which each serves a group of adjacent query heads (Ainslie et al. 2023).
 
   scale     factor of the logits, default K ** -0.5
-  softcap   bounds the logits to softcap * tanh(logits / softcap), before the mask; on the 'xla' backend only
+  softcap   bounds the logits to softcap * tanh(logits / softcap), before the mask
   backend   'xla': plain einsums. 'short': a Pallas TPU kernel that keeps all logits of a head in VMEM (interpreted on
             other platforms). 'splash': tiled TPU kernel for many tokens. 'cudnn': flash attention on GPUs, for 16-bit
             inputs. 'ring': keys and values rotate over the mesh axes that split `tokens`. 'auto': selected by platform,
             mesh and shapes; the reason is logged once.
-            All but 'xla' require masks that are the same for every query, [B or 1, 1, 1, T]. Without an active
-            placement the backend is always 'xla'.
+            All but 'xla' require masks that are the same for every query, [B or 1, 1, 1, T]; 'short' and 'splash'
+            take a PrefixMask and a softcap too. Without an active placement the backend is always 'xla'.
   """
   if backend == 'auto':
     backend, reason = choose(query, key, mask, softcap)
@@ -59,31 +60,42 @@ def attention(
       _log_once(f'attention over {key.shape[1]} tokens: {backend} ({reason})')
   if platform() is None:
     backend = 'xla'
+  prefix = mask.prefix if isinstance(mask, PrefixMask) else None
   if backend == 'xla':
-    return xla_attention(query, key, value, causal=causal, mask=mask, scale=scale, softcap=softcap)
-  if softcap is not None:
-    raise ValueError(f'attention={backend!r} does not bound its logits by a softcap; use xla')
-  if mask is not None and not _of_keys(mask):
-    raise ValueError(f'attention={backend!r} takes masks of shape [B, 1, 1, T], got {mask.shape}; use xla')
-  valid = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (query.shape[0], key.shape[1]))
+    dense = mask.dense() if isinstance(mask, PrefixMask) else mask
+    return xla_attention(query, key, value, causal=causal, mask=dense, scale=scale, softcap=softcap)
+  if backend in ('cudnn', 'ring') and (softcap is not None or prefix is not None):
+    raise ValueError(f'attention={backend!r} has no softcap and no mask of a prefix; use xla')
+  valid = None
+  if mask is not None and not isinstance(mask, PrefixMask):
+    if not _of_keys(mask):
+      raise ValueError(f'attention={backend!r} takes masks of shape [B, 1, 1, T], got {mask.shape}; use xla')
+    valid = jnp.broadcast_to(mask[:, 0, 0], (query.shape[0], key.shape[1]))
   if backend != 'ring' and mesh_axes('tokens'):
     raise ValueError(f'attention={backend!r} needs all tokens on each device, but the mesh splits them; use ring')
   if scale is not None:  # the kernels multiply by K ** -0.5 themselves
     query = (query.astype(jnp.float32) * (scale * query.shape[-1] ** 0.5)).astype(query.dtype)
-  key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-  kernels = {'short': short_attention, 'splash': splash_attention, 'cudnn': cudnn_attention, 'ring': ring_attention}
-  return kernels[backend](query, key, value, valid, causal=causal)
+  if not (backend == 'short' and shares_keys(key.shape[2], key.shape[3])):
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+  if backend in ('cudnn', 'ring'):
+    function = cudnn_attention if backend == 'cudnn' else ring_attention
+    return function(query, key, value, valid, causal=causal)
+  kernel = short_attention if backend == 'short' else splash_attention
+  return kernel(query, key, value, valid, causal=causal, prefix=prefix, softcap=softcap)
 
 
 def choose(
-  query: ArrayOrShape, key: ArrayOrShape, mask: ArrayOrShape | None, softcap: float | None = None
+  query: ArrayOrShape, key: ArrayOrShape, mask: ArrayOrShape | PrefixMask | None, softcap: float | None = None
 ) -> tuple[Backend, str]:
   """Backend that 'auto' selects, and the reason, from the shapes and dtypes of the arguments and the placement."""
   tokens, dim = key.shape[1], key.shape[-1]
-  if softcap is not None:
-    return 'xla', 'its logits are bounded by a softcap'
-  if mask is not None and not _of_keys(mask):
+  if mask is not None and not isinstance(mask, PrefixMask) and not _of_keys(mask):
     return 'xla', 'its mask differs from query to query'
+  if platform() != 'tpu' or mesh_axes('tokens'):
+    if softcap is not None:
+      return 'xla', 'its logits are bounded by a softcap'
+    if isinstance(mask, PrefixMask):
+      return 'xla', 'its mask is that of a prefix'
   if mesh_axes('tokens'):
     return 'ring', 'the mesh splits the tokens'
   if platform() == 'tpu':

@@ -18,19 +18,35 @@ WIDE = 256  # of wider heads half as many, or they do not fit the vector memory
 
 
 def splash_attention(
-  query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None = None, *, causal: bool = False
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  valid: jax.Array | None = None,
+  *,
+  causal: bool = False,
+  prefix: jax.Array | None = None,
+  softcap: float | None = None,
 ) -> jax.Array:
   """query [B, Q, H, K], key and value [B, T, H, K], valid [B, T] bool (None: all) -> [B, Q, H, K].
 
+  prefix: bool [B, T], Q = T, the tokens that all attend to; attention after them is causal. The kernel knows one mask
+  for all examples, so it runs twice: over the keys of the prefix for its queries, and causally for the others.
+
+  softcap: bounds the scaled logits to softcap * tanh(logits / softcap).
+
   Tokens are padded to whole tiles. On other platforms than TPU the kernel is interpreted, which is slow.
   """
+  if prefix is not None:
+    within = splash_attention(query, key, value, prefix, softcap=softcap)
+    after = splash_attention(query, key, value, causal=True, softcap=softcap)
+    return jnp.where(prefix[:, :, None, None], within, after)
 
   def local(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None) -> jax.Array:
     queries, tokens = query.shape[1], key.shape[1]
     rows, columns = (_tiles(count, query.shape[-1]) for count in (queries, tokens))
     if valid is None and math.prod(columns) > tokens:
       valid = jnp.ones(key.shape[:2], bool)
-    kernel = _splash(query.shape[2], rows, columns, causal, platform() != 'tpu')
+    kernel = _splash(query.shape[2], rows, columns, causal, softcap, platform() != 'tpu')
     scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
     query, key, value = (
       jnp.pad(x, ((0, 0), (0, math.prod(tiles) - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -64,8 +80,8 @@ def on_devices(
   local: Callable[..., jax.Array], query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array | None
 ) -> jax.Array:
   """local(query, key, value, valid) by each device, of its own examples and heads."""
-  each = ('batch', None, 'heads' if query.shape[2] > 1 else None, None)
-  return shard_mapped(local, inputs=(each, each, each, ('batch', None)), outputs=each)(query, key, value, valid)
+  each, shared = (('batch', None, 'heads' if x.shape[2] > 1 else None, None) for x in (query, key))
+  return shard_mapped(local, inputs=(each, shared, shared, ('batch', None)), outputs=each)(query, key, value, valid)
 
 
 def _tiles(tokens: int, dim: int) -> tuple[int, int]:
@@ -80,7 +96,9 @@ def _segment_ids(query: jax.Array, key: jax.Array) -> Any:
   return splash.SegmentIds(query, key)
 
 
-def _splash(heads: int, rows: tuple[int, int], columns: tuple[int, int], causal: bool, interpret: bool) -> Any:
+def _splash(
+  heads: int, rows: tuple[int, int], columns: tuple[int, int], causal: bool, softcap: float | None, interpret: bool
+) -> Any:
   # Imported here: Pallas takes a second to load, and few runs need it.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -97,4 +115,11 @@ def _splash(heads: int, rows: tuple[int, int], columns: tuple[int, int], causal:
     block_kv_dq=kv,
   )
   heads_mask = masks.MultiHeadMask([mask] * heads)
-  return splash.make_splash_mha(heads_mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+  return splash.make_splash_mha(
+    heads_mask,
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=softcap,
+    interpret=interpret,
+  )
