@@ -56,7 +56,7 @@ class Coco(ObjectSource):
   @property
   @override
   def fields(self) -> Mapping[str, Field]:
-    classes = Field('array', group='classes of an image', pad_value=-1)
+    classes = Field('array', group='classes of an image', pad_value=-1, numbered=True)
     return {
       **OBJECT_FIELDS,
       'negatives': classes,
