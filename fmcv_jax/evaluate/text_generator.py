@@ -110,8 +110,10 @@ class TextGenerator:
     return self._tokenizer([''] * len(prompts))
 
   def answer_rows(self, answers: Sequence[str]) -> np.ndarray:
-    """Token rows of a closed list of answers, int32 [N, T]. UserError for a model without prompts, and for an answer that
-    is empty or given twice."""
+    """Token rows of a closed list of answers, int32 [N, T].
+
+    UserError for a model without prompts, and for an answer that is empty or given twice.
+    """
     _check_texts('answers', answers)
     if any(not answer.strip() for answer in answers):
       raise UserError('answers: one of them is empty; remove it')

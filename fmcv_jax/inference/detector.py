@@ -28,8 +28,7 @@ class DetectedObject(NamedTuple):
 
 
 def check_queries(labels: Sequence[str], threshold: float) -> None:
-  """Raises UserError for a text or example that is given twice (each of its objects would be found twice), an empty
-  text, and a threshold outside of 0 to 1."""
+  """Raises UserError for a text or example that is empty or given twice, and a threshold outside of 0 to 1."""
   for at, label in enumerate(labels):
     if not label.strip():
       raise UserError('texts: one of them is empty; remove it')

@@ -111,9 +111,11 @@ def test_classes_of_objects_and_pixels_are_renumbered_by_name_and_what_stands_fo
   first, second = mixture[0], mixture[1]
   assert [mixture.names[number] for number in first['classes']] == ['cat', 'dog']
   assert [mixture.names[number] for number in second['classes']] == ['bird', 'dog', 'cat']
-  assert second['segments'].tolist() == [[2, 1, 0, 255]] and second['segments'].dtype == np.uint8
-  assert second['negatives'].tolist() == [1, -1] and second['crowd'].tolist() == [0, 0, 0]
-  assert mixture.annotations_of(1)['classes'].tolist() == [2, 1, 0] and second['classes'].dtype == np.int32
+  assert second['segments'].tolist() == [[2, 1, 0, 255]]
+  assert second['negatives'].tolist() == [1, -1]
+  assert second['crowd'].tolist() == [0, 0, 0]
+  assert mixture.annotations_of(1)['classes'].tolist() == [2, 1, 0]
+  assert (second['segments'].dtype, second['classes'].dtype) == (np.uint8, np.int32)
 
 
 def test_classes_beyond_the_names_of_a_part_are_bad_records_and_missing_labels_are_never_the_last_class():
