@@ -72,7 +72,7 @@ class Mixture(Source):
     source = self.sources[part]
     if source.names == self.names:
       return example
-    changed = {}
+    changed: Example = {}
     for name, value in example.items():
       field = source.fields.get(name) or FIELDS.get(name)
       if field is None or not field.numbered:
