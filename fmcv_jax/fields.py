@@ -38,6 +38,8 @@ class Field:
   pad_to     rows after padding, for fields whose rows differ in number; None takes them from the objective
   pad_value  value of the padded rows
   fill       value of a map or of masks outside of the image
+  numbered   True if the values are classes, by their number in the source's `names`; others, such as -1 for none or
+             255 for 'ignore', stand for no class
   """
 
   kind: Kind
@@ -45,6 +47,7 @@ class Field:
   pad_to: NonNegativeInt | None = None
   pad_value: Finite = 0.0
   fill: Finite = 0.0
+  numbered: bool = False
 
   def __post_init__(self) -> None:
     if self.kind not in get_args(Kind):
@@ -67,12 +70,12 @@ class Field:
 FIELDS: Mapping[str, Field] = {
   'image': Field('image'),
   'clip': Field('clip'),
-  'label': Field('label'),
+  'label': Field('label', numbered=True),
   'tokens': Field('tokens'),
-  'segments': Field('map', fill=255),
+  'segments': Field('map', fill=255, numbered=True),
   'masks': Field('masks', group='objects'),
   'boxes': Field('boxes', group='objects'),
-  'classes': Field('array', group='objects', pad_value=-1),
+  'classes': Field('array', group='objects', pad_value=-1, numbered=True),
   'points': Field('points'),
 }
 

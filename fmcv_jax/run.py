@@ -149,6 +149,18 @@ class Run:
       )
       return ()
 
+  def resolve_step(self, step: int | None = None) -> int:
+    """The step that `restored_model` takes; UserError for one that does not exist."""
+    if (file := self.workdir / packaged.PARAMS).exists():
+      only = packaged.step_of(file)
+      if step not in (None, only):
+        raise UserError(f'{self.workdir}: has step {only} only, not {step}')
+      return only
+    checkpointer = Checkpointer(self.workdir, self.experiment.checkpoint, create=False)
+    step = checkpointer.resolve_step(step)
+    checkpointer.close()
+    return step
+
   def restored_model(self, step: int | None = None) -> tuple[EvaluatedModel, int]:
     """The trained model of this run's workdir at `step` (default: the newest), and that step."""
     subject, abstract, shardings = self.subject(), self.abstract_state, self.shardings
@@ -157,15 +169,12 @@ class Run:
       {'params': abstract.params, 'extra': abstract.extra},
       {'params': shardings.params, 'extra': shardings.extra},
     )
+    step = self.resolve_step(step)
     if (file := self.workdir / packaged.PARAMS).exists():
-      only = packaged.step_of(file)
-      if step not in (None, only):
-        raise UserError(f'{self.workdir}: has step {only} only, not {step}')
       stored = packaged.read_params(file, target)
       subject.params, subject.extra = stored['params'], stored['extra']
-      return subject, only
+      return subject, step
     checkpointer = Checkpointer(self.workdir, self.experiment.checkpoint, create=False)
-    step = checkpointer.resolve_step(step)
     subject.params, subject.extra = checkpointer.restore_params(target['params'], step, extra=target['extra'])
     checkpointer.close()
     return subject, step
@@ -231,8 +240,8 @@ def use_saved_tokenizer(config: dict[str, Any], workdir: epath.Path | None) -> d
   spec = config.get('tokenizer')
   if not spec or workdir is None:
     return config
-  words = _vocabulary(spec)
-  if words['name'] not in KEPT or not (kept := workdir / KEPT[words['name']]).exists():
+  words, name = _vocabulary(spec), tokenizer_file(spec)
+  if name is None or not (kept := workdir / name).exists():
     return config
   words = {**words, **({'corpus': None} if 'corpus' in words else {}), 'file': str(kept)}
   return {**config, 'tokenizer': words if _vocabulary(spec) is spec else {**spec, 'words': words}}
@@ -243,19 +252,21 @@ def _vocabulary(spec: dict[str, Any]) -> dict[str, Any]:
   return spec['words'] if spec['name'] == 'prompted' else spec
 
 
+def tokenizer_file(spec: dict[str, Any]) -> str | None:
+  """Name of the file in which a run keeps the vocabulary of a tokenizer; None for one that comes with the package."""
+  return KEPT.get(_vocabulary(spec)['name'])
+
+
 def keep_tokenizer(run: Run) -> None:
   """Writes the tokenizer's file to the workdir, so that the run needs neither the corpus nor another file again."""
   tokenizer, spec = run.experiment.tokenizer, run.config.get('tokenizer')
-  if spec is None or (words := _vocabulary(spec))['name'] not in KEPT:
+  if spec is None or (name := tokenizer_file(spec)) is None or (kept := run.workdir / name).exists():
     return
   tokenizer = tokenizer.words if isinstance(tokenizer, Prompted) else tokenizer
-  kept = run.workdir / KEPT[words['name']]
-  if kept.exists():
-    return
   if isinstance(tokenizer, Bpe):
     tokenizer.save(kept)
   else:
-    epath.Path(words['file']).copy(kept)
+    epath.Path(_vocabulary(spec)['file']).copy(kept)
 
 
 def keep_class_names(run: Run) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fmcv_jax import experiment, trainer
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.run import Run, load_trained_params
+from fmcv_jax.run import Run, keep_tokenizer, load_trained_params
 from fmcv_jax.train import loop
 from fmcv_jax.train.checkpoint import Checkpointer
 from fmcv_jax.train.storage import read_metrics
@@ -224,8 +224,7 @@ def untrained(config, workdir, changed=lambda params: params):
   run = Run(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'config.json').write_text(json.dumps(config))
-  if run.experiment.tokenizer:
-    run.experiment.tokenizer.save(workdir / 'tokenizer.json')
+  keep_tokenizer(run)
 
   def initial():
     state = run.init()

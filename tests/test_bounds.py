@@ -177,15 +177,19 @@ def test_names_and_patterns_without_a_match_are_refused_before_the_first_step(tm
 
 def test_a_run_resumes_with_fields_that_say_only_how_it_runs(tmp_path):
   folder = runs.image_folder(tmp_path / 'images')
-  saved = runs.classification(folder, train__grad_accum_steps=1)
+  saved = runs.classification(folder, train__grad_accum_steps=1, evaluators={}, train__steps=4)
   changed = runs.classification(
     folder,
+    evaluators={},
+    train__steps=4,
     train__grad_accum_steps=2,
     train__max_nonfinite_steps=5,
     data__timeout=60.0,
     objective__network__remat='dots',
   )
   assert trainer.first_difference(saved, changed) is None
-  other = runs.classification(folder, objective__network__eps=1e-5)
+  other = runs.classification(folder, evaluators={}, train__steps=4, objective__network__eps=1e-5)
   assert trainer.first_difference(saved, other) == ('objective.network.eps', 1e-6, 1e-5)
-  assert Run(changed).experiment.train.grad_accum_steps == 2
+  runs.stopped(saved, tmp_path / 'run', 2)
+  assert int(trainer.train(changed, tmp_path / 'run').step) == 4
+  assert Run.reopen(tmp_path / 'run').experiment.train.grad_accum_steps == 2

@@ -6,10 +6,9 @@ import jax
 from etils import epath
 
 from fmcv_jax.config import to_plain_dict
-from fmcv_jax.data.tokenizers import KEPT
 from fmcv_jax.inference.model import class_names_of
 from fmcv_jax.pretrained import packaged
-from fmcv_jax.run import CLASSES, Run
+from fmcv_jax.run import CLASSES, Run, tokenizer_file
 from fmcv_jax.train.storage import write_json
 
 # Fields of a config that name files of the machine that trained it, or matter to training alone.
@@ -28,8 +27,8 @@ def package(workdir: str | pathlib.Path, to: str | pathlib.Path, step: int | Non
   names = class_names_of(run)
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / 'config.json', config)
-  if (spec := config.get('tokenizer')) and spec['name'] in KEPT:
-    (run.workdir / KEPT[spec['name']]).copy(folder / KEPT[spec['name']], overwrite=True)
+  if (spec := config.get('tokenizer')) and (file := tokenizer_file(spec)):
+    (run.workdir / file).copy(folder / file, overwrite=True)
   if names:
     write_json(folder / CLASSES, list(names))
   arrays = jax.device_get({'params': subject.params, 'extra': subject.extra})

@@ -65,7 +65,7 @@ def run(
   source, batch = job.experiment.data.source, batch or job.experiment.train.batch_size
   if not batch:
     raise UserError('--batch: this config has no train.batch_size; set one')
-  subject = _frozen(job) if config else job.restored_model(step)[0]
+  subject, step = (_frozen(job), None) if config else job.restored_model(step)
   origin = {
     'outputs': list(names),
     **{name: job.config['data'][name] for name in ('source', 'image')},
@@ -74,7 +74,7 @@ def run(
     'images': images,
     'dtype': dtype,
   }
-  plan = PackingPlan(len(source), shards or -(-len(source) // _SHARD_RECORDS), source.names, origin)
+  plan = PackingPlan(len(source), shards or -(-len(source) // _SHARD_RECORDS), source.names, origin, source.fields)
   with contextlib.ExitStack() as stack:
     begun, total, missing = open_on_all_processes(to, plan, stack)
     plan = dataclasses.replace(plan, shards=total)

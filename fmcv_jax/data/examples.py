@@ -165,6 +165,8 @@ class Examples:
     chosen = np.concatenate([present, *drawn]).astype(np.int64)[: queries.count]
     texts = []
     for number in chosen:
+      if not names[number].strip():
+        raise UserError(f'data: class {number} has no name to look for; give it one in the data')
       template = queries.templates[rng.integers(len(queries.templates)) if self.train else 0]
       texts.append(template.replace('{}', names[number]))
     number_of = np.full(len(names) + 1, -1, np.int32)  # the last is that of padding, -1

@@ -82,6 +82,8 @@ class TextGenerator:
     withhold_images  True: every pixel is the mean color of the model's normalization, so that the text depends on the
                      prompt alone. The images are read all the same, and one that cannot be read has no text
     """
+    if not isinstance(options, DecodingOptions):
+      raise UserError(f'options: expected DecodingOptions, got {type(options).__name__}')
     count = len(data.source)
     numbers = range(count) if numbers is None else numbers
     if len(prompts) not in (1, count):
@@ -100,6 +102,7 @@ class TextGenerator:
 
   def rows(self, prompts: Sequence[str]) -> np.ndarray:
     """Token rows of prompts, int32 [N, length]. UserError for one that does not fit, or that the model cannot take."""
+    _check_texts('prompt', prompts)
     if isinstance(self._tokenizer, Prompted):
       return self._tokenizer.prompts(prompts)
     if any(prompts):
@@ -107,7 +110,15 @@ class TextGenerator:
     return self._tokenizer([''] * len(prompts))
 
   def answer_rows(self, answers: Sequence[str]) -> np.ndarray:
-    """Token rows of a closed list of answers, int32 [N, T]. UserError for a model without prompts."""
+    """Token rows of a closed list of answers, int32 [N, T].
+
+    UserError for a model without prompts, and for an answer that is empty or given twice.
+    """
+    _check_texts('answers', answers)
+    if any(not answer.strip() for answer in answers):
+      raise UserError('answers: one of them is empty; remove it')
+    if twice := [answer for answer in dict.fromkeys(answers) if list(answers).count(answer) > 1]:
+      raise UserError(f'answers: {twice[0]!r} is given twice, which would share its probability; remove one')
     if not isinstance(self._tokenizer, Prompted):
       raise UserError('answers: a closed list needs a model with the tokenizer prompted')
     return self._tokenizer.answers(answers)
@@ -150,6 +161,11 @@ class TextGenerator:
       return call(params, extra, {**batch, 'image': jnp.broadcast_to(color, image.shape)})
 
     return blind
+
+
+def _check_texts(argument: str, texts: Sequence[object]) -> None:
+  if other := [text for text in texts if not isinstance(text, str)]:
+    raise UserError(f'{argument}: expected a text, got {type(other[0]).__name__}')
 
 
 def _with_tokens(batch: Batch) -> Batch:

@@ -27,6 +27,17 @@ class DetectedObject(NamedTuple):
   box: tuple[float, float, float, float]
 
 
+def check_queries(labels: Sequence[str], threshold: float) -> None:
+  """Raises UserError for a text or example that is empty or given twice, and a threshold outside of 0 to 1."""
+  for at, label in enumerate(labels):
+    if not label.strip():
+      raise UserError('texts: one of them is empty; remove it')
+    if label in labels[:at]:
+      raise UserError(f'texts: {label!r} is given twice, and its objects would be found twice; remove one')
+  if not 0 <= threshold <= 1:
+    raise UserError(f'threshold: expected a number from 0 to 1, got {threshold}')
+
+
 class Detector:
   """The detector of an `EvaluatedModel`, over all of its devices; `batch` is the global batch size.
 
@@ -57,6 +68,8 @@ class Detector:
   ) -> Iterator[list[DetectedObject] | None]:
     """For each image the objects with at least the score `threshold`, best first; None for one that cannot be read.
 
+    Boxes are cut at the edges of the image, and those that lie in its padding are left out.
+
     queries  float32 [Q, E], `labels` their Q names
     """
     size, remaining = height_width(self._subject.image_size or (1, 1)), len(data.source)
@@ -69,7 +82,8 @@ class Detector:
         if not fields['mask'][row]:
           yield None
           continue
-        kept = found['scores'][row] >= threshold
+        inside = (boxes[row][:, 2:] > boxes[row][:, :2]).all(axis=-1)
+        kept = inside & (found['scores'][row] >= threshold)
         scores, classes = found['scores'][row][kept], found['classes'][row][kept]
         yield [
           DetectedObject(labels[number], float(score), (float(left), float(top), float(right), float(bottom)))

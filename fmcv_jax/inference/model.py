@@ -20,7 +20,7 @@ from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
-from fmcv_jax.inference.detector import Detector
+from fmcv_jax.inference.detector import Detector, check_queries
 from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
@@ -136,6 +136,8 @@ class Model:
     if not (labels := labels or self.class_names):
       raise UserError(f'{self._workdir}: this model has no classifier head; pass labels')
     self._check_reads_texts()
+    if 'embed_image' not in self.outputs:
+      raise UserError(f'{self._workdir}: this model has no embedding of a whole image to compare with labels')
     templates = _checked_templates(self.templates if templates is None else templates)
     texts = class_embeddings(self._subject, labels, templates, self._batch)
     self._warn_of_truncation('labels', [template.replace('{}', label) for label in labels for template in templates])
@@ -199,7 +201,7 @@ class Model:
     answers   closed list of answers, of which the most likely is taken
     template  prompt with a '{}' for the question, by default PaliGemma's 'answer en {}'
     """
-    questions = [question] if isinstance(question, str) else list(question)
+    questions = _text_list('question', [question] if isinstance(question, str) else question)
     if isinstance(answers, str):
       raise UserError(f'answers: {answers!r} is one text; give a list')
     if template.count('{}') != 1:
@@ -243,21 +245,18 @@ class Model:
     templates  sentences with a '{}' for the text, whose embeddings are averaged; default those of the training data
     """
     texts = _text_list('texts', [texts] if isinstance(texts, str) else texts)
-    if any(not text.strip() for text in texts):
-      raise UserError('texts: one of them is empty; remove it')
     examples = None if isinstance(like, (tuple, list)) and not like else _source(image_list(like)[0])
     if not texts and examples is None:
       raise UserError('texts: give at least one text to find, or an example image as `like`')
-    if not 0 <= threshold <= 1:
-      raise UserError(f'threshold: expected a number from 0 to 1, got {threshold}')
+    labels = [*texts, *(() if examples is None else map(examples.key_of, range(len(examples))))]
+    check_queries(labels, threshold)
     data = self._run.experiment.data
     usual = ('{}',) if data.queries is None else data.queries.templates
-    detector, queries, labels = Detector(self._subject, self._batch), [], list(texts)
+    detector, queries = Detector(self._subject, self._batch), []
     if texts:
       queries.append(detector.embed_texts(texts, _checked_templates(usual if templates is None else templates)))
     if examples is not None:
       queries.append(detector.embed_examples(image_pipeline(self._run, examples, max_bad=1.0)))
-      labels += [examples.key_of(number) for number in range(len(examples))]
     several, is_one = image_list(images)
     pipeline = image_pipeline(self._run, _source(several), max_bad=1.0)
     found = list(detector.detect(pipeline, np.concatenate(queries), labels, threshold))

@@ -1,6 +1,7 @@
 """`fmcv caption`, `fmcv ask` and the same in Python, of a small model with random weights."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -87,6 +88,25 @@ def test_captions_of_a_folder_are_those_in_python_and_a_cut_file_is_completed(mo
   assert "holds texts of the prompt 'caption en', not 'other'" in error_of(capsys)
 
 
+def test_texts_of_another_model_or_of_other_options_are_never_mixed_into_a_file(model, photos, tmp_path, capsys):
+  out, other = tmp_path / 'out.jsonl', shutil.copytree(model, tmp_path / 'other')
+  command = ('caption', photos / 'a.png', photos / 'b.png', '--to', out, '--max-tokens', 4)
+  assert run(*command[:2], *command[3:], '--model', model) == 0
+  row = json.loads(out.read_text())
+  assert (row['model'], row['step'], row['options']) == (model, 0, {'max_tokens': 4})
+  for more, message in (
+    (('--model', other), f"holds texts of the model '{model}', not '{other}'"),
+    (('--model', model, '--temperature', 1), "holds texts of the options {'max_tokens': 4}, not {'max_tokens': 4, 'te"),
+  ):
+    assert run(*command, *more) == 2
+    assert message in error_of(capsys)
+  assert json.loads(out.read_text()) == row
+  question = ('ask', photos, 'what?', '--model', model, '--to', tmp_path / 'answers.jsonl', '--answers', 'yes')
+  assert run(*question) == 0
+  assert run(*question, 'no') == 2
+  assert "holds texts of the answers ['yes'], not ['yes', 'no']" in error_of(capsys)
+
+
 def test_a_closed_list_takes_the_answer_of_the_largest_log_likelihood(model, photos):
   """Against whole rows of question and answer, read at once."""
   ours, answers, file = fmcv_jax.load(model, batch=8), ['red', 'blue things', 'a'], photos / 'a.png'
@@ -120,9 +140,9 @@ def test_a_file_that_is_not_an_image_has_its_own_line(model, photos, tmp_path, c
   assert run('caption', *files, '--model', model, '--max-tokens', 4, '--to', tmp_path / 'out.jsonl') == 0
   rows = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
   assert [sorted(row) for row in rows] == [
-    ['file', 'log_likelihood', 'prompt', 'text'],
-    ['error', 'file', 'prompt'],
-    ['file', 'log_likelihood', 'prompt', 'text'],
+    ['file', 'log_likelihood', 'model', 'options', 'prompt', 'step', 'text'],
+    ['error', 'file', 'model', 'options', 'prompt', 'step'],
+    ['file', 'log_likelihood', 'model', 'options', 'prompt', 'step', 'text'],
   ]
   assert run(*command) == 2  # nothing else to read
 
@@ -135,12 +155,28 @@ def test_a_file_that_is_not_an_image_has_its_own_line(model, photos, tmp_path, c
     (('caption', 'PHOTOS', '--max-tokens', '0'), '--max-tokens: expected at least 1, got 0'),
     (('caption', 'PHOTOS', '--prompt', 'long ' * 60), '--prompt: '),
     (('ask', 'PHOTOS', 'what?', '--template', 'no place'), "--template: needs one '{}'"),
+    (('ask', 'PHOTOS', 'what?', '--answers', 'yes', 'no', 'yes'), "answers: 'yes' is given twice"),
+    (('ask', 'PHOTOS', 'what?', '--answers', 'yes', ''), 'answers: one of them is empty'),
+    (('caption', 'PHOTOS', '--to', 'PHOTOS'), 'is a folder; give a .jsonl file'),
   ],
 )
 def test_a_mistake_is_one_line_that_names_the_argument(model, photos, capsys, arguments, message):
   given = [str(photos) if argument == 'PHOTOS' else argument for argument in arguments]
   assert run(*given, '--model', model) == 2
   assert message in error_of(capsys)
+
+
+def test_what_is_not_a_text_or_not_options_is_one_line_in_python(model, photos):
+  ours, file = fmcv_jax.load(model), photos / 'a.png'
+  for call, message in (
+    (lambda: ours.caption(file, 5), 'prompt: expected a text, got int'),
+    (lambda: ours.caption(file, options={'max_tokens': 3}), 'options: expected DecodingOptions, got dict'),
+    (lambda: ours.ask(file, 7), 'question: expected a list of texts, got int'),
+    (lambda: ours.ask(file, ['a', 7]), 'question: item 1 is int, not a text'),
+    (lambda: ours.ask(file, 'a', answers=['yes', 1]), 'answers: expected a text, got int'),
+  ):
+    with pytest.raises(UserError, match=message):
+      call()
 
 
 def test_a_model_without_a_tokenizer_or_without_texts_says_so(photos, tmp_path, capsys):

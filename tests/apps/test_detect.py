@@ -1,6 +1,7 @@
 """A small detector, trained on colored rectangles: average precision, `Model.detect`, `fmcv detect`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -91,12 +92,28 @@ def test_the_command_writes_coco_json_and_drawings(workdir, file, tmp_path, caps
   assert 'detections.json exists there' in capsys.readouterr().err
 
 
+def test_no_box_lies_in_the_padding_of_an_image(workdir, tmp_path):
+  padded = shutil.copytree(workdir, tmp_path / 'padded')
+  config = json.loads((padded / 'config.json').read_text())
+  config['data']['image'] = {'name': 'resize_pad', 'size': 32}
+  (padded / 'config.json').write_text(json.dumps(config))
+  wide = ColoredBoxes()[1]['image'].repeat(8, 1)[:16]  # 256 x 16: of the 32 rows of the network 30 are padding
+  found = fmcv_jax.load(padded).detect(wide, 'red', threshold=0.0)
+  boxes = np.array([thing.box for thing in found])
+  assert len(boxes) < 16  # patches
+  assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
 def test_what_cannot_be_found_is_said(workdir, file, capsys):
   model = fmcv_jax.load(workdir)
   with pytest.raises(UserError, match='texts: give at least one text to find'):
     model.detect(str(file))
   with pytest.raises(UserError, match='texts: one of them is empty'):
     model.detect(str(file), ['red', ' '])
+  with pytest.raises(UserError, match="texts: 'red' is given twice"):
+    model.detect(str(file), ['red', 'green', 'red'])
+  with pytest.raises(UserError, match='no embedding of a whole image to compare with labels'):
+    model.classify(str(file), ['red', 'green'])
   with pytest.raises(UserError, match='threshold: expected a number from 0 to 1, got 2'):
     model.detect(str(file), ['red'], threshold=2)
   assert main(['detect', str(file), '--model', 'demo', '--text', 'red']) == 2

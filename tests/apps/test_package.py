@@ -14,7 +14,7 @@ from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.inference.model import Model
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
-from tests.runs import classification, contrastive, image_folder, text_to_image, untrained
+from tests.runs import classification, contrastive, image_folder, language, text_to_image, untrained
 from tests.train.tiny import shaken
 
 
@@ -69,6 +69,13 @@ def test_an_exported_classifier_names_its_classes_without_the_training_data(tmp_
   found = Model(tmp_path / 'small').predict(image, count=3)
   assert {name for name, _ in found} == {'a', 'b', 'c'}
   assert dict(found) == pytest.approx(dict(expected), abs=0.01)
+
+
+def test_an_exported_language_model_has_the_words_of_its_prompted_tokenizer(images, tmp_path):
+  whole = tmp_path / 'run'
+  untrained(language(images), whole)
+  package(whole, tmp_path / 'small')
+  assert (tmp_path / 'small/tokenizer.json').read_bytes() == (whole / 'tokenizer.json').read_bytes()
 
 
 def test_a_file_that_does_not_fit_its_config_is_refused_by_name(workdir, tmp_path):

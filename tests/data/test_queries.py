@@ -91,3 +91,11 @@ def test_what_is_missing_or_does_not_fit_is_said():
       next(iter(evaluation_batches(pipeline(8, names, max_bad=0.0), batch=4, fields=fields, tokenizer=WORDS)))
   with pytest.raises(ValueError, match=r"templates: each needs one '{}'"):
     ClassQueries(5, ('photo',))
+
+
+def test_a_class_without_a_name_is_refused_and_never_taken_for_no_text():
+  names = ('a', ' ', *NAMES[2:])
+  with pytest.raises(UserError, match='class 1 has no name to look for'):
+    list(
+      evaluation_batches(pipeline(8, names), batch=4, fields=('image', 'boxes', 'classes', 'queries'), tokenizer=WORDS)
+    )

@@ -195,7 +195,7 @@ def test_pre_logits_are_left_out_with_the_head_and_said():
   assert not {'head/kernel', 'head/bias'} & set(match.tensors.shapes)
 
 
-def test_siglip_2_g_opt_is_read():
+def test_all_names_of_siglip_2_g_opt_are_known():
   shapes = {
     'params/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel': (40, 1536, 16, 96),
     'params/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out/kernel': (40, 16, 96, 1536),

@@ -75,7 +75,7 @@ class Account:
       lines.append(f'{len(empty)} of {len(counts)} classes have no record ({", ".join(empty[:EXAMPLES])}{more})')
     alike: dict[str, list[str]] = collections.defaultdict(list)
     for name in self.classes:
-      alike[unicodedata.normalize('NFKC', name).casefold()].append(name)
+      alike[' '.join(unicodedata.normalize('NFKC', name).casefold().split())].append(name)
     lines += [
       f'classes {" and ".join(map(repr, names))} are taken as different' for names in alike.values() if len(names) > 1
     ][:EXAMPLES]

@@ -77,7 +77,7 @@ class CocoCaptions(Source):
     blank = []
     for row in annotation_json.rows(content, 'annotations', {'image_id': (int, str), 'caption': str}, where):
       if row['image_id'] not in captions:
-        raise UserError(f'{where}: caption {row["caption"]!r:.60} is of image {row["image_id"]}, which is not listed')
+        raise UserError(f'{where}: caption {row["caption"]!r:.60} is of image {row["image_id"]!r}, which is not listed')
       if text := ' '.join(row['caption'].split()):
         captions[row['image_id']].append(text)
       else:

@@ -6,14 +6,16 @@ import functools
 import itertools
 from collections.abc import Mapping
 
+import numpy as np
 from typing_extensions import override
 
 from fmcv_jax.bounds import PositiveFloat
 from fmcv_jax.data.order import MixedOrder, RunOrder
+from fmcv_jax.data.sources import values
 from fmcv_jax.data.sources.account import Account, merged
-from fmcv_jax.data.sources.base import Example, Source
+from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.errors import UserError, did_you_mean
-from fmcv_jax.fields import Field
+from fmcv_jax.fields import FIELDS, Field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Mixture(Source):
   completes three epochs while the second completes one. Without weights, sources are weighted by their number of
   records and share one epoch. Evaluation reads every record of every source once.
 
-  Classes are merged by name.
+  Classes are merged by name: labels, the classes of objects and those of pixels get one numbering (`Field.numbered`).
   """
 
   sources: Mapping[str, Source]
@@ -63,15 +65,40 @@ class Mixture(Source):
     if not 0 <= index < len(self):
       raise IndexError(f'{index} of {len(self)}')
     name, row = self._locate(index)
-    return self._relabeled(name, self.sources[name][row])
+    return self._renumbered(name, self.sources[name][row])
 
-  def _relabeled(self, name: str, example: Example) -> Example:
-    """An example of a source with its label in the joint numbering."""
-    if 'label' not in example or not self.names:
+  def _renumbered(self, part: str, example: Example) -> Example:
+    """An example of a source with its classes (labels, those of objects, of pixels) in the joint numbering."""
+    source = self.sources[part]
+    if source.names == self.names:
       return example
-    if not self.sources[name].names:
-      raise UserError(f'mixture: {name!r} has labels without class names, but others have them; provide class names')
-    return {**example, 'label': self._labels[name][example['label']]}
+    changed: Example = {}
+    for name, value in example.items():
+      field = source.fields.get(name) or FIELDS.get(name)
+      if field is None or not field.numbered:
+        continue
+      if not source.names:
+        raise UserError(
+          f'mixture: {part!r} has no class names for its {name}, but others have them; provide class names'
+        )
+      if field.kind == 'label':
+        changed[name] = self._labels[part][values.Classes(source.names).number(value, name)]
+      else:
+        changed[name] = self._renumbered_array(part, name, np.asarray(value), field)
+    return {**example, **changed}
+
+  def _renumbered_array(self, part: str, name: str, numbers: np.ndarray, field: Field) -> np.ndarray:
+    """Class numbers of a source in the joint numbering; those that stand for no class stay."""
+    known = numbers >= 0
+    if field.kind == 'map':
+      known &= numbers != field.fill
+      if len(self.names) > field.fill:
+        raise UserError(f'mixture: {len(self.names)} classes, but in {name} {field.fill:g} stands for no class')
+    if known.any() and (largest := numbers[known].max()) >= len(self._labels[part]):
+      raise BadRecord(f'{name} has class {largest}, but {part!r} names {len(self._labels[part])} classes')
+    joint = numbers.copy()
+    joint[known] = np.asarray(self._labels[part])[numbers[known]]
+    return joint
 
   @override
   def key_of(self, index: int) -> str:
@@ -86,7 +113,7 @@ class Mixture(Source):
   @override
   def annotations_of(self, index: int) -> Example:
     name, row = self._locate(index)
-    return self._relabeled(name, self.sources[name].annotations_of(row))
+    return self._renumbered(name, self.sources[name].annotations_of(row))
 
   @override
   def account(self) -> Account:

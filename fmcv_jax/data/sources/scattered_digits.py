@@ -6,6 +6,7 @@ and each scene knows which of its pixels are the digit's.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from typing_extensions import override
 from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.sources.digits import NAMES, Digits
+from fmcv_jax.fields import Field
 
 INK = 64  # of 255, from which on a pixel belongs to the digit
 
@@ -49,6 +51,11 @@ class Scattered(Source):
   @override
   def names(self) -> tuple[str, ...]:
     return NAMES
+
+  @property
+  @override
+  def fields(self) -> Mapping[str, Field]:
+    return {'segments': Field('map', fill=255)}  # whose numbers are those of `segment_names`
 
   @property
   def segment_names(self) -> tuple[str, ...]:

@@ -39,8 +39,8 @@ class Vqa(Source):
 
   Texts are 'question\\nanswer', one for each of the answers, the most frequent first: with the tokenizer `prompted` and
   the caption template 'answer en {}', training draws an answer as often as people gave it. White space in questions and
-  answers becomes single blanks. A question without answers, or answers of another image, are errors; a blank answer is
-  one of `answers`, but not a text.
+  answers becomes single blanks. A blank question, one without answers, and answers of another image are errors; a blank
+  answer is one of `answers`, but not a text.
   """
 
   questions: str
@@ -120,6 +120,8 @@ class Vqa(Source):
           f'{answered}: question {number} is about image {annotation["image_id"]}, but {question["image_id"]} in '
           f'{self.questions}'
         )
+      if not question['question'].strip():
+        raise UserError(f'{asked}: question {number} is blank')
       answers = annotation_json.rows(annotation, 'answers', {'answer': str}, f'{answered}: question {number}')
       if not answers:
         raise UserError(f'{answered}: question {number} has no answers')

@@ -121,6 +121,15 @@ def test_objects_that_cannot_be_learned_are_counted_by_reason(tmp_path):
   assert len(source[2]['boxes']) == 1
 
 
+def test_boxes_that_are_cut_are_counted_and_an_area_of_null_is_that_of_the_box(tmp_path):
+  content = annotated()
+  content['annotations'].append(dict(id=100, image_id=7, category_id=1, bbox=[3, 4, 90, 5], area=None, segmentation=[]))
+  source = Coco(written(tmp_path / 'images', content), str(tmp_path / 'images'))
+  assert source.account().fields['boxes'].endswith('; 2 reach beyond their image and are cut')
+  (row,) = [row for index in range(len(source)) for row in source[index]['area'] if row == 450]
+  assert row == 90 * 5
+
+
 def change(path, value):
   def apply(content):
     *outer, last = path
@@ -141,6 +150,19 @@ def change(path, value):
     (change(['annotations', 0, 'category_id'], 3), 'annotations of category 3, which is not in categories'),
     (change(['annotations', 0, 'caption'], 'a train'), 'has captions, not objects'),
     (change(['annotations', 0, 'segments_info'], []), 'has panoptic segments'),
+    (change(['annotations', 0, 'area'], 'large'), "annotation 1: area is 'large', expected a number"),
+    (
+      lambda content: [found.update(bbox=['1', '2', '3', '4']) for found in content['annotations']],
+      'none of the .* annotations can be used: boxes that are not four finite numbers: ',
+    ),
+    (
+      lambda content: [found.update(bbox=[0.1, 0.2, 0.3, 0.4]) for found in content['annotations']],
+      'all boxes are within 0 to 1; they have to be pixels',
+    ),
+    (
+      lambda content: [found.update(bbox=[30, 20, 50, 35]) for found in content['annotations']],
+      'reach beyond their image as left, top, width, height, and all fit as left, top, right, bottom',
+    ),
     (lambda content: content.pop('categories'), "has no list 'categories'"),
     (lambda content: content.pop('annotations'), "has no list 'annotations'"),
   ],

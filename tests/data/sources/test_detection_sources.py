@@ -282,6 +282,12 @@ def test_boxes_that_fit_only_in_the_other_format_are_a_bad_record(tmp_path):
     ParquetObjects(path, box_format='xyxy')[0]
 
 
+def test_boxes_that_are_fractions_are_a_bad_record(tmp_path):
+  path = table(tmp_path / 'train.parquet', [[[0.1, 0.2, 0.5, 0.5]]], [[1]])
+  with pytest.raises(BadRecord, match='are within 0 to 1; they have to be pixels'):
+    ParquetObjects(path)[0]
+
+
 def test_tables_without_boxes_say_which_column_is_missing(tmp_path):
   path = table(tmp_path / 'train.parquet', [[[10, 5, 20, 10]]], [[1]])
   with pytest.raises(UserError, match=r"'objects' has no field 'box', set boxes; .*'bbox'"):

@@ -11,9 +11,10 @@ from fmcv_jax.config import build
 from fmcv_jax.data.loader import TrainLoader, evaluation_batches, fingerprint
 from fmcv_jax.data.order import MixedOrder, Order
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.data.sources.base import Source
+from fmcv_jax.data.sources.base import BadRecord, Source
 from fmcv_jax.data.sources.mixture import Mixture
 from fmcv_jax.errors import UserError
+from fmcv_jax.fields import Field
 from tests.data.counting import Counting
 
 
@@ -83,8 +84,60 @@ def test_classes_of_equal_names_are_one():
   mixture = Mixture({'a': Named(2, classes=('cat', 'dog')), 'b': Named(3, classes=('bird', 'dog', 'cat'))})
   assert mixture.names == ('cat', 'dog', 'bird')
   assert [mixture[index]['label'] for index in range(5)] == [0, 1, 2, 1, 0]
-  with pytest.raises(UserError, match="'b' has labels without class names"):
+  with pytest.raises(UserError, match="'b' has no class names for its label"):
     Mixture({'a': Named(2, classes=('cat', 'dog')), 'b': Named(1)})[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class WithObjects(Named):
+  """One object of each class, a map of their pixels with void (255), a class that is absent, and padding (-1)."""
+
+  @property
+  def fields(self):
+    return {'negatives': Field('array', group='absent', numbered=True), 'crowd': Field('array', group='objects')}
+
+  def __getitem__(self, index):
+    numbers = np.arange(len(self.classes), dtype=np.int32) + self.first
+    return {
+      'classes': numbers,
+      'segments': np.append(numbers, 255).astype(np.uint8)[None],
+      'negatives': np.array([1, -1], np.int32),
+      'crowd': np.zeros(len(numbers), np.int32),
+    }
+
+
+def test_classes_of_objects_and_pixels_are_renumbered_by_name_and_what_stands_for_no_class_stays():
+  mixture = Mixture({'a': WithObjects(1, classes=('cat', 'dog')), 'b': WithObjects(1, classes=('bird', 'dog', 'cat'))})
+  first, second = mixture[0], mixture[1]
+  assert [mixture.names[number] for number in first['classes']] == ['cat', 'dog']
+  assert [mixture.names[number] for number in second['classes']] == ['bird', 'dog', 'cat']
+  assert second['segments'].tolist() == [[2, 1, 0, 255]]
+  assert second['negatives'].tolist() == [1, -1]
+  assert second['crowd'].tolist() == [0, 0, 0]
+  assert mixture.annotations_of(1)['classes'].tolist() == [2, 1, 0]
+  assert (second['segments'].dtype, second['classes'].dtype) == (np.uint8, np.int32)
+
+
+def test_classes_beyond_the_names_of_a_part_are_bad_records_and_missing_labels_are_never_the_last_class():
+  parts = {'a': Named(1, classes=('cat', 'dog')), 'b': WithObjects(1, classes=('bird', 'cat'), first=1)}
+  with pytest.raises(BadRecord, match="classes has class 2, but 'b' names 2 classes"):
+    Mixture(parts)[1]
+
+  class Unlabeled(Named):
+    def __getitem__(self, index):
+      return {'label': (-1, None, 'cat')[index]}
+
+  mixture = Mixture({'a': parts['a'], 'b': Unlabeled(3, classes=('bird', 'cat'))})
+  for row, message in ((1, 'label is -1, not one of the classes 0 to 1'), (2, 'has no label')):
+    with pytest.raises(BadRecord, match=message):
+      mixture[row]
+  assert mixture[3]['label'] == 0
+
+
+def test_a_map_has_no_room_for_more_classes_than_its_void_allows():
+  many = tuple(map(str, range(255)))
+  with pytest.raises(UserError, match='256 classes, but in segments 255 stands for no class'):
+    Mixture({'a': Named(1, classes=('first',)), 'b': WithObjects(1, classes=many)})[1]
 
 
 def test_a_mixture_is_described_by_its_config_and_its_order_by_its_weights():

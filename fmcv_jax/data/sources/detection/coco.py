@@ -56,7 +56,7 @@ class Coco(ObjectSource):
   @property
   @override
   def fields(self) -> Mapping[str, Field]:
-    classes = Field('array', group='classes of an image', pad_value=-1)
+    classes = Field('array', group='classes of an image', pad_value=-1, numbered=True)
     return {
       **OBJECT_FIELDS,
       'negatives': classes,
@@ -97,9 +97,10 @@ class Coco(ObjectSource):
     left = found.left_out
     if len(self) < len(found.paths):
       left = (*left, LeftOut('images without objects', len(found.paths) - len(self)))
+    cut = f'; {found.beyond} reach beyond their image and are cut' if found.beyond else ''
     return Account(
       records=len(self),
-      fields={'boxes': f'{len(found.boxes)} annotations of {self.annotations}'},
+      fields={'boxes': f'{len(found.boxes)} annotations of {self.annotations}{cut}'},
       classes=found.names,
       class_counts=tuple(per_class[number] for number in range(len(found.names))),
       label_range=(int(found.classes.min()), int(found.classes.max())) if len(found.classes) else None,

@@ -13,10 +13,10 @@ from fmcv_jax.data.sources import annotation_json
 from fmcv_jax.data.sources.account import LeftOut, left_out
 from fmcv_jax.data.sources.detection import flat_files, polygons
 from fmcv_jax.data.sources.detection.flat_files import Strings
-from fmcv_jax.data.sources.detection.objects import clipped
+from fmcv_jax.data.sources.detection.objects import SLACK, clipped
 from fmcv_jax.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = ('ids', 'sizes', 'ends', 'boxes', 'classes', 'crowd', 'area')
 _CLASS_LISTS = {'negatives': 'neg_category_ids', 'not_exhaustive': 'not_exhaustive_category_ids'}  # of LVIS
 _CROWD, _NO_BOX, _NO_MASK = (
@@ -47,7 +47,7 @@ class CocoIndex:
   """The images of a file and their objects, grouped by image.
 
   names        categories by increasing id
-  left_out     objects that are not read, by reason
+  left_out     objects that are not read, by reason; `beyond`: the number of boxes that reach beyond their image
   paths        of the images; `shapes`: the segmentation of each object as JSON, if masks are read
   ids, sizes   int64 [images], int32 [images, 2]: height, width
   ends         int64 [images]: where the objects of each image end in the following
@@ -59,6 +59,7 @@ class CocoIndex:
     about = json.loads((folder / 'about.json').read_text())
     self.names: tuple[str, ...] = tuple(about['names'])
     self.left_out = tuple(LeftOut(reason, count, tuple(examples)) for reason, count, examples in about['left_out'])
+    self.beyond = int(about['beyond'])
     self.paths, self.shapes = Strings(folder, 'paths'), Strings(folder, 'shapes')
     arrays = {name: flat_files.load(folder, name) for name in _ARRAYS}
     self.ids, self.sizes, self.ends = arrays['ids'], arrays['sizes'], arrays['ends']
@@ -154,6 +155,7 @@ def _write(path: str, folder: pathlib.Path, masks: bool, crowds: bool) -> None:
   boxes = np.array([_box(found) for found in annotations], np.float64).reshape(-1, 4)
   of_image = np.array([places.get(found['image_id'], -1) for found in annotations], np.int64)
   crowd = np.array([bool(found.get('iscrowd', 0)) for found in annotations], bool)
+  given = boxes
   boxes, reasons = clipped(boxes, *sizes[of_image].T) if len(annotations) else (boxes, np.zeros(0, object))
   if masks:
     polygons.pycocotools_mask()
@@ -165,6 +167,10 @@ def _write(path: str, folder: pathlib.Path, masks: bool, crowds: bool) -> None:
     reasons[crowd & (reasons == '')] = _CROWD
   order = np.argsort(of_image, kind='stable')
   order = order[reasons[order] == '']
+  left = left_out((reason, f'annotation {found.get("id")}') for reason, found in zip(reasons, annotations) if reason)
+  if len(annotations) and not len(order):
+    raise UserError(f'coco: {path}: none of the {len(annotations)} annotations can be used: {_listed(left)}')
+  beyond = _beyond(path, given[order], sizes[of_image[order]])
   kept = [annotations[row] for row in order]
   counts = np.bincount(of_image[order], minlength=len(images))
   arrays = {
@@ -174,7 +180,7 @@ def _write(path: str, folder: pathlib.Path, masks: bool, crowds: bool) -> None:
     'boxes': boxes[order].astype(np.float32),
     'classes': np.array([categories.numbers[found['category_id']] for found in kept], np.int32),
     'crowd': crowd[order],
-    'area': np.array([found.get('area', np.prod(found['bbox'][2:])) for found in kept], np.float32),
+    'area': np.array([_area(found, path) for found in kept], np.float32),
   }
   for name, array in arrays.items():
     np.save(folder / f'{name}.npy', array)
@@ -182,13 +188,15 @@ def _write(path: str, folder: pathlib.Path, masks: bool, crowds: bool) -> None:
   Strings.save(folder, 'shapes', (json.dumps(found['segmentation']) for found in kept) if masks else ())
   lists = {name: key for name, key in _CLASS_LISTS.items() if all(key in image for image in images)}
   for name, key in lists.items():
+    if unknown := {number for image in images for number in image[key]} - set(categories.numbers):
+      raise UserError(f'coco: {path}: {key} has category {min(unknown)}, which is not in categories')
     numbers = [[categories.numbers[number] for number in image[key]] for image in images]
     np.save(folder / f'{name}.npy', np.array([number for row in numbers for number in row], np.int32))
     np.save(folder / f'{name}_ends.npy', np.cumsum([len(row) for row in numbers], dtype=np.int64))
-  left = left_out((reason, f'annotation {found.get("id")}') for reason, found in zip(reasons, annotations) if reason)
   about = {
     'names': categories.names,
     'class_lists': list(lists),
+    'beyond': beyond,
     'left_out': [(item.reason, item.count, item.examples) for item in left],
   }
   (folder / 'about.json').write_text(json.dumps(about))
@@ -199,5 +207,40 @@ def _box(found: Mapping[str, Any]) -> tuple[float, float, float, float]:
   box = found.get('bbox') or (np.nan,) * 4
   if len(box) != 4:
     return (np.nan,) * 4
+  if any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in box):
+    return (np.nan,) * 4
   x, y, width, height = (float(number) for number in box)
   return x, y, x + width, y + height
+
+
+def _area(found: Mapping[str, Any], path: str) -> float:
+  """The area of an annotation; that of its box where it has none."""
+  area = found.get('area')
+  if area is None:
+    return float(np.prod(found['bbox'][2:]))
+  if isinstance(area, bool) or not isinstance(area, (int, float)):
+    raise UserError(f'coco: {path}: annotation {found.get("id")}: area is {area!r:.60}, expected a number')
+  return float(area)
+
+
+def _beyond(path: str, boxes: np.ndarray, sizes: np.ndarray) -> int:
+  """The number of boxes that reach beyond their image.
+
+  boxes  float [N, 4]: left, top, right, bottom, before they are cut; sizes int [N, 2]: height, width
+
+  Raises UserError for boxes that are fractions, and where most reach beyond their image, and all fit if what should be
+  width and height is the right and the bottom: of boxes at random places three quarters would.
+  """
+  if not len(boxes):
+    return 0
+  if boxes.max() <= 1 and sizes.max() > 1:
+    raise UserError(f'coco: {path}: all boxes are within 0 to 1; they have to be pixels, not fractions of the image')
+  limits = sizes[:, ::-1] + SLACK
+  outside = (boxes[:, 2:] > limits).any(-1)
+  corners = boxes[:, 2:] - boxes[:, :2]  # what the file has in the place of width and height
+  if outside.mean() > 0.5 and ((corners > boxes[:, :2]) & (corners <= limits)).all():
+    raise UserError(
+      f'coco: {path}: {outside.sum()} boxes reach beyond their image as left, top, width, height, and all fit as left, '
+      'top, right, bottom; convert them'
+    )
+  return int(outside.sum())

@@ -14,6 +14,7 @@ from fmcv_jax.data.images.jpeg import exif_orientation
 from fmcv_jax.data.sources.base import BadRecord, Example, Source
 from fmcv_jax.fields import Field
 
+SLACK = 2.0  # pixels that rounded boxes may lie outside of their image
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 
 OUTSIDE, NO_AREA = 'boxes outside of their image', 'boxes without area'

@@ -12,12 +12,11 @@ from typing_extensions import override
 from fmcv_jax.data.sources import values
 from fmcv_jax.data.sources.account import Account
 from fmcv_jax.data.sources.base import BadRecord, Example
-from fmcv_jax.data.sources.detection.objects import OBJECT_FIELDS, Objects, clipped, make_example, stored_size
+from fmcv_jax.data.sources.detection.objects import OBJECT_FIELDS, SLACK, Objects, clipped, make_example, stored_size
 from fmcv_jax.data.sources.parquet import Parquet, whole_column
 from fmcv_jax.fields import Field
 
 BoxFormat = Literal['xywh', 'xyxy']
-_SLACK = 2.0  # pixels that rounded boxes may lie outside of their image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +61,10 @@ class ParquetObjects(Parquet):
     def fits(name: str) -> bool:
       edges = as_edges[name]
       ordered = (edges[:, 2:] >= edges[:, :2]).all()
-      return bool(ordered and (edges[:, 2:] <= np.array([width, height]) + _SLACK).all())
+      return bool(ordered and (edges[:, 2:] <= np.array([width, height]) + SLACK).all())
 
+    if len(given) and as_edges['xywh'].max() <= 1 and max(height, width) > 1:
+      raise BadRecord(f'{self.boxes} are within 0 to 1; they have to be pixels, not fractions of the image')
     other = 'xyxy' if self.box_format == 'xywh' else 'xywh'
     if not fits(self.box_format) and fits(other):
       raise BadRecord(
