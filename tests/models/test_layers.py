@@ -87,7 +87,9 @@ IMAGES, LATENT, TEXT = (np.zeros(shape, np.float32) for shape in ((1, 16, 16, 3)
   ('network', 'inputs'),
   [
     (lambda remat: tower(remat=remat, unroll=3), (np.zeros((4, 5, 16), np.float32),)),
-    (lambda remat: unet('mu', remat=remat), (LATENT, np.zeros(1), make_condition(text=TEXT))),
+    pytest.param(
+      lambda remat: unet('mu', remat=remat), (LATENT, np.zeros(1), make_condition(text=TEXT)), marks=pytest.mark.slow
+    ),
     (
       lambda remat: mmdit('mu/2', channels=4, depth=2, remat=remat),
       (LATENT, np.zeros(1), make_condition(text=TEXT, pooled_text=TEXT[:, 0])),

@@ -74,7 +74,13 @@ def test_loss_and_gradient_are_the_same_in_microbatches(params, batch):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * largest), whole[3], parts[3])
 
 
-@pytest.mark.parametrize('mesh', [MeshShape(), MeshShape(data=1, fsdp=8), MeshShape(data=4, tensor=2)])
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    MeshShape(data=2, fsdp=2, tensor=2),
+    *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (MeshShape(), MeshShape(fsdp=8), MeshShape(tensor=8))),
+  ],
+)
 def test_losses_are_those_of_one_device_on_any_mesh(mesh):
   batches = [batch_of(objective(), seed) for seed in range(2)]
   one = Trainer(objective(), devices=1).run(batches)

@@ -118,8 +118,13 @@ SEARCHES = {
 }
 
 
+BY_DEFAULT = {('paligemma', 'greedy'), ('paligemma2', 'beams'), (WINDOWED, 'greedy')}
+ALL_SEARCHES = [*((family, search) for family in FAMILIES for search in SEARCHES), (WINDOWED, 'greedy')]
+
+
 @pytest.mark.parametrize(
-  ('family', 'search'), [*((family, search) for family in FAMILIES for search in SEARCHES), (WINDOWED, 'greedy')]
+  ('family', 'search'),
+  [pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.slow) for case in ALL_SEARCHES],
 )
 def test_generated_tokens_are_those_of_the_library(models, family, search):
   """Prompts of different lengths in one batch; a frequent token is made the end, so that texts end early."""

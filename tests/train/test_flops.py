@@ -107,7 +107,8 @@ def test_a_shard_map_counts_all_its_devices():
   sharded = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
   assert matmul_flops(sharded, array(4, 5), array(5, 6)) == 2 * 4 * 5 * 6
 
-  wide = jax.sharding.AbstractMesh((4, 2), ('data', 'tensor'))
+  auto = jax.sharding.AxisType.Auto
+  wide = jax.sharding.AbstractMesh((4, 2), ('data', 'tensor'), axis_types=(auto, auto))
   in_specs, out_specs = (spec, PartitionSpec(None, 'tensor')), PartitionSpec('data', 'tensor')
   sharded = jax.shard_map(jnp.matmul, mesh=wide, in_specs=in_specs, out_specs=out_specs)
   assert matmul_flops(sharded, array(4, 5), array(5, 6)) == 2 * 4 * 5 * 6

@@ -24,7 +24,9 @@ def single_device_losses():
   return Trainer(objective, devices=1).run([batch_of(objective, seed) for seed in range(20)])
 
 
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize(
+  'mesh', [pytest.param(name, marks=() if name == 'fsdp x tensor' else pytest.mark.slow) for name in MESHES]
+)
 def test_twenty_contrastive_steps_on_eight_devices_equal_one_device(mesh, single_device_losses):
   objective = contrastive()
   losses = Trainer(objective, MESHES[mesh]).run([batch_of(objective, seed) for seed in range(20)])
