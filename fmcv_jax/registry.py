@@ -39,6 +39,7 @@ from fmcv_jax.evaluate.generation import Generation
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.linear_probe import LinearProbe
 from fmcv_jax.evaluate.object_masks import ObjectMasks
+from fmcv_jax.evaluate.panoptic import PanopticQuality
 from fmcv_jax.evaluate.question_answering import QuestionAnswering
 from fmcv_jax.evaluate.reconstruction import Reconstruction
 from fmcv_jax.evaluate.retrieval import Retrieval
@@ -51,6 +52,7 @@ from fmcv_jax.models.backbones.inception import inception
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.eomt import eomt
 from fmcv_jax.models.dense.owl import owl, owl_detector
 from fmcv_jax.models.dense.segmenter import segmenter
 from fmcv_jax.models.generative.autoencoder import autoencoder
@@ -74,6 +76,7 @@ from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.language import Language
 from fmcv_jax.objectives.mae import MaskedAutoencoding
+from fmcv_jax.objectives.mask_prediction import MaskPrediction
 from fmcv_jax.objectives.segmentation import Segmentation
 from fmcv_jax.objectives.text_encoder import TextEncoder
 from fmcv_jax.train.optim import Adafactor, AdamW, Lamb, Lion, Muon, UpdateRule
@@ -93,6 +96,7 @@ KINDS: config_lib.Kinds = {
     'encoder': PretrainedEncoder,
     'language': Language,
     'mae': MaskedAutoencoding,
+    'mask_prediction': MaskPrediction,
     'segmentation': Segmentation,
     'text_encoder': TextEncoder,
   },
@@ -110,6 +114,7 @@ KINDS: config_lib.Kinds = {
     'dit': dit,
     'dual_encoder': dual_encoder,
     'efficientnet': efficientnet,
+    'eomt': eomt,
     'inception': inception,
     'mae': mae,
     'mmdit': mmdit,
@@ -169,6 +174,7 @@ KINDS: config_lib.Kinds = {
     'linear_probe': LinearProbe,
     'mean_iou': MeanIou,
     'object_masks': ObjectMasks,
+    'panoptic_quality': PanopticQuality,
     'reconstruction': Reconstruction,
     'retrieval': Retrieval,
     'vqa': QuestionAnswering,

@@ -13,6 +13,7 @@ from fmcv_jax.pretrained import (
   coca,
   dit,
   efficientnet,
+  eomt,
   inception,
   owl,
   paligemma,
@@ -200,6 +201,7 @@ FAMILIES: dict[str, Family] = {
   'paligemma2': Family(paligemma.layouts(second=True), _prefix_lm(second=True), _PAIR),
   'owlvit': Family((('transformers', owl.layout('owlvit')),), owl.config),
   'owlv2': Family((('transformers', owl.layout('owlv2')),), owl.config),
+  'eomt': Family((('transformers', eomt.layout()),), eomt.config, ('encoder/',)),
   'efficientnet': Family(_EFFICIENTNET, _encoder(IMAGENET, 0.875, efficientnet.network)),
   'inception': Family((('torch_fidelity', inception.published()),), _inception),
   'dit': Family((('dit', dit.original()), ('diffusers', dit.diffusers())), dit.config),
@@ -229,6 +231,8 @@ def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
     return 'sd2' if variant == 'sd2' else 'sd1'
   if 'top_norm/scale' in shapes or 'stage1/first/depthwise/kernel' in shapes:
     return 'efficientnet'
+  if 'mask_head/layer1/kernel' in shapes:
+    return 'eomt'
   if 'box_head/layer1/kernel' in shapes:
     return 'owlv2' if has(shapes, 'objectness_head/') else 'owlvit'
   if 'image_projection/kernel' in shapes and 'text/tokens/embedding' in shapes:

@@ -8,6 +8,7 @@ from fmcv_jax.models.backbones.inception import inception
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.eomt import eomt
 from fmcv_jax.models.dense.owl import owl_detector
 from fmcv_jax.models.dense.segmenter import segmenter
 from fmcv_jax.models.generative.autoencoder import autoencoder
@@ -33,6 +34,7 @@ from fmcv_jax.objectives.image_condition import ImageCondition
 from fmcv_jax.objectives.language import Language
 from fmcv_jax.objectives.latent_space import LatentSpace
 from fmcv_jax.objectives.mae import MaskedAutoencoding
+from fmcv_jax.objectives.mask_prediction import MaskPrediction
 from fmcv_jax.objectives.repa import REPA
 from fmcv_jax.objectives.segmentation import Segmentation
 from fmcv_jax.objectives.text_condition import TextCondition
@@ -83,6 +85,9 @@ CASES = {
   'mae': lambda: MaskedAutoencoding(mae(small_vit(), width=16, depth=1, num_heads=2)),
   'owl_detector': lambda: Detection(
     owl_detector(dual_encoder(small_vit(num_classes=16, pool='cls'), texts(num_classes=16))), max_boxes=2, num_queries=3
+  ),
+  'eomt': lambda: MaskPrediction(
+    eomt(small_vit(registers=4, layer_scale=1.0), 3, queries=5, blocks=1, upscales=1), max_segments=2
   ),
   'segmenter': lambda: Segmentation(segmenter(small_vit(), 3)),
   'autoencoder': lambda: Autoencoding(latents(), perceptual=0.1, features=small_vit()),

@@ -24,6 +24,7 @@ from fmcv_jax.models.common.layers import (
   dense,
   layer_norm,
 )
+from fmcv_jax.models.common.late_tokens import LateTokens, run_with_late_tokens
 from fmcv_jax.models.common.outputs import Features, linear_head
 from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import resize_grid, rope_2d, sincos_2d
@@ -153,12 +154,19 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, images: jax.Array, *, keep: jax.Array | None = None, masked: jax.Array | None = None, train: bool = False
+    self,
+    images: jax.Array,
+    *,
+    keep: jax.Array | None = None,
+    masked: jax.Array | None = None,
+    late: LateTokens | None = None,
+    train: bool = False,
   ) -> Features:
     """Features of the images.
 
     keep     int32 [B, N], indices of the visible patches (FLIP, Li et al. 2023; MAE); None for all
     masked   bool [B, rows * columns], True for patches replaced by the mask token; None for none
+    late     tokens that join the last blocks, and are `queries` of the Features; not with fc_norm
     """
     block, batch = self.stack.block, images.shape[0]
     if self.drop_remainder:
@@ -205,11 +213,17 @@ class ViT(nn.Module):
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     if self.pre_norm:
       x = layer_norm(block.eps, block.dtype, 'pre_norm')(x)
-    x = self.stack(x, angles=angles, train=train)
-    if not self.fc_norm:
-      x = layer_norm(block.eps, block.dtype, 'norm')(x)
-
+    norm = (lambda tokens: tokens) if self.fc_norm else layer_norm(block.eps, block.dtype, 'norm')
     queries: jax.Array | None = None
+    if late is None or self.is_initializing():
+      encoded = norm(self.stack(x, angles=angles, train=train))
+    if late is not None:
+      params: Any = self.get_variable('params', 'blocks')
+      rng = self.make_rng('dropout') if train else None
+      encoded = norm(run_with_late_tokens(self.stack, params, x, late, norm, angles=angles, rng=rng))
+      queries, encoded = jnp.split(encoded, [len(late.tokens)], axis=1)
+    x = encoded
+
     if self.distilled:
       pooled = (x[:, 0] + x[:, 1]) / 2
     elif self.pool == 'cls':

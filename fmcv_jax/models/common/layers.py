@@ -348,12 +348,16 @@ class Stack:
 
     local_mask: mask of every second block, beginning with the first (Gemma 2); None: `mask` is that of all.
     """
-    drop, local = bool(train and self.drop_path), local_mask is not None
-    in_axes = (0 if drop else nn.broadcast, 0 if local else nn.broadcast, *(nn.broadcast,) * 4)
+    rates, local = self.drop_rates(train), local_mask is not None
+    in_axes = (nn.broadcast if rates is None else 0, 0 if local else nn.broadcast, *(nn.broadcast,) * 4)
     blocks = scan_layers(Block, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(
       self.block, train, name='blocks'
     )
-    first = 0.0 if self.drop_path_rise else self.drop_path
-    rates = jnp.linspace(first, self.drop_path, self.depth) if drop else None
     is_local = jnp.arange(self.depth) % 2 == 0 if local else None
     return blocks(x, rates, is_local, angles, mask, local_mask, place)[0]
+
+  def drop_rates(self, train: bool) -> jax.Array | None:
+    """Rates of stochastic depth by block, float32 [depth]; None where there is none."""
+    if not train or not self.drop_path:
+      return None
+    return jnp.linspace(0.0 if self.drop_path_rise else self.drop_path, self.drop_path, self.depth)

@@ -12,7 +12,8 @@ class Features(NamedTuple):
   """Outputs of a network: output [B, out] (of the head, or pooled), pooled [B, D], tokens [B, T, D].
 
   head_outputs: for a network with two heads, the outputs of the class and distillation tokens, whose mean is `output`.
-  queries: [B, N, D], outputs of an attention pooling with several queries, without the first, which is `pooled`.
+  queries: [B, N, D], outputs of an attention pooling with several queries, without the first, which is `pooled`; or the
+  tokens that joined the last blocks (see late_tokens.py).
   """
 
   output: jax.Array
