@@ -72,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--like', nargs='+', default=[], metavar='FILE', help='images that each show an example')
   sub.add_argument('--threshold', type=float, default=0.2, metavar='P', help='least score, 0 to 1 (default: 0.2)')
   sub.add_argument('--to', metavar='FOLDER', help='also write COCO JSON and drawings there')
+  sub = add(commands.segment, model=True, fields=False)
+  sub.add_argument('path', nargs='+', metavar='PATH', help='image file or folder')
+  sub.add_argument(
+    '--task', choices=['semantic', 'instance', 'panoptic'], help='what to segment (default: as in training)'
+  )
+  sub.add_argument('--threshold', type=float, metavar='P', help='least score, 0 to 1 (default: 0.8)')
+  sub.add_argument('--to', metavar='FOLDER', help='also write COCO JSON and drawings there')
   sub = add(commands.search, model=True, fields=False)
   sub.add_argument('path', nargs='+', metavar='PATH', help='image file or folder')
   query = sub.add_mutually_exclusive_group(required=True)

@@ -38,6 +38,13 @@ def detect(args: argparse.Namespace, overrides: list[str]) -> None:
   detect_app.run(args.path, args.model, args.text, like=args.like, threshold=args.threshold, step=args.step, to=args.to)
 
 
+def segment(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Segment images: classes, objects or both."""
+  from fmcv_jax.apps import segment as segment_app
+
+  segment_app.run(args.path, args.model, args.task, threshold=args.threshold, step=args.step, to=args.to)
+
+
 def search(args: argparse.Namespace, overrides: list[str]) -> None:
   """Find the images that are nearest to a text or to another image."""
   from fmcv_jax.apps import search as search_app

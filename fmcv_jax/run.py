@@ -275,7 +275,7 @@ def keep_class_names(run: Run) -> None:
   Raises UserError if the workdir has other names: labels would change their meaning during the run.
   """
   names = run.experiment.data.source.names
-  if 'label' not in run.experiment.objective.class_counts or not names:
+  if not run.experiment.objective.class_counts or not names:
     return
   kept = run.workdir / CLASSES
   if not kept.exists():

@@ -77,6 +77,21 @@ def of_class_map(classes: np.ndarray, scores: np.ndarray) -> Segments:
   return make_segments(masks, numbers, [float(scores[mask].mean()) for mask in masks], classes.shape)
 
 
+def resized_segments(classes: np.ndarray, scores: np.ndarray, geometry: Geometry) -> Segments:
+  """Segments of a class map int [rows, columns] of the whole output, and of the scores of its pixels, resampled to the
+  nearest pixel of the image."""
+  left, top, right, bottom = geometry.inside
+  _, _, place = original_pixels(classes.shape, geometry)
+  rows, columns = (
+    start + np.floor((np.arange(side.stop - side.start) + 0.5) * (end - start) / (side.stop - side.start)).astype(int)
+    for start, end, side in ((top, bottom, place[0]), (left, right, place[1]))
+  )
+  size = (geometry.height, geometry.width)
+  own, score = np.full(size, -1, np.int32), np.zeros(size, np.float32)
+  own[place], score[place] = classes[np.ix_(rows, columns)], scores[np.ix_(rows, columns)]
+  return of_class_map(own, score)
+
+
 def instance_segments(
   class_logits: np.ndarray,
   mask_logits: np.ndarray,

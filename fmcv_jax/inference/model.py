@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,8 +22,11 @@ from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, c
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.inference.detector import Detector, check_queries
 from fmcv_jax.inference.generator import ImageGenerator
+from fmcv_jax.inference.model_arguments import checked_templates, image_source, softmax, text_list
+from fmcv_jax.inference.segmenter import Segmenter
 from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
+from fmcv_jax.objectives.mask_prediction import Task
 from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import CLASSES, Run, evaluated_as
@@ -102,7 +105,7 @@ class Model:
     """Embeddings of unit length, float32 [N, E]. Texts beyond the maximum length are truncated, with a warning."""
     if isinstance(texts, str):
       return self.encode_text([texts])[0]
-    texts = _text_list('texts', texts)
+    texts = text_list('texts', texts)
     if not texts:
       raise UserError('texts: give at least one text')
     self._check_reads_texts()
@@ -126,24 +129,24 @@ class Model:
     """
     if isinstance(labels, str):
       raise UserError(f'labels: {labels!r} is one text; give a list of labels')
-    labels = _text_list('labels', labels)
+    labels = text_list('labels', labels)
     if blank := [at for at, label in enumerate(labels) if not label.strip()]:
       raise UserError(f'labels: label {blank[0]} is empty; remove it')
     if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
       raise UserError(f'labels: {twice[0]!r} is given twice, which would share its probability; remove one')
     if not labels and 'logits' in self.outputs:
-      return _softmax(self._of_images('logits', images))
+      return softmax(self._of_images('logits', images))
     if not (labels := labels or self.class_names):
       raise UserError(f'{self._workdir}: this model has no classifier head; pass labels')
     self._check_reads_texts()
     if 'embed_image' not in self.outputs:
       raise UserError(f'{self._workdir}: this model has no embedding of a whole image to compare with labels')
-    templates = _checked_templates(self.templates if templates is None else templates)
+    templates = checked_templates(self.templates if templates is None else templates)
     texts = class_embeddings(self._subject, labels, templates, self._batch)
     self._warn_of_truncation('labels', [template.replace('{}', label) for label in labels for template in templates])
     objective = self._run.experiment.objective
     log_scale = objective.full_params(self._subject.params, self._subject.extra)['temperature']
-    return _softmax(math.exp(min(float(log_scale), MAX_LOG_SCALE)) * self.encode_image(images) @ texts.T)
+    return softmax(math.exp(min(float(log_scale), MAX_LOG_SCALE)) * self.encode_image(images) @ texts.T)
 
   def predict(
     self,
@@ -201,7 +204,7 @@ class Model:
     answers   closed list of answers, of which the most likely is taken
     template  prompt with a '{}' for the question, by default PaliGemma's 'answer en {}'
     """
-    questions = _text_list('question', [question] if isinstance(question, str) else question)
+    questions = text_list('question', [question] if isinstance(question, str) else question)
     if isinstance(answers, str):
       raise UserError(f'answers: {answers!r} is one text; give a list')
     if template.count('{}') != 1:
@@ -216,7 +219,7 @@ class Model:
     answers: Sequence[str] = (),
   ) -> Any:
     several, is_one = image_list(images)
-    source = _source(several)
+    source = image_source(several)
     texts = []
     pipeline = Pipeline(source, self._subject.image, max_bad=1.0)
     for found in self._text_generator.texts(pipeline, prompts, options, answers):
@@ -244,8 +247,8 @@ class Model:
     threshold  least score, from 0 to 1
     templates  sentences with a '{}' for the text, whose embeddings are averaged; default those of the training data
     """
-    texts = _text_list('texts', [texts] if isinstance(texts, str) else texts)
-    examples = None if isinstance(like, (tuple, list)) and not like else _source(image_list(like)[0])
+    texts = text_list('texts', [texts] if isinstance(texts, str) else texts)
+    examples = None if isinstance(like, (tuple, list)) and not like else image_source(image_list(like)[0])
     if not texts and examples is None:
       raise UserError('texts: give at least one text to find, or an example image as `like`')
     labels = [*texts, *(() if examples is None else map(examples.key_of, range(len(examples))))]
@@ -254,12 +257,30 @@ class Model:
     usual = ('{}',) if data.queries is None else data.queries.templates
     detector, queries = Detector(self._subject, self._batch), []
     if texts:
-      queries.append(detector.embed_texts(texts, _checked_templates(usual if templates is None else templates)))
+      queries.append(detector.embed_texts(texts, checked_templates(usual if templates is None else templates)))
     if examples is not None:
       queries.append(detector.embed_examples(image_pipeline(self._run, examples, max_bad=1.0)))
     several, is_one = image_list(images)
-    pipeline = image_pipeline(self._run, _source(several), max_bad=1.0)
+    pipeline = image_pipeline(self._run, image_source(several), max_bad=1.0)
     found = list(detector.detect(pipeline, np.concatenate(queries), labels, threshold))
+    if self._unreadable == 'error' and None in found:
+      raise UserError(f'images: {pipeline.source.key_of(found.index(None))} cannot be read')
+    return found[0] if is_one else found
+
+  def segment(
+    self, images: ImageLike | Sequence[ImageLike], task: Task | None = None, *, threshold: float | None = None
+  ) -> Any:
+    """Segments of each image at its own size, `Segments`; one for a single image.
+
+    task       'semantic', 'instance' or 'panoptic'; default what the model was trained for
+    threshold  least score of an instance or a panoptic segment, from 0 to 1; default 0.8
+
+    UserError for a model that does not segment, and for a task that it does not have.
+    """
+    several, is_one = image_list(images)
+    pipeline = image_pipeline(self._run, image_source(several), max_bad=1.0)
+    segmenter = Segmenter(self._subject, self._run.experiment.objective, self.class_names, self._batch)
+    found = list(segmenter.segment(pipeline, task, threshold))
     if self._unreadable == 'error' and None in found:
       raise UserError(f'images: {pipeline.source.key_of(found.index(None))} cannot be read')
     return found[0] if is_one else found
@@ -283,7 +304,7 @@ class Model:
   def _of_images(self, name: str, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
     """An output of one image, or of a list of them."""
     several, is_one = image_list(images)
-    rows = self._of_source(name, _source(several))
+    rows = self._of_source(name, image_source(several))
     return rows[0] if is_one else rows
 
   def _of_source(self, name: str, source: InMemoryImages) -> np.ndarray:
@@ -314,25 +335,6 @@ class Model:
         '%s: %d of %d texts are longer than %d tokens and are truncated, the first from %r to %r',
         argument, len(cut), len(texts), tokenizer.length, first, left,
       )  # fmt: skip
-
-
-def _checked_templates(templates: str | Sequence[str]) -> Sequence[str]:
-  templates = [templates] if isinstance(templates, str) else templates
-  if not templates or (bad := [template for template in templates if template.count('{}') != 1]):
-    raise UserError(f"templates: each needs one '{{}}' for the label, got {bad[0] if templates else templates!r}")
-  return templates
-
-
-def _source(images: Sequence[ImageLike] | np.ndarray) -> InMemoryImages:
-  """Several images as a source; UserError for none, and for a file that does not exist."""
-  if len(images) == 0:
-    raise UserError('images: give at least one image')
-  for image in images:
-    if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
-      if os.path.isdir(image):
-        raise UserError(f'images: {os.fspath(image)!r} is a folder; give the files in it')
-      raise UserError(f'images: no file {os.fspath(image)!r} (relative to {os.getcwd()})')
-  return InMemoryImages(images)
 
 
 def image_pipeline(run: Run, source: Source, max_bad: float) -> Pipeline:
@@ -381,19 +383,3 @@ def _computing_in(dtype: str, workdir: str) -> tuple[str, ...]:
   if not paths and dtype != 'float32':
     raise UserError(f'dtype: the network of {workdir} computes in float32 only, got {dtype!r}')
   return tuple(f'{path}={dtype}' for path in paths)
-
-
-def _text_list(argument: str, texts: Any) -> list[str]:
-  """Texts as a list; UserError for anything that is not a text."""
-  if not isinstance(texts, Iterable):
-    raise UserError(f'{argument}: expected a list of texts, got {type(texts).__name__}')
-  listed_texts = list(texts)
-  for at, text in enumerate(listed_texts):
-    if not isinstance(text, str):
-      raise UserError(f'{argument}: item {at} is {type(text).__name__}, not a text')
-  return listed_texts
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-  shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
-  return shifted / shifted.sum(axis=-1, keepdims=True)

@@ -12,6 +12,7 @@ from fmcv_jax.bounds import Decay, Finite, NonNegativeInt, PositiveFloat, Positi
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.late_tokens import LateTokens, run_with_late_tokens
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
   NORM_AXES,
@@ -24,7 +25,6 @@ from fmcv_jax.models.common.layers import (
   dense,
   layer_norm,
 )
-from fmcv_jax.models.common.late_tokens import LateTokens, run_with_late_tokens
 from fmcv_jax.models.common.outputs import Features, linear_head
 from fmcv_jax.models.common.patches import PATCH_AXES, patchify
 from fmcv_jax.models.common.positions import resize_grid, rope_2d, sincos_2d

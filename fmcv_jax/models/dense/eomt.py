@@ -5,7 +5,7 @@ its embedding with the upscaled patches. Training masks the attention of the que
 far, with a probability that falls to 0, so that inference needs nothing but the ViT.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
