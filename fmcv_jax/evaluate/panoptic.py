@@ -29,8 +29,8 @@ class Counts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PanopticQuality(Evaluator):
-  """'pq' and its factors 'sq' (mean IoU of matched segments) and 'rq' (their F1), means over the classes that occur, and
-  the same of things, such as 'pq_things', and of stuff, such as 'pq_stuff', all from 0 to 1.
+  """'pq' and its factors 'sq' (mean IoU of matched segments) and 'rq' (their F1), means over the classes that occur;
+  and those of things, such as 'pq_things', and of stuff, such as 'pq_stuff'; all from 0 to 1.
 
   data       a source that knows which classes are things, with crowds: coco_panoptic with crowds=True
   threshold  least probability of the class of a segment

@@ -15,7 +15,7 @@ _LEAST_VISIBLE = 0.8  # fraction of a mask that no better one covers, in a panop
 _ROWS_AT_ONCE = 64
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Segments:
   """N segments of an image of H x W pixels, best first.
 
@@ -141,10 +141,10 @@ def panoptic_segments(
   threshold: float = THRESHOLD,
   stuff: Collection[int] = (),
 ) -> Segments:
-  """Segments without overlap, from queries with a class of a probability above `threshold`: a pixel belongs to the query
-  with the largest probability of its class times that of its mask, if the latter is at least 0.5.
+  """Segments without overlap, of queries whose class has a probability above `threshold`.
 
-  A segment of which less than 0.8 is left is dropped. All queries of a class in `stuff` are one segment.
+  A pixel belongs to the query with the largest probability of its class times that of its mask, if the latter is at
+  least 0.5. A segment of which less than 0.8 is left is dropped. All queries of a class in `stuff` are one segment.
   """
   probability = softmax(class_logits)
   labels, scores = probability.argmax(1), probability.max(1)

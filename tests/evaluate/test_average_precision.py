@@ -97,8 +97,11 @@ def test_figures_of_masks_are_those_of_pycocotools_on_its_own_files(seed, tmp_pa
     near = np.roll(own[draw.integers(0, 5, 20)], draw.integers(-2, 3), axis=2)
     numbers, scores = draw.integers(0, classes, 20), np.round(draw.uniform(size=20), 1)
     encoded = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in near]
-    true.append({'boxes': np.array([coco_mask.toBbox(coco_mask.encode(np.asfortranarray(m, np.uint8))) for m in own]),
-                 'classes': labels, 'crowd': crowd, 'area': own.sum((1, 2)), 'masks': own, 'image_id': image_id})  # fmt: skip
+    boxes = np.array([coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask, np.uint8))) for mask in own])
+    boxes[:, 2:] += boxes[:, :2]
+    area = own.sum((1, 2))
+    record = {'boxes': boxes, 'classes': labels, 'crowd': crowd, 'area': area, 'masks': own, 'image_id': image_id}
+    true.append(record)
     found.append(Found(np.zeros((20, 4)), numbers, scores, encoded))
     for mask, label, is_crowd in zip(own, labels, crowd, strict=True):
       rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))

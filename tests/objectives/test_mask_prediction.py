@@ -173,10 +173,9 @@ def test_the_class_map_is_the_best_sum_over_queries():
   np.testing.assert_array_equal(class_map(jax.tree.map(jnp.asarray, found), (32, 32), 8), expected)
 
 
-@pytest.fixture(scope='module')
-def panoptic(tmp_path_factory):
-  """Sixteen images of a colored square on a ground, in COCO's panoptic format: the folder."""
-  folder, draw = tmp_path_factory.mktemp('panoptic'), np.random.default_rng(0)
+def write_panoptic(folder):
+  """Sixteen images of a colored square on a ground, in COCO's panoptic format."""
+  draw = np.random.default_rng(0)
   (folder / 'images').mkdir()
   (folder / 'panoptic').mkdir()
   images, annotations = [], []
@@ -196,6 +195,12 @@ def panoptic(tmp_path_factory):
   ]
   whole = {'images': images, 'annotations': annotations, 'categories': categories}
   (folder / 'panoptic.json').write_text(json.dumps(whole))
+
+
+@pytest.fixture(scope='module')
+def panoptic(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('panoptic')
+  write_panoptic(folder)
   return folder
 
 
