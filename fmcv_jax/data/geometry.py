@@ -143,8 +143,8 @@ def original_boxes(boxes: np.ndarray, geometry: np.ndarray, size: tuple[int, int
 
 
 class OriginalPixels(NamedTuple):
-  """How maps of an output become those of the image: `rows` float32 [h, rows of the map] and `columns` float32
-  [w, columns of the map] give the h x w pixels of the image at `place` that the output shows."""
+  """Resampling of maps of an output to pixels of the image: `rows` float32 [h, rows of the map] and `columns` float32
+  [w, columns of the map] give the h x w pixels at `place`, those that the output shows."""
 
   rows: np.ndarray
   columns: np.ndarray

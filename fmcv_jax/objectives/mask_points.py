@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fmcv_jax.bounds import NonNegativeInt, PositiveFraction
+from fmcv_jax.parallel.rules import platform
 from fmcv_jax.shapes import AnyArray, Float, Shaped
 
 
@@ -55,10 +56,19 @@ def pixel_centers(rows: int, columns: int) -> Float[jax.Array, '1 1 pixels 2']:
 def bilinear(
   masks: Shaped[AnyArray, 'batch masks rows columns'], points: Float[AnyArray, 'b m points 2']
 ) -> Float[jax.Array, 'batch masks points']:
-  """Values at points [B or 1, M or 1, P, 2] between the centers of pixels; 0 outside of the mask."""
+  """Values at points [B or 1, M or 1, P, 2] between the centers of pixels; 0 outside of the mask.
+
+  On a TPU, which gathers and scatters single numbers slowly, they are products with the weights of all rows and columns,
+  in its default precision.
+  """
+  points = jnp.broadcast_to(points, (len(masks), *points.shape[1:]))
+  return (by_products if platform() == 'tpu' else by_gathers)(masks, points)
+
+
+def by_gathers(masks: AnyArray, points: AnyArray) -> jax.Array:
+  """`bilinear` from the four pixels around each point."""
   batch, count, rows, columns = masks.shape
-  places = jnp.broadcast_to(points, (batch, *points.shape[1:]))
-  x, y = places[..., 0] * columns - 0.5, places[..., 1] * rows - 0.5
+  x, y = points[..., 0] * columns - 0.5, points[..., 1] * rows - 0.5
   left, top = jnp.floor(x), jnp.floor(y)
   flat, found = masks.reshape(batch, count, -1), jnp.zeros((batch, count, points.shape[2]))
   for row, of_row in ((top, top + 1 - y), (top + 1, y - top)):
@@ -68,3 +78,23 @@ def bilinear(
       values = jnp.take_along_axis(flat, at.astype(jnp.int32), axis=2).astype(jnp.float32)
       found = found + jnp.where(inside, of_row * of_column, 0.0) * values
   return found
+
+
+def by_products(masks: AnyArray, points: AnyArray) -> jax.Array:
+  """`bilinear` as products with weights max(0, 1 - distance) of rows and columns, one mask of each image at a time."""
+  rows, columns = masks.shape[2:]
+
+  def weights(places: jax.Array, size: int) -> jax.Array:
+    return jnp.maximum(0, 1 - jnp.abs(places[..., None] * size - 0.5 - jnp.arange(size)))
+
+  @jax.checkpoint
+  def of_mask(mask: jax.Array, at: jax.Array) -> jax.Array:
+    of_rows = jnp.einsum('bpr,brc->bpc', weights(at[..., 1], rows), mask.astype(jnp.float32))
+    return jnp.sum(of_rows * weights(at[..., 0], columns), -1)
+
+  by_mask = jnp.moveaxis(masks, 1, 0)
+  if points.shape[1] == 1:
+    found = jax.lax.map(lambda mask: of_mask(mask, points[:, 0]), by_mask)
+  else:
+    found = jax.lax.map(lambda pair: of_mask(*pair), (by_mask, jnp.moveaxis(points, 1, 0)))
+  return jnp.moveaxis(found, 0, 1)

@@ -89,7 +89,7 @@ def resized(table: jax.Array, rows: int) -> jax.Array:
 
 
 def resized_patches(kernel: jax.Array, rows: int, channels: int = 3) -> jax.Array:
-  """A kernel [old * old * channels, D] of patches as [rows, D] of patches of another size (FlexiViT, Beyer et al. 2023).
+  """Resizes a kernel of patches [old * old * channels, D] to [rows, D] (FlexiViT, Beyer et al. 2023, section 3.4).
 
   For a larger patch, its products with patches that are resized bicubically are those of the old kernel. A kernel that
   is not of square patches on either side is returned unchanged.

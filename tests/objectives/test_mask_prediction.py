@@ -11,7 +11,7 @@ from PIL import Image
 
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.dense.eomt import QueryMasks, attention_mask, eomt
-from fmcv_jax.objectives.mask_points import Points, bilinear, draw_points, pixel_centers
+from fmcv_jax.objectives.mask_points import Points, bilinear, by_gathers, by_products, draw_points, pixel_centers
 from fmcv_jax.objectives.mask_prediction import MaskPrediction, class_map
 from tests.systems import experiments
 
@@ -113,6 +113,21 @@ def test_masks_are_read_between_pixels_as_by_grid_sample():
   np.testing.assert_allclose(bilinear(masks, points), expected.numpy().reshape(2, 3, 40), atol=1e-5)
   shared = bilinear(masks, points[:, :1])
   np.testing.assert_allclose(shared[:, 0], bilinear(masks, points)[:, 0], atol=1e-6)
+
+
+def test_products_and_gathers_give_equal_values_and_gradients():
+  """Products are for TPUs, gathers for all others."""
+  draw = np.random.default_rng(1)
+  masks = jnp.asarray(draw.normal(size=(2, 3, 5, 9)), jnp.float32)
+  for count in (1, 3):
+    points = jnp.asarray(draw.uniform(size=(2, count, 40, 2)), jnp.float32)
+    (ours, pull), (others, pull_others) = (
+      jax.vjp(lambda x, call=call, points=points: call(x, points), masks) for call in (by_products, by_gathers)
+    )
+    np.testing.assert_allclose(ours, others, atol=1e-5)
+    np.testing.assert_allclose(pull(jnp.ones_like(ours))[0], pull_others(jnp.ones_like(ours))[0], atol=1e-4)
+  boxes = jnp.asarray(draw.uniform(size=(2, 3, 5, 9)) < 0.5)
+  np.testing.assert_allclose(by_products(boxes, points), by_gathers(boxes, points), atol=1e-5)
 
 
 def test_points_are_as_many_as_the_paper_draws():

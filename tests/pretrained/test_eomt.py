@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fmcv_jax
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
 from fmcv_jax.errors import UserError
 
@@ -77,6 +78,22 @@ def test_images_are_fitted_and_padded_as_by_its_processor(tmp_path):
   assert ours.shape == theirs.shape == (240, 240, 3)
   np.testing.assert_allclose(ours[160:], theirs[160:], atol=1e-3)  # the padding
   assert np.abs(ours - theirs)[:160].max() <= 1.01  # rounding
+
+
+def test_an_imported_model_segments_a_file_as_transformers_does(tmp_path):
+  model = reference(tmp_path / 'theirs')
+  image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+  image.save(tmp_path / 'image.png')
+  processor = transformers.EomtImageProcessor.from_pretrained(tmp_path / 'theirs')
+  with torch.no_grad():
+    found = model(pixel_values=processor(images=image, return_tensors='pt')['pixel_values'])
+  (expected,) = processor.post_process_instance_segmentation(found, target_sizes=[(64, 64)], threshold=0.0)
+  import_checkpoint(str(tmp_path / 'theirs'), str(tmp_path / 'ours'), overrides=['objective.task=instance'])
+  ours = fmcv_jax.load(tmp_path / 'ours').segment(str(tmp_path / 'image.png'), threshold=0.0)
+  rows = sorted(expected['segments_info'], key=lambda row: -row['score'])
+  assert len(rows) > 3
+  np.testing.assert_allclose(ours.scores, [row['score'] for row in rows], atol=1e-4)
+  assert ours.names == tuple(f'class {row["label_id"]}' for row in rows)
 
 
 @pytest.mark.parametrize(

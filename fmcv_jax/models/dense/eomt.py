@@ -134,7 +134,7 @@ class Eomt(nn.Module):
 
 def attention_mask(mask_logits: jax.Array, masked: jax.Array, grid: tuple[int, int], prefix: int) -> jax.Array:
   """bool [B, 1, T, T] of queries, `prefix` tokens and patches: a query that is `masked` (bool [B, Q]) attends to the
-  patches in its mask (logits [B, Q, rows, columns]) alone, besides queries and prefix; all others to everything."""
+  patches in its mask (logits [B, Q, rows, columns]), to queries and to the prefix; all others attend to everything."""
   batch, queries = masked.shape
   of_patches = jax.image.resize(mask_logits, (batch, queries, *grid), 'bilinear', antialias=False) > 0
   allowed = of_patches.reshape(batch, queries, -1) | ~masked[..., None]
