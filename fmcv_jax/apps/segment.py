@@ -60,7 +60,7 @@ def _lines(found: Segments) -> list[str]:
 def in_coco_format(found: Mapping[str, Segments]) -> dict[str, Any]:
   """COCO's JSON with scores: images, categories (the classes that were found, with their numbers from 1 as ids), and
   annotations with run lengths, box and area."""
-  labels = {}
+  labels: dict[int, str] = {}
   for segments in found.values():
     labels |= dict(zip((segments.labels + 1).tolist(), segments.names, strict=True))
   return coco_format(

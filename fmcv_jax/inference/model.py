@@ -279,7 +279,9 @@ class Model:
     """
     several, is_one = image_list(images)
     pipeline = image_pipeline(self._run, image_source(several), max_bad=1.0)
-    segmenter = Segmenter(self._subject, self._run.experiment.objective, self.class_names, self._batch)
+    ways = self._run.placement.mesh.size
+    batch = min(self._batch, -(-len(several) // ways) * ways)  # masks are large
+    segmenter = Segmenter(self._subject, self._run.experiment.objective, self.class_names, batch)
     found = list(segmenter.segment(pipeline, task, threshold))
     if self._unreadable == 'error' and None in found:
       raise UserError(f'images: {pipeline.source.key_of(found.index(None))} cannot be read')

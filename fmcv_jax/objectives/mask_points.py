@@ -58,8 +58,8 @@ def bilinear(
 ) -> Float[jax.Array, 'batch masks points']:
   """Values at points [B or 1, M or 1, P, 2] between the centers of pixels; 0 outside of the mask.
 
-  On a TPU, which gathers and scatters single numbers slowly, they are products with the weights of all rows and columns,
-  in its default precision.
+  On a TPU, which is slow at gathering and scattering single numbers, these are products with the weights of all rows
+  and columns, in its default precision.
   """
   points = jnp.broadcast_to(points, (len(masks), *points.shape[1:]))
   return (by_products if platform() == 'tpu' else by_gathers)(masks, points)

@@ -42,6 +42,11 @@ class ImageSums(NamedTuple):
   class_weight: jax.Array
   segments: jax.Array
 
+  def plus(self, other: 'ImageSums') -> 'ImageSums':
+    """The sums over the blocks of both."""
+    classes, masks, dice = self.classes + other.classes, self.masks + other.masks, self.dice + other.dice
+    return self._replace(classes=classes, masks=masks, dice=dice)
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskPrediction(CoupledObjective):
@@ -131,20 +136,16 @@ class MaskPrediction(CoupledObjective):
       train=True,
       rngs={'dropout': dropout_rng},
     )
-    of_blocks = []
+    images, rows = batch['classes'].shape
+    total: ImageSums | None = None
     for block, found in enumerate(predictions):
       points = None
       if self.num_points:
-        points = draw_points(
-          jax.random.fold_in(points_rng, block),
-          *batch['classes'].shape,
-          self.num_points,
-          self.oversample_ratio,
-          self.importance_sample_ratio,
-        )
-      of_blocks.append(self.image_sums(found, batch['masks'], batch['classes'], points))
-    losses = [sum(values) for values in zip(*(sums[:3] for sums in of_blocks), strict=True)]
-    return ImageSums(*losses, *of_blocks[-1][3:]), {}
+        key, ratios = jax.random.fold_in(points_rng, block), (self.oversample_ratio, self.importance_sample_ratio)
+        points = draw_points(key, images, rows, self.num_points, *ratios)
+      own = self.image_sums(found, batch['masks'], batch['classes'], points)
+      total = own if total is None else total.plus(own)
+    return total, {}
 
   @override
   def couple(self, params: Params, embeddings: Any, batch: Batch, extra: Any) -> Loss:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fmcv_jax import trainer
+from fmcv_jax.errors import UserError
 from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.models.dense.eomt import QueryMasks, attention_mask, eomt
 from fmcv_jax.objectives.mask_points import Points, bilinear, by_gathers, by_products, draw_points, pixel_centers
@@ -235,6 +237,13 @@ def test_eomt_learns_from_panoptic_files(panoptic, tmp_path):
   assert run.experiment.objective.annealing_steps == experiments.STEPS
   np.testing.assert_array_equal(model.extra['mask_probability'], [0, 0])
   assert model.outputs['segments'].kind == 'map'
+
+
+def test_classes_of_stuff_have_to_be_those_of_the_data(panoptic, tmp_path):
+  with pytest.raises(UserError, match=r'stuff: class 2 \(ground\) is one of stuff in the data; set stuff to \[2\]'):
+    trainer.train(config(panoptic, stuff=()), tmp_path / 'none')
+  with pytest.raises(UserError, match=r'stuff: class 1 \(blue\) is one of things in the data'):
+    trainer.train(config(panoptic, stuff=(1, 2)), tmp_path / 'more')
 
 
 @pytest.mark.slow
