@@ -248,9 +248,9 @@ def test_classes_of_stuff_have_to_be_those_of_the_data(panoptic, tmp_path):
 
 @pytest.mark.slow
 def test_eomt_trains_equally_on_all_meshes_and_in_microbatches(panoptic):
-  # Each microbatch draws its own points, so that all pixels are compared; and its own masked queries while masks end,
-  # so that they do not end here.
-  whole = config(panoptic, num_points=0, annealing_steps=10**6)
+  # Each microbatch draws its own points, so that all pixels are compared here. Masks of attention end after the first
+  # step: rounding can move a logit across 0, after which runs differ by 5e-4 in the loss.
+  whole = config(panoptic, num_points=0, annealing=(0.0, 1.0), annealing_steps=1)
   more = [('fsdp, microbatches', (*experiments.MESHES['fsdp'], 'train.grad_accum_steps=2'))]
   experiments.assert_equal_losses_on_all_meshes(whole, more=more)
 
