@@ -12,7 +12,7 @@ from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import Source
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
-from fmcv_jax.evaluate.labels import align_labels
+from fmcv_jax.evaluate.labels import align_labels, check_labels
 from fmcv_jax.evaluate.segments import THRESHOLD, panoptic_segments
 from fmcv_jax.fields import height_width
 
@@ -69,10 +69,9 @@ class PanopticQuality(Evaluator):
       own = segment_map(true['masks'])
       if own.shape != found.map.shape:
         raise UserError(f'evaluators: the masks of {source.key_of(index)} are {own.shape}, the image {found.map.shape}')
-      classes = queries['class_logits'].shape[-1] - 1
-      counts = count_segments(
-        found.map, found.labels, own, numbered(true['classes']), np.asarray(true['crowd'], bool), classes
-      )
+      classes, labels = queries['class_logits'].shape[-1] - 1, numbered(true['classes'])
+      check_labels(labels, classes)
+      counts = count_segments(found.map, found.labels, own, labels, np.asarray(true['crowd'], bool), classes)
       total = counts if total is None else Counts(*(a + b for a, b in zip(total, counts, strict=True)))
     if total is None:
       raise UserError('evaluators: no image of the data could be read')
