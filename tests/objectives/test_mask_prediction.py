@@ -252,7 +252,7 @@ def test_eomt_trains_equally_on_all_meshes_and_in_microbatches(panoptic):
   # Each microbatch draws its own points, so that all pixels are compared here; and its own masked queries while masks
   # end, so that they end after the first step.
   options = {'num_points': 0, 'annealing': (0.0, 1.0), 'annealing_steps': 1}
-  whole = override(config(panoptic, **options), ['train.steps=5'])  # STEPS_REASON
+  whole = override(config(panoptic, **options), ['train.steps=5'])
   more = [('fsdp, microbatches', (*experiments.MESHES['fsdp'], 'train.grad_accum_steps=2'))]
   experiments.assert_equal_losses_on_all_meshes(whole, more=more)
 
