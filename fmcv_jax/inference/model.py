@@ -4,27 +4,26 @@ import functools
 import logging
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from fmcv_jax.config import paths_of
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages, image_list
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.diffusion.options import SamplingOptions
-from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
+from fmcv_jax.inference.depth import DepthEstimator
 from fmcv_jax.inference.detector import Detector, check_queries
 from fmcv_jax.inference.generator import ImageGenerator
-from fmcv_jax.inference.model_arguments import checked_templates, image_source, softmax, text_list
+from fmcv_jax.inference.model_arguments import checked_templates, computing_in, image_source, softmax, text_list
+from fmcv_jax.inference.prompted_segmenter import PromptedImage, PromptedSegmenter
 from fmcv_jax.inference.segmenter import Segmenter
-from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
 from fmcv_jax.objectives.mask_prediction import Task
 from fmcv_jax.objectives.outputs import Output, listed
@@ -263,28 +262,54 @@ class Model:
     several, is_one = image_list(images)
     pipeline = image_pipeline(self._run, image_source(several), max_bad=1.0)
     found = list(detector.detect(pipeline, np.concatenate(queries), labels, threshold))
-    if self._unreadable == 'error' and None in found:
-      raise UserError(f'images: {pipeline.source.key_of(found.index(None))} cannot be read')
-    return found[0] if is_one else found
+    return self._readable(found, pipeline.source, is_one)
 
   def segment(
-    self, images: ImageLike | Sequence[ImageLike], task: Task | None = None, *, threshold: float | None = None
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    task: Task | None = None,
+    *,
+    threshold: float | None = None,
+    **prompts: Any,
   ) -> Any:
     """Segments of each image at its own size, `Segments`; one for a single image.
 
     task       'semantic', 'instance' or 'panoptic'; default what the model was trained for
     threshold  least score of an instance or a panoptic segment, from 0 to 1; default 0.8
+    prompts    for a promptable model and a single image: `points`, `boxes` and so on of `PromptedImage.segment`
 
     UserError for a model that does not segment, and for a task that it does not have.
     """
+    if prompts:
+      return self.encode_for_prompts(images).segment(**prompts)
     several, is_one = image_list(images)
     pipeline = image_pipeline(self._run, image_source(several), max_bad=1.0)
     ways = self._run.placement.mesh.size
     batch = min(self._batch, -(-len(several) // ways) * ways)  # masks are large
     segmenter = Segmenter(self._subject, self._run.experiment.objective, self.class_names, batch)
-    found = list(segmenter.segment(pipeline, task, threshold))
-    if self._unreadable == 'error' and None in found:
-      raise UserError(f'images: {pipeline.source.key_of(found.index(None))} cannot be read')
+    return self._readable(list(segmenter.segment(pipeline, task, threshold)), pipeline.source, is_one)
+
+  def encode_for_prompts(self, image: ImageLike | Sequence[ImageLike]) -> PromptedImage:
+    """A single image, encoded once for several prompts, each a call of its `segment`."""
+    pipeline = image_pipeline(self._run, image_source(image_list(image)[0]), max_bad=1.0)
+    return PromptedSegmenter(self._subject).encode_single(pipeline)
+
+  def depth(self, images: ImageLike | Sequence[ImageLike]) -> Any:
+    """Depth of each image in its own size: a list of N arrays float32 [H, W] (None: unreadable), or one array.
+
+    In meters for a model with the output 'depth'; for 'inverse_depth', up to scale and shift, and larger is nearer.
+    """
+    several, is_one = image_list(images)
+    estimator, source = (
+      DepthEstimator(self._subject, self._run.experiment.data.image, self._batch),
+      image_source(several),
+    )
+    return self._readable(estimator.in_order(source), source, is_one)
+
+  def _readable(self, found: list[Any], source: Source, is_one: bool) -> Any:
+    """What was found in each image, None for one that cannot be read; UserError for one where `unreadable` says so."""
+    if self._unreadable == 'error' and (lost := [number for number, own in enumerate(found) if own is None]):
+      raise UserError(f'images: {source.key_of(lost[0])} cannot be read')
     return found[0] if is_one else found
 
   def generate(
@@ -301,7 +326,7 @@ class Model:
     return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=overrides)
 
   def _overrides(self, folder: str) -> tuple[str, ...]:
-    return () if self._dtype is None else _computing_in(self._dtype, folder)
+    return () if self._dtype is None else computing_in(self._dtype, folder)
 
   def _of_images(self, name: str, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
     """An output of one image, or of a list of them."""
@@ -369,19 +394,3 @@ def class_names_of(run: Run) -> tuple[str, ...]:
     return max((tuple(evaluator.data.source.names) for evaluator in zero_shot), key=len)
   except (UserError, OSError):
     return ()
-
-
-def dtypes_of(workdir: str | pathlib.Path) -> list[str]:
-  """Config paths of all `dtype` fields of the objective."""
-  return paths_of(Run.reopen(workdir).config['objective'], 'dtype', 'objective')
-
-
-def _computing_in(dtype: str, workdir: str) -> tuple[str, ...]:
-  """The config overrides that set the computation dtype. Raises UserError where a model cannot compute in it."""
-  known = get_args(Dtype)
-  if dtype not in known:
-    raise UserError(f'dtype: {dtype!r} is not one of {", ".join(map(repr, known))}; {did_you_mean(dtype, known)}')
-  paths = dtypes_of(workdir)
-  if not paths and dtype != 'float32':
-    raise UserError(f'dtype: the network of {workdir} computes in float32 only, got {dtype!r}')
-  return tuple(f'{path}={dtype}' for path in paths)

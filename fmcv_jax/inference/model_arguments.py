@@ -1,13 +1,17 @@
-"""Checks of the arguments of `Model`: images, lists of texts, and templates; and probabilities from scores."""
+"""Checks of the arguments of `Model`: images, lists of texts, templates and dtypes; and probabilities from scores."""
 
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from fmcv_jax.config import paths_of
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages
-from fmcv_jax.errors import UserError
+from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.models.common.layers import Dtype
+from fmcv_jax.run import Run
 
 
 def image_source(images: Sequence[ImageLike] | np.ndarray) -> InMemoryImages:
@@ -45,3 +49,19 @@ def softmax(scores: np.ndarray) -> np.ndarray:
   """Probabilities along the last axis."""
   shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
   return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def dtypes_of(workdir: str | pathlib.Path) -> list[str]:
+  """Config paths of all `dtype` fields of the objective."""
+  return paths_of(Run.reopen(workdir).config['objective'], 'dtype', 'objective')
+
+
+def computing_in(dtype: str, workdir: str) -> tuple[str, ...]:
+  """The config overrides that set the computation dtype. Raises UserError where a model cannot compute in it."""
+  known = get_args(Dtype)
+  if dtype not in known:
+    raise UserError(f'dtype: {dtype!r} is not one of {", ".join(map(repr, known))}; {did_you_mean(dtype, known)}')
+  paths = dtypes_of(workdir)
+  if not paths and dtype != 'float32':
+    raise UserError(f'dtype: the network of {workdir} computes in float32 only, got {dtype!r}')
+  return tuple(f'{path}={dtype}' for path in paths)

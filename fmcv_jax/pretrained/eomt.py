@@ -1,6 +1,5 @@
 """EoMT as transformers names it."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +11,12 @@ from fmcv_jax.pretrained.layout import (
   BATCHED,
   SAME,
   SPATIAL,
-  ArrayTransform,
   Fixed,
   Layout,
   Row,
   Rows,
   Shape,
+  expand,
   layer_rows,
   linear,
   norm,
@@ -30,21 +29,13 @@ BLACK = (0, 0, 0)  # of the padding of images
 _UPSCALES = 4  # more than any has
 _MASKED = 'fixed/masked_attention'
 
-# Ours [inputs, 2 * 2 * outputs], theirs [inputs, outputs, 2, 2] of a transposed convolution.
-_DOUBLED = ArrayTransform(
-  lambda x: x.reshape(len(x), 2, 2, -1).transpose(0, 3, 1, 2),
-  lambda x, shape: x.transpose(0, 2, 3, 1).reshape(shape),
-  lambda shape: (shape[0], math.prod(shape[1:])),
-)
-
 
 def _upscale(number: int) -> Rows:
   theirs = f'upscale_block.block.{number}'
   return with_prefix(
     f'upscale{number}',
     (
-      Row('up/kernel', f'{theirs}.conv1.weight', _DOUBLED),
-      Row('up_bias', f'{theirs}.conv1.bias'),
+      *expand(2)('up', f'{theirs}.conv1'),
       Row('depthwise/kernel', f'{theirs}.conv2.weight', SPATIAL),
       *norm('norm', f'{theirs}.layernorm2d'),
     ),

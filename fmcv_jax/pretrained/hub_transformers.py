@@ -11,7 +11,7 @@ from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.models.backbones.efficientnet import SIZES as EFFICIENTNETS
 from fmcv_jax.models.backbones.efficientnet import TABLE
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.pretrained import efficientnet, hub_gemma
+from fmcv_jax.pretrained import efficientnet, hub_depth_anything, hub_gemma, hub_sam
 from fmcv_jax.pretrained.hub_file import ACTIVATION, Has, HubFile, Sets, Table
 from fmcv_jax.pretrained.hub_vit import side
 
@@ -187,6 +187,15 @@ def _vision(file: HubFile, kind: str, path: str, network: ViT) -> None:
   file.set(f'{path}.position_antialias', kind == 'dinov2_with_registers')
 
 
+def _depth_anything(file: HubFile, kind: str, path: str, network: Any) -> None:
+  backbone = file.part('backbone_config')
+  backbone.agree('model_type', backbone.get('model_type', 'dinov2'), 'dinov2')
+  hub_depth_anything.taps(backbone, path, network)
+  _vision(backbone, 'dinov2', f'{path}.encoder', network.encoder)
+  backbone.done(IGNORED)
+  hub_depth_anything.head(file, path, network)
+
+
 def _masked(file: HubFile, kind: str, path: str, network: Any) -> None:
   if isinstance(network, ViT):  # the encoder by itself
     return _vision(file, kind, path, network)
@@ -317,6 +326,7 @@ _READERS: dict[Any, tuple[tuple[str, ...], Callable[[HubFile, str, str, Any], No
   **{kind: (('vit',), _vision) for kind in _ENCODERS},
   'vit_mae': (('mae', 'vit'), _masked),
   'swin': (('swin',), _swin),
+  'depth_anything': (('dpt',), _depth_anything),
   'efficientnet': (('efficientnet',), _efficientnet),
   **{kind: (('dual_encoder', 'vit', 'text_transformer'), _pair('clip')) for kind in _CLIP_KINDS},
   'siglip': (('dual_encoder', 'vit', 'text_transformer'), _pair('siglip')),
@@ -325,6 +335,7 @@ _READERS: dict[Any, tuple[tuple[str, ...], Callable[[HubFile, str, str, Any], No
   'paligemma': (('prefix_lm',), _paligemma),
   **{kind: (('owl_detector',), _owl) for kind in ('owlvit', 'owlv2')},
   'eomt': (('eomt',), _eomt),
+  'sam': (('sam',), lambda file, kind, path, network: hub_sam.read(file, path, network, IGNORED)),
   'siglip_vision_model': (('vit',), _single('siglip', 'vision')),
   'siglip_text_model': (('text_transformer',), _single('siglip', 'text')),
 }

@@ -158,6 +158,7 @@ def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> j
 class Attention(nn.Module):
   """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D].
 
+  `values` [B, S, D] are what is averaged, if not the context, such as the context without its positions.
   config.causal applies to self-attention only: all tokens of a context are visible.
 
   With a `place` (int32 scalar), self-attention writes its keys and values to the collection 'cache' from that token on,
@@ -175,6 +176,7 @@ class Attention(nn.Module):
     x: jax.Array,
     context: jax.Array | None = None,
     *,
+    values: jax.Array | None = None,
     angles: jax.Array | None = None,
     mask: jax.Array | PrefixMask | None = None,
     place: jax.Array | None = None,
@@ -203,7 +205,8 @@ class Attention(nn.Module):
     if cached_context:
       key, value = (self.get_variable('cache', f'context_{name}') for name in ('key', 'value'))
     else:
-      key, value = (project(context, name, tokens, kv_heads) for name in ('key', 'value'))
+      key = project(context, 'key', tokens, kv_heads)
+      value = project(context if values is None else values, 'value', tokens, kv_heads)
       key = layer_norm(c.eps, c.dtype, 'key_norm')(key) if c.qk_norm else key
       key = key if angles is None else rotate(key, angles)
     if place is not None and is_self:

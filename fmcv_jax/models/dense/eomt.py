@@ -15,9 +15,9 @@ from typing_extensions import override
 from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.backbones.vit import ViT
+from fmcv_jax.models.common.conv_blocks import PixelExpand
 from fmcv_jax.models.common.late_tokens import LateTokens
-from fmcv_jax.models.common.layers import NORM_AXES, Dense, dense, layer_norm
-from fmcv_jax.models.common.patches import unpatchify
+from fmcv_jax.models.common.layers import NORM_AXES, Dense, layer_norm
 from fmcv_jax.models.dense.heads import MlpHead
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -38,7 +38,7 @@ class Upscale(nn.Module):
 
   logical_axes = (
     (r'(.*/)?upscale\d+/up/kernel', ('embed', None)),
-    (r'(.*/)?upscale\d+/up_bias', (None,)),
+    (r'(.*/)?upscale\d+/up/bias', (None,)),
     (r'(.*/)?upscale\d+/depthwise/kernel', (None, None, None, 'embed')),
     NORM_AXES,
   )
@@ -47,11 +47,8 @@ class Upscale(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    batch, rows, columns, width = x.shape
-    y = dense(4 * width, self.dtype, 'up', bias=False)(x).reshape(batch, rows * columns, 4 * width)
-    y = unpatchify(y, (rows, columns), 2)
-    bias = self.param('up_bias', nn.initializers.zeros, (width,))
-    y = nn.gelu((y.astype(bias.dtype) + bias).astype(self.dtype), approximate=False)
+    width = x.shape[-1]
+    y = nn.gelu(PixelExpand(width, 2, self.dtype, name='up')(x), approximate=False)
     depthwise = nn.Conv(
       width, (3, 3), feature_group_count=width, use_bias=False, dtype=jnp.dtype(self.dtype), name='depthwise'
     )

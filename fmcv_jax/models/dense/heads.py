@@ -4,11 +4,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.models.common.layers import dense
+from fmcv_jax.models.common.layers import ACTIVATIONS, Activation, dense
 
 
 class MlpHead(nn.Module):
-  """Three layers with GELUs between them, [..., D] -> float32 [..., outputs]; `last_init` initializes the last one."""
+  """Three layers with an activation between them, [..., D] -> float32 [..., outputs].
+
+  last_init  initializes the last layer
+  hidden     width of the first two, None for that of the input
+  """
 
   logical_axes = (
     (r'(.*/)?layer1/kernel', ('embed', 'mlp')),
@@ -20,9 +24,11 @@ class MlpHead(nn.Module):
   outputs: int
   dtype: str
   last_init: nn.initializers.Initializer = nn.initializers.zeros
+  activation: Activation = 'gelu'
+  hidden: int | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     for number in (1, 2):
-      x = nn.gelu(dense(x.shape[-1], self.dtype, f'layer{number}')(x), approximate=False)
+      x = ACTIVATIONS[self.activation](dense(self.hidden or x.shape[-1], self.dtype, f'layer{number}')(x))
     return dense(self.outputs, self.dtype, 'layer3', init=self.last_init)(x).astype(jnp.float32)
