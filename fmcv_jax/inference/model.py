@@ -280,7 +280,9 @@ class Model:
 
     UserError for a model that does not segment, and for a task that it does not have.
     """
-    if prompts:
+    if prompts or 'prompted_masks' in self.outputs:
+      if task is not None or threshold is not None:
+        raise UserError('task, threshold: a promptable model has neither; give points or boxes')
       return self.encode_for_prompts(images).segment(**prompts)
     several, is_one = image_list(images)
     pipeline = image_pipeline(self._run, image_source(several), max_bad=1.0)
@@ -307,7 +309,7 @@ class Model:
     return self._readable(estimator.in_order(source), source, is_one)
 
   def _readable(self, found: list[Any], source: Source, is_one: bool) -> Any:
-    """What was found in each image, None for one that cannot be read; UserError for one where `unreadable` says so."""
+    """Results of images, None for one that cannot be read: a UserError where `unreadable` says so."""
     if self._unreadable == 'error' and (lost := [number for number, own in enumerate(found) if own is None]):
       raise UserError(f'images: {source.key_of(lost[0])} cannot be read')
     return found[0] if is_one else found

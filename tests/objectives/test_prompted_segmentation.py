@@ -18,7 +18,7 @@ from fmcv_jax.objectives.prompted_segmentation import (
   random_point,
 )
 
-NETWORK = sam('mu', image_size=64, patch_size=8, window=3, channels=16, depth=8)
+NETWORK = sam('mu', image_size=64, patch_size=8, channels=16, depth=4, decoder_mlp_dim=32)
 SIDE = 32  # of the masks
 
 
@@ -111,19 +111,28 @@ def batch_of_squares():
   return {'image': image, 'masks': masks}
 
 
-def test_empty_rows_have_no_weight():
+def test_empty_rows_have_no_weight_and_gradients_reach_every_part():
   objective = PromptedSegmentation(NETWORK, max_objects=4, corrections=1)
   params, _ = jax.jit(objective.init)(jax.random.key(0))
+
+  @jax.jit
+  def step(params, batch):
+    def value(params):
+      loss = objective.loss(params, batch, jax.random.key(0), {})
+      return loss.value, loss
+
+    return jax.grad(value, has_aux=True)(params)
+
   batch = batch_of_squares()
-  loss = jax.jit(objective.loss)(params, batch, jax.random.key(0), {})
+  gradients, loss = step(params, batch)
   assert float(loss.weight) == 3
-  nothing = jax.jit(objective.loss)(params, {**batch, 'masks': batch['masks'] * 0}, jax.random.key(0), {})
-  assert float(nothing.weight) == float(nothing.total) == 0
-  gradients = jax.jit(jax.grad(lambda params: objective.loss(params, batch, jax.random.key(0), {}).value))(params)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
   assert not np.asarray(gradients['prompt']['frequencies']).any()
   assert np.asarray(gradients['prompt']['mask_embedding']['conv1']['kernel']).any()
-  assert np.asarray(gradients['encoder']['group1']['blocks']['attention']['relative_rows']).any()
+  assert np.asarray(gradients['encoder']['group1']['whole']['attention']['relative_rows']).any()
+  gradients, nothing = step(params, {**batch, 'masks': batch['masks'] * 0})
+  assert float(nothing.weight) == float(nothing.total) == 0
+  assert not any(np.asarray(x).any() for x in jax.tree.leaves(gradients))
 
 
 @pytest.mark.slow

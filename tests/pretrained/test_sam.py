@@ -174,6 +174,7 @@ def test_an_image_is_encoded_once_for_several_prompts(loaded):
   ('prompt', 'message'),
   [
     ({}, 'points, boxes: give at least a point'),
+    ({'points': [[30, 20]], 'task': 'semantic'}, 'task, threshold: a promptable model has neither'),
     ({'points': [[130, 20]]}, 'a point lies outside of the image of 100 x 60 pixels'),
     ({'points': [[20, 30]], 'point_labels': [2]}, 'point_labels: expected 0 or 1'),
     ({'points': [20, 30]}, r'points: expected \[N, 2\]'),
@@ -268,8 +269,9 @@ def test_the_command_writes_masks_and_names_what_it_cannot_read(imported, tmp_pa
   assert Image.open(to / '00000_photo.png').size == (100, 60)
   for wrong, message in (
     (['--points', '30'], "--points: '30' is not 2 or 3 numbers"),
-    ([], '--points, --box: give at least a point or a box'),
     (['--box', '1,2,3,4', '--to', str(to)], 'masks.jsonl exists there'),
+    (['--box', '1,2,3,4', '--task', 'semantic'], '--task and --threshold: not with --points or --box'),
+    (['--single'], '--single: needs --points or a --box'),
   ):
     assert main(['segment', *files, '--model', str(imported[2] / 'ours'), *wrong]) == 2
     assert message in capsys.readouterr().err
