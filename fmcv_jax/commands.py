@@ -38,6 +38,30 @@ def detect(args: argparse.Namespace, overrides: list[str]) -> None:
   detect_app.run(args.path, args.model, args.text, like=args.like, threshold=args.threshold, step=args.step, to=args.to)
 
 
+def segment(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Segment images: classes, objects or both, or what points or a box indicate."""
+  from fmcv_jax.apps import prompted_segment
+  from fmcv_jax.apps import segment as segment_app
+
+  if args.points or args.box:
+    if args.task is not None or args.threshold is not None:
+      raise UserError('--task and --threshold: not with --points or --box')
+    prompted_segment.run(
+      args.path, args.model, args.points, args.box, multimask=not args.single, step=args.step, to=args.to
+    )
+    return
+  if args.single:
+    raise UserError('--single: needs --points or a --box')
+  segment_app.run(args.path, args.model, args.task, threshold=args.threshold, step=args.step, to=args.to)
+
+
+def depth(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Write the depth of images: PNG of 16 bits or .npy, and colored images."""
+  from fmcv_jax.apps import depth as depth_app
+
+  depth_app.run(args.path, args.model, args.to, npy=args.npy, step=args.step, batch=args.batch)
+
+
 def search(args: argparse.Namespace, overrides: list[str]) -> None:
   """Find the images that are nearest to a text or to another image."""
   from fmcv_jax.apps import search as search_app

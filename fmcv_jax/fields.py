@@ -73,6 +73,7 @@ FIELDS: Mapping[str, Field] = {
   'label': Field('label', numbered=True),
   'tokens': Field('tokens'),
   'segments': Field('map', fill=255, numbered=True),
+  'depth': Field('map'),
   'masks': Field('masks', group='objects'),
   'boxes': Field('boxes', group='objects'),
   'classes': Field('array', group='objects', pad_value=-1, numbered=True),

@@ -6,11 +6,12 @@ from fmcv_jax import config as config_lib
 from fmcv_jax.augment.base import Augment
 from fmcv_jax.augment.control_maps import Control, Edges, Gray, Pixelate
 from fmcv_jax.augment.registry import AUGMENTS
-from fmcv_jax.data.pillow_resize import PillowResize
+from fmcv_jax.data.pillow_resize import PillowResize, ResizeToMultiple
 from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.sources.array_record import ArrayRecord
 from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.coco_captions import CocoCaptions
+from fmcv_jax.data.sources.depth_folder import DepthFolder
 from fmcv_jax.data.sources.detection.coco import Coco
 from fmcv_jax.data.sources.detection.coco_panoptic import CocoPanoptic
 from fmcv_jax.data.sources.detection.parquet_objects import ParquetObjects
@@ -34,11 +35,13 @@ from fmcv_jax.evaluate.average_precision import AveragePrecision
 from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.captioning import Captioning
 from fmcv_jax.evaluate.denoising import Denoising
+from fmcv_jax.evaluate.depth import Depth
 from fmcv_jax.evaluate.few_shot import FewShot
 from fmcv_jax.evaluate.generation import Generation
 from fmcv_jax.evaluate.knn import Knn
 from fmcv_jax.evaluate.linear_probe import LinearProbe
 from fmcv_jax.evaluate.object_masks import ObjectMasks
+from fmcv_jax.evaluate.panoptic import PanopticQuality
 from fmcv_jax.evaluate.question_answering import QuestionAnswering
 from fmcv_jax.evaluate.reconstruction import Reconstruction
 from fmcv_jax.evaluate.retrieval import Retrieval
@@ -51,7 +54,10 @@ from fmcv_jax.models.backbones.inception import inception
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.dpt import depth_anything, dpt
+from fmcv_jax.models.dense.eomt import eomt
 from fmcv_jax.models.dense.owl import owl, owl_detector
+from fmcv_jax.models.dense.sam import sam
 from fmcv_jax.models.dense.segmenter import segmenter
 from fmcv_jax.models.generative.autoencoder import autoencoder
 from fmcv_jax.models.generative.dit import dit
@@ -68,12 +74,15 @@ from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.contrastive_captioning import ContrastiveCaptioning
+from fmcv_jax.objectives.depth import DepthEstimation
 from fmcv_jax.objectives.detection import Detection
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.language import Language
 from fmcv_jax.objectives.mae import MaskedAutoencoding
+from fmcv_jax.objectives.mask_prediction import MaskPrediction
+from fmcv_jax.objectives.prompted_segmentation import PromptedSegmentation
 from fmcv_jax.objectives.segmentation import Segmentation
 from fmcv_jax.objectives.text_encoder import TextEncoder
 from fmcv_jax.train.optim import Adafactor, AdamW, Lamb, Lion, Muon, UpdateRule
@@ -87,12 +96,15 @@ KINDS: config_lib.Kinds = {
     'classification': Classification,
     'contrastive': Contrastive,
     'contrastive_captioning': ContrastiveCaptioning,
+    'depth': DepthEstimation,
     'detection': Detection,
     'diffusion': Diffusion,
     'dino': SelfDistillation,
     'encoder': PretrainedEncoder,
     'language': Language,
     'mae': MaskedAutoencoding,
+    'mask_prediction': MaskPrediction,
+    'prompted_segmentation': PromptedSegmentation,
     'segmentation': Segmentation,
     'text_encoder': TextEncoder,
   },
@@ -106,10 +118,13 @@ KINDS: config_lib.Kinds = {
     'coca': coca,
     'contrastive_captioner': contrastive_captioner,
     'cross_decoder': cross_decoder,
+    'depth_anything': depth_anything,
     'dino': dino,
     'dit': dit,
+    'dpt': dpt,
     'dual_encoder': dual_encoder,
     'efficientnet': efficientnet,
+    'eomt': eomt,
     'inception': inception,
     'mae': mae,
     'mmdit': mmdit,
@@ -117,6 +132,7 @@ KINDS: config_lib.Kinds = {
     'owl_detector': owl_detector,
     'paligemma': paligemma,
     'prefix_lm': prefix_lm,
+    'sam': sam,
     'segmenter': segmenter,
     'siglip': siglip,
     'swin': swin,
@@ -131,6 +147,7 @@ KINDS: config_lib.Kinds = {
     'coco': Coco,
     'coco_captions': CocoCaptions,
     'coco_panoptic': CocoPanoptic,
+    'depth_folder': DepthFolder,
     'digits': Digits,
     'emoji': Emoji,
     'image_folder': ImageFolder,
@@ -146,7 +163,7 @@ KINDS: config_lib.Kinds = {
     'webdataset': WebDataset,
     'yolo': Yolo,
   },
-  ImageTransform: {**IMAGE_TRANSFORMS, 'pillow_resize': PillowResize},
+  ImageTransform: {**IMAGE_TRANSFORMS, 'pillow_resize': PillowResize, 'resize_to_multiple': ResizeToMultiple},
   Tokenizer: {
     'bpe': Bpe,
     'clip_bpe': ClipBpe,
@@ -163,12 +180,14 @@ KINDS: config_lib.Kinds = {
     'average_precision': AveragePrecision,
     'captioning': Captioning,
     'denoising': Denoising,
+    'depth': Depth,
     'few_shot': FewShot,
     'generation': Generation,
     'knn': Knn,
     'linear_probe': LinearProbe,
     'mean_iou': MeanIou,
     'object_masks': ObjectMasks,
+    'panoptic_quality': PanopticQuality,
     'reconstruction': Reconstruction,
     'retrieval': Retrieval,
     'vqa': QuestionAnswering,

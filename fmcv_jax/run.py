@@ -14,7 +14,7 @@ import optax
 from etils import epath
 
 from fmcv_jax import config as config_lib
-from fmcv_jax.data.pillow_resize import PillowResize
+from fmcv_jax.data.pillow_resize import PillowResize, ResizeToMultiple
 from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.tokenizers import KEPT, Bpe
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop, ResizePad, ScaleJitter
@@ -215,7 +215,7 @@ def evaluated_as(run: Run) -> ImageTransform | None:
 
   None for a model without image inputs.
   """
-  if isinstance(run.experiment.data.image, PillowResize):
+  if isinstance(run.experiment.data.image, PillowResize | ResizeToMultiple):
     return run.experiment.data.image
   objective: Any = run.experiment.objective
   image, given = objective.example_batch.get('image'), run.experiment.data.image
@@ -275,7 +275,7 @@ def keep_class_names(run: Run) -> None:
   Raises UserError if the workdir has other names: labels would change their meaning during the run.
   """
   names = run.experiment.data.source.names
-  if 'label' not in run.experiment.objective.class_counts or not names:
+  if not run.experiment.objective.class_counts or not names:
     return
   kept = run.workdir / CLASSES
   if not kept.exists():

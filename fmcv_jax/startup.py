@@ -24,6 +24,7 @@ from fmcv_jax.evaluate.base import Evaluator
 from fmcv_jax.evaluate.labels import same_by_wordnet
 from fmcv_jax.experiment import resolve
 from fmcv_jax.fields import height_width
+from fmcv_jax.objectives.mask_prediction import MaskPrediction
 from fmcv_jax.run import Run, parameter_count
 from fmcv_jax.train.layer_decay import map_by_path
 
@@ -37,12 +38,14 @@ _HOW = ('remat', 'unroll', 'attention', 'dtype', 'dropout', 'drop_path', 'drop_p
 def account(run: Run) -> list[str]:
   """Lines that describe the data, the labels, the texts, the trained parameters and the initial weights of a run.
 
-  Raises UserError for labels outside the classes of the network, and if only the template is left of all texts.
+  Raises UserError for labels outside the classes of the network, for other classes of stuff than those of the data, and
+  if only the template is left of all texts.
   """
   e = run.experiment
   training = e.data.source.account()
   lines = [f'data: {line}' for line in training.lines()]
   lines += _labels(run, training)
+  _check_stuff(run)
   lines += _texts(run, e.data, 'data')
   for name, evaluator in e.evaluators.items():
     pipeline = getattr(evaluator, 'data', None)
@@ -101,6 +104,21 @@ def _labels(run: Run, training: Account) -> list[str]:
   if training.classes and len(training.classes) < count:
     return [f'labels: the network has {count} classes, the data {len(training.classes)}: the others are never learned']
   return []
+
+
+def _check_stuff(run: Run) -> None:
+  """Raises UserError if panoptic masks are learned of classes that the data divides otherwise into things and stuff."""
+  outer: Any = run.experiment.objective
+  objective, things = getattr(outer, 'objective', outer), getattr(run.experiment.data.source, 'things', None)
+  if not isinstance(objective, MaskPrediction) or objective.task != 'panoptic' or things is None:
+    return
+  stuff = [number for number, thing in enumerate(things) if not thing]
+  if differing := sorted(set(stuff) ^ set(objective.stuff)):
+    first, kind = differing[0], 'stuff' if differing[0] in stuff else 'things'
+    name = run.experiment.data.source.names[first]
+    raise UserError(
+      f'config.objective.stuff: class {first} ({name}) is one of {kind} in the data; set stuff to {stuff}'
+    )
 
 
 def _texts(run: Run, pipeline: Pipeline, where: str) -> list[str]:

@@ -81,7 +81,7 @@ def drawn(annotation, rng):
     values = tuple(drawn(part, rng) for part in each)
     return None if any(value is None for value in values) else values
   if annotation in REPLACED:
-    names = [name for name in KINDS[annotation] if name not in ('pillow_resize',)]
+    names = [name for name in KINDS[annotation] if name not in ('pillow_resize', 'resize_to_multiple')]
     name = names[rng.integers(len(names))]
     required = {'size': 16} if annotation is ImageTransform else {'peak_lr': 1e-3} if annotation is Schedule else {}
     return {'name': name, **required}

@@ -1,21 +1,17 @@
 """Finds objects in image files by texts or by example images: lines, COCO's JSON, and drawings."""
 
-import json
-import pathlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from fmcv_jax.console import make_console
-from fmcv_jax.data.images.decode import rgb
-from fmcv_jax.errors import UserError
+from fmcv_jax.apps.image_results import COLORS, coco_format, new_folder, opened, print_lines, write_results
 from fmcv_jax.inference.detector import DetectedObject
-from fmcv_jax.inference.image_files import find_images, unreadable_line
+from fmcv_jax.inference.image_files import find_images
 from fmcv_jax.inference.model import Model
 from fmcv_jax.parallel.distributed import is_main
 
-_COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4', '#008080', '#9a6324', '#808000')
 FILE = 'detections.json'
 
 
@@ -37,72 +33,49 @@ def run(
 
   Raises UserError if no image can be read, and before the model is read for a folder that has results already.
   """
-  folder = None if to is None else pathlib.Path(to)
-  if folder is not None and (folder / FILE).exists():
-    raise UserError(f'--to {to}: {FILE} exists there; give another folder')
+  folder = new_folder(to, FILE)
   files = find_images(paths)
   labels = [*texts, *like]
   found = Model(model, step=step, unreadable='nan').detect(files, texts, like=like, threshold=threshold)
   if not is_main():
     return
-  console, readable = make_console(markup=False), 0
-  for file, objects in zip(files, found, strict=True):
-    readable += objects is not None
-    for thing in objects or ():
-      box = ' '.join(f'{edge:.0f}' for edge in thing.box)
-      console.print(f'{file}  {thing.label}  {thing.score:.3f}  {box}', highlight=False, soft_wrap=True)
-  if readable < len(files):
-    make_console(stderr=True, markup=False).print(
-      unreadable_line(len(files) - readable, len(files)), highlight=False, soft_wrap=True
-    )
-  if not readable:
-    raise UserError(f'none of the {len(files)} images can be read')
+  print_lines(files, found, lambda objects: [_line(thing) for thing in objects])
   if folder is not None:
-    folder.mkdir(parents=True, exist_ok=True)
-    read = [(file, objects) for file, objects in zip(files, found, strict=True) if objects is not None]
-    (folder / FILE).write_text(json.dumps(in_coco_format(read, labels), indent=1) + '\n')
-    for number, (file, objects) in enumerate(read):
-      draw(file, objects, labels).save(folder / f'{number:05d}_{pathlib.Path(file).stem}.png')
-    console.print(f'{folder}: {FILE} and {len(read)} drawings', highlight=False, soft_wrap=True)
+    read = {file: objects for file, objects in zip(files, found, strict=True) if objects is not None}
+    drawings = {file: functools.partial(draw, file, objects, labels) for file, objects in read.items()}
+    write_results(folder, FILE, in_coco_format(list(read.items()), labels), drawings)
+
+
+def _line(thing: DetectedObject) -> str:
+  box = ' '.join(f'{edge:.0f}' for edge in thing.box)
+  return f'{thing.label}  {thing.score:.3f}  {box}'
 
 
 def in_coco_format(found: Sequence[tuple[str, Sequence[DetectedObject]]], labels: Sequence[str]) -> dict[str, Any]:
   """COCO's JSON with scores: images, categories (the labels, from id 1), annotations with x, y, width, height."""
-  whole: dict[str, Any] = {'images': [], 'annotations': []}
-  whole['categories'] = [{'id': number, 'name': label} for number, label in enumerate(labels, 1)]
-  for image_id, (file, objects) in enumerate(found, 1):
-    width, height = _opened(file).size
-    whole['images'].append({'id': image_id, 'file_name': file, 'height': height, 'width': width})
+  annotations = []
+  for file, objects in found:
     for thing in objects:
       left, top, right, bottom = thing.box
-      whole['annotations'].append(
-        {
-          'id': len(whole['annotations']) + 1,
-          'image_id': image_id,
-          'category_id': labels.index(thing.label) + 1,
-          'bbox': [left, top, right - left, bottom - top],
-          'area': (right - left) * (bottom - top),
-          'iscrowd': 0,
-          'score': thing.score,
-        }
-      )
-  return whole
+      keys = {
+        'category_id': labels.index(thing.label) + 1,
+        'bbox': [left, top, right - left, bottom - top],
+        'area': (right - left) * (bottom - top),
+        'score': thing.score,
+      }
+      annotations.append((file, keys))
+  return coco_format({file: opened(file).size[::-1] for file, _ in found}, dict(enumerate(labels, 1)), annotations)
 
 
 def draw(file: str, objects: Sequence[DetectedObject], labels: Sequence[str]) -> Image.Image:
   """The image with a box, the label and the score of each object, the best on top."""
-  image = _opened(file)
+  image = opened(file)
   pen, line = ImageDraw.Draw(image), max(1, round(min(image.size) / 200))
   for thing in reversed(objects):
-    color, (left, top, right, bottom) = _COLORS[labels.index(thing.label) % len(_COLORS)], thing.box
+    color, (left, top, right, bottom) = COLORS[labels.index(thing.label) % len(COLORS)], thing.box
     pen.rectangle((left, top, right, bottom), outline=color, width=line)
     text = f'{thing.label} {thing.score:.2f}'
     place = pen.textbbox((left + line, top + line), text)
     pen.rectangle(place, fill=color)
     pen.text((left + line, top + line), text, fill='white')
   return image
-
-
-def _opened(file: str) -> Image.Image:
-  with Image.open(file) as image:
-    return rgb(image)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,12 @@ class Geometry:
       min(columns, round((self.width - left) * x)),
       min(rows, round((self.height - top) * y)),
     )
+
+  @classmethod
+  def of(cls, array: np.ndarray, size: tuple[int, int]) -> 'Geometry':
+    """The geometry whose `array` this is, for an output of `size` (height, width)."""
+    left, top, right, bottom, height, width = (float(x) for x in array)
+    return cls(round(height), round(width), (left, top, right, bottom), size)
 
   @property
   def array(self) -> np.ndarray:
@@ -133,6 +140,41 @@ def original_boxes(boxes: np.ndarray, geometry: np.ndarray, size: tuple[int, int
   scale = (box[:, 2:] - box[:, :2]) / np.array(size[::-1])
   corners = boxes.reshape(len(boxes), -1, 2) * scale[:, None] + box[:, None, :2]
   return np.clip(corners, 0, sides[:, None]).reshape(boxes.shape).astype(np.float32)
+
+
+class OriginalPixels(NamedTuple):
+  """Resampling of maps of an output to pixels of the image: `rows` float32 [h, rows of the map] and `columns` float32
+  [w, columns of the map] give the h x w pixels at `place`, those that the output shows."""
+
+  rows: np.ndarray
+  columns: np.ndarray
+  place: tuple[slice, slice]
+
+  def of(self, maps: np.ndarray) -> np.ndarray:
+    """Maps float [..., rows, columns] at these pixels, float32 [..., h, w]."""
+    return (self.rows @ maps) @ self.columns.T
+
+
+def original_pixels(resolution: tuple[int, ...], geometry: Geometry) -> OriginalPixels:
+  """Of maps of the whole output in this resolution (rows, columns): they are interpolated to the size of the output
+  first, and what shows the image then to the pixels of the image, both times between centers, without a filter."""
+  left, top, right, bottom = geometry.inside
+  x_low, y_low, x_high, y_high = (round(edge) for edge in geometry.visible_box)
+  x_high, y_high = max(x_high, x_low + 1), max(y_high, y_low + 1)
+  rows = interpolation(bottom - top, y_high - y_low) @ interpolation(resolution[0], geometry.size[0])[top:bottom]
+  columns = interpolation(right - left, x_high - x_low) @ interpolation(resolution[1], geometry.size[1])[left:right]
+  place = slice(y_low, y_high), slice(x_low, x_high)
+  return OriginalPixels(rows.astype(np.float32), columns.astype(np.float32), place)
+
+
+def interpolation(old: int, new: int) -> np.ndarray:
+  """float64 [new, old]: the matrix of linear interpolation between the centers of pixels; the edge is repeated."""
+  place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+  first = np.floor(place).astype(int)
+  matrix = np.zeros((new, old))
+  matrix[np.arange(new), first] = 1 - (place - first)
+  matrix[np.arange(new), np.minimum(first + 1, old - 1)] += place - first
+  return matrix
 
 
 def _floats(name: str, values: np.ndarray, columns: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from fmcv_jax.data.geometry import Geometry
 from fmcv_jax.data.images.decode import LazyImage, decode_pil, lazy_image
 from fmcv_jax.data.transforms import ImageTransform, Resize, ResizeCrop
 from fmcv_jax.errors import UserError
-from fmcv_jax.fields import height_width
+from fmcv_jax.fields import ImageSize, height_width
 
 PillowFilter = Literal['nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming']
 FILTERS = {
@@ -75,7 +75,7 @@ class PillowResize(ImageTransform):
 
   @override
   def open(self, image: bytes | np.ndarray, channels: int = 3) -> LazyImage:
-    return lazy_image(np.asarray(decode_pil(image)) if isinstance(image, bytes) else image, channels=channels)
+    return _decoded(image, channels)
 
   @override
   def apply(self, image: LazyImage, geometry: Geometry) -> np.ndarray:
@@ -109,6 +109,50 @@ class PillowResize(ImageTransform):
     top, left = max(-top, 0), max(-left, 0)
     out[top : top + min(rows, self.size), left : left + min(columns, self.size)] = shown
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeToMultiple(ImageTransform):
+  """Resizes the whole image so that both sides are multiples of `multiple` (MiDaS, DPT, Depth Anything).
+
+  size               side, or (height, width), that the image is scaled to
+  multiple           each side is rounded to the nearest multiple of it
+  keep_aspect_ratio  both sides are scaled by that factor of the two which is nearer to 1, and the other side has any
+                     length: images then come out in several sizes; False squashes the image to `size`
+  interpolation      a filter of Pillow's
+  """
+
+  size: ImageSize
+  multiple: PositiveInt = 14
+  keep_aspect_ratio: bool = True
+  interpolation: PillowFilter = 'bicubic'
+
+  def __post_init__(self) -> None:
+    if min(height_width(self.size)) < 1:
+      raise ValueError(f'size: expected at least 1, got {self.size}')
+
+  @override
+  def draw(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
+    rows, columns = height_width(self.size)
+    down, right = rows / height, columns / width
+    if self.keep_aspect_ratio:
+      down = right = right if abs(1 - right) < abs(1 - down) else down
+    sides = (max(1, round(side / self.multiple)) * self.multiple for side in (down * height, right * width))
+    new_height, new_width = sides
+    return Geometry(height, width, (0, 0, width, height), (new_height, new_width))
+
+  @override
+  def open(self, image: bytes | np.ndarray, channels: int = 3) -> LazyImage:
+    return _decoded(image, channels)
+
+  @override
+  def apply(self, image: LazyImage, geometry: Geometry) -> np.ndarray:
+    whole = Image.fromarray(image.pixels())
+    return np.asarray(whole.resize(geometry.size[::-1], FILTERS[self.interpolation]))
+
+
+def _decoded(image: bytes | np.ndarray, channels: int) -> LazyImage:
+  return lazy_image(np.asarray(decode_pil(image)) if isinstance(image, bytes) else image, channels=channels)
 
 
 def as_pillow_resize(image: ImageTransform) -> PillowResize:

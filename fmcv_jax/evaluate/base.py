@@ -145,15 +145,19 @@ class EvaluatedModel:
       process_count=jax.process_count(),
     )
 
-  def map_records(self, names: Sequence[str], pipeline: Pipeline, batch_size: int) -> Iterator[dict[str, Any] | None]:
-    """For each record in the source's order: the outputs by name, trees of arrays [...], or None for an unreadable one.
+  def map_records(
+    self, names: Sequence[str], pipeline: Pipeline, batch_size: int, truth: Sequence[str] = ()
+  ) -> Iterator[dict[str, Any] | None]:
+    """For each record in the source's order: the outputs and the fields `truth` by name, trees of arrays [...], or None
+    for an unreadable one.
 
     The arguments are those of `map_batches`.
     """
     left = len(pipeline.source)
-    for values, fields in self.map_batches(names, pipeline, batch_size):
+    for values, fields in self.map_batches(names, pipeline, batch_size, truth):
+      whole = values | {name: fields[name] for name in truth}
       for row in range(min(batch_size, left)):  # the last batch is padded
-        yield jax.tree.map(lambda x, row=row: x[row], values) if fields['mask'][row] else None
+        yield jax.tree.map(lambda x, row=row: x[row], whole) if fields['mask'][row] else None
       left -= batch_size
 
   def embed_texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:

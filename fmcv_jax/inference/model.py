@@ -4,26 +4,28 @@ import functools
 import logging
 import math
 import os
-import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from fmcv_jax.config import paths_of
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages, image_list
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.diffusion.options import SamplingOptions
-from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
+from fmcv_jax.inference.depth import DepthEstimator
 from fmcv_jax.inference.detector import Detector, check_queries
 from fmcv_jax.inference.generator import ImageGenerator
-from fmcv_jax.models.common.layers import Dtype
+from fmcv_jax.inference.model_arguments import checked_templates, computing_in, image_source, softmax, text_list
+from fmcv_jax.inference.prompted_segmenter import PromptedImage, PromptedSegmenter
+from fmcv_jax.inference.segmenter import Segmenter
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
+from fmcv_jax.objectives.mask_prediction import Task
 from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import CLASSES, Run, evaluated_as
@@ -102,7 +104,7 @@ class Model:
     """Embeddings of unit length, float32 [N, E]. Texts beyond the maximum length are truncated, with a warning."""
     if isinstance(texts, str):
       return self.encode_text([texts])[0]
-    texts = _text_list('texts', texts)
+    texts = text_list('texts', texts)
     if not texts:
       raise UserError('texts: give at least one text')
     self._check_reads_texts()
@@ -126,24 +128,24 @@ class Model:
     """
     if isinstance(labels, str):
       raise UserError(f'labels: {labels!r} is one text; give a list of labels')
-    labels = _text_list('labels', labels)
+    labels = text_list('labels', labels)
     if blank := [at for at, label in enumerate(labels) if not label.strip()]:
       raise UserError(f'labels: label {blank[0]} is empty; remove it')
     if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
       raise UserError(f'labels: {twice[0]!r} is given twice, which would share its probability; remove one')
     if not labels and 'logits' in self.outputs:
-      return _softmax(self._of_images('logits', images))
+      return softmax(self._of_images('logits', images))
     if not (labels := labels or self.class_names):
       raise UserError(f'{self._workdir}: this model has no classifier head; pass labels')
     self._check_reads_texts()
     if 'embed_image' not in self.outputs:
       raise UserError(f'{self._workdir}: this model has no embedding of a whole image to compare with labels')
-    templates = _checked_templates(self.templates if templates is None else templates)
+    templates = checked_templates(self.templates if templates is None else templates)
     texts = class_embeddings(self._subject, labels, templates, self._batch)
     self._warn_of_truncation('labels', [template.replace('{}', label) for label in labels for template in templates])
     objective = self._run.experiment.objective
     log_scale = objective.full_params(self._subject.params, self._subject.extra)['temperature']
-    return _softmax(math.exp(min(float(log_scale), MAX_LOG_SCALE)) * self.encode_image(images) @ texts.T)
+    return softmax(math.exp(min(float(log_scale), MAX_LOG_SCALE)) * self.encode_image(images) @ texts.T)
 
   def predict(
     self,
@@ -201,7 +203,7 @@ class Model:
     answers   closed list of answers, of which the most likely is taken
     template  prompt with a '{}' for the question, by default PaliGemma's 'answer en {}'
     """
-    questions = _text_list('question', [question] if isinstance(question, str) else question)
+    questions = text_list('question', [question] if isinstance(question, str) else question)
     if isinstance(answers, str):
       raise UserError(f'answers: {answers!r} is one text; give a list')
     if template.count('{}') != 1:
@@ -216,7 +218,7 @@ class Model:
     answers: Sequence[str] = (),
   ) -> Any:
     several, is_one = image_list(images)
-    source = _source(several)
+    source = image_source(several)
     texts = []
     pipeline = Pipeline(source, self._subject.image, max_bad=1.0)
     for found in self._text_generator.texts(pipeline, prompts, options, answers):
@@ -244,8 +246,8 @@ class Model:
     threshold  least score, from 0 to 1
     templates  sentences with a '{}' for the text, whose embeddings are averaged; default those of the training data
     """
-    texts = _text_list('texts', [texts] if isinstance(texts, str) else texts)
-    examples = None if isinstance(like, (tuple, list)) and not like else _source(image_list(like)[0])
+    texts = text_list('texts', [texts] if isinstance(texts, str) else texts)
+    examples = None if isinstance(like, (tuple, list)) and not like else image_source(image_list(like)[0])
     if not texts and examples is None:
       raise UserError('texts: give at least one text to find, or an example image as `like`')
     labels = [*texts, *(() if examples is None else map(examples.key_of, range(len(examples))))]
@@ -254,14 +256,62 @@ class Model:
     usual = ('{}',) if data.queries is None else data.queries.templates
     detector, queries = Detector(self._subject, self._batch), []
     if texts:
-      queries.append(detector.embed_texts(texts, _checked_templates(usual if templates is None else templates)))
+      queries.append(detector.embed_texts(texts, checked_templates(usual if templates is None else templates)))
     if examples is not None:
       queries.append(detector.embed_examples(image_pipeline(self._run, examples, max_bad=1.0)))
     several, is_one = image_list(images)
-    pipeline = image_pipeline(self._run, _source(several), max_bad=1.0)
+    pipeline = image_pipeline(self._run, image_source(several), max_bad=1.0)
     found = list(detector.detect(pipeline, np.concatenate(queries), labels, threshold))
-    if self._unreadable == 'error' and None in found:
-      raise UserError(f'images: {pipeline.source.key_of(found.index(None))} cannot be read')
+    return self._readable(found, pipeline.source, is_one)
+
+  def segment(
+    self,
+    images: ImageLike | Sequence[ImageLike],
+    task: Task | None = None,
+    *,
+    threshold: float | None = None,
+    **prompts: Any,
+  ) -> Any:
+    """Segments of each image at its own size, `Segments`; one for a single image.
+
+    task       'semantic', 'instance' or 'panoptic'; default what the model was trained for
+    threshold  least score of an instance or a panoptic segment, from 0 to 1; default 0.8
+    prompts    for a promptable model and a single image: `points`, `boxes` and so on of `PromptedImage.segment`
+
+    UserError for a model that does not segment, and for a task that it does not have.
+    """
+    if prompts or 'prompted_masks' in self.outputs:
+      if task is not None or threshold is not None:
+        raise UserError('task, threshold: a promptable model has neither; give points or boxes')
+      return self.encode_for_prompts(images).segment(**prompts)
+    several, is_one = image_list(images)
+    pipeline = image_pipeline(self._run, image_source(several), max_bad=1.0)
+    ways = self._run.placement.mesh.size
+    batch = min(self._batch, -(-len(several) // ways) * ways)  # masks are large
+    segmenter = Segmenter(self._subject, self._run.experiment.objective, self.class_names, batch)
+    return self._readable(list(segmenter.segment(pipeline, task, threshold)), pipeline.source, is_one)
+
+  def encode_for_prompts(self, image: ImageLike | Sequence[ImageLike]) -> PromptedImage:
+    """A single image, encoded once for several prompts, each a call of its `segment`."""
+    pipeline = image_pipeline(self._run, image_source(image_list(image)[0]), max_bad=1.0)
+    return PromptedSegmenter(self._subject).encode_single(pipeline)
+
+  def depth(self, images: ImageLike | Sequence[ImageLike]) -> Any:
+    """Depth of each image in its own size: a list of N arrays float32 [H, W] (None: unreadable), or one array.
+
+    In meters for a model with the output 'depth'; for 'inverse_depth', up to scale and shift, and larger is nearer.
+    """
+    several, is_one = image_list(images)
+    estimator, source = (
+      DepthEstimator(self._subject, self._run.experiment.data.image, self._batch),
+      image_source(several),
+    )
+    return self._readable(estimator.in_order(source), source, is_one)
+
+  def _readable(self, found: list[Any], source: Source, is_one: bool) -> Any:
+    """Results of images, None for one that cannot be read: a UserError where `unreadable` says so."""
+    if self._unreadable == 'error' and (lost := [number for number, own in enumerate(found) if own is None]):
+      raise UserError(f'images: {source.key_of(lost[0])} cannot be read')
     return found[0] if is_one else found
 
   def generate(
@@ -278,12 +328,12 @@ class Model:
     return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=overrides)
 
   def _overrides(self, folder: str) -> tuple[str, ...]:
-    return () if self._dtype is None else _computing_in(self._dtype, folder)
+    return () if self._dtype is None else computing_in(self._dtype, folder)
 
   def _of_images(self, name: str, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
     """An output of one image, or of a list of them."""
     several, is_one = image_list(images)
-    rows = self._of_source(name, _source(several))
+    rows = self._of_source(name, image_source(several))
     return rows[0] if is_one else rows
 
   def _of_source(self, name: str, source: InMemoryImages) -> np.ndarray:
@@ -316,25 +366,6 @@ class Model:
       )  # fmt: skip
 
 
-def _checked_templates(templates: str | Sequence[str]) -> Sequence[str]:
-  templates = [templates] if isinstance(templates, str) else templates
-  if not templates or (bad := [template for template in templates if template.count('{}') != 1]):
-    raise UserError(f"templates: each needs one '{{}}' for the label, got {bad[0] if templates else templates!r}")
-  return templates
-
-
-def _source(images: Sequence[ImageLike] | np.ndarray) -> InMemoryImages:
-  """Several images as a source; UserError for none, and for a file that does not exist."""
-  if len(images) == 0:
-    raise UserError('images: give at least one image')
-  for image in images:
-    if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
-      if os.path.isdir(image):
-        raise UserError(f'images: {os.fspath(image)!r} is a folder; give the files in it')
-      raise UserError(f'images: no file {os.fspath(image)!r} (relative to {os.getcwd()})')
-  return InMemoryImages(images)
-
-
 def image_pipeline(run: Run, source: Source, max_bad: float) -> Pipeline:
   """The images of a source as the model takes them; UserError for a model of images that are not RGB."""
   image = run.experiment.objective.example_batch.get('image')
@@ -365,35 +396,3 @@ def class_names_of(run: Run) -> tuple[str, ...]:
     return max((tuple(evaluator.data.source.names) for evaluator in zero_shot), key=len)
   except (UserError, OSError):
     return ()
-
-
-def dtypes_of(workdir: str | pathlib.Path) -> list[str]:
-  """Config paths of all `dtype` fields of the objective."""
-  return paths_of(Run.reopen(workdir).config['objective'], 'dtype', 'objective')
-
-
-def _computing_in(dtype: str, workdir: str) -> tuple[str, ...]:
-  """The config overrides that set the computation dtype. Raises UserError where a model cannot compute in it."""
-  known = get_args(Dtype)
-  if dtype not in known:
-    raise UserError(f'dtype: {dtype!r} is not one of {", ".join(map(repr, known))}; {did_you_mean(dtype, known)}')
-  paths = dtypes_of(workdir)
-  if not paths and dtype != 'float32':
-    raise UserError(f'dtype: the network of {workdir} computes in float32 only, got {dtype!r}')
-  return tuple(f'{path}={dtype}' for path in paths)
-
-
-def _text_list(argument: str, texts: Any) -> list[str]:
-  """Texts as a list; UserError for anything that is not a text."""
-  if not isinstance(texts, Iterable):
-    raise UserError(f'{argument}: expected a list of texts, got {type(texts).__name__}')
-  listed_texts = list(texts)
-  for at, text in enumerate(listed_texts):
-    if not isinstance(text, str):
-      raise UserError(f'{argument}: item {at} is {type(text).__name__}, not a text')
-  return listed_texts
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-  shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
-  return shifted / shifted.sum(axis=-1, keepdims=True)

@@ -71,10 +71,16 @@ class Segmentation(Objective):
 
   @override
   def outputs(self) -> Mapping[str, Output]:
-    def segments(params: Params, extra: Any, batch: Batch) -> jax.Array:
+    def logits_of(params: Params, batch: Batch) -> jax.Array:
       images = self.normalize(batch['image'].astype(jnp.float32) / 255)
       logits: Any = self.network.apply({'params': params}, images)
-      return logits.argmax(-1).astype(jnp.uint8)
+      return logits
+
+    def segments(params: Params, extra: Any, batch: Batch) -> jax.Array:
+      return logits_of(params, batch).argmax(-1).astype(jnp.uint8)
+
+    def scores(params: Params, extra: Any, batch: Batch) -> jax.Array:
+      return jax.nn.softmax(logits_of(params, batch)).max(-1)
 
     def confusion(params: Params, extra: Any, batch: Batch) -> jax.Array:
       return confusions(segments(params, extra, batch), batch['segments'], self.network.num_classes)
@@ -82,6 +88,7 @@ class Segmentation(Objective):
     return {
       **encoder_outputs(self.network.encoder, self._encoder),
       'segments': Output(segments, 'map', encoder=self._encoder),
+      'segment_scores': Output(scores, 'map', encoder=self._encoder),
       'confusion': Output(confusion, reads=('image', 'segments')),
     }
 

@@ -14,7 +14,7 @@ from fmcv_jax.models.backbones.swin import Swin
 from fmcv_jax.models.backbones.text import TextTransformer
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.layers import BlockConfig, Stack
-from fmcv_jax.pretrained import efficientnet, export_paligemma
+from fmcv_jax.pretrained import efficientnet, export_depth_anything, export_eomt, export_paligemma, export_sam
 from fmcv_jax.pretrained.hub_vit import exported_side
 
 Files = dict[str, Any]  # by name: data for JSON, a text, or the path of a file to copy
@@ -36,6 +36,16 @@ def files(family: str, objective: Any, image: ImageTransform | None, tokenizer: 
     return _paligemma(objective, image, tokenizer)
   if family.startswith('owl'):
     return _owl(family, objective, image, tokenizer)
+  if family == 'eomt':
+    return export_eomt.files(objective, _dinov2(objective.network.encoder), image)
+  if family == 'sam':
+    activation = ACTIVATIONS[network.encoder.block.activation]
+    return export_sam.files(network, image, objective.normalize, activation)
+  if family == 'depth_anything':
+    return {
+      'config.json': export_depth_anything.config(network, _dinov2(network.encoder)),
+      'preprocessor_config.json': export_depth_anything.images(network, image, objective.normalize),
+    }
   configs = {
     'clip': _clip,
     'clip_openai': _clip,

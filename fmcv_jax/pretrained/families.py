@@ -12,10 +12,13 @@ from fmcv_jax.pretrained import (
   clip,
   coca,
   dit,
+  dpt,
   efficientnet,
+  eomt,
   inception,
   owl,
   paligemma,
+  sam,
   stable_diffusion,
   swin,
   vit,
@@ -143,6 +146,10 @@ _EFFICIENTNET = (
   ('timm', efficientnet.timm()),
   *(('transformers', efficientnet.transformers(size)) for size in efficientnet.SIZES if size != 'mu'),
 )
+_DEPTH_ANYTHING = (
+  *(('transformers', dpt.transformers(hub=hub)) for hub in (True, False)),
+  ('official', dpt.original()),
+)
 _DINOV2 = tuple(
   ('transformers', vit.transformers_dinov2(prefix, hub=hub, gated=gated))
   for prefix in ('', 'dinov2.', 'dinov2_with_registers.')
@@ -200,6 +207,9 @@ FAMILIES: dict[str, Family] = {
   'paligemma2': Family(paligemma.layouts(second=True), _prefix_lm(second=True), _PAIR),
   'owlvit': Family((('transformers', owl.layout('owlvit')),), owl.config),
   'owlv2': Family((('transformers', owl.layout('owlv2')),), owl.config),
+  'eomt': Family((('transformers', eomt.layout()),), eomt.config, ('encoder/',)),
+  'depth_anything': Family(_DEPTH_ANYTHING, dpt.config),
+  'sam': Family(sam.layouts(), sam.config, ('encoder/', 'prompt/', 'decoder/')),
   'efficientnet': Family(_EFFICIENTNET, _encoder(IMAGENET, 0.875, efficientnet.network)),
   'inception': Family((('torch_fidelity', inception.published()),), _inception),
   'dit': Family((('dit', dit.original()), ('diffusers', dit.diffusers())), dit.config),
@@ -229,6 +239,12 @@ def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
     return 'sd2' if variant == 'sd2' else 'sd1'
   if 'top_norm/scale' in shapes or 'stage1/first/depthwise/kernel' in shapes:
     return 'efficientnet'
+  if 'mask_head/layer1/kernel' in shapes:
+    return 'eomt'
+  if 'encoder/group1/whole/norm1/scale' in shapes:
+    return 'sam'
+  if 'fusion1/out/kernel' in shapes:
+    return 'depth_anything'
   if 'box_head/layer1/kernel' in shapes:
     return 'owlv2' if has(shapes, 'objectness_head/') else 'owlvit'
   if 'image_projection/kernel' in shapes and 'text/tokens/embedding' in shapes:

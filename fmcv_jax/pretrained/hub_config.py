@@ -27,6 +27,7 @@ _DIFFUSION = ('unet', 'dit', 'autoencoder')
 _UNSHOWN = (
   *('num_heads', 'activation', 'eps', 'pool', 'causal', 'normalize', 'schedule', 'prediction', 'padding'),
   *('num_kv_heads', 'head_dim', 'query_scale', 'attention_softcap', 'logit_softcap', 'rope_base', 'window'),
+  *('taps', 'max_depth', 'decoder_heads', 'decoder_eps'),
 )
 
 _SIDE = re.compile(r'objective\.network\.(image\.|encoder\.)?image_size=')  # of images, as a user's override
@@ -135,10 +136,13 @@ def unsaid(config: Mapping[str, Any], objective: Any, findings: Findings, overri
       here = f'{path}{key}'
       if key not in _UNSHOWN and here != 'data.image':
         visit(value, f'{here}.')
-      elif key == 'num_heads' and tree.get('name') == 'swin':  # whose tables of positions show them
+      elif key in ('num_heads', 'window') and tree.get('name') in (
+        'swin',
+        'sam',
+      ):  # whose tables of positions show them
         continue
-      elif value is not None or key == 'num_heads':
-        shown = _heads(objective, here) if value is None else _plain(value)
+      elif value is not None or key in ('num_heads', 'max_depth'):
+        shown = _heads(objective, here) if value is None and key == 'num_heads' else _plain(value)
         found.extend([] if is_said(here) else [f'{here}={shown}'])
 
   visit({key: config[key] for key in ('objective', 'data') if key in config}, '')

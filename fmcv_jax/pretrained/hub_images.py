@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from fmcv_jax.dataset_statistics import CLIP, HALF, IMAGENET
 from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.pretrained import hub_depth_anything, hub_sam
+from fmcv_jax.pretrained.eomt import image_config
 from fmcv_jax.pretrained.hub_file import HubFile, one_of
 from fmcv_jax.pretrained.owl import BLACK
 
@@ -48,7 +50,10 @@ _PROCESSORS = {
   'ConvNext': _Defaults({'shortest_edge': 384}, None, 3, IMAGENET, square=False),
   'OwlViT': _Defaults(_square(768), None, 3, CLIP),
   'Owlv2': _Defaults(_square(960), None, 2, CLIP),
+  'Eomt': _Defaults({'shortest_edge': 640, 'longest_edge': 640}, None, 2, IMAGENET),
   'EfficientNet': _Defaults(_square(346), None, 3, HALF),
+  'Sam': _Defaults({'longest_edge': 1024}, None, 2, IMAGENET),
+  'DPT': _Defaults(_square(384), None, 3, HALF),
 }
 _SPELLINGS = ('FeatureExtractor', 'ImageProcessorFast', 'ImageProcessorPil', 'ImageProcessor')
 
@@ -62,20 +67,41 @@ def transformers(file: HubFile, config: dict[str, Any]) -> None:
   usual = _PROCESSORS[name]
   if name == 'Owlv2':
     return _owlv2(file, usual)
+  if name == 'Eomt':
+    return _eomt(file, usual)
+  if name == 'Sam':
+    if config['objective']['network']['name'] != 'sam':
+      raise file.refusal('image_processor_type', said, 'images of one size')
+    file.set('data.image', hub_sam.images(file, config['objective']['network']['image_size']))
+    _normalize(file, name, usual)
+    return file.done(_IGNORED)
   for key in ('do_pad', 'do_flip_channel_order', 'do_color_quantize'):
     if file.get(key):
       raise file.refusal(key, True, 'False')
   file.get('do_convert_rgb')
   if not file.get('do_resize', True):
     raise file.refusal('do_resize', False, 'images of one size')
-  spec = _geometry(file, name, usual)
+  if name == 'DPT':
+    _check_crop(file)
+    network = config['objective']['network']
+    if network['name'] != 'dpt':
+      raise file.refusal('image_processor_type', said, 'images of one size')
+    spec = hub_depth_anything.images(file, int(network['encoder']['variant'].partition('/')[2]))
+  else:
+    spec = {'name': 'pillow_resize', **_geometry(file, name, usual)}
   try:
     spec['interpolation'] = _FILTERS(file.get('resample', usual.resample))
   except ValueError as error:
     raise UserError(f'{file.shown}: resample is {file.get("resample")!r}: {error}') from error
-  file.set('data.image', {'name': 'pillow_resize', **spec})
+  file.set('data.image', spec)
   _normalize(file, name, usual)
   file.done(_IGNORED)
+
+
+def _check_crop(file: HubFile) -> None:
+  if file.get('do_center_crop'):
+    raise file.refusal('do_center_crop', True, 'False')
+  file.get('crop_size')  # without a meaning then
 
 
 def _owlv2(file: HubFile, usual: _Defaults) -> None:
@@ -94,12 +120,39 @@ def _owlv2(file: HubFile, usual: _Defaults) -> None:
   file.done(_IGNORED)
 
 
+def _eomt(file: HubFile, usual: _Defaults) -> None:
+  """Fits into a square, and is black at the right or bottom."""
+  if file.get('do_split_image', False):
+    raise file.refusal('do_split_image', True, 'whole images, resized and padded')
+  for key, default in (('do_resize', True), ('do_pad', False)):
+    if not file.get(key, default):
+      raise file.refusal(key, False, 'True')
+  size = file.get('size', usual.size)
+  if set(size) != {'shortest_edge', 'longest_edge'} or len(set(size.values())) > 1:
+    raise file.refusal('size', size, 'a square')
+  for key in ('do_convert_rgb', 'ignore_index'):
+    file.get(key)
+  try:
+    interpolation = _FILTERS(file.get('resample', usual.resample))
+  except ValueError as error:
+    raise UserError(f'{file.shown}: resample is {file.get("resample")!r}: {error}') from error
+  file.set('data.image', image_config(size['longest_edge'], interpolation))
+  _normalize(file, 'Eomt', usual)
+  file.done(_IGNORED)
+
+
 def _usual(config: dict[str, Any]) -> str:
   network = config['objective']['network']
   if network['name'] == 'efficientnet':
     return 'EfficientNetImageProcessor'
   if network['name'] == 'prefix_lm':
     return 'SiglipImageProcessor'
+  if network['name'] == 'eomt':
+    return 'EomtImageProcessor'
+  if network['name'] == 'sam':
+    return 'SamImageProcessor'
+  if network['name'] == 'dpt':
+    return 'DPTImageProcessor'
   if network['name'] == 'owl_detector':
     return 'Owlv2ImageProcessor' if network['objectness'] else 'OwlViTImageProcessor'
   if network['name'] == 'dual_encoder':

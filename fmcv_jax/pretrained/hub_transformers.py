@@ -11,7 +11,7 @@ from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.models.backbones.efficientnet import SIZES as EFFICIENTNETS
 from fmcv_jax.models.backbones.efficientnet import TABLE
 from fmcv_jax.models.backbones.vit import ViT
-from fmcv_jax.pretrained import efficientnet, hub_gemma
+from fmcv_jax.pretrained import efficientnet, hub_depth_anything, hub_gemma, hub_sam
 from fmcv_jax.pretrained.hub_file import ACTIVATION, Has, HubFile, Sets, Table
 from fmcv_jax.pretrained.hub_vit import side
 
@@ -129,6 +129,28 @@ _EFFICIENTNET: Table = {
 }
 
 
+_EOMT_ENCODER: Table = {
+  **{key: rule for key, rule in _encoder(1e-6).items() if key not in ('intermediate_size', 'qkv_bias')},
+  'num_attention_heads': Sets('num_heads', 16),
+  'hidden_act': Has('gelu', 'gelu'),
+  'use_swiglu_ffn': Has(False, False),
+  'num_register_tokens': Has(lambda network: network.registers, 4),
+  'mlp_ratio': Has(lambda network: network.stack.block.mlp_dim / network.width, 4),
+}
+_EOMT: Table = {
+  'num_blocks': Has(lambda network: network.blocks, 4),
+  'num_upscale_blocks': Has(lambda network: network.upscales, 2),
+  'num_queries': Has(lambda network: network.queries, 200),
+}
+_EOMT_LOSS: Table = {
+  **{f'{name}_weight': Sets(f'{name}_weight', value) for name, value in (('class', 2.0), ('mask', 5.0), ('dice', 5.0))},
+  'no_object_weight': Sets('no_object_weight', 0.1),
+  'train_num_points': Sets('num_points', 12_544),
+  'oversample_ratio': Sets('oversample_ratio', 3.0),
+  'importance_sample_ratio': Sets('importance_sample_ratio', 0.75),
+}
+
+
 def read(file: HubFile, config: dict[str, Any], objective: Any) -> None:
   """Reads config.json into its findings; UserError for a model of another type, or what none of ours computes."""
   network = getattr(objective, 'network', None)
@@ -163,6 +185,15 @@ def _vision(file: HubFile, kind: str, path: str, network: ViT) -> None:
   side(file, 'image_size', path, network, 224)
   # Where positions are interpolated, of these only the one with registers filters what is made smaller.
   file.set(f'{path}.position_antialias', kind == 'dinov2_with_registers')
+
+
+def _depth_anything(file: HubFile, kind: str, path: str, network: Any) -> None:
+  backbone = file.part('backbone_config')
+  backbone.agree('model_type', backbone.get('model_type', 'dinov2'), 'dinov2')
+  hub_depth_anything.taps(backbone, path, network)
+  _vision(backbone, 'dinov2', f'{path}.encoder', network.encoder)
+  backbone.done(IGNORED)
+  hub_depth_anything.head(file, path, network)
 
 
 def _masked(file: HubFile, kind: str, path: str, network: Any) -> None:
@@ -258,6 +289,13 @@ def _owl(file: HubFile, kind: str, path: str, network: Any) -> None:
     inner.done((*IGNORED, 'projection_dim'))
 
 
+def _eomt(file: HubFile, kind: str, path: str, network: Any) -> None:
+  file.apply(_EOMT_ENCODER, f'{path}.encoder', network.encoder)
+  side(file, 'image_size', f'{path}.encoder', network.encoder, 640)
+  file.apply(_EOMT, path, network)
+  file.apply(_EOMT_LOSS, 'objective', network)
+
+
 def _image_tower(file: HubFile, family: str, path: str, network: ViT) -> None:
   file.apply(_TOWERS[f'{family}_vision'], path, network)
   side(file, 'image_size', path, network, 224)
@@ -288,6 +326,7 @@ _READERS: dict[Any, tuple[tuple[str, ...], Callable[[HubFile, str, str, Any], No
   **{kind: (('vit',), _vision) for kind in _ENCODERS},
   'vit_mae': (('mae', 'vit'), _masked),
   'swin': (('swin',), _swin),
+  'depth_anything': (('dpt',), _depth_anything),
   'efficientnet': (('efficientnet',), _efficientnet),
   **{kind: (('dual_encoder', 'vit', 'text_transformer'), _pair('clip')) for kind in _CLIP_KINDS},
   'siglip': (('dual_encoder', 'vit', 'text_transformer'), _pair('siglip')),
@@ -295,6 +334,8 @@ _READERS: dict[Any, tuple[tuple[str, ...], Callable[[HubFile, str, str, Any], No
   **{f'{kind}_text_model': (('text_transformer',), _single('clip', 'text')) for kind in _CLIP_KINDS},
   'paligemma': (('prefix_lm',), _paligemma),
   **{kind: (('owl_detector',), _owl) for kind in ('owlvit', 'owlv2')},
+  'eomt': (('eomt',), _eomt),
+  'sam': (('sam',), lambda file, kind, path, network: hub_sam.read(file, path, network, IGNORED)),
   'siglip_vision_model': (('vit',), _single('siglip', 'vision')),
   'siglip_text_model': (('text_transformer',), _single('siglip', 'text')),
 }

@@ -92,6 +92,19 @@ def patches(channels: int) -> ArrayTransform:
   return ArrayTransform(write, _reshaped, shape)
 
 
+def expanding(factor: int) -> ArrayTransform:
+  """Transposed convolutions with a stride of their size (`PixelExpand`): ours [inputs, factor * factor * outputs],
+  theirs [inputs, outputs, factor, factor]."""
+
+  def write(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x), factor, factor, -1).transpose(0, 3, 1, 2)
+
+  def read(x: np.ndarray, shape: Shape) -> np.ndarray:
+    return x.transpose(0, 2, 3, 1).reshape(shape)
+
+  return ArrayTransform(write, read, lambda shape: (shape[0], math.prod(shape[1:])))
+
+
 def _unbound(x: np.ndarray) -> np.ndarray:
   raise TypeError('the number of heads is not known yet: see with_heads')
 
@@ -155,6 +168,11 @@ def _projection(transform: ArrayTransform) -> Project:
 
 
 linear, point, spatial = _projection(LINEAR), _projection(POINT), _projection(SPATIAL)
+
+
+def expand(factor: int) -> Project:
+  """Kernel and bias of a `PixelExpand`."""
+  return _projection(expanding(factor))
 
 
 def matrix(ours: str, theirs: str) -> Rows:

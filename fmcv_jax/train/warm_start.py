@@ -24,7 +24,8 @@ class InitFrom:
 
   skip     regular expressions over the paths below `part`; matching parameters keep their initialization
   resize   likewise, for positional tables to resize by bicubic interpolation, as for another image_size:
-           '(.*/)?position' of a ViT, '(.*/)?relative' of a Swin with another window
+           '(.*/)?position' of a ViT, '(.*/)?relative' of a Swin with another window; and for '(.*/)?patch/kernel' with
+           another patch size
   widen    likewise, for kernels with more input channels in this run, such as 'encoder/conv_in/kernel' of an inpainting
            UNet: weights of the additional channels are zero, so the output does not change
   """
@@ -53,7 +54,8 @@ def load_partial_state(state: TrainState, sources: Mapping[str, InitFrom], train
         continue
       value = given.get(path)
       if value is not None and any(re.fullmatch(pattern, path) for pattern in source.resize):
-        value = resized(value, own.shape[-2])
+        resize = resized_patches if f'/{path}'.endswith('/patch/kernel') else resized
+        value = resize(value, own.shape[-2])
       if value is not None and any(re.fullmatch(pattern, path) for pattern in source.widen):
         value = pad_input_channels(value, own.shape)
       if value is None or value.shape != own.shape:
@@ -84,6 +86,21 @@ def resized(table: jax.Array, rows: int) -> jax.Array:
   flat = table.reshape(-1, old, table.shape[-1])
   grids = jax.vmap(lambda grid: resize_grid(grid, (sides[0],) * 2, (sides[1],) * 2))(flat[:, special:])
   return jnp.concatenate([flat[:, :special], grids], axis=1).reshape(*table.shape[:-2], rows, -1)
+
+
+def resized_patches(kernel: jax.Array, rows: int, channels: int = 3) -> jax.Array:
+  """Resizes a kernel of patches [old * old * channels, D] to [rows, D] (FlexiViT, Beyer et al. 2023, section 3.4).
+
+  For a larger patch, its products with patches that are resized bicubically are those of the old kernel. A kernel that
+  is not of square patches on either side is returned unchanged.
+  """
+  old, new = (math.isqrt(count // channels) for count in (kernel.shape[-2], rows))
+  if kernel.ndim != 2 or (old**2 * channels, new**2 * channels) != (kernel.shape[0], rows):
+    return kernel
+  resize = jax.image.resize(jnp.eye(old), (new, old), 'cubic')
+  inverse = jnp.linalg.pinv(resize.T)
+  grid = kernel.reshape(old, old, channels, -1)
+  return jnp.einsum('ia,jb,abcd->ijcd', inverse, inverse, grid, precision='highest').reshape(rows, -1)
 
 
 def pad_input_channels(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:

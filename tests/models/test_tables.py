@@ -2,7 +2,7 @@
 
 Parameters are exact; GMAC (linear layers, convolutions, both attention products) are as printed, to their last digit.
 The references are timm (ViT, DeiT, DINOv2, Swin, EfficientNet), OpenAI's CLIP = open_clip = transformers, and
-transformers' SigLIP, ALIGN and PaliGemma, and open_clip's CoCa.
+transformers' SigLIP, ALIGN, PaliGemma, Depth Anything and SAM, and open_clip's CoCa.
 """
 
 import jax
@@ -12,6 +12,8 @@ import pytest
 from fmcv_jax.models.backbones.efficientnet import efficientnet
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.dpt import depth_anything
+from fmcv_jax.models.dense.sam import sam
 from fmcv_jax.models.multimodal.captioner import cappa, coca
 from fmcv_jax.models.multimodal.dual_encoder import align, clip, siglip
 from fmcv_jax.models.multimodal.prefix_lm import paligemma
@@ -255,3 +257,20 @@ def test_cappa():
   params = variables_of(cappa(), images(224), tokens, lengths)['params']
   assert count(params['text']) == decoder
   assert count(params['image']) == count(variables_of(vit('B/16', pool='gap'), images(224)))
+
+
+@pytest.mark.parametrize(('variant', 'parameters'), [('S', 24_785_089), ('B', 97_470_785), ('L', 335_315_649)])
+def test_depth_anything(variant, parameters):
+  assert count(variables_of(depth_anything(variant), images(518))) == parameters
+
+
+@pytest.mark.parametrize(
+  ('variant', 'encoder', 'parameters'),
+  [('B', 89_670_912, 93_735_728), ('L', None, 312_343_088), ('H', None, 641_090_864)],
+)
+def test_segment_anything(variant, encoder, parameters):
+  variables = variables_of(sam(variant), images(1024))
+  assert count(variables) == parameters
+  assert encoder is None or count(variables['params']['encoder']) == encoder
+  assert count(variables['params']['prompt']) == 6_476
+  assert count(variables['params']['decoder']) == 4_058_340

@@ -186,3 +186,18 @@ def test_a_wrong_input_or_number_of_heads_is_a_clear_error(images):
     jax.eval_shape(network(num_heads=3).init, jax.random.key(0), images)
   with pytest.raises(ValueError, match='head dimension divisible by 4, got 2'):
     jax.eval_shape(network(num_heads=16, pos_embed='rope2d').init, jax.random.key(0), images)
+
+
+def test_taps_are_the_tokens_of_shorter_networks(random_variables):
+  images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+  network = vit('mu/8', image_size=16, depth=4, registers=1)
+  params = random_variables(network, images)['params']
+  found = jax.jit(lambda params: network.apply({'params': params}, images, taps=(1, 3, 4)))(params)
+  assert found.taps.shape[0] == 3
+  for depth, tokens in zip((1, 3, 4), found.taps, strict=True):
+    short = vit('mu/8', image_size=16, depth=depth, registers=1)
+    own = {**params, 'blocks': jax.tree.map(lambda x, depth=depth: x[:depth], params['blocks'])}
+    np.testing.assert_allclose(tokens, short.apply({'params': own}, images).tokens, atol=1e-5)
+  np.testing.assert_array_equal(found.taps[2], found.tokens)
+  with pytest.raises(ValueError, match=r'taps: expected increasing numbers of blocks from 1 to 4, got \(2, 5\)'):
+    network.apply({'params': params}, images, taps=(2, 5))

@@ -8,7 +8,10 @@ from fmcv_jax.models.backbones.inception import inception
 from fmcv_jax.models.backbones.swin import swin
 from fmcv_jax.models.backbones.text import text_transformer
 from fmcv_jax.models.backbones.vit import vit
+from fmcv_jax.models.dense.dpt import dpt
+from fmcv_jax.models.dense.eomt import eomt
 from fmcv_jax.models.dense.owl import owl_detector
+from fmcv_jax.models.dense.sam import sam
 from fmcv_jax.models.dense.segmenter import segmenter
 from fmcv_jax.models.generative.autoencoder import autoencoder
 from fmcv_jax.models.generative.dit import dit
@@ -24,6 +27,7 @@ from fmcv_jax.objectives.autoencoder import Autoencoding
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.objectives.contrastive import Contrastive
 from fmcv_jax.objectives.contrastive_captioning import ContrastiveCaptioning
+from fmcv_jax.objectives.depth import DepthEstimation
 from fmcv_jax.objectives.detection import Detection
 from fmcv_jax.objectives.diffusion import Diffusion
 from fmcv_jax.objectives.dino import SelfDistillation
@@ -33,6 +37,8 @@ from fmcv_jax.objectives.image_condition import ImageCondition
 from fmcv_jax.objectives.language import Language
 from fmcv_jax.objectives.latent_space import LatentSpace
 from fmcv_jax.objectives.mae import MaskedAutoencoding
+from fmcv_jax.objectives.mask_prediction import MaskPrediction
+from fmcv_jax.objectives.prompted_segmentation import PromptedSegmentation
 from fmcv_jax.objectives.repa import REPA
 from fmcv_jax.objectives.segmentation import Segmentation
 from fmcv_jax.objectives.text_condition import TextCondition
@@ -84,6 +90,11 @@ CASES = {
   'owl_detector': lambda: Detection(
     owl_detector(dual_encoder(small_vit(num_classes=16, pool='cls'), texts(num_classes=16))), max_boxes=2, num_queries=3
   ),
+  'eomt': lambda: MaskPrediction(
+    eomt(small_vit(registers=4, layer_scale=1.0), 3, queries=5, blocks=1, upscales=1), max_segments=2
+  ),
+  'dpt': lambda: DepthEstimation(dpt(small_vit(depth=4), (1, 2, 3, 4), (4, 4, 8, 8), 8, hidden=4)),
+  'sam': lambda: PromptedSegmentation(sam('mu', image_size=64, window=3, channels=16)),
   'segmenter': lambda: Segmentation(segmenter(small_vit(), 3)),
   'autoencoder': lambda: Autoencoding(latents(), perceptual=0.1, features=small_vit()),
   'dit': lambda: Diffusion(

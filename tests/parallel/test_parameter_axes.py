@@ -40,7 +40,7 @@ def test_every_parameter_of_every_network_has_the_axes_that_it_had(name):
 
 def test_every_network_of_the_registry_is_a_case():
   """Some names are published sizes of other networks, and text towers are parts of pairs."""
-  sizes = {'align', 'cappa', 'clip', 'coca', 'owl', 'paligemma', 'siglip'}
+  sizes = {'align', 'cappa', 'clip', 'coca', 'depth_anything', 'owl', 'paligemma', 'siglip'}
   sizes |= {'caption_decoder', 'cross_decoder', 'text_decoder', 'text_transformer'}
   assert set(KINDS[nn.Module]) - sizes <= {name.split(',')[0] for name in CASES}
 

@@ -7,7 +7,7 @@ import pytest
 from fmcv_jax.errors import UserError
 from fmcv_jax.models.common.positions import resize_grid
 from fmcv_jax.train.state import TrainState
-from fmcv_jax.train.warm_start import InitFrom, load_partial_state, pad_input_channels, resized
+from fmcv_jax.train.warm_start import InitFrom, load_partial_state, pad_input_channels, resized, resized_patches
 
 
 def initial_state():
@@ -53,6 +53,18 @@ def test_a_table_of_positions_is_resized_behind_its_special_tokens(old, new, spe
   for one, other in zip(got, table, strict=True):
     np.testing.assert_allclose(one[special:], resize_grid(other[special:], *sides), atol=1e-6)
   assert resized(table, new + 1) is table
+
+
+@pytest.mark.parametrize(('old', 'new'), [(14, 16), (16, 8)])
+def test_a_kernel_of_patches_is_resized_as_by_timm(old, new):
+  layers = pytest.importorskip('timm.layers', reason='pip install fmcv-jax[parity]')
+  torch = pytest.importorskip('torch')
+  theirs = np.random.default_rng(0).normal(size=(5, 3, old, old)).astype(np.float32)
+  expected = layers.resample_patch_embed(torch.tensor(theirs), [new, new]).numpy()
+  ours = resized_patches(jnp.asarray(theirs.transpose(2, 3, 1, 0).reshape(old * old * 3, 5)), new * new * 3)
+  expected = expected.transpose(2, 3, 1, 0).reshape(new * new * 3, 5)
+  np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+  assert resized_patches(ours, 100) is ours
 
 
 def test_resolution_changes_where_it_is_asked_for():

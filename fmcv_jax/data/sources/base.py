@@ -30,6 +30,7 @@ class Source(abc.ABC):
     clip      uint8 [frames, height, width, channels], or a tuple of encoded frames
     label     int, an index into `names`
     segments  integers [height, width]: the class of each pixel; 255: ignore
+    depth     float32 [height, width]: the distance of each pixel in meters; 0: not known
     boxes     float [N, 4]: left, top, right, bottom in pixels of the image
     classes   int [N], the class of each box; masks bool [N, height, width], the pixels of each object
     points    float [..., 2]: x, y in pixels

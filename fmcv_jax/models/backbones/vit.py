@@ -12,6 +12,8 @@ from fmcv_jax.bounds import Decay, Finite, NonNegativeInt, PositiveFloat, Positi
 from fmcv_jax.errors import did_you_mean
 from fmcv_jax.fields import ImageSize, height_width
 from fmcv_jax.models.common.attention.dispatch import Backend
+from fmcv_jax.models.common.block_taps import run_with_taps
+from fmcv_jax.models.common.late_tokens import LateTokens, run_with_late_tokens
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
   NORM_AXES,
@@ -153,12 +155,21 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, images: jax.Array, *, keep: jax.Array | None = None, masked: jax.Array | None = None, train: bool = False
+    self,
+    images: jax.Array,
+    *,
+    keep: jax.Array | None = None,
+    masked: jax.Array | None = None,
+    late: LateTokens | None = None,
+    taps: tuple[int, ...] = (),
+    train: bool = False,
   ) -> Features:
     """Features of the images.
 
     keep     int32 [B, N], indices of the visible patches (FLIP, Li et al. 2023; MAE); None for all
     masked   bool [B, rows * columns], True for patches replaced by the mask token; None for none
+    late     tokens that join the last blocks, and are `queries` of the Features; not with fc_norm
+    taps     numbers, from 1, of the blocks whose tokens are returned too, after the last norm; not with `late`
     """
     block, batch = self.stack.block, images.shape[0]
     if self.drop_remainder:
@@ -205,11 +216,21 @@ class ViT(nn.Module):
     x = with_logical_constraint(x, 'batch', 'tokens', 'width')
     if self.pre_norm:
       x = layer_norm(block.eps, block.dtype, 'pre_norm')(x)
-    x = self.stack(x, angles=angles, train=train)
-    if not self.fc_norm:
-      x = layer_norm(block.eps, block.dtype, 'norm')(x)
-
+    norm = (lambda tokens: tokens) if self.fc_norm else layer_norm(block.eps, block.dtype, 'norm')
+    tapped: jax.Array | None = None
     queries: jax.Array | None = None
+    if taps:
+      x, tapped = run_with_taps(self.stack, x, taps, angles=angles, train=train)
+      encoded, tapped = norm(x), norm(tapped)
+    elif late is None or self.is_initializing():
+      encoded = norm(self.stack(x, angles=angles, train=train))
+    if late is not None:
+      params: Any = self.get_variable('params', 'blocks')
+      rng = self.make_rng('dropout') if train else None
+      encoded = norm(run_with_late_tokens(self.stack, params, x, late, norm, angles=angles, rng=rng))
+      queries, encoded = jnp.split(encoded, [len(late.tokens)], axis=1)
+    x = encoded
+
     if self.distilled:
       pooled = (x[:, 0] + x[:, 1]) / 2
     elif self.pool == 'cls':
@@ -224,13 +245,13 @@ class ViT(nn.Module):
       outputs = query_pool(self, name='query_pool')(x)
       pooled, queries = outputs[:, 0], outputs[:, 1:]
     if not self.num_classes:
-      return Features(pooled, pooled, x, queries=queries)
+      return Features(pooled, pooled, x, queries=queries, taps=tapped)
     head = linear_head(self.num_classes, self.head_bias, block.dtype)
     if not self.distilled:
-      return Features(head(pooled), pooled, x, queries=queries)
+      return Features(head(pooled), pooled, x, queries=queries, taps=tapped)
     second_head = linear_head(self.num_classes, self.head_bias, block.dtype, 'distillation_head')
     heads = head(x[:, 0]), second_head(x[:, 1])
-    return Features((heads[0] + heads[1]) / 2, pooled, x, heads)
+    return Features((heads[0] + heads[1]) / 2, pooled, x, heads, taps=tapped)
 
 
 def query_pool(network: Any, *, queries: int | None = None, name: str | None = None) -> QueryPool:

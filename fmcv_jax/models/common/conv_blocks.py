@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmcv_jax.models.common.layers import NORM_AXES, Attention, BlockConfig, dense
+from fmcv_jax.models.common.layers import NORM_AXES, Attention, BlockConfig, cast_param, dense
+from fmcv_jax.models.common.patches import unpatchify
 from fmcv_jax.parallel.rules import with_logical_constraint
 
 # Groups of every group norm; narrow networks have fewer, of four channels each: groups of one would remove the colors.
@@ -128,3 +129,24 @@ class Upsample(nn.Module):
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     return conv(channels, self.dtype, 'conv')(x.reshape(batch, 2 * height, 2 * width, channels))
+
+
+class PixelExpand(nn.Module):
+  """A transposed convolution with a stride of its size: each pixel becomes `factor` x `factor` pixels.
+
+  [B, H, W, C] -> [B, factor * H, factor * W, features]; `kernel` is [C, factor * factor * features].
+  """
+
+  features: int
+  factor: int
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    batch, rows, columns, channels = x.shape
+    kernel = self.param('kernel', GLOROT, (channels, self.factor**2 * self.features))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    dtype = jnp.dtype(self.dtype)
+    y = jnp.dot(x.astype(dtype), cast_param(kernel, dtype)).reshape(batch, rows * columns, -1)
+    y = unpatchify(y, (rows, columns), self.factor)
+    return (y.astype(bias.dtype) + bias).astype(dtype)

@@ -158,6 +158,7 @@ def stochastic_depth(y: jax.Array, rate: jax.Array | float, rng: jax.Array) -> j
 class Attention(nn.Module):
   """Multi-head attention of x [B, T, D] over `context` [B, S, D] (x itself if None) -> [B, T, D].
 
+  `values` [B, S, D] are what is averaged, if not the context, such as the context without its positions.
   config.causal applies to self-attention only: all tokens of a context are visible.
 
   With a `place` (int32 scalar), self-attention writes its keys and values to the collection 'cache' from that token on,
@@ -175,6 +176,7 @@ class Attention(nn.Module):
     x: jax.Array,
     context: jax.Array | None = None,
     *,
+    values: jax.Array | None = None,
     angles: jax.Array | None = None,
     mask: jax.Array | PrefixMask | None = None,
     place: jax.Array | None = None,
@@ -203,7 +205,8 @@ class Attention(nn.Module):
     if cached_context:
       key, value = (self.get_variable('cache', f'context_{name}') for name in ('key', 'value'))
     else:
-      key, value = (project(context, name, tokens, kv_heads) for name in ('key', 'value'))
+      key = project(context, 'key', tokens, kv_heads)
+      value = project(context if values is None else values, 'value', tokens, kv_heads)
       key = layer_norm(c.eps, c.dtype, 'key_norm')(key) if c.qk_norm else key
       key = key if angles is None else rotate(key, angles)
     if place is not None and is_self:
@@ -348,12 +351,16 @@ class Stack:
 
     local_mask: mask of every second block, beginning with the first (Gemma 2); None: `mask` is that of all.
     """
-    drop, local = bool(train and self.drop_path), local_mask is not None
-    in_axes = (0 if drop else nn.broadcast, 0 if local else nn.broadcast, *(nn.broadcast,) * 4)
+    rates, local = self.drop_rates(train), local_mask is not None
+    in_axes = (nn.broadcast if rates is None else 0, 0 if local else nn.broadcast, *(nn.broadcast,) * 4)
     blocks = scan_layers(Block, self.depth, in_axes, remat=self.remat, unroll=self.unroll)(
       self.block, train, name='blocks'
     )
-    first = 0.0 if self.drop_path_rise else self.drop_path
-    rates = jnp.linspace(first, self.drop_path, self.depth) if drop else None
     is_local = jnp.arange(self.depth) % 2 == 0 if local else None
     return blocks(x, rates, is_local, angles, mask, local_mask, place)[0]
+
+  def drop_rates(self, train: bool) -> jax.Array | None:
+    """Rates of stochastic depth by block, float32 [depth]; None where there is none."""
+    if not train or not self.drop_path:
+      return None
+    return jnp.linspace(0.0 if self.drop_path_rise else self.drop_path, self.drop_path, self.depth)

@@ -12,7 +12,9 @@ class Features(NamedTuple):
   """Outputs of a network: output [B, out] (of the head, or pooled), pooled [B, D], tokens [B, T, D].
 
   head_outputs: for a network with two heads, the outputs of the class and distillation tokens, whose mean is `output`.
-  queries: [B, N, D], outputs of an attention pooling with several queries, without the first, which is `pooled`.
+  queries: [B, N, D], outputs of an attention pooling with several queries, without the first, which is `pooled`; or the
+  tokens that joined the last blocks (see late_tokens.py).
+  taps: [K, B, T, D], normalized tokens after the blocks that the caller asked for.
   """
 
   output: jax.Array
@@ -20,6 +22,7 @@ class Features(NamedTuple):
   tokens: jax.Array
   head_outputs: tuple[jax.Array, jax.Array] | None = None
   queries: jax.Array | None = None
+  taps: jax.Array | None = None
 
 
 @runtime_checkable

@@ -40,12 +40,12 @@ def resize_grid(table: jax.Array, old: tuple[int, int], new: tuple[int, int], *,
   if antialias:
     grid = jax.image.resize(grid, (*new, dim), 'cubic', antialias=True)
   else:
-    rows, columns = (_cubic(before, after) for before, after in zip(old, new, strict=True))
+    rows, columns = (cubic_matrix(before, after) for before, after in zip(old, new, strict=True))
     grid = jnp.einsum('ir,jc,rcd->ijd', rows, columns, grid, precision='highest')
   return grid.reshape(-1, dim).astype(table.dtype)
 
 
-def _cubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
+def cubic_matrix(old: int, new: int, a: float = -0.75) -> np.ndarray:
   """The matrix [new, old] of cubic interpolation (Keys 1981) between the centers of pixels; the edge is repeated."""
   center = (np.arange(new) + 0.5) * old / new - 0.5
   first = np.floor(center).astype(int)

@@ -19,6 +19,7 @@ from fmcv_jax.models.common.attention.dispatch import Backend
 from fmcv_jax.models.common.layers import NORM_AXES, Activation, Dtype, dense, layer_norm
 from fmcv_jax.models.common.norms import l2_normalize
 from fmcv_jax.models.common.scan import Remat, Unroll
+from fmcv_jax.models.dense.heads import MlpHead
 from fmcv_jax.models.multimodal.dual_encoder import DualEncoder, clip
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -42,26 +43,6 @@ class PatchObjects(NamedTuple):
     """float32 [B, N, Q] of the embeddings of texts, [Q, E] or of each image [B, Q, E]."""
     similar = jnp.einsum('bne,qe->bnq' if texts.ndim == 2 else 'bne,bqe->bnq', self.embeddings, texts)
     return (similar + self.shift[..., None]) * self.scale[..., None]
-
-
-class Head(nn.Module):
-  """Three layers with GELUs between them, [..., D] -> float32 [..., outputs]; the last one starts at zero."""
-
-  logical_axes = (
-    (r'(.*/)?layer1/kernel', ('embed', 'mlp')),
-    (r'(.*/)?layer2/kernel', ('mlp', 'embed')),
-    (r'(.*/)?layer3/kernel', ('embed', None)),
-    (r'(.*/)?layer[123]/bias', (None,)),
-  )
-
-  outputs: int
-  dtype: str
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    for number in (1, 2):
-      x = nn.gelu(dense(x.shape[-1], self.dtype, f'layer{number}')(x), approximate=False)
-    return dense(self.outputs, self.dtype, 'layer3', init=nn.initializers.zeros)(x).astype(jnp.float32)
 
 
 class ClassHead(nn.Module):
@@ -131,9 +112,9 @@ class OwlDetector(nn.Module):
     block = self.image.stack.block
     self.merge = MergedTokens(block.eps, block.dtype)
     self.class_head = ClassHead(self.image.num_classes, block.dtype)
-    self.box_head = Head(4, block.dtype)
+    self.box_head = MlpHead(4, block.dtype)
     if self.has_objectness:
-      self.objectness_head = Head(1, block.dtype)
+      self.objectness_head = MlpHead(1, block.dtype)
 
   def find_objects(self, images: jax.Array, *, train: bool = False) -> PatchObjects:
     """Objects of normalized images [B, H, W, 3]."""
