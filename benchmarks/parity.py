@@ -29,7 +29,7 @@ from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
 from fmcv_jax.apps.conversion import export_checkpoint, import_checkpoint
-from fmcv_jax.inference.model import dtypes_of
+from fmcv_jax.inference.dtypes import dtypes_of
 from fmcv_jax.models.common.layers import Dense
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained.tensors import open_tensors

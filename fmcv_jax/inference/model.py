@@ -4,25 +4,24 @@ import functools
 import logging
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from fmcv_jax.config import paths_of
 from fmcv_jax.data.pipeline import Pipeline
 from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages, image_list
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.diffusion.options import SamplingOptions
-from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
+from fmcv_jax.inference.adapters import Adapters, add_adapters
 from fmcv_jax.inference.detector import Detector, check_queries
+from fmcv_jax.inference.dtypes import dtype_overrides
 from fmcv_jax.inference.generator import ImageGenerator
-from fmcv_jax.models.common.layers import Dtype
 from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
 from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.pretrained import packaged
@@ -47,6 +46,7 @@ class Model:
   batch   global batch size, in images or texts
   unreadable  'error' raises UserError for an image that cannot be read; 'nan' logs a warning and returns NaN for it
               ([] from `predict`), and raises UserError if no image can be read, or if an output is not finite
+  lora    adapter files (LoRA and its relatives) to merge into the weights, each a path or (path, scale)
   """
 
   def __init__(
@@ -57,6 +57,7 @@ class Model:
     dtype: str | None = None,
     batch: int = 64,
     unreadable: Literal['error', 'nan'] = 'error',
+    lora: Adapters = (),
   ):
     if batch < 1:
       raise UserError(f'batch: expected at least 1, got {batch}')
@@ -70,6 +71,8 @@ class Model:
     ways = self._run.placement.mesh.size
     self._batch = -(-batch // ways) * ways
     self._subject, _ = self._run.restored_model(step)
+    self._lora = tuple(lora)
+    add_adapters(self._run, self._subject, self._lora)
 
   @property
   def outputs(self) -> Mapping[str, Output]:
@@ -275,10 +278,10 @@ class Model:
   @functools.cached_property
   def _generator(self) -> ImageGenerator:
     overrides = self._overrides(packaged.locate(self._workdir, 'generate'))
-    return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=overrides)
+    return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=overrides, lora=self._lora)
 
   def _overrides(self, folder: str) -> tuple[str, ...]:
-    return () if self._dtype is None else _computing_in(self._dtype, folder)
+    return () if self._dtype is None else dtype_overrides(self._dtype, folder)
 
   def _of_images(self, name: str, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
     """An output of one image, or of a list of them."""
@@ -365,22 +368,6 @@ def class_names_of(run: Run) -> tuple[str, ...]:
     return max((tuple(evaluator.data.source.names) for evaluator in zero_shot), key=len)
   except (UserError, OSError):
     return ()
-
-
-def dtypes_of(workdir: str | pathlib.Path) -> list[str]:
-  """Config paths of all `dtype` fields of the objective."""
-  return paths_of(Run.reopen(workdir).config['objective'], 'dtype', 'objective')
-
-
-def _computing_in(dtype: str, workdir: str) -> tuple[str, ...]:
-  """The config overrides that set the computation dtype. Raises UserError where a model cannot compute in it."""
-  known = get_args(Dtype)
-  if dtype not in known:
-    raise UserError(f'dtype: {dtype!r} is not one of {", ".join(map(repr, known))}; {did_you_mean(dtype, known)}')
-  paths = dtypes_of(workdir)
-  if not paths and dtype != 'float32':
-    raise UserError(f'dtype: the network of {workdir} computes in float32 only, got {dtype!r}')
-  return tuple(f'{path}={dtype}' for path in paths)
 
 
 def _text_list(argument: str, texts: Any) -> list[str]:
