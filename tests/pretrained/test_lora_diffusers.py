@@ -233,7 +233,10 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize('kind', CONFIGS)
+QUICK = ('LORA', 'DoRA', 'LOKR, flat')  # the formulas of the others are in test_lora_formulas.py
+
+
+@pytest.mark.parametrize('kind', [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in CONFIGS])
 def test_folders_of_peft_give_its_merged_weights(sd1, tmp_path, kind):
   folder, run = sd1
   unet = diffusers.UNet2DConditionModel.from_pretrained(folder / 'unet')
