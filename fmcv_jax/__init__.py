@@ -19,6 +19,7 @@ from fmcv_jax.version import __version__
 if TYPE_CHECKING:
   from fmcv_jax.diffusion.options import SamplingOptions
   from fmcv_jax.errors import UserError
+  from fmcv_jax.inference.adapters import Adapters
   from fmcv_jax.inference.generator import ImageGenerator
   from fmcv_jax.inference.model import Model
 
@@ -39,6 +40,7 @@ def load(
   dtype: str | None = None,
   batch: int = 64,
   unreadable: Literal['error', 'nan'] = 'error',
+  lora: 'Adapters' = (),
 ) -> 'Model':
   """The model of a workdir of `fmcv train` or `fmcv import`, or the one that ships with this package: load('demo').
 
@@ -46,7 +48,7 @@ def load(
   """
   from fmcv_jax.inference.model import Model
 
-  return Model(workdir, step=step, dtype=dtype, batch=batch, unreadable=unreadable)
+  return Model(workdir, step=step, dtype=dtype, batch=batch, unreadable=unreadable, lora=lora)
 
 
 def __getattr__(name: str) -> Any:

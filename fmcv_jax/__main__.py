@@ -100,7 +100,13 @@ def parser() -> argparse.ArgumentParser:
   sub = add(commands.replay)
   sub.add_argument('--at', type=int, required=True, metavar='STEP', help='step number, counted from 1')
   sub = add(commands.import_, workdir=False)
-  sub.add_argument('file', metavar='FILE', help='.safetensors, .npz, .pth, or a folder of .safetensors')
+  sub.add_argument(
+    'file',
+    nargs='+',
+    metavar='FILE',
+    help='.safetensors, .npz, .pth, or a folder of .safetensors; with --onto FILE[:SCALE] of adapters',
+  )
+  sub.add_argument('--onto', metavar='DIR', help='workdir whose weights the adapters (LoRA, ...) are merged into')
   sub.add_argument(
     '--as', dest='family', metavar='FAMILY', help='model family, e.g. vit, dinov2_l14, clip (default: detected)'
   )
@@ -115,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     '--format',
     required=True,
     help='timm, open_clip, transformers, diffusers, an original layout (official, dit, compvis, augreg, big_vision), '
-    'or fmcv: one folder for --model',
+    'fmcv: one folder for --model, or peft, kohya: the LoRA of a fine-tuning run',
   )
   sub.add_argument(
     '--to', required=True, metavar='FILE', help='.safetensors or .npz file, or a folder that the library opens'
@@ -157,6 +163,9 @@ def parser() -> argparse.ArgumentParser:
   sub.add_argument('--mask', metavar='FILE', help='inpainting mask: white pixels are regenerated')
   sub.add_argument('--expand', type=float, metavar='FRACTION', help='outpaint a margin of this fraction of the side')
   sub.add_argument('--control', metavar='FILE', help='control image (ControlNet models)')
+  sub.add_argument(
+    '--lora', action='append', default=[], metavar='FILE[:SCALE]', help='adapter file (LoRA, ...); may be repeated'
+  )
   sub.add_argument(
     '--control-preprocessed', action='store_true', help='the control image is already a control map, such as edges'
   )

@@ -114,6 +114,7 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> None:
     expand=args.expand,
     interpolate=args.interpolate,
     control=args.control,
+    lora=args.lora,
   )
 
 
@@ -141,16 +142,26 @@ def gallery(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def import_(args: argparse.Namespace, overrides: list[str]) -> None:
-  """Import a published checkpoint into a new workdir."""
-  from fmcv_jax.apps import conversion
+  """Import a published checkpoint, or adapters onto one, into a new workdir."""
+  from fmcv_jax.apps import adapters, conversion
 
-  conversion.import_checkpoint(args.file, args.to, args.family, overrides)
+  if args.onto is not None:
+    if args.family is not None:
+      raise UserError('--as: names the family of a checkpoint; adapters have that of --onto')
+    adapters.import_adapters(args.file, args.onto, args.to, overrides)
+    return
+  if len(args.file) > 1:
+    raise UserError(f'{args.file[1]}: a checkpoint is one file or folder; several adapters need --onto')
+  conversion.import_checkpoint(args.file[0], args.to, args.family, overrides)
 
 
 def export(args: argparse.Namespace, overrides: list[str]) -> None:
-  """Export a trained model for timm, OpenCLIP, transformers or diffusers."""
-  from fmcv_jax.apps import conversion
+  """Export a trained model for timm, OpenCLIP, transformers or diffusers, or its LoRA for PEFT or kohya's scripts."""
+  from fmcv_jax.apps import conversion, export_adapters
 
+  if args.format in export_adapters.FORMATS:
+    export_adapters.export_adapters(args.workdir, args.to, args.format, args.step)
+    return
   conversion.export_checkpoint(args.workdir, args.to, args.format, args.step)
 
 

@@ -9,8 +9,9 @@ from fmcv_jax.console import make_console
 from fmcv_jax.data.sources.in_memory import InMemoryImages
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.fields import height_width
+from fmcv_jax.inference.class_names import class_names_of
 from fmcv_jax.inference.image_files import find_images
-from fmcv_jax.inference.model import class_names_of, image_pipeline
+from fmcv_jax.inference.model import image_pipeline
 from fmcv_jax.inference.output_files import check_free, write_output
 from fmcv_jax.objectives.outputs import Outputs, listed
 from fmcv_jax.parallel.distributed import is_main

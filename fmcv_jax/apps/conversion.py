@@ -18,7 +18,7 @@ from fmcv_jax.console import make_console
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.experiment import resolve
-from fmcv_jax.inference.model import class_names_of
+from fmcv_jax.inference.class_names import class_names_of
 from fmcv_jax.objectives.base import Objective
 from fmcv_jax.objectives.encoder import PretrainedEncoder
 from fmcv_jax.objectives.outputs import encoder_of
@@ -61,8 +61,7 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   from the network's.
   """
   console = make_console(stderr=True)
-  if pathlib.Path(to).exists() and any(pathlib.Path(to).iterdir()):
-    raise UserError(f'--to {to}: already exists and is not empty; choose a new folder')
+  check_new(to)
   match = matched(open_tensors(file), file, to, family, overrides)
   if family is None:
     console.print(f'{file}: detected family {match.name!r}; override with --as', highlight=False, soft_wrap=True)
@@ -74,12 +73,11 @@ def import_checkpoint(file: str, to: str, family: str | None = None, overrides: 
   for part, value in track(arrays, 'reading', len(match.shapes), console=console, transient=True):
     path = part if part.startswith('extra/') else f'params/{part}'
     values[path] = jax.device_put(value, match.leaves[path].sharding)
-  state = _untrained_state(run, list(values.values()))
+  state = untrained_state(run, list(values.values()))
   if sources:
     state = load_partial_state(state, sources, load_trained_params)
-  state = jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, state)
   try:
-    _write(run, state, {'file': str(file), 'family': match.name})
+    write_run(run, state, {'file': str(file), 'family': match.name})
     if names := _class_names(match):
       write_json(run.workdir / CLASSES, list(names))
       shown = f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
@@ -219,8 +217,8 @@ def _check_parts(file: str, name: str, layout: Layout, shapes: Mapping[str, Shap
     )
 
 
-def _untrained_state(run: Run, values: Sequence[Any]) -> TrainState:
-  """The state at step 0, with these values in the order of `_leaves`."""
+def untrained_state(run: Run, values: Sequence[Any]) -> TrainState:
+  """The state at step 0, with these arrays of `params` and `extra` in tree order."""
   abstract = run.abstract_state
   tree = jax.tree.unflatten(jax.tree.structure(_trained_arrays(abstract)), values)
   counters = {
@@ -229,7 +227,15 @@ def _untrained_state(run: Run, values: Sequence[Any]) -> TrainState:
   return abstract.replace(**tree, opt_state=run.tx.init(tree['params']), ema=None, **counters)
 
 
-def _write(run: Run, state: TrainState, imported: Mapping[str, str]) -> None:
+def check_new(to: str) -> None:
+  """Raises UserError for a folder with something in it."""
+  if pathlib.Path(to).exists() and any(pathlib.Path(to).iterdir()):
+    raise UserError(f'--to {to}: already exists and is not empty; choose a new folder')
+
+
+def write_run(run: Run, state: TrainState, imported: Mapping[str, Any]) -> None:
+  """Writes a workdir with a state at step 0; `imported` says where it is from. Arrays that are abstract are zeros."""
+  state = jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, state)
   run.workdir.mkdir(parents=True, exist_ok=True)
   write_json(run.workdir / 'config.json', run.config)
   keep_tokenizer(run)

@@ -21,6 +21,7 @@ from fmcv_jax.apps.arguments import command_line_errors
 from fmcv_jax.console import make_console
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
+from fmcv_jax.inference.adapters import file_and_scale
 from fmcv_jax.inference.generator import ImageGenerator
 from fmcv_jax.inference.image_files import make_grid, pad_for_outpainting, read_image, read_mask, save_png
 from fmcv_jax.parallel.distributed import is_main
@@ -59,8 +60,11 @@ def run(
   expand: float | None = None,
   interpolate: bool = False,
   control: str | None = None,
+  lora: Sequence[str] = (),
 ) -> pathlib.Path:
   """`count` images for each prompt; writes them and a grid (a row a prompt, of one prompt a square) to `output`.
+
+  lora  adapter files, 'FILE' or 'FILE:SCALE', to merge into the weights
 
   Returns the grid's path. Raises UserError for a folder with images of the same names, before the model is read.
   """
@@ -87,7 +91,8 @@ def run(
     )
   console = make_console(quiet=not is_main())
   with command_line_errors():
-    generator = ImageGenerator(model, step=step, batch=batch, overrides=overrides)
+    adapters = [file_and_scale(given) for given in lora]
+    generator = ImageGenerator(model, step=step, batch=batch, overrides=overrides, lora=adapters)
   if generator.takes_prompts != bool(prompts):
     unconditional = f'{model}: is not conditioned on prompts; give none'
     raise UserError('give at least one prompt' if generator.takes_prompts else unconditional)
@@ -128,6 +133,7 @@ def run(
   if not is_main():
     return grid
   about |= {'control': control} if control else {}
+  about |= {'lora': list(lora)} if lora else {}
   about |= {'image': image, 'mask': mask, 'expand': expand} if image else {}
   for index, (prompt, pixels, path) in enumerate(zip(rows, images, images_to_be, strict=True)):
     shown = list(prompts) if interpolate else prompt

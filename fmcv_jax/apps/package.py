@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from fmcv_jax.config import to_plain_dict
-from fmcv_jax.inference.model import class_names_of
+from fmcv_jax.inference.class_names import class_names_of
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import CLASSES, Run, tokenizer_file
 from fmcv_jax.train.storage import write_json

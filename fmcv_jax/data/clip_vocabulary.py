@@ -6,10 +6,15 @@ CLIP_LICENSE says where they come from.
 
 import functools
 import gzip
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fmcv_jax.data.text_cleaning import clip_cleaned
+
 START, END = '<|startoftext|>', '<|endoftext|>'
+SIZE = 49_408
 WORD_END = '</w>'
 # English contractions, letters, a single digit, and runs of all else. The case is ignored here too, as in the original.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -44,6 +49,45 @@ def tokenizer() -> Any:
   )
   bpe.decoder = decoders.Sequence([decoders.Replace(WORD_END, 'Ġ'), decoders.ByteLevel()])  # 'Ġ' stands for a blank
   return bpe
+
+
+def added_ids(names: Iterable[str]) -> dict[str, list[int]]:
+  """The ids of each word, lower case, that `names` add behind the vocabulary.
+
+  A word of several vectors is named once and then numbered: '<cat>', '<cat>_1', '<cat>_2' (as in diffusers).
+  """
+  words: dict[str, list[int]] = {}
+  for number, name in enumerate(names, SIZE):
+    word, _, place = name.lower().rpartition('_')
+    if place == str(len(words.get(word, ()))):
+      words[word].append(number)
+    else:
+      words[name.lower()] = [number]
+  return words
+
+
+def encode(text: str, added: Mapping[str, list[int]]) -> list[int]:
+  """Ids of a text in which words of `added` stand for their ids."""
+  pattern = '|'.join(re.escape(word) for word in sorted(added, key=len, reverse=True))
+  ids: list[int] = []
+  for piece in re.split(f'({pattern})', text, flags=re.IGNORECASE):
+    ids += added.get(piece.lower()) or tokenizer().encode(clip_cleaned(piece)).ids
+  return ids
+
+
+def decode(ids: Iterable[int], added: Mapping[str, list[int]]) -> str:
+  """The text of ids without the special ones."""
+  words = {numbers[0]: word for word, numbers in added.items()}
+  pieces: list[str] = []
+  run: list[int] = []
+  for number in (*ids, None):  # None ends the last run
+    if number is not None and number < SIZE:
+      run.append(number)
+      continue
+    pieces += [tokenizer().decode(run).strip()] if run else []
+    pieces += [words[number]] if number in words else []
+    run = []
+  return ' '.join(pieces)
 
 
 def _letters() -> list[str]:

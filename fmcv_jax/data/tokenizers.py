@@ -8,7 +8,6 @@ files keep the rules of the towers that they belong to, which pool at the last p
 import abc
 import dataclasses
 import functools
-import html
 import os
 import pathlib
 import re
@@ -16,7 +15,6 @@ import string
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import ftfy
 import numpy as np
 from etils import epath
 from typing_extensions import override
@@ -25,6 +23,7 @@ from fmcv_jax.bounds import PositiveInt
 from fmcv_jax.data import clip_vocabulary
 from fmcv_jax.data.bpe_training import train_bpe
 from fmcv_jax.data.sources.base import UNREADABLE, Source
+from fmcv_jax.data.text_cleaning import clip_cleaned, encodable
 from fmcv_jax.data.tokenizer_files import existing_file, open_sentencepiece, open_tokenizer_json
 from fmcv_jax.errors import UserError
 
@@ -64,17 +63,24 @@ class ClipBpe(Tokenizer):
   """The vocabulary of CLIP (Radford et al. 2021) and of nearly all that followed: 49,408 ids, lower case.
 
   As in the original wrongly decoded UTF-8 is repaired (ftfy), and HTML entities are resolved.
+
+  added  names of further ids, from 49,408 on: words with vectors of their own (textual inversion), found in any case.
+         A word of several vectors is there as '<cat>', '<cat>_1', ..., and '<cat>' in a text stands for all
   """
 
   length: PositiveInt = 77
+  added: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     _check_length(self.length)
+    names = [name.lower() for name in self.added]
+    if wrong := [name for name in names if names.count(name) > 1 or not name.strip()]:
+      raise ValueError(f'added: {wrong[0]!r} is empty or there twice')
 
   @property
   @override
   def vocab_size(self) -> int:  # type: ignore[override]
-    return 49_408
+    return clip_vocabulary.SIZE + len(self.added)
 
   @property
   @override
@@ -84,33 +90,32 @@ class ClipBpe(Tokenizer):
   @property
   @override
   def start_id(self) -> int:
-    return self.vocab_size - 2
+    return clip_vocabulary.SIZE - 2
 
   @property
   @override
   def end_id(self) -> int:
-    return self.vocab_size - 1
+    return clip_vocabulary.SIZE - 1
 
   @override
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
-    for row, encoding in zip(rows, clip_vocabulary.tokenizer().encode_batch([_clip_cleaned(text) for text in texts])):
-      ids = [self.start_id, *encoding.ids[: self.length - 2], self.end_id]
+    for row, body in zip(rows, self._ids(texts), strict=True):
+      ids = [self.start_id, *body[: self.length - 2], self.end_id]
       row[: len(ids)] = ids
     return rows
 
+  def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    if self.added:
+      words = clip_vocabulary.added_ids(self.added)
+      return [clip_vocabulary.encode(text, words) for text in texts]
+    encoded = clip_vocabulary.tokenizer().encode_batch([clip_cleaned(text) for text in texts])
+    return [encoding.ids for encoding in encoded]
+
   @override
   def decode(self, tokens: np.ndarray) -> list[str]:
-    return [clip_vocabulary.tokenizer().decode(row).strip() for row in _bodies(tokens, self.end_id)]
-
-
-def _clip_cleaned(text: str) -> str:
-  # Most captions are printable ASCII without entities, which ftfy leaves as they are. It resolves entities itself, and
-  # some that html does not, before html resolves them twice.
-  if not (text.isascii() and text.isprintable()) or '&' in text:
-    text = ftfy.fix_text(text)
-  text = html.unescape(html.unescape(text))
-  return ' '.join(_encodable(text).split()).lower()
+    words = clip_vocabulary.added_ids(self.added)
+    return [clip_vocabulary.decode(row, words) for row in _bodies(tokens, self.end_id)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +172,7 @@ class Bpe(Tokenizer):
 
   def encode_bodies(self, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text alone, without start, end and limit."""
-    cleaned = [_encodable(text) for text in texts]
+    cleaned = [encodable(text) for text in texts]
     return [encoding.ids for encoding in self._bpe.encode_batch(cleaned, add_special_tokens=False)]
 
   def decode_body(self, ids: Sequence[int]) -> str:
@@ -216,7 +221,7 @@ class Bpe(Tokenizer):
         continue
       for text in texts:
         found = True
-        yield _encodable(text)
+        yield encodable(text)
     if not found:
       raise UserError(f'tokenizer: the corpus {type(self.corpus).__name__} has no texts to learn a vocabulary from')
 
@@ -257,7 +262,7 @@ class SentencePiece(Tokenizer):
   @override
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
-    for row, ids in zip(rows, self._model.encode([_canonical(_encodable(text)) for text in texts])):
+    for row, ids in zip(rows, self._model.encode([_canonical(encodable(text)) for text in texts])):
       row[: len(ids[: self.length - 1])] = ids[: self.length - 1]
     return rows
 
@@ -329,7 +334,7 @@ class TokenizerJson(Tokenizer):
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     end = () if self.end is None else (self.token_id(self.end),)
     rows = np.full((len(texts), self.length), self.pad_id, np.int32)
-    cleaned = [_encodable(text.lower() if self.lowercase else text) for text in texts]
+    cleaned = [encodable(text.lower() if self.lowercase else text) for text in texts]
     for row, encoding in zip(rows, self._model.encode_batch(cleaned)):
       ids = encoding.ids[:-1] if end and encoding.ids[-1:] == list(end) else encoding.ids
       ids = [*ids[: self.length - len(end)], *end]
@@ -377,10 +382,6 @@ def _bodies(tokens: np.ndarray, end: int) -> list[list[int]]:
     ends = np.flatnonzero(row == end)
     rows.append([int(i) for i in row[1 : ends[0] if len(ends) else None]])
   return rows
-
-
-def _encodable(text: str) -> str:
-  return text.encode('utf-8', 'replace').decode()  # half an emoji, as in broken JSON, is not Unicode
 
 
 def _check_length(length: int) -> None:

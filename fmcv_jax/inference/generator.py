@@ -12,6 +12,7 @@ from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.diffusion.sharded_sampling import NEGATIVE, SamplerConfig, ShardedSampler
 from fmcv_jax.errors import UserError, did_you_mean
+from fmcv_jax.inference.adapters import Adapters, add_adapters
 from fmcv_jax.objectives.outputs import generator_of
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
@@ -70,6 +71,7 @@ class ImageGenerator:
 
   batch      global batch size for sampling
   overrides  config overrides, such as 'mesh.data=1', 'mesh.fsdp=-1' for a model that does not fit one device
+  lora       adapter files, each alone or with its scale: see `add_adapters`
   """
 
   def __init__(
@@ -79,6 +81,7 @@ class ImageGenerator:
     step: int | None = None,
     batch: int = 64,
     overrides: Sequence[str] = (),
+    lora: Adapters = (),
   ):
     if batch < 1:
       raise UserError(f'batch: {batch} images at once; give at least 1')
@@ -93,6 +96,7 @@ class ImageGenerator:
     self.process, self.condition_fields = generator.process, generator.condition_fields
     self.has_controlnet, self.image_shape = generator.control is not None, generator.image_shape
     self._model, self.step = self._run.restored_model(step)
+    add_adapters(self._run, self._model, lora)
     self._sampler = ShardedSampler(make_generator, self._run.placement, batch)
 
   @property

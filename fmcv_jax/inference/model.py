@@ -18,6 +18,8 @@ from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
+from fmcv_jax.inference.adapters import Adapters, add_adapters
+from fmcv_jax.inference.class_names import class_names_of
 from fmcv_jax.inference.depth import DepthEstimator
 from fmcv_jax.inference.detector import Detector, check_queries
 from fmcv_jax.inference.generator import ImageGenerator
@@ -28,7 +30,7 @@ from fmcv_jax.models.multimodal.dual_encoder import MAX_LOG_SCALE
 from fmcv_jax.objectives.mask_prediction import Task
 from fmcv_jax.objectives.outputs import Output, listed
 from fmcv_jax.pretrained import packaged
-from fmcv_jax.run import CLASSES, Run, evaluated_as
+from fmcv_jax.run import Run, evaluated_as
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Model:
   batch   global batch size, in images or texts
   unreadable  'error' raises UserError for an image that cannot be read; 'nan' logs a warning and returns NaN for it
               ([] from `predict`), and raises UserError if no image can be read, or if an output is not finite
+  lora    adapter files (LoRA and its relatives) to merge into the weights, each a path or (path, scale)
   """
 
   def __init__(
@@ -59,6 +62,7 @@ class Model:
     dtype: str | None = None,
     batch: int = 64,
     unreadable: Literal['error', 'nan'] = 'error',
+    lora: Adapters = (),
   ):
     if batch < 1:
       raise UserError(f'batch: expected at least 1, got {batch}')
@@ -72,6 +76,8 @@ class Model:
     ways = self._run.placement.mesh.size
     self._batch = -(-batch // ways) * ways
     self._subject, _ = self._run.restored_model(step)
+    self._lora = tuple(lora)
+    add_adapters(self._run, self._subject, self._lora)
 
   @property
   def outputs(self) -> Mapping[str, Output]:
@@ -325,7 +331,7 @@ class Model:
   @functools.cached_property
   def _generator(self) -> ImageGenerator:
     overrides = self._overrides(packaged.locate(self._workdir, 'generate'))
-    return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=overrides)
+    return ImageGenerator(self._workdir, step=self._step, batch=self._batch, overrides=overrides, lora=self._lora)
 
   def _overrides(self, folder: str) -> tuple[str, ...]:
     return () if self._dtype is None else computing_in(self._dtype, folder)
@@ -375,24 +381,3 @@ def image_pipeline(run: Run, source: Source, max_bad: float) -> Pipeline:
       f'evaluate it on a data source with data.channels={image.shape[-1]}'
     )
   return Pipeline(source, evaluated_as(run), max_bad=max_bad)
-
-
-def class_names_of(run: Run) -> tuple[str, ...]:
-  """Names of the classes that a model names without labels, by index.
-
-  Those kept in its workdir; of a model with class labels the training classes; of an image-text model the classes of
-  its zero_shot evaluator, the one with the most if it has several; without one the training classes. () for other
-  models, and where the data is missing.
-  """
-  objective, evaluators = run.experiment.objective, run.experiment.evaluators.values()
-  if objective.class_counts or (run.workdir / CLASSES).exists():
-    return tuple(run.class_names())
-  if 'embed_text' not in objective.outputs():
-    return ()
-  zero_shot = [evaluator for evaluator in evaluators if isinstance(evaluator, ZeroShot)]
-  if not zero_shot:
-    return tuple(run.class_names())
-  try:
-    return max((tuple(evaluator.data.source.names) for evaluator in zero_shot), key=len)
-  except (UserError, OSError):
-    return ()

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -9,10 +10,12 @@ import numpy as np
 class Tensors(abc.ABC):
   """Lazy mapping from names to arrays; each is read on access.
 
-  notes   what was chosen or left out on the way to these arrays, one sentence each, for whoever reads them
+  notes     what was chosen or left out on the way to these arrays, one sentence each, for whoever reads them
+  metadata  texts by key that the file has next to its arrays (safetensors)
   """
 
   notes: tuple[str, ...] = ()
+  metadata: Mapping[str, str] = MappingProxyType({})
 
   @property
   @abc.abstractmethod

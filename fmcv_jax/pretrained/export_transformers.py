@@ -285,6 +285,10 @@ def texts(tokenizer: Tokenizer, padding: str = '<|endoftext|>') -> Files:
   """Tokenizer files for published tokenizers; none for a tokenizer that was trained here."""
   common = {'model_max_length': tokenizer.length}
   if isinstance(tokenizer, ClipBpe):
+    if tokenizer.added:
+      raise UserError(
+        f'{tokenizer.added[0]} is a word of a textual inversion, which is not written into tokenizer files'
+      )
     start, end = clip_vocabulary.START, clip_vocabulary.END
     special = {'bos_token': start, 'eos_token': end, 'unk_token': end, 'pad_token': padding}
     merges = '\n'.join(('#version: 0.2', *clip_vocabulary.merges(), ''))

@@ -308,13 +308,31 @@ def _theirs(rows: Sequence[Row], layer: int | None, params: Mapping[str, np.ndar
   return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str) -> None:
-  """Raises UserError for missing, unexpected or misshapen arrays, by name; reads no data."""
-  expected: dict[str, Shape] = {row.theirs: row.make(network).shape for row in layout.fixed}
+class TheirArray(NamedTuple):
+  """An array of theirs: its shape, the rows of ours that it is made of, several if it joins them, and their layer.
+
+  layer  None for arrays that we do not stack
+  """
+
+  shape: Shape
+  rows: tuple[Row, ...]
+  layer: int | None
+
+
+def arrays(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, TheirArray]:
+  """Their arrays that hold our parameters of these shapes, by name, without constant ones."""
+  found: dict[str, TheirArray] = {}
   for theirs, rows in _joined(layout, shapes):
     parts = [_shape(row.transform, _one(row, shapes)) for row in rows]
     joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
-    expected |= {name: joined for name, _ in _layers(layout, theirs, shapes, rows[0])}
+    found |= {name: TheirArray(joined, tuple(rows), layer) for name, layer in _layers(layout, theirs, shapes, rows[0])}
+  return found
+
+
+def check(layout: Layout, tensors: Tensors, shapes: Mapping[str, Shape], network: Any, what: str) -> None:
+  """Raises UserError for missing, unexpected or misshapen arrays, by name; reads no data."""
+  fixed = {row.theirs: row.make(network).shape for row in layout.fixed}
+  expected = fixed | {name: array.shape for name, array in arrays(layout, shapes).items()}
   found = tensors.shapes
   if missing := sorted(set(expected) - set(found)):
     raise UserError(f'{what}: {missing[0]} is missing{_more(missing)}; {did_you_mean(missing[0], list(found))}')

@@ -42,7 +42,7 @@ class SafetensorsFile(Tensors):
         table = json.loads(data.read(size))
     except (SafetensorError, OSError, ValueError) as error:
       raise UserError(f'{file}: is not a complete safetensors file ({first_line(error)})') from error
-    table.pop('__metadata__', None)
+    self.metadata = table.pop('__metadata__', None) or {}
     self._start, self._table = 8 + size, table
 
   @property

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,8 +149,10 @@ class LazyArray:
     return np.asarray(self._compute(), dtype)
 
 
-def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | LazyArray]) -> None:
-  """Writes a file atomically, one array at a time: .npz by file name, else .safetensors."""
+def write_tensors(
+  file: pathlib.Path, tensors: Mapping[str, np.ndarray | LazyArray], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
+  """Writes a file atomically, one array at a time: .npz by name, else .safetensors with `metadata` in its header."""
   temporary = file.with_name(f'.{os.getpid()}.{file.name}')
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +160,7 @@ def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | LazyArr
       arrays: Any = tensors
       np.savez(temporary, **arrays)
     else:
-      _write_safetensors(temporary, tensors)
+      _write_safetensors(temporary, tensors, metadata)
     temporary.replace(file)
   except OSError as error:
     raise UserError(f'{file}: cannot be written ({error})') from error
@@ -166,14 +169,16 @@ def write_tensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | LazyArr
       temporary.unlink(missing_ok=True)
 
 
-def _write_safetensors(file: pathlib.Path, tensors: Mapping[str, np.ndarray | LazyArray]) -> None:
+def _write_safetensors(
+  file: pathlib.Path, tensors: Mapping[str, np.ndarray | LazyArray], metadata: Mapping[str, str]
+) -> None:
   """Writes the same bytes as the library `safetensors`, which needs all arrays in memory at once.
 
   https://github.com/huggingface/safetensors#format: the length of a table as JSON, the table, the arrays.
   """
   kinds = {name: (x.dtype, x.shape) for name in tensors for x in [np.asarray(tensors[name])]}
   names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
-  table: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  table: dict[str, Any] = {'__metadata__': {'format': 'pt', **metadata}}
   end = 0
   for name in names:
     dtype, shape = kinds[name]

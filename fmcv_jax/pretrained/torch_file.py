@@ -97,7 +97,7 @@ class _Record:
 def _loaded(file: pathlib.Path, is_mapped: bool) -> Any:
   import torch
 
-  records: list[Any] = []
+  records: list[Any] = [torch.nn.ParameterDict]  # of the first textual inversions
   while True:
     try:
       with torch.serialization.safe_globals(records):
@@ -106,11 +106,9 @@ def _loaded(file: pathlib.Path, is_mapped: bool) -> Any:
       code = re.search(r'GLOBAL (\S+)', str(error))
       if code is None:
         raise UserError(f'{file}: is not a complete file of plain tensors ({first_line(error)})') from error
-      if _RECORDS.fullmatch(code[1]) and code[1] not in {name for _, name in records}:
+      if _RECORDS.fullmatch(code[1]) and code[1] not in {name for _, name in records[1:]}:
         records.append((_Record, code[1]))
         continue
-      if code[1].endswith('ParameterDict') and b'string_to_param' in file.read_bytes()[: 2**16]:
-        raise UserError(f'{file}: seems to be a textual inversion, which is not a network and is not read') from error
       raise UserError(
         f'{file}: holds more than tensors, which only running {code[1]} could read; save its state_dict instead'
       ) from error
@@ -124,7 +122,7 @@ def unwrapped(tree: Any, what: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     if {'state', 'param_groups'} <= set(tree):
       raise UserError(f'{what}: holds the state of an optimizer and no weights')
     if 'string_to_param' in tree:
-      raise UserError(f'{what}: seems to be a textual inversion, which is not a network and is not read')
+      return _inversion(tree, what), tuple(notes)
     inner = [name for name, x in tree.items() if isinstance(x, Mapping) and _has_tensors(x)]
     weights = [name for name in inner if not TRAINING.fullmatch(name)]
     known = [name for name in (*AVERAGES, *WEIGHTS) if name in weights]
@@ -141,6 +139,14 @@ def unwrapped(tree: Any, what: str) -> tuple[dict[str, Any], tuple[str, ...]]:
       averaged = ', the averaged weights' if key in AVERAGES else ''
       notes.append(f'{key!r} was taken{averaged}; left out: {", ".join(sorted(left))}')
     tree = tree[key]
+
+
+def _inversion(tree: Mapping[str, Any], what: str) -> dict[str, Any]:
+  """The vectors of a textual inversion by their words; '*' stands for the name of the embedding, or of its file."""
+  vectors = {str(word): x for word, x in tree['string_to_param'].items()}
+  if len(vectors) == 1 and '*' in vectors:
+    return {str(tree.get('name') or pathlib.Path(what).stem): vectors['*']}
+  return vectors
 
 
 def _aside(inner: list[str]) -> str:

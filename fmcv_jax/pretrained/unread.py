@@ -22,7 +22,7 @@ _LFS = b'version https://git-lfs'
 # Patterns of tensor names -> description of the files that have them.
 _NAMES = {
   r'.*(lora_(up|down|A|B|a|b)|\.lora\.|lora_linear|hada_w\d|lokr_w\d|oft_(blocks|diag|R)).*': (
-    'a LoRA or another adapter, which is not a network by itself; merge it into its base, and import that'
+    'a LoRA or another adapter, which is not a network by itself; give its base by --onto'
   ),
   r'.*(exp_avg(_sq)?|momentum_buffer|max_exp_avg_sq)$': 'the state of an optimizer, which holds no weights',
   r'.*(\.SCB|\.absmax|\.qweight|\.qzeros|weight_scale(_inv)?|scale_weight|scaled_fp8|quant_state.*)$': (
@@ -74,5 +74,5 @@ def seems(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
       return other
   vectors = all(len(shape) <= 2 and shape[-1:] > (127,) and '.' not in name for name, shape in shapes.items())
   if 0 < len(shapes) <= 4 and vectors:
-    return 'a textual inversion, a few vectors for words, which is not a network and is not read'
+    return 'a textual inversion, a few vectors for words, which is not a network by itself; give its base by --onto'
   return None
