@@ -1,6 +1,7 @@
-"""Matplotlib figures: loss curve, zero-shot predictions, text-to-image retrieval, maps over images."""
+"""Matplotlib figures: loss curve, zero-shot predictions, retrieval, captions, maps over images."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,36 @@ def retrieval_sheet(
         spine.set(color='#0a7d2c' if mark else '#dddddd', linewidth=2.5 if mark else 0.8)
   figure.suptitle(title, fontsize=10)
   figure.tight_layout()
+  _save(figure, path)
+
+
+def text_sheet(
+  images: np.ndarray,
+  lines: Sequence[Sequence[tuple[str, bool | None]]],
+  path: pathlib.Path,
+  *,
+  title: str,
+  columns: int = 4,
+) -> None:
+  """Plots each image (uint8 [N, H, W, 3]) above its lines of text: True is green, False red, None gray."""
+  plt = _pyplot()
+  rows = -(-len(images) // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.6 * rows), squeeze=False)
+  for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+    axis.axis('off')
+  colors = {True: '#0a7d2c', False: '#b3261e', None: '#444444'}
+  for axis, image, own in zip(axes.flat, images, lines):
+    axis.axis('on')
+    axis.imshow(image)
+    place = 0
+    for text, right in own:
+      for piece in textwrap.wrap(text, 44):
+        axis.text(0.5, -0.04 - 0.075 * place, piece, transform=axis.transAxes, ha='center', va='top', fontsize=8,
+                  color=colors[right])  # fmt: skip
+        place += 1
+  figure.suptitle(title, fontsize=10)
+  figure.subplots_adjust(hspace=0.5, top=0.94, bottom=0.09, left=0.03, right=0.97)
   _save(figure, path)
 
 
