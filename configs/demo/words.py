@@ -1,4 +1,4 @@
-"""Captions and answers about scenes of emoji: a prefix language model that begins with the image tower of `--model demo`.
+"""Captions and answers about scenes of emoji: a prefix language model with the image tower of `--model demo`.
 
     make demo-words
     fmcv train --config configs/demo/words.py --workdir runs/words
@@ -57,7 +57,8 @@ def get_config(variant='images'):
     'params/image': dict(workdir=packaged.locate('demo'), part='params/image', resize=('position',)),
   }
   scenes = dict(name='emoji_scenes', image_size=size, blank=blind)
-  train = dict(scenes, caption_fraction=0.6)
+  templates = dict(caption_template='caption en\n{}', question_template='answer en {}')  # as the evaluators ask
+  train = dict(scenes, caption_fraction=0.5, **templates)
   c.tokenizer = dict(
     name='prompted',
     length=length,
@@ -81,6 +82,7 @@ def get_config(variant='images'):
     weight_decay=0.05,
     clip_norm=1.0,
   )
-  c.train = dict(steps=1000, batch_size=64, ema_decay=0.99)
+  c.train = dict(steps=1200, batch_size=64, ema_decay=0.99)
+  c.checkpoint = dict(every=100, keep=1)
   c.log = dict(every=25)
   return c

@@ -64,8 +64,9 @@ class EmojiScenes(Source):
   things     names of training concepts of `emoji`, at least 15
   colors     colors of `recolored_emoji`, at least 2
   image_size pixels of a side
-  caption_fraction  fraction of the records whose text is 'caption en\\nCAPTION'; that of the others is
-             'answer en QUESTION\\nANSWER', for the tokenizer `prompted`. None: texts are captions alone
+  caption_fraction   fraction of the records whose text is the caption; that of the others is 'question\\nanswer'
+  caption_template, question_template   sentences with a '{}' for these texts, such as 'caption en\\n{}' and
+             'answer en {}' for the tokenizer `prompted`
   blank      True: images are white, for a model that is trained without images
 
   Examples: image uint8 [image_size, image_size, 3], texts, caption, question, answers, question_type, and of each thing
@@ -78,7 +79,9 @@ class EmojiScenes(Source):
   things: tuple[str, ...] = THINGS
   colors: tuple[str, ...] = COLORS
   image_size: PositiveInt = 64
-  caption_fraction: Fraction | None = None
+  caption_fraction: Fraction = 1.0
+  caption_template: str = '{}'
+  question_template: str = '{}'
   blank: bool = False
 
   def __post_init__(self) -> None:
@@ -92,6 +95,9 @@ class EmojiScenes(Source):
       if len(set(values)) != len(values) or len(values) < least:
         raise UserError(f'{field}: expected at least {least} different ones, got {list(values)}')
       object.__setattr__(self, field, values)
+    for field in ('caption_template', 'question_template'):
+      if getattr(self, field).count('{}') != 1:
+        raise UserError(f"{field}: needs one '{{}}' for the text, got {getattr(self, field)!r}")
 
   @property
   @override
@@ -143,11 +149,11 @@ class EmojiScenes(Source):
     }
 
   def _texts(self, record: _Record) -> tuple[str, ...]:
-    if self.caption_fraction is None:
-      return (scene_texts.caption(record.scene),)
     if record.captioned:
-      return (scene_texts.prompted_caption(record.scene),)
-    return (scene_texts.prompted_answer(record.question, record.scene),)
+      return (self.caption_template.replace('{}', scene_texts.caption(record.scene)),)
+    asked = scene_texts.question_text(record.question, record.scene)
+    answered = scene_texts.answer(record.question, record.scene)
+    return (self.question_template.replace('{}', f'{asked}\n{answered}'),)
 
   def _record(self, index: int) -> _Record:
     if not 0 <= index < len(self):
@@ -169,7 +175,7 @@ class EmojiScenes(Source):
     scene = Scene(tuple(groups), (sideways, upright) if kind == 'triple' else (pair,))
     absent = [thing for number, thing in enumerate(self.things) if number not in things]
     question = scene_texts.draw_question(asked, scene, absent[int(rng.integers(len(absent)))], answer, rng)
-    return _Record(scene, question, rng.random() < (self.caption_fraction or 0.0), rng)
+    return _Record(scene, question, rng.random() < self.caption_fraction, rng)
 
   def _draw_things(self, count: int, rng: np.random.Generator) -> list[int]:
     """Numbers of different things, of which all pairs are held out or none is, according to the split."""

@@ -4,8 +4,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fmcv_jax.data.prompts import CAPTION_PROMPT, QUESTION_TEMPLATE, SEPARATOR
-
 QuestionType = Literal['exists', 'count', 'color', 'relation']
 QUESTION_TYPES: tuple[QuestionType, ...] = ('exists', 'count', 'color', 'relation')
 OPPOSITES = {'left of': 'right of', 'right of': 'left of', 'above': 'below', 'below': 'above'}
@@ -89,16 +87,6 @@ def draw_question(kind: QuestionType, scene: Scene, absent: str, wanted: str, rn
   if kind == 'color':
     return Question(kind, _choice([group.thing for group in scene.groups], rng))
   return Question(kind, scene.groups[0].thing, OPPOSITES[_choice(scene.relations, rng)])
-
-
-def prompted_caption(scene: Scene) -> str:
-  """Text of the tokenizer `prompted`."""
-  return f'{CAPTION_PROMPT}{SEPARATOR}{caption(scene)}'
-
-
-def prompted_answer(question: Question, scene: Scene) -> str:
-  """Text of the tokenizer `prompted`, of a question that has an answer."""
-  return f'{QUESTION_TEMPLATE.replace("{}", question_text(question, scene))}{SEPARATOR}{answer(question, scene)}'
 
 
 def plural(thing: str) -> str:
