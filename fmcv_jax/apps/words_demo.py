@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -48,15 +49,13 @@ PRIOR_SCENES, NEAREST_SCENES, SHEET = 20_000, 8_192, 16
 def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> None:
   """Trains `config` in `workdir` and `config`:blind in workdir/blind; writes figures to workdir/demo."""
   console, workdir = make_console(), pathlib.Path(workdir)
-  configs = {workdir: experiment.load_config(config, overrides)}
   if ':' in pathlib.Path(config).name:
     raise UserError(f'{config}: the demo trains the config and its variant :blind; give the file alone')
-  configs[workdir / 'blind'] = experiment.load_config(f'{config}:blind', overrides)
-  needed = {f'{split}_{kind}' for split in SPLITS for kind in ('captions', 'questions')}
-  if missing := sorted(needed - configs[workdir]['evaluators'].keys()):
-    raise UserError(f'{config}: the demo needs evaluators named {", ".join(missing)}')
-  for folder, resolved in configs.items():
-    trainer.train(resolved, folder, console)
+  resolved = experiment.load_config(config, overrides)
+  _check(resolved, config)
+  configs = {workdir: resolved, workdir / 'blind': experiment.load_config(f'{config}:blind', overrides)}
+  for path, fields in configs.items():
+    trainer.train(fields, path, console)
 
   trained = Run.reopen(workdir)
   folder = workdir / 'demo'
@@ -88,6 +87,16 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   written |= {f'held_out/model/caption_{slot}': share for slot, share in slots.items()}
   write_json(epath.Path(folder / 'figures.json'), written)
   console.print(f'figures: {folder}/   metrics: {workdir / "metrics.jsonl"}\n{CREDITS}', highlight=False)
+
+
+def _check(resolved: Mapping[str, Any], config: str) -> None:
+  """Raises UserError for a config without the data and the evaluators of the demo."""
+  if resolved['data']['source']['name'] != 'emoji_scenes':
+    raise UserError(f'{config}: the demo needs data.source.name emoji_scenes')
+  kinds = {name: evaluator['name'] for name, evaluator in resolved['evaluators'].items()}
+  for suffix, kind in (('captions', 'captioning'), ('questions', 'vqa')):
+    if missing := [f'{split}_{suffix}' for split in SPLITS if kinds.get(f'{split}_{suffix}') != kind]:
+      raise UserError(f'{config}: the demo needs {kind} evaluators named {", ".join(missing)}')
 
 
 def report(

@@ -52,9 +52,11 @@ def _config(folder, scenes):
   return str(path)
 
 
-def test_a_config_without_the_demos_evaluators_is_refused(tmp_path):
-  with pytest.raises(UserError, match='the demo needs evaluators named held_out_captions, held_out_questions'):
+def test_configs_of_other_data_or_without_the_demos_evaluators_are_refused(tmp_path):
+  with pytest.raises(UserError, match=r'the demo needs data\.source\.name emoji_scenes'):
     words_demo.run('configs/demo/clip.py', tmp_path, [])
+  with pytest.raises(UserError, match='the demo needs captioning evaluators named held_out_captions, seen_captions'):
+    words_demo.run('configs/demo/words.py', tmp_path, ['evaluators={}'])
   with pytest.raises(UserError, match='trains the config and its variant :blind; give the file alone'):
     words_demo.run('configs/demo/words.py:blind', tmp_path, [])
 
