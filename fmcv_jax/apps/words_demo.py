@@ -25,7 +25,6 @@ from fmcv_jax.apps.words_scores import (
 )
 from fmcv_jax.console import make_console
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.data.prompts import CAPTION_PROMPT, QUESTION_TEMPLATE
 from fmcv_jax.data.sources.emoji_scenes import EmojiScenes
 from fmcv_jax.data.sources.subset import Subset
 from fmcv_jax.errors import UserError
@@ -33,7 +32,7 @@ from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator
 from fmcv_jax.evaluate.captioning import Captioning
 from fmcv_jax.evaluate.feature_extractor import FeatureExtractor
 from fmcv_jax.evaluate.question_answering import QuestionAnswering
-from fmcv_jax.evaluate.text_generator import TextGenerator
+from fmcv_jax.evaluate.text_generator import CAPTION_PROMPT, QUESTION_TEMPLATE, TextGenerator
 from fmcv_jax.pretrained import packaged
 from fmcv_jax.run import Run
 from fmcv_jax.train.storage import read_metrics, write_json
@@ -133,7 +132,7 @@ def report(
 
 
 class _Split:
-  """The evaluation data of a split, and what a model says about it."""
+  """The evaluation data of a split, and the texts of a model about it."""
 
   def __init__(self, subject: EvaluatedModel, evaluators: Mapping[str, Evaluator], name: str):
     captions, questions = evaluators[f'{name}_captions'], evaluators[f'{name}_questions']

@@ -12,8 +12,6 @@ from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.errors import UserError
 
 SEPARATOR = '\n'
-CAPTION_PROMPT = 'caption en'  # PaliGemma's prompts (Beyer et al. 2024, section 3.2.4)
-QUESTION_TEMPLATE = 'answer en {}'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,12 @@ from typing_extensions import override
 
 from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.data.prompts import QUESTION_TEMPLATE
 from fmcv_jax.data.sources.subset import Subset
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError, did_you_mean
 from fmcv_jax.evaluate.annotated import read_annotations, sample_annotations
 from fmcv_jax.evaluate.base import EvaluatedModel, Evaluator, Metrics
-from fmcv_jax.evaluate.text_generator import TextGenerator
+from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator
 from fmcv_jax.evaluate.vqa_accuracy import PEOPLE, stripped, vqa_accuracy
 
 _NAME = 'vqa'

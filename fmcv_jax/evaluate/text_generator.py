@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.data.prompts import CAPTION_PROMPT, Prompted
+from fmcv_jax.data.prompts import Prompted
 from fmcv_jax.data.sources.base import Example, Source
 from fmcv_jax.data.tokenizers import Tokenizer
 from fmcv_jax.decoding.choices import score
@@ -17,6 +17,9 @@ from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.objectives.outputs import Batch, Output, Params, encoder_of, language_of
+
+CAPTION_PROMPT = 'caption en'  # PaliGemma's (Beyer et al. 2024, section 3.2.4)
+QUESTION_TEMPLATE = 'answer en {}'
 
 
 def caption_prompt(tokenizer: Tokenizer | None) -> str:

@@ -12,14 +12,13 @@ import numpy as np
 
 from fmcv_jax.config import paths_of
 from fmcv_jax.data.pipeline import Pipeline
-from fmcv_jax.data.prompts import QUESTION_TEMPLATE
 from fmcv_jax.data.sources.base import NoData, Source
 from fmcv_jax.data.sources.in_memory import ImageLike, InMemoryImages, image_list
 from fmcv_jax.data.tokenizers import truncated_texts
 from fmcv_jax.decoding.options import DecodingOptions
 from fmcv_jax.diffusion.options import SamplingOptions
 from fmcv_jax.errors import UserError, did_you_mean
-from fmcv_jax.evaluate.text_generator import TextGenerator, caption_prompt
+from fmcv_jax.evaluate.text_generator import QUESTION_TEMPLATE, TextGenerator, caption_prompt
 from fmcv_jax.evaluate.zero_shot import ZeroShot, class_embeddings
 from fmcv_jax.inference.detector import Detector, check_queries
 from fmcv_jax.inference.generator import ImageGenerator

@@ -50,8 +50,9 @@ class EmojiScenes(Source):
 
   Every scene has a caption and a question with one answer. The types of the questions take turns: 'exists' (yes or no),
   'count' (0, 1 or 2), 'color', and 'relation' ('what is left of the frog?'). Relations are asked in scenes of three
-  different things, about the one that has another beside it and a third above or below it: two answers are possible
-  for a model that knows the things but not their positions. 'exists' and 'count' have each answer equally often.
+  different things, about the one that has another to its left or right and a third above or below it: two answers are
+  possible for a model that knows the things but not their positions. 'exists' and 'count' have each of their answers
+  equally often.
 
   Colors are those of `recolored_emoji`. Things are scaled, rotated by up to 12 degrees and mirrored one by one, which
   changes no answer, and do not overlap.

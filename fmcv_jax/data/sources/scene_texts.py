@@ -21,8 +21,8 @@ class Group(NamedTuple):
 class Scene(NamedTuple):
   """Two or three groups of different things; `relations` are those of the first group to each of the others.
 
-  Of two groups, the first is left of or above the second. Of three, the first has the second beside it, and the third
-  above or below it; nothing is said about the second and the third.
+  Of two groups, the first is left of or above the second. Of three, the first has the second to its left or right, and
+  the third above or below it; nothing is said about the second and the third.
   """
 
   groups: tuple[Group, ...]
