@@ -2,7 +2,7 @@
 
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,13 @@ def _pyplot() -> Any:
   return plt
 
 
-def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
-  """Plots the training loss and the metrics of the evaluators over steps, from a metrics.jsonl."""
+def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path, metrics: Collection[str] | None = None) -> None:
+  """Plots the training loss and metrics of the evaluators (None: all) over steps, from a metrics.jsonl."""
   plt = _pyplot()
   rows = read_metrics(epath.Path(metrics_file))
   evaluated = sorted({name for row in rows for name in row if '/' in name and not name.startswith('train/')})
+  if metrics is not None:
+    evaluated = [name for name in evaluated if name in metrics]
   figure, axes = plt.subplots(1, 2 if evaluated else 1, figsize=(12 if evaluated else 6, 4), squeeze=False)
   train = [(row['step'], row['train/loss']) for row in rows if row.get('train/loss') is not None]
   axes[0, 0].plot(*zip(*train, strict=True))
@@ -110,7 +112,9 @@ def text_sheet(
   """Plots each image (uint8 [N, H, W, 3]) above its lines of text: True is green, False red, None gray."""
   plt = _pyplot()
   rows = -(-len(images) // columns)
-  figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.6 * rows), squeeze=False)
+  side, below, above = 2.65, 1.25, 0.6  # inches: of an image, of its text, of the title
+  height = above + rows * (side + below)
+  figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, height), squeeze=False)
   for axis in axes.flat:
     axis.set(xticks=[], yticks=[])
     axis.axis('off')
@@ -125,7 +129,7 @@ def text_sheet(
                   color=colors[right])  # fmt: skip
         place += 1
   figure.suptitle(title, fontsize=10)
-  figure.subplots_adjust(hspace=0.5, top=0.94, bottom=0.09, left=0.03, right=0.97)
+  figure.subplots_adjust(hspace=below / side, top=1 - above / height, bottom=below / height, left=0.03, right=0.97)
   _save(figure, path)
 
 

@@ -19,6 +19,7 @@ from fmcv_jax.apps.words_scores import (
   Row,
   caption_slots,
   first_scenes,
+  metrics_of,
   nearest_image,
   question_prior,
   row_of,
@@ -59,7 +60,8 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   trained = Run.reopen(workdir)
   folder = workdir / 'demo'
   folder.mkdir(exist_ok=True)
-  figures.loss_curve(workdir / 'metrics.jsonl', folder / 'loss.png')
+  plotted = [name for split in SPLITS for name in metrics_of(split).values()]
+  figures.loss_curve(workdir / 'metrics.jsonl', folder / 'loss.png', plotted)
   source = trained.experiment.data.source
   assert isinstance(source, EmojiScenes)
   subject, step = trained.restored_model()

@@ -15,10 +15,15 @@ SLOTS = ('things', 'colors', 'numbers', 'relations')
 Row = Mapping[str, float]  # a fraction for each of MEASURES
 
 
+def metrics_of(split: str, prefix: str = '') -> dict[str, str]:
+  """The name of each measure of a split in the metrics of a run; prefix 'blind_' names those without the images."""
+  names = {kind: f'{split}_questions/{prefix}question_type/{kind}' for kind in QUESTION_TYPES}
+  return {**names, CAPTION: f'{split}_captions/{prefix}exact_match'}
+
+
 def row_of(metrics: Mapping[str, float], split: str, prefix: str = '') -> dict[str, float]:
-  """The measures of a split from the metrics of a run; prefix 'blind_' takes those without the images."""
-  row = {kind: metrics[f'{split}_questions/{prefix}question_type/{kind}'] for kind in QUESTION_TYPES}
-  return {**row, CAPTION: metrics[f'{split}_captions/{prefix}exact_match']}
+  """The measures of a split from the metrics of a run."""
+  return {measure: metrics[name] for measure, name in metrics_of(split, prefix).items()}
 
 
 def question_prior(train: EmojiScenes, test: EmojiScenes) -> dict[str, float]:
