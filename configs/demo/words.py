@@ -5,6 +5,7 @@
     fmcv train --config configs/demo/words.py:blind --workdir runs/words/blind
 
 `:blind` trains the same network without images: it is shown one white patch, and learns what the texts alone give away.
+Not measured to its end yet: after 50 of 1200 steps the loss was 1.14 per token.
 """
 
 import ml_collections

@@ -83,8 +83,10 @@ def run(config: str, workdir: str | pathlib.Path, overrides: Sequence[str]) -> N
   report(console, rows, others, slots, things=len(source.things), scenes=len(held_out.source), step=step)
   held_out.draw_sheet(described, folder / 'held_out.png')
   written: dict[str, float] = {'step': step, 'things': len(source.things)}
-  for split, named in (('held_out', rows), *((split, {'model': row}) for split, row in others.items())):
-    written |= {f'{split}/{name}/{measure}': row[measure] for name, row in named.items() for measure in MEASURES}
+  for name, row in rows.items():
+    written |= {f'held_out/{name}/{measure}': row[measure] for measure in MEASURES}
+  for split, row in others.items():
+    written |= {f'{split}/model/{measure}': row[measure] for measure in MEASURES}
   written |= {f'held_out/model/caption_{slot}': share for slot, share in slots.items()}
   write_json(epath.Path(folder / 'figures.json'), written)
   console.print(f'figures: {folder}/   metrics: {workdir / "metrics.jsonl"}\n{CREDITS}', highlight=False)

@@ -17,7 +17,7 @@ Row = Mapping[str, float]  # a fraction for each of MEASURES
 
 def metrics_of(split: str, prefix: str = '') -> dict[str, str]:
   """The name of each measure of a split in the metrics of a run; prefix 'blind_' names those without the images."""
-  names = {kind: f'{split}_questions/{prefix}question_type/{kind}' for kind in QUESTION_TYPES}
+  names: dict[str, str] = {kind: f'{split}_questions/{prefix}question_type/{kind}' for kind in QUESTION_TYPES}
   return {**names, CAPTION: f'{split}_captions/{prefix}exact_match'}
 
 
@@ -31,7 +31,8 @@ def question_prior(train: EmojiScenes, test: EmojiScenes) -> dict[str, float]:
 
   The caption is the most frequent one of training.
   """
-  by_text, by_type = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
+  by_text: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+  by_type: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
   captions: collections.Counter[str] = collections.Counter()
   for record in (train.annotations_of(index) for index in range(len(train))):
     by_text[record['question']][record['answers'][0]] += 1
@@ -91,7 +92,7 @@ def first_scenes(source: EmojiScenes, count: int) -> EmojiScenes:
 
 def _scored(test: EmojiScenes, predict: Callable[[int], tuple[str | None, str]]) -> dict[str, float]:
   """Exact match of the answer and the caption of each record, by type of question."""
-  scores = collections.defaultdict(list)
+  scores: dict[str, list[bool]] = collections.defaultdict(list)
   for index in range(len(test)):
     answered, described = predict(index)
     question, scene = test.question_of(index), test.scene_of(index)

@@ -221,10 +221,10 @@ def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[Group, tuple[f
   along = 0 if relations[0] == 'left of' else 1
   middle, placed = rng.uniform(0.3, 0.7), []
   for half, group in enumerate(groups):
-    for across in range(group.count):
+    for across in range(group.number):
       cell = (half, across) if along == 0 else (across, half)
       place = list(_within(cell, cuts, rng))
-      if group.count == 1:  # about as high, or as far right, as the other
+      if group.number == 1:  # about as high, or as far right, as the other
         place[1 - along] = float(np.clip(middle + rng.uniform(-0.08, 0.08) - place[2] / 2, 0, 1 - place[2]))
       placed.append((group, (place[0], place[1], place[2])))
   return placed

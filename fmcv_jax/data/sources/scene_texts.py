@@ -11,11 +11,11 @@ _WORDS_OF_COUNTS = {1: 'a', 2: 'two'}
 
 
 class Group(NamedTuple):
-  """`count` things (1 or 2) of one kind and color."""
+  """`number` things (1 or 2) of one kind and color."""
 
   thing: str
   color: str
-  count: int
+  number: int
 
 
 class Scene(NamedTuple):
@@ -52,7 +52,7 @@ def question_text(question: Question, scene: Scene) -> str:
   if question.type == 'count':
     return f'how many {plural(thing)} are there?'
   if question.type == 'color':
-    several = any(group.thing == thing and group.count > 1 for group in scene.groups)
+    several = any(group.thing == thing and group.number > 1 for group in scene.groups)
     return f'what color are the {plural(thing)}?' if several else f'what color is the {thing}?'
   return f'what is {question.relation} the {thing}?'
 
@@ -63,7 +63,7 @@ def answer(question: Question, scene: Scene) -> str | None:
   if question.type == 'exists':
     return 'no' if group is None else 'yes'
   if question.type == 'count':
-    return str(0 if group is None else group.count)
+    return str(0 if group is None else group.number)
   if question.type == 'color':
     return None if group is None else group.color
   first = scene.groups[0].thing
@@ -82,7 +82,7 @@ def draw_question(kind: QuestionType, scene: Scene, absent: str, wanted: str, rn
   wanted   answer of an 'exists' or 'count' question; a count has to occur in the scene
   """
   if kind in ('exists', 'count'):
-    things = [g.thing for g in scene.groups if kind == 'exists' or str(g.count) == wanted]
+    things = [g.thing for g in scene.groups if kind == 'exists' or str(g.number) == wanted]
     return Question(kind, absent if wanted in ('no', '0') else _choice(things, rng))
   if kind == 'color':
     return Question(kind, _choice([group.thing for group in scene.groups], rng))
@@ -98,8 +98,8 @@ def plural(thing: str) -> str:
 
 def _phrase(group: Group) -> str:
   """'a red frog', 'an orange frog', 'two red frogs'."""
-  thing = group.thing if group.count == 1 else plural(group.thing)
-  number = _article(group.color) if group.count == 1 else _WORDS_OF_COUNTS[group.count]
+  thing = group.thing if group.number == 1 else plural(group.thing)
+  number = _article(group.color) if group.number == 1 else _WORDS_OF_COUNTS[group.number]
   return f'{number} {group.color} {thing}'
 
 

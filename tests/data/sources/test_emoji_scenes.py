@@ -96,7 +96,7 @@ def test_captions_and_answers_are_true_of_the_pixels(split, artists):
     by_thing = {THINGS[label]: np.flatnonzero(example['classes'] == label) for label in example['classes']}
     described = {thing: boxes[rows] for thing, rows in by_thing.items()}
     truth = source.scene_of(index)
-    assert {group.thing: group.count for group in truth.groups} == {t: len(rows) for t, rows in by_thing.items()}
+    assert {group.thing: group.number for group in truth.groups} == {t: len(rows) for t, rows in by_thing.items()}
     for group in truth.groups:
       for row in by_thing[group.thing]:
         assert _color(image, masks[row], boxes[row]) == group.color
