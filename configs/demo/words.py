@@ -5,7 +5,7 @@
     fmcv train --config configs/demo/words.py:blind --workdir runs/words/blind
 
 `:blind` trains the same network without images: it is shown one white patch, and learns what the texts alone give away.
-Not measured to its end yet: after 50 of 1200 steps the loss was 1.14 per token.
+Not measured to its end yet; one core took a second per step, and after 125 steps the loss was 0.80 per token.
 """
 
 import ml_collections
@@ -83,7 +83,7 @@ def get_config(variant='images'):
     weight_decay=0.05,
     clip_norm=1.0,
   )
-  c.train = dict(steps=1200, batch_size=64, ema_decay=0.99)
+  c.train = dict(steps=1000, batch_size=64, ema_decay=0.99)
   c.checkpoint = dict(every=100, keep=1)
   c.log = dict(every=25)
   return c
