@@ -4,6 +4,7 @@
 #     make demo ARGS='--workdir runs/longer --config.train.steps=2000'
 #     make test WORKERS=4 ARGS='tests/train -k resume'
 #     make demo-generate        a text-to-image model, trained from scratch
+#     make demo-words           captions and answers about scenes, from the packaged CLIP
 #     make demo-features        MAE, DINO, supervised and untrained features, in one table
 #     make test-slow                              make test EXTRAS=demo,dev,parity
 #     make docs                 the documentation site, in build/site
@@ -28,7 +29,7 @@ FMCV := $(MALLOC) $(BIN)/python -m fmcv_jax
 stamps = $(addprefix .venv/.installed-,$(subst $(comma), ,$(1)))
 TEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo demo-generate demo-features test test-slow docs lint format types clean
+.PHONY: help demo demo-words demo-generate demo-features test test-slow docs lint format types clean
 .NOTPARALLEL:
 
 help:
@@ -36,6 +37,10 @@ help:
 
 demo: $(call stamps,demo)
 	$(FMCV) demo --workdir runs/demo --cpu-devices 8 $(ARGS)
+
+# A language model of scenes, and the same without images; then the table.
+demo-words: $(call stamps,demo)
+	$(FMCV) demo words --workdir runs/words --cpu-devices 2 $(ARGS)
 
 # An autoencoder and a diffusion model of its latents, conditioned on the demo's text encoder; then a grid of samples.
 demo-generate: demo

@@ -79,10 +79,12 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def demo(args: argparse.Namespace, overrides: list[str]) -> None:
-  """Train the demo model and plot its results."""
-  from fmcv_jax.apps import demo as demo_app
+  """Train a demo and plot its results: clip, zero-shot classification; words, captions and answers about scenes."""
+  from fmcv_jax.apps import demo as clip_demo
+  from fmcv_jax.apps import words_demo
 
-  demo_app.run(args.config, args.workdir, overrides)
+  run = {'clip': clip_demo.run, 'words': words_demo.run}[args.demo]
+  run(args.config or f'configs/demo/{args.demo}.py', args.workdir, overrides)
 
 
 def explain(args: argparse.Namespace, overrides: list[str]) -> None:

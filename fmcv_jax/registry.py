@@ -19,6 +19,7 @@ from fmcv_jax.data.sources.detection.voc import Voc
 from fmcv_jax.data.sources.detection.yolo import Yolo
 from fmcv_jax.data.sources.digits import Digits
 from fmcv_jax.data.sources.emoji import Emoji
+from fmcv_jax.data.sources.emoji_scenes import EmojiScenes
 from fmcv_jax.data.sources.image_folder import ImageFolder
 from fmcv_jax.data.sources.mixture import Mixture
 from fmcv_jax.data.sources.parquet import Parquet
@@ -150,6 +151,7 @@ KINDS: config_lib.Kinds = {
     'depth_folder': DepthFolder,
     'digits': Digits,
     'emoji': Emoji,
+    'emoji_scenes': EmojiScenes,
     'image_folder': ImageFolder,
     'mixture': Mixture,
     'parquet': Parquet,

@@ -1,7 +1,8 @@
-"""Matplotlib figures: loss curve, zero-shot predictions, text-to-image retrieval, maps over images."""
+"""Matplotlib figures: loss curve, zero-shot predictions, retrieval, captions, maps over images."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ def _pyplot() -> Any:
   return plt
 
 
-def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path) -> None:
-  """Plots the training loss and the metrics of the evaluators over steps, from a metrics.jsonl."""
+def loss_curve(metrics_file: pathlib.Path, path: pathlib.Path, metrics: Collection[str] | None = None) -> None:
+  """Plots the training loss and metrics of the evaluators (None: all) over steps, from a metrics.jsonl."""
   plt = _pyplot()
   rows = read_metrics(epath.Path(metrics_file))
   evaluated = sorted({name for row in rows for name in row if '/' in name and not name.startswith('train/')})
+  if metrics is not None:
+    evaluated = [name for name in evaluated if name in metrics]
   figure, axes = plt.subplots(1, 2 if evaluated else 1, figsize=(12 if evaluated else 6, 4), squeeze=False)
   train = [(row['step'], row['train/loss']) for row in rows if row.get('train/loss') is not None]
   axes[0, 0].plot(*zip(*train, strict=True))
@@ -95,6 +98,38 @@ def retrieval_sheet(
         spine.set(color='#0a7d2c' if mark else '#dddddd', linewidth=2.5 if mark else 0.8)
   figure.suptitle(title, fontsize=10)
   figure.tight_layout()
+  _save(figure, path)
+
+
+def text_sheet(
+  images: np.ndarray,
+  lines: Sequence[Sequence[tuple[str, bool | None]]],
+  path: pathlib.Path,
+  *,
+  title: str,
+  columns: int = 4,
+) -> None:
+  """Plots each image (uint8 [N, H, W, 3]) above its lines of text: True is green, False red, None gray."""
+  plt = _pyplot()
+  rows = -(-len(images) // columns)
+  side, below, above = 2.65, 1.25, 0.6  # inches: of an image, of its text, of the title
+  height = above + rows * (side + below)
+  figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, height), squeeze=False)
+  for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+    axis.axis('off')
+  colors = {True: '#0a7d2c', False: '#b3261e', None: '#444444'}
+  for axis, image, own in zip(axes.flat, images, lines):
+    axis.axis('on')
+    axis.imshow(image)
+    place = 0
+    for text, right in own:
+      for piece in textwrap.wrap(text, 44):
+        axis.text(0.5, -0.04 - 0.075 * place, piece, transform=axis.transAxes, ha='center', va='top', fontsize=8,
+                  color=colors[right])  # fmt: skip
+        place += 1
+  figure.suptitle(title, fontsize=10)
+  figure.subplots_adjust(hspace=below / side, top=1 - above / height, bottom=below / height, left=0.03, right=0.97)
   _save(figure, path)
 
 

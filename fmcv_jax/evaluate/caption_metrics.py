@@ -16,10 +16,16 @@ _LONGEST = 4  # words of an n-gram
 
 
 def caption_scores(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:
-  """'cider', 'bleu1' to 'bleu4' and 'rouge_l' of N captions, each with one or more references, all in words."""
+  """'cider', 'bleu1' to 'bleu4', 'rouge_l' and 'exact_match' of N captions, each with one or more references, in words.
+
+  'exact_match' is the fraction of captions that have the words of one of their references.
+  """
   scores = {'cider': float(np.mean(cider(captions, references)))}
   scores |= {f'bleu{n}': score for n, score in enumerate(bleu(captions, references), 1)}
-  return scores | {'rouge_l': float(np.mean([rouge_l(*pair) for pair in zip(captions, references, strict=True)]))}
+  pairs = list(zip(captions, references, strict=True))
+  scores['rouge_l'] = float(np.mean([rouge_l(*pair) for pair in pairs]))
+  scores['exact_match'] = float(np.mean([any(list(caption) == list(text) for text in own) for caption, own in pairs]))
+  return scores
 
 
 def cider(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:

@@ -32,7 +32,7 @@ References = Sequence[tuple[str, ...]]
 @dataclasses.dataclass(frozen=True)
 class Captioning(Evaluator):
   """Captions images, and compares each caption with all texts of its record: 'cider' (CIDEr-D, 0 to 10), 'bleu1' to
-  'bleu4' and 'rouge_l' (0 to 1).
+  'bleu4', 'rouge_l' and 'exact_match' (0 to 1).
 
   The formulas are those of pycocoevalcap. Words are those of `fmcv_jax.evaluate.caption_words`, which restates
   Stanford's PTBTokenizer: scores depend on the tokenizer.

@@ -59,6 +59,8 @@ def test_scores_by_hand():
   short = bleu([['a']], [[['a', 'b', 'c']]])
   assert short[0] == pytest.approx(np.exp(1 - 3 / 1))
   assert rouge_l([], [['a']]) == 0
+  own = caption_scores([['a', 'cat'], ['cat', 'a']], [[['the', 'cat'], ['a', 'cat']], [['a', 'cat']]])
+  assert own['exact_match'] == 0.5
 
 
 @pytest.mark.parametrize('row', STORED['words'], ids=lambda row: row[0][:40])

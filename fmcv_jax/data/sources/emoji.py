@@ -214,7 +214,8 @@ def split_concepts() -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
 
 
 @functools.cache
-def _concepts() -> tuple[Concept, ...]:
+def drawn_concepts() -> tuple[Concept, ...]:
+  """Concepts without skin tones that all three artists drew, also those with drawings that are not unique."""
   emoji = _package('emoji', 'emoji', path=False)
   found = []
   for character, entry in emoji.EMOJI_DATA.items():
@@ -225,9 +226,14 @@ def _concepts() -> tuple[Concept, ...]:
       name = ('flag of ' if _is_country(character) else '') + _phrase(entry['en'])
       texts = dict.fromkeys([name, *(_phrase(alias) for alias in entry.get('alias', ()))])
       found.append(Concept(key, name, tuple(t for t in texts if words(t)), character))
+  return tuple(found)
+
+
+@functools.cache
+def _concepts() -> tuple[Concept, ...]:
   kept: list[Concept] = []
   used: dict[str, set[bytes]] = {artist: set() for artist in ARTISTS}
-  for concept in sorted(found, key=lambda c: (len(c.name), c.name)):
+  for concept in sorted(drawn_concepts(), key=lambda c: (len(c.name), c.name)):
     prints = {artist: _fingerprint(artist, concept.key) for artist in ARTISTS}
     new = not any(prints[artist] in used[artist] for artist in ARTISTS)
     for artist in ARTISTS:
