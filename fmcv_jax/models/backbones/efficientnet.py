@@ -19,6 +19,7 @@ import numpy as np
 
 from fmcv_jax.bounds import Decay, NonNegativeInt, PositiveInt
 from fmcv_jax.errors import did_you_mean
+from fmcv_jax.models.common.depthwise import Depthwise
 from fmcv_jax.models.common.layers import (
   HEAD_AXES,
   NORM_AXES,
@@ -32,8 +33,6 @@ from fmcv_jax.parallel.rules import with_logical_constraint
 
 EPS = 1e-3  # of every batch norm
 FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-# A depthwise kernel [k, k, 1, D] has one output for each input.
-DEPTHWISE = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal', in_axis=-1, out_axis=-2)
 
 
 class Row(NamedTuple):
@@ -74,40 +73,6 @@ def batch_norm(dtype: str, name: str, train: bool, momentum: float) -> nn.BatchN
   )
 
 
-class Depthwise(nn.Module):
-  """A convolution of each channel by itself, [B, R, C, D] -> [B, R / stride, C / stride, D], rounded up."""
-
-  size: int
-  stride: int
-  dtype: Dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param('kernel', DEPTHWISE, (self.size, self.size, 1, x.shape[-1]))
-    # On a CPU a training step is five times as fast with sums of shifted maps as with XLA's convolution of single
-    # channels. On a TPU, which would write those maps to memory, it is three times as slow.
-    return jax.lax.platform_dependent(x, kernel.astype(self.dtype), cpu=self.sum_of_shifts, default=self.convolution)
-
-  def convolution(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [B, R, C, D] with kernel [size, size, 1, D] by XLA's grouped convolution, in 'SAME' padding."""
-    strides, layout, groups = (self.stride, self.stride), ('NHWC', 'HWIO', 'NHWC'), x.shape[-1]
-    return jax.lax.conv_general_dilated(
-      x, kernel, strides, 'SAME', dimension_numbers=layout, feature_group_count=groups
-    )
-
-  def sum_of_shifts(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """As `convolution`, as a sum of size x size shifted and scaled maps."""
-    size, stride = self.size, self.stride
-    x = jnp.pad(x, [(0, 0), *jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), 'SAME'), (0, 0)])
-    rows, columns = ((side - size) // stride + 1 for side in x.shape[1:3])
-    shifted = (
-      x[:, i : i + rows * stride : stride, j : j + columns * stride : stride] * kernel[i, j, 0]
-      for i in range(size)
-      for j in range(size)
-    )
-    return functools.reduce(operator.add, shifted)
-
-
 class Bottleneck(nn.Module):
   """MBConv: expand, depthwise convolution, squeeze-and-excite, project: [B, R, C, D] -> [B, R', C', features].
 
@@ -144,7 +109,7 @@ class Bottleneck(nn.Module):
       y = dense(hidden, dtype, 'expand', bias=False, init=FAN_OUT)(y)
       y = jax.nn.silu(norm('expand_norm')(y))
     y = with_logical_constraint(y, 'batch', None, None, 'mlp')
-    y = Depthwise(self.size, self.stride, dtype, name='depthwise')(y)
+    y = Depthwise(self.size, self.stride, dtype, channels='mlp', name='depthwise')(y)
     y = jax.nn.silu(norm('depthwise_norm')(y))
 
     whole = jnp.mean(y, axis=(1, 2), dtype=jnp.float32).astype(y.dtype)

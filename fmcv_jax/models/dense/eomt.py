@@ -16,8 +16,9 @@ from fmcv_jax.bounds import NonNegativeInt, PositiveInt
 from fmcv_jax.fields import ImageSize
 from fmcv_jax.models.backbones.vit import ViT
 from fmcv_jax.models.common.conv_blocks import PixelExpand
+from fmcv_jax.models.common.depthwise import Depthwise
 from fmcv_jax.models.common.late_tokens import LateTokens
-from fmcv_jax.models.common.layers import NORM_AXES, Dense, layer_norm
+from fmcv_jax.models.common.layers import NORM_AXES, Dense, Dtype, layer_norm
 from fmcv_jax.models.dense.heads import MlpHead
 from fmcv_jax.parallel.rules import with_logical_constraint
 
@@ -43,16 +44,14 @@ class Upscale(nn.Module):
     NORM_AXES,
   )
 
-  dtype: str
+  dtype: Dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     y = nn.gelu(PixelExpand(width, 2, self.dtype, name='up')(x), approximate=False)
-    depthwise = nn.Conv(
-      width, (3, 3), feature_group_count=width, use_bias=False, dtype=jnp.dtype(self.dtype), name='depthwise'
-    )
-    return layer_norm(1e-6, self.dtype, 'norm')(depthwise(y))
+    y = Depthwise(3, 1, self.dtype, name='depthwise')(y)
+    return layer_norm(1e-6, self.dtype, 'norm')(y)
 
 
 class Eomt(nn.Module):
