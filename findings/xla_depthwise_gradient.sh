@@ -5,7 +5,7 @@
 # device: what data parallelism looks like in a program whose other layers are also split over tensor. The partitioner sums
 # the gradient of the kernel over the devices of tensor too, although they hold the same images: with two of them it is
 # twice as large, with four four times. The loss, the gradient of the images and gradients of ordinary convolutions are
-# right, so that training goes on, with the learning rate of one layer multiplied; adaptive optimizers hide most of it.
+# right, so that training continues, with the learning rate of one layer multiplied; adaptive optimizers hide most of it.
 # With the convolution inside of jax.shard_map, which sums by itself, the gradient is right.
 #
 # Observed on 2026-11-30 on 8 emulated CPU devices, with Python 3.11 (jax 0.10.2) and 3.13 (jax 0.12.0.1); other backends

@@ -1,7 +1,10 @@
 """Every test runs on a mesh of 8 emulated CPU devices, set before jax looks for devices."""
 
+import ctypes
+import gc
 import importlib.util
 import os
+import pathlib
 import tempfile
 
 import pytest
@@ -56,6 +59,24 @@ def importable_torchvision():
 
 if importlib.util.find_spec('torchvision') is not None:
   _operators = importable_torchvision()  # they are gone when it is
+
+
+MOST_BYTES = 2 * 2**30  # of a worker, from which it forgets its programs
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forgotten_programs():
+  """Compiled programs are kept for as long as a process lives, gigabytes of them after some hundred tests: between two
+  modules, which rarely share any, they are forgotten."""
+  yield
+  statistics = pathlib.Path('/proc/self/statm')  # of Linux
+  if statistics.exists() and int(statistics.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') > MOST_BYTES:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
+      trim(0)
 
 
 @pytest.fixture(scope='session')
