@@ -5,8 +5,8 @@
     fmcv train --config configs/demo/words.py:blind --workdir runs/words/blind
 
 `:blind` trains the same network without images: it is shown one white patch, and learns what the texts alone give away.
-Measured (docs/demos.md): 0.43 of the captions of held-out pairs are right as a whole, and 0.52 of the relations; whether
-there is a thing is not learned in this time.
+Measured (docs/demos.md): 0.43 of the captions of held-out pairs are right as a whole, and 0.52 of the relations;
+whether there is a thing is not learned in this time.
 """
 
 import ml_collections

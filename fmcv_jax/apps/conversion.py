@@ -32,7 +32,7 @@ from fmcv_jax.pretrained import (
   hub_config,
 )
 from fmcv_jax.pretrained.arrays import Tensors
-from fmcv_jax.pretrained.families import FAMILIES, family_of
+from fmcv_jax.pretrained.families import FAMILIES, family_of, variant_of
 from fmcv_jax.pretrained.hub_file import Findings
 from fmcv_jax.pretrained.layout import Layout, Shape, check, has_places, heads_in, read, renamed, with_heads, write
 from fmcv_jax.pretrained.recognition import recognize
@@ -260,8 +260,7 @@ def export_checkpoint(workdir: str, to: str, format: str, step: int | None = Non
   run = Run.reopen(workdir)
   subject, _ = run.restored_model(step)
   objective, params, omitted = _exported(run, subject)
-  variant = run.config['objective'].get('network', {}).get('variant', '')
-  family = family_of({path: x.shape for path, x in params.items()}, variant)
+  family = family_of({path: x.shape for path, x in params.items()}, variant_of(run.config['objective']))
   layouts = [layout for name, layout in FAMILIES[family].layouts if name == format]
   if not layouts:
     known = sorted({'fmcv', *(name for name, _ in FAMILIES[family].layouts)})

@@ -11,7 +11,7 @@ import jax
 from fmcv_jax.errors import UserError
 from fmcv_jax.evaluate.base import EvaluatedModel
 from fmcv_jax.parallel.rules import path_of
-from fmcv_jax.pretrained.families import FAMILIES, family_of
+from fmcv_jax.pretrained.families import FAMILIES, family_of, variant_of
 from fmcv_jax.pretrained.layout import Layout, has_places, renamed
 from fmcv_jax.pretrained.lora import metadata
 from fmcv_jax.pretrained.lora.adapter_file import AdapterFile
@@ -94,9 +94,7 @@ def family_and_layouts(run: Run, own: Mapping[str, Any]) -> tuple[str, list[tupl
   """
   params = {path: tuple(x.shape) for path, x in own.items() if not path.startswith('extra/')}
   frozen = {path: tuple(x.shape) for path, x in own.items() if path.startswith('extra/')}
-  spec = run.config['objective']
-  variant = spec.get('objective', spec).get('network', {}).get('variant', '')
-  family = family_of(params, variant)
+  family = family_of(params, variant_of(run.config['objective']))
   found = []
   for format, layout in FAMILIES[family].layouts:
     if format in _NOT_OF_TORCH:

@@ -223,6 +223,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def variant_of(objective: Mapping[str, Any]) -> str:
+  """Variant of the network in the config of an objective, or of the one that it adapts; '' if it has none."""
+  return objective.get('objective', objective).get('network', {}).get('variant', '')
+
+
 def family_of(shapes: Mapping[str, Shape], variant: str) -> str:
   """Family whose formats can represent these parameters of ours, for a network of this `variant`."""
   if 'mixed_5b/branch1x1/conv/kernel' in shapes:

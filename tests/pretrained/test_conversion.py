@@ -19,6 +19,7 @@ from fmcv_jax.models.backbones.vit import vit
 from fmcv_jax.objectives.classification import Classification
 from fmcv_jax.parallel.rules import path_of
 from fmcv_jax.pretrained import vit as names
+from fmcv_jax.pretrained.families import family_of, variant_of
 from fmcv_jax.pretrained.hub_classes import names_in
 from fmcv_jax.pretrained.layout import write
 from fmcv_jax.pretrained.tensors import LazyArray, open_tensors, write_tensors
@@ -321,3 +322,11 @@ def test_names_that_do_not_name_every_class_are_not_read():
   assert names_in({'id2label': {'1': 'b', '0': 'a'}}) == ('a', 'b')
   for config in ({}, {'id2label': {'0': 'LABEL_0', '1': 'LABEL_1'}}, {'label_names': {'0': 'a', '7': 'b'}}):
     assert names_in(config) == ()
+
+
+def test_a_run_that_adapts_stable_diffusion_2_is_of_its_family():
+  shapes = {'network/encoder/conv_in/kernel': (3, 3, 4, 320)}
+  own = {'name': 'diffusion', 'network': {'name': 'unet', 'variant': 'sd2'}}
+  assert family_of(shapes, variant_of(own)) == 'sd2'
+  assert family_of(shapes, variant_of({'name': 'finetune', 'objective': own})) == 'sd2'
+  assert variant_of({'name': 'autoencoder'}) == ''
