@@ -30,7 +30,7 @@ def test_scores_are_those_of_pycocoevalcap(name):
   np.testing.assert_allclose(found, expected['rouge_l'], rtol=1e-12)
   means = caption_scores(captions, references)
   assert means['cider'] == pytest.approx(np.mean(expected['cider']), rel=1e-12, abs=1e-12)
-  assert list(means) == ['cider', 'bleu1', 'bleu2', 'bleu3', 'bleu4', 'rouge_l']
+  assert list(means) == ['cider', 'bleu1', 'bleu2', 'bleu3', 'bleu4', 'rouge_l', 'exact_match']
 
 
 def test_the_installed_scorers_give_the_stored_values():

@@ -48,7 +48,8 @@ def test_training_reads_each_row_group_about_once_an_epoch_and_each_row_once(tmp
   drawn = np.concatenate([next(loader)['label'] for _ in range(10)])
   loader.close()
   assert np.bincount(drawn).tolist() == np.bincount(np.arange(60) % 7).tolist()
-  assert len(groups) <= 12 + 5  # and row groups of the next epoch, which is prefetched
+  # Of the next epoch, which is prefetched, as many follow as there is time for.
+  assert len(set(groups[: 12 + 5])) == 12
   assert 'records=60 window=3' in fingerprint(Pipeline(source), 0)
 
 
