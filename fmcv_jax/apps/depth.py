@@ -1,7 +1,7 @@
 """Depth of image files: PNGs of 16 bits or .npy, a table of their scales, and colored images."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,10 +74,10 @@ def _write(folder: pathlib.Path, number: int, file: str, depth: np.ndarray, outp
   about = {'file': file, 'output': output}
   values, scale = (depth, 1.0) if npy else sixteen_bits(depth, output)
   own = f'{name}.npy' if npy else f'{name}.png'
-  save: Callable[[pathlib.Path], None] = lambda path: np.save(path, values)  # noqa: E731
-  if not npy:
-    save = lambda path: save_png(values, path, {**about, 'scale': scale})  # noqa: E731
-  save(folder / own)
+  if npy:
+    np.save(folder / own, values)
+  else:
+    save_png(values, folder / own, {**about, 'scale': scale})
   colored(depth, output).save(folder / f'{name}_color.png')
   sides = {'width': depth.shape[1], 'height': depth.shape[0]}
   return {'file': file, 'depth': own, 'color': f'{name}_color.png', **sides, 'output': output, 'scale': scale}
